@@ -1,0 +1,7 @@
+"""Fine-tune pre-trained Transformers in JAX by training only what matters."""
+
+import lazy_loader
+
+# The stub beside this file is the table of contents. Loading names when they are
+# first used keeps `sparse-jax --help` under a second: importing JAX takes longer.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,105 @@
+"""Leaf names, and ordered rules over them."""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from sparse_jax.errors import InputError
+
+__all__ = ["Rule", "first_match", "leaf_names", "map_named", "name_of", "require_match"]
+
+Rule = str | Sequence[str]
+
+
+def name_of(path: tuple) -> str:
+    """Returns the name of a leaf: the keys on its path joined by `/`.
+
+    The trailing `value` of an `nnx.State` is dropped, so that a rule written for a
+    pure dictionary also holds for the state it came from.
+
+    Example:
+      >>> name_of((jax.tree_util.DictKey("query"), jax.tree_util.SequenceKey(0)))
+      'query/0'
+    """
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_names(tree: Any) -> Any:
+    """Returns a tree of the structure of `tree` whose leaves are their names.
+
+    Example:
+      >>> leaf_names({"query": {"kernel": 0, "bias": 0}})
+      {'query': {'bias': 'query/bias', 'kernel': 'query/kernel'}}
+    """
+    return map_named(lambda name, leaf: name, tree)
+
+
+def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps `function(name, leaf, *rest_leaves)` over the leaves of a tree.
+
+    Example:
+      >>> map_named(lambda name, x: f"{name}={x}", {"a": 1, "b": 2})
+      {'a': 'a=1', 'b': 'b=2'}
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(name_of(path), *leaves), tree, *rest
+    )
+
+
+def first_match(rules: Mapping[str, Rule | None], name: str, default: str) -> str:
+    """Returns the label of the first rule that matches a name.
+
+    A rule is a regular expression, or several, searched for anywhere in the name;
+    anchor it with `^` and `$` to match the whole. `None` matches nothing. Names that
+    no rule matches get `default`, so every leaf is covered.
+
+    Example:
+      >>> rules = {"dense": "classifier", "sparse": "kernel$"}
+      >>> [first_match(rules, n, "frozen") for n in ("classifier/kernel", "q/bias")]
+      ['dense', 'frozen']
+    """
+    for label, rule in rules.items():
+        if any(re.search(pattern, name) for pattern in _patterns(rule)):
+            return label
+    return default
+
+
+def require_match(argument: str, rule: Rule | None, names: Sequence[str]) -> None:
+    """Raises unless every pattern of a rule matches at least one name.
+
+    Raises:
+      InputError: naming the pattern and the names nearest to it.
+
+    Example:
+      >>> require_match("where", "query", ["query/kernel", "value/kernel"])
+    """
+    for pattern in _patterns(rule):
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise InputError(
+                f"`{argument}` must be a regular expression, got {pattern!r}: {error}."
+            ) from error
+        if not any(expression.search(name) for name in names):
+            raise InputError(
+                f"`{argument}` must match at least one parameter, got {pattern!r}. "
+                f"The nearest names are {', '.join(_nearest(pattern, names))}."
+            )
+
+
+def _patterns(rule: Rule | None) -> Sequence[str]:
+    """Returns the patterns of a rule as a sequence."""
+    if rule is None:
+        return ()
+    return (rule,) if isinstance(rule, str) else rule
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
+    """Returns up to four names that look most like a pattern."""
+    likeness = lambda name: difflib.SequenceMatcher(None, pattern, name).ratio()
+    return [f"`{name}`" for name in sorted(names, key=likeness, reverse=True)[:4]]
