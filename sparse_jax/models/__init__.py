@@ -1,0 +1,1 @@
+"""The encoder models: BERT and RoBERTa, in Flax NNX."""

@@ -1,0 +1,133 @@
+"""The encoder that BERT and RoBERTa share: tables, then a stack of layers."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.models.attention import Attention
+from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.dropout import dropout, split_key
+from sparse_jax.models.family import Family
+from sparse_jax.models.linear import embed, layer_norm, linear
+from sparse_jax.models.stack import Respond, run_layers, stack_layers
+from sparse_jax.sites import Attachment
+
+__all__ = ["Embeddings", "Encoder", "EncoderConfig", "EncoderLayer", "Mlp"]
+
+Batch = Mapping[str, jax.Array]
+
+
+class Embeddings(nnx.Module):
+    """Sum of the word, position and token-type vectors, normed: `[B, T, D]`."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        num_positions = config.max_positions + config.position_offset
+        self.hidden_dropout = config.hidden_dropout
+        self.word = embed(config, config.vocab_size, rngs)
+        self.position = embed(config, num_positions, rngs)
+        self.token_type = embed(config, config.type_vocab_size, rngs)
+        self.norm = layer_norm(config, rngs)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        position_ids: jax.Array,
+        token_type_ids: jax.Array,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """Looks up int32 `[B, T]` ids of the three kinds."""
+        x = self.word(input_ids) + self.token_type(token_type_ids)
+        x = self.norm(x + self.position(position_ids))
+        return dropout(x, self.hidden_dropout, key)
+
+
+class Mlp(nnx.Module):
+    """Two linear maps with an activation between, residual and norm: `[B, T, D]`."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.activation = config.hidden_act
+        self.hidden_dropout = config.hidden_dropout
+        self.up = linear(config, config.hidden_size, config.intermediate_size, rngs)
+        self.down = linear(config, config.intermediate_size, config.hidden_size, rngs)
+        self.norm = layer_norm(config, rngs)
+
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None, respond: Respond
+    ) -> jax.Array:
+        """Maps every token on its own."""
+        hidden = ACTIVATIONS[self.activation](respond("mlp/up", x, self.up(x)))
+        y = respond("mlp/down", hidden, self.down(hidden))
+        return self.norm(x + dropout(y, self.hidden_dropout, key))
+
+
+class EncoderLayer(nnx.Module):
+    """One Transformer block, normed after each residual connection: `[B, T, D]`."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs)
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, key: jax.Array | None, respond: Respond
+    ) -> jax.Array:
+        """Attends, then maps every token; `mask` is True at tokens, `[B, 1, 1, T]`."""
+        attention_key, mlp_key = split_key(key, 2)
+        x = self.attention(x, mask, attention_key, respond)
+        return self.mlp(x, mlp_key, respond)
+
+
+class Encoder(nnx.Module):
+    """The part of a model below its head.
+
+    Leaves are `embeddings/...` and `layers/...`; those under `layers/` are stacked,
+    with the layer as leading axis `[L]`.
+    """
+
+    def __init__(self, family: Family, config: EncoderConfig, rngs: nnx.Rngs):
+        self.family = family
+        self.config = config
+        self.embeddings = Embeddings(config, rngs)
+        self.layers = stack_layers(
+            lambda rngs: EncoderLayer(config, rngs), config.num_layers, rngs
+        )
+
+    def encode(
+        self,
+        batch: Batch,
+        *,
+        key: jax.Array | None,
+        attachment: Attachment,
+        unroll: int | None,
+        checkpoint: bool,
+    ) -> jax.Array:
+        """Returns the last hidden states `[B, T, D]` of a batch.
+
+        Sequences longer than `max_length_of(config)` have no position vectors and
+        give NaN.
+
+        Args:
+          batch: int32 `[B, T]` arrays `input_ids`, `attention_mask` (1 at tokens, 0
+            at padding) and, optionally, `token_type_ids` (zeros if absent).
+          key: source of the dropout; None turns it off.
+          attachment: what a method adds to the layers.
+          unroll: layers in one pass of the loop; None chooses by backend.
+          checkpoint: whether the backward pass computes each layer again.
+        """
+        input_ids = batch["input_ids"]
+        token_type_ids = batch.get("token_type_ids", jnp.zeros_like(input_ids))
+        position_ids = self.family.position_ids(input_ids, self.config.pad_id)
+        mask = batch["attention_mask"][:, None, None, :].astype(bool)
+        table_key, layers_key = split_key(key, 2)
+        x = self.embeddings(input_ids, position_ids, token_type_ids, table_key)
+        return run_layers(
+            self.layers,
+            x,
+            mask,
+            key=layers_key,
+            attachment=attachment,
+            unroll=unroll,
+            checkpoint=checkpoint,
+        )

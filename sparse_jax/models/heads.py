@@ -1,0 +1,111 @@
+"""The public models: an encoder and a head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.dropout import split_key
+from sparse_jax.models.encoder import Batch, Encoder
+from sparse_jax.models.family import Family
+from sparse_jax.models.linear import layer_norm, linear
+from sparse_jax.sites import Attachment
+
+__all__ = ["MaskedLM", "SequenceClassifier"]
+
+_NOTHING = Attachment()
+
+
+class SequenceClassifier(Encoder):
+    """An encoder that scores whole sequences.
+
+    The leaves of the head are `pooler/...` (BERT only) and `classifier/...`.
+    """
+
+    def __init__(self, family: Family, config: EncoderConfig, *, rngs: nnx.Rngs):
+        super().__init__(family, config, rngs)
+        self.pooler = family.pooler(config, rngs) if family.pooler else None
+        self.classifier = family.classifier(config, rngs)
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        key: jax.Array | None = None,
+        attachment: Attachment = _NOTHING,
+        unroll: int | None = None,
+        checkpoint: bool = False,
+    ) -> jax.Array:
+        """Returns float32 logits `[B, num_labels]`; one label is a regression.
+
+        The arguments are those of `Encoder.encode`.
+        """
+        body_key, head_key = split_key(key, 2)
+        hidden = self.encode(
+            batch,
+            key=body_key,
+            attachment=attachment,
+            unroll=unroll,
+            checkpoint=checkpoint,
+        )
+        logits = self.classifier(self.pool(hidden), key=head_key)
+        return logits.astype(jnp.float32)
+
+    def pool(self, hidden: jax.Array) -> jax.Array:
+        """Returns what the classifier sees `[B, D]` of hidden states `[B, T, D]`."""
+        first = hidden[:, 0]
+        return jnp.tanh(self.pooler(first)) if self.pooler else first
+
+
+class LmHead(nnx.Module):
+    """Scores of every word, from vectors and the word table: `[..., V]`."""
+
+    def __init__(self, family: Family, config: EncoderConfig, rngs: nnx.Rngs):
+        self.activation = family.lm_activation or config.hidden_act
+        self.dense = linear(config, config.hidden_size, config.hidden_size, rngs)
+        self.norm = layer_norm(config, rngs)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size))
+
+    def __call__(self, x: jax.Array, words: jax.Array) -> jax.Array:
+        """Maps `[B, T, D]` and the tied word table `[V, D]` to float32 logits."""
+        x = self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+        scores = jnp.einsum("BTD,VD->BTV", x, words, preferred_element_type=jnp.float32)
+        return scores + self.bias[None, None]
+
+
+class MaskedLM(Encoder):
+    """An encoder that scores the word at each position.
+
+    The leaves of the head are `lm_head/...`; its decoder is the word table.
+    """
+
+    def __init__(self, family: Family, config: EncoderConfig, *, rngs: nnx.Rngs):
+        super().__init__(family, config, rngs)
+        self.lm_head = LmHead(family, config, rngs)
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        positions: jax.Array | None = None,
+        key: jax.Array | None = None,
+        attachment: Attachment = _NOTHING,
+        unroll: int | None = None,
+        checkpoint: bool = False,
+    ) -> jax.Array:
+        """Returns float32 logits `[B, T, V]`, or `[B, M, V]` at chosen positions.
+
+        `positions` are int32 columns of the batch, `[B, M]`. The other
+        arguments are those of `Encoder.encode`.
+        """
+        hidden = self.encode(
+            batch,
+            key=key,
+            attachment=attachment,
+            unroll=unroll,
+            checkpoint=checkpoint,
+        )
+        if positions is not None:
+            hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
+        return self.lm_head(hidden, self.embeddings.word.embedding[...])

@@ -1,0 +1,151 @@
+"""Hugging Face `config.json`, in and out."""
+
+import json
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+import jax.typing
+
+from sparse_jax.errors import InputError
+from sparse_jax.models.bert import BERT
+from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.family import Family
+from sparse_jax.models.pure import PureModel
+from sparse_jax.models.roberta import ROBERTA
+
+__all__ = ["FAMILIES", "read_config", "write_config"]
+
+FAMILIES = MappingProxyType({family.name: family for family in (BERT, ROBERTA)})
+
+# Ours -> theirs, where the meaning is the same.
+_FIELDS = MappingProxyType(
+    {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "intermediate_size": "intermediate_size",
+        "type_vocab_size": "type_vocab_size",
+        "layer_norm_eps": "layer_norm_eps",
+        "hidden_act": "hidden_act",
+        "hidden_dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+        "initializer_range": "initializer_range",
+    }
+)
+
+
+def read_config(
+    folder: str | Path, *, num_labels: int | None = None
+) -> tuple[Family, EncoderConfig]:
+    """Reads the family and the sizes of the model in a folder.
+
+    Args:
+      folder: folder with a `config.json`, of any transformers version.
+      num_labels: labels of the head; None takes those of the file.
+
+    Raises:
+      InputError: if the file is absent, is not JSON, names a model type that is not
+        supported, or describes something other than an encoder with absolute
+        positions.
+    """
+    # transformers takes seconds to import, so it is imported where it is used.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    path = Path(folder) / "config.json"
+    family = _family_in(path)
+    try:
+        theirs = AutoConfig.from_pretrained(path.parent)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"`{path}` must be a valid {family.name} configuration: {reason}."
+        ) from error
+    _require_encoder(path, theirs)
+    return family, _from_theirs(family, theirs, num_labels)
+
+
+def write_config(
+    model: PureModel, folder: Path, dtype: jax.typing.DTypeLike = jnp.float32
+) -> None:
+    """Writes a `config.json` that transformers reads."""
+    from transformers import AutoConfig
+
+    config, family = model.config, model.family
+    fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
+    theirs = AutoConfig.for_model(
+        family.name,
+        **fields,
+        max_position_embeddings=config.max_positions + config.position_offset,
+        pad_token_id=config.pad_id,
+        classifier_dropout=config.classifier_dropout,
+        architectures=[family.architectures[model.head.__name__]],
+        dtype=jnp.dtype(dtype).name,
+        **_their_labels(config),
+    )
+    theirs.save_pretrained(folder)
+
+
+def _family_in(path: Path) -> Family:
+    """Returns the family that a configuration file names."""
+    if not path.is_file():
+        raise InputError(
+            f"`model` must be a folder with a `config.json`, got `{path.parent}`. "
+            "Save a model there with `save_pretrained`."
+        )
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"`{path}` must be a JSON object: {error}.") from error
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"`model_type` in `{path}` must be one of {', '.join(sorted(FAMILIES))}, "
+            f"got {model_type!r}."
+        )
+    return FAMILIES[model_type]
+
+
+def _require_encoder(path: Path, theirs: Any) -> None:
+    """Raises unless the model is an encoder with absolute positions."""
+    positions = getattr(theirs, "position_embedding_type", None) or "absolute"
+    if positions != "absolute":
+        raise InputError(
+            f"`position_embedding_type` in `{path}` must be 'absolute', "
+            f"got {positions!r}."
+        )
+    if theirs.is_decoder or theirs.add_cross_attention:
+        raise InputError(
+            f"`is_decoder` and `add_cross_attention` in `{path}` must be false: "
+            "these models read a sequence in both directions."
+        )
+
+
+def _from_theirs(family: Family, theirs: Any, num_labels: int | None) -> EncoderConfig:
+    """Translates a transformers configuration."""
+    pad_id = theirs.pad_token_id or 0
+    offset = family.position_offset(pad_id)
+    rate = theirs.classifier_dropout
+    names = tuple(theirs.id2label[i] for i in sorted(theirs.id2label))
+    num_labels = len(names) if num_labels is None else num_labels
+    return EncoderConfig(
+        **{ours: getattr(theirs, name) for ours, name in _FIELDS.items()},
+        max_positions=theirs.max_position_embeddings - offset,
+        position_offset=offset,
+        pad_id=pad_id,
+        classifier_dropout=theirs.hidden_dropout_prob if rate is None else rate,
+        num_labels=num_labels,
+        label_names=names if len(names) == num_labels else None,
+    )
+
+
+def _their_labels(config: EncoderConfig) -> dict[str, Any]:
+    """Returns the fields that name the labels."""
+    if config.label_names is None:
+        return {"num_labels": config.num_labels}
+    return {
+        "id2label": dict(enumerate(config.label_names)),
+        "label2id": {name: i for i, name in enumerate(config.label_names)},
+    }

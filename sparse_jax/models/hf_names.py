@@ -1,0 +1,68 @@
+"""Our leaves and Hugging Face tensors: names and layout."""
+
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from sparse_jax.models.family import Family
+
+__all__ = ["is_stacked", "tensor_name", "to_tensor_layout", "with_full_names"]
+
+_SUFFIXES = MappingProxyType(
+    {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+)
+
+
+def is_stacked(leaf: str) -> bool:
+    """Tells whether a leaf has the layer as leading axis.
+
+    Example:
+      >>> is_stacked("layers/mlp/up/bias"), is_stacked("pooler/bias")
+      (True, False)
+    """
+    return leaf.startswith("layers/")
+
+
+def tensor_name(family: Family, leaf: str, layer: int = 0) -> str:
+    """Returns the name of the tensor that holds a leaf, or one layer of it.
+
+    Example:
+      >>> from sparse_jax.models.bert import BERT
+      >>> tensor_name(BERT, "layers/mlp/up/kernel", 3)
+      'bert.encoder.layer.3.intermediate.dense.weight'
+    """
+    module, _, kind = leaf.rpartition("/")
+    return f"{family.names[module].format(layer)}.{_SUFFIXES[kind]}"
+
+
+def to_tensor_layout(leaf: str, array: np.ndarray) -> np.ndarray:
+    """Turns a kernel `[in, out]` to `[out, in]`; the same call turns it back.
+
+    Example:
+      >>> to_tensor_layout("pooler/kernel", np.zeros((2, 3))).shape
+      (3, 2)
+    """
+    return array.T if leaf.endswith("/kernel") else array
+
+
+def with_full_names(family: Family, names: Iterable[str]) -> Mapping[str, str]:
+    """Returns a map from the names a checkpoint should have to those it has.
+
+    A bare encoder has no `bert.` before its names, and old checkpoints call the scale
+    and bias of a norm `gamma` and `beta`.
+
+    Example:
+      >>> from sparse_jax.models.bert import BERT
+      >>> dict(with_full_names(BERT, ["embeddings.LayerNorm.gamma"]))
+      {'bert.embeddings.LayerNorm.weight': 'embeddings.LayerNorm.gamma'}
+    """
+    return {_full_name(family, name): name for name in names}
+
+
+def _full_name(family: Family, name: str) -> str:
+    """Returns the modern name of a tensor, with its prefix."""
+    name = re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", name))
+    is_bare = re.match(r"(embeddings|encoder|pooler)\.", name)
+    return f"{family.name}.{name}" if is_bare else name

@@ -1,0 +1,35 @@
+"""Where the files of a model are."""
+
+from pathlib import Path
+
+from sparse_jax.errors import InputError
+
+__all__ = ["local_folder"]
+
+# No pickles: loading one runs the code in it.
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+def local_folder(model: str | Path) -> Path:
+    """Returns the folder of a model, after fetching it if `model` is no folder.
+
+    Args:
+      model: local folder, or the id of a model on the Hugging Face Hub.
+
+    Raises:
+      InputError: if `model` is neither a folder nor an id that can be fetched.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    # huggingface_hub is slow to import, so it is imported where it is used.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_FILES))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise InputError(
+            f"`model` must be a local folder or the id of a model on the Hugging Face "
+            f"Hub, got {str(model)!r}, which is no folder and cannot be fetched: "
+            f"{reason}. Check the spelling and the connection."
+        ) from error

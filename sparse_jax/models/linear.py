@@ -1,0 +1,39 @@
+"""Linear maps, tables and norms as every encoder creates them."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_jax.models.config import EncoderConfig
+
+__all__ = ["embed", "layer_norm", "linear"]
+
+
+def linear(
+    config: EncoderConfig, num_in: int, num_out: int, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """Creates `x @ kernel + bias` with a normal kernel and a zero bias."""
+    return nnx.Linear(num_in, num_out, kernel_init=_normal(config), rngs=rngs)
+
+
+def embed(config: EncoderConfig, num_rows: int, rngs: nnx.Rngs) -> nnx.Embed:
+    """Creates a table of normal vectors of the hidden size."""
+    return nnx.Embed(
+        num_rows, config.hidden_size, embedding_init=_normal(config), rngs=rngs
+    )
+
+
+def layer_norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Creates a layer norm over the hidden size, with statistics in float32."""
+    # The fast variance E[x^2] - E[x]^2 loses digits that PyTorch keeps.
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=config.layer_norm_eps,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def _normal(config: EncoderConfig) -> jax.nn.initializers.Initializer:
+    """Returns the initialiser of kernels and tables."""
+    return jax.nn.initializers.normal(config.initializer_range, jnp.float32)

@@ -1,0 +1,78 @@
+"""RoBERTa: positions after the pad id, no pooler, a classifier of two maps.
+
+References:
+  Liu et al., 2019. https://arxiv.org/abs/1907.11692
+"""
+
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.dropout import dropout, split_key
+from sparse_jax.models.family import Family
+from sparse_jax.models.linear import linear
+
+__all__ = ["NAMES", "ROBERTA"]
+
+NAMES = MappingProxyType(
+    {
+        "embeddings/word": "roberta.embeddings.word_embeddings",
+        "embeddings/position": "roberta.embeddings.position_embeddings",
+        "embeddings/token_type": "roberta.embeddings.token_type_embeddings",
+        "embeddings/norm": "roberta.embeddings.LayerNorm",
+        "layers/attention/query": "roberta.encoder.layer.{}.attention.self.query",
+        "layers/attention/key": "roberta.encoder.layer.{}.attention.self.key",
+        "layers/attention/value": "roberta.encoder.layer.{}.attention.self.value",
+        "layers/attention/output": "roberta.encoder.layer.{}.attention.output.dense",
+        "layers/attention/norm": "roberta.encoder.layer.{}.attention.output.LayerNorm",
+        "layers/mlp/up": "roberta.encoder.layer.{}.intermediate.dense",
+        "layers/mlp/down": "roberta.encoder.layer.{}.output.dense",
+        "layers/mlp/norm": "roberta.encoder.layer.{}.output.LayerNorm",
+        "classifier/dense": "classifier.dense",
+        "classifier/out_proj": "classifier.out_proj",
+        "lm_head": "lm_head",
+        "lm_head/dense": "lm_head.dense",
+        "lm_head/norm": "lm_head.layer_norm",
+    }
+)
+
+
+class Classifier(nnx.Module):
+    """Two linear maps of the first token with tanh between: `[B, num_labels]`."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.dropout = config.classifier_dropout
+        self.dense = linear(config, config.hidden_size, config.hidden_size, rngs)
+        self.out_proj = linear(config, config.hidden_size, config.num_labels, rngs)
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Maps `[B, D]` to logits."""
+        first_key, second_key = split_key(key, 2)
+        x = jnp.tanh(self.dense(dropout(x, self.dropout, first_key)))
+        return self.out_proj(dropout(x, self.dropout, second_key))
+
+
+def _position_ids(input_ids: jax.Array, pad_id: int) -> jax.Array:
+    """Counts the tokens of each row from `pad_id + 1`; padding gets `pad_id`."""
+    is_token = (input_ids != pad_id).astype(jnp.int32)
+    return jnp.cumsum(is_token, axis=1) * is_token + pad_id
+
+
+ROBERTA = Family(
+    name="roberta",
+    position_offset=lambda pad_id: pad_id + 1,
+    position_ids=_position_ids,
+    pooler=None,
+    classifier=Classifier,
+    lm_activation="gelu",
+    architectures=MappingProxyType(
+        {
+            "SequenceClassifier": "RobertaForSequenceClassification",
+            "MaskedLM": "RobertaForMaskedLM",
+        }
+    ),
+    names=NAMES,
+)

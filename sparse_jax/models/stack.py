@@ -1,0 +1,72 @@
+"""A stack of equal layers: created at once, run by one scan."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from sparse_jax.sites import Attachment
+
+__all__ = ["Respond", "run_layers", "stack_layers"]
+
+Respond = Callable[[str, jax.Array, jax.Array], jax.Array]
+
+
+def stack_layers(
+    create: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs
+) -> Any:
+    """Creates `num_layers` layers as one module whose arrays start with `[L]`."""
+    keys = jax.random.split(rngs.params(), num_layers)
+    return jax.vmap(lambda key: create(nnx.Rngs(key)))(keys)
+
+
+def run_layers(
+    layers: nnx.Module,
+    x: jax.Array,
+    *context: jax.Array,
+    key: jax.Array | None,
+    attachment: Attachment,
+    unroll: int | None,
+    checkpoint: bool,
+) -> jax.Array:
+    """Runs `x` through a stack of layers.
+
+    A layer is called as `layer(x, *context, key, respond)` and returns the next `x`.
+
+    Args:
+      layers: module made by `stack_layers`.
+      x: input of the first layer, `[B, T, D]`; its dtype is kept through the stack.
+      *context: arrays that every layer sees, such as the attention mask.
+      key: source of one key for each layer; None turns dropout off.
+      attachment: what a method adds to the layers.
+      unroll: layers run in one pass of the loop; None is all of them on CPU and one
+        elsewhere.
+      checkpoint: whether the backward pass computes each layer again instead of
+        keeping its intermediate values.
+
+    Returns:
+      Output of the last layer, `[B, T, D]`.
+    """
+    graphdef, state = nnx.split(layers)
+    params = nnx.to_pure_dict(state)
+    num_layers = jax.tree.leaves(params)[0].shape[0]
+    keys = None if key is None else jax.random.split(key, num_layers)
+
+    def body(x: jax.Array, one: tuple) -> tuple[jax.Array, None]:
+        layer_params, trained, layer_key = one
+        layer: Any = nnx.merge(graphdef, attachment.weights(layer_params, trained))
+        respond = lambda site, x, y: attachment.response(site, x, y, trained)
+        return layer(x, *context, layer_key, respond).astype(x.dtype), None
+
+    unroll = _default_unroll(num_layers) if unroll is None else unroll
+    if checkpoint:
+        # Inside a real loop the compiler cannot merge the two forward passes; in
+        # unrolled code it would, and undo the checkpoint.
+        body = jax.checkpoint(body, prevent_cse=unroll > 1)
+    return jax.lax.scan(body, x, (params, attachment.trained, keys), unroll=unroll)[0]
+
+
+def _default_unroll(num_layers: int) -> int:
+    """Returns all layers on CPU, where a loop halves the speed, and 1 elsewhere."""
+    return num_layers if jax.default_backend() == "cpu" else 1
