@@ -1,0 +1,83 @@
+"""Packing: trees of trained values, and the parameters they came from.
+
+A packed tree has the structure of the parameters: float32 values at the support of a
+sparse leaf, the whole array of a dense leaf, `optax.MaskedNode()` for a frozen one.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles
+from sparse_jax.support import gather, scatter
+
+__all__ = [
+    "below_float32",
+    "current_values",
+    "keep_masters",
+    "pack",
+    "unpack",
+    "zeros_like",
+]
+
+
+def below_float32(leaf: Any) -> bool:
+    """Returns whether a leaf is too coarse for small updates (bfloat16, float16)."""
+    return jnp.dtype(leaf.dtype).itemsize < 4
+
+
+def pack(roles: Any, support: Any, tree: Any) -> Any:
+    """Returns the trained values of a tree shaped like the parameters, in float32."""
+
+    def pack_leaf(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
+        values = gather(leaf, support) if role.kind == SPARSE else leaf
+        return values.astype(jnp.float32)
+
+    return map_roles(pack_leaf, roles, tree, support, only=TRAINED)
+
+
+def unpack(roles: Any, support: Any, like: Any, packed: Any) -> Any:
+    """Returns packed values in the shapes and dtypes of `like`, zero elsewhere."""
+
+    def unpack_leaf(role: Role, leaf: Any, support: Any, values: Any) -> Any:
+        if role.kind == DENSE:
+            return values.astype(leaf.dtype)
+        zeros = _zeros(leaf)
+        return scatter(zeros, support, values) if role.kind == SPARSE else zeros
+
+    return map_roles(unpack_leaf, roles, like, support, packed)
+
+
+def keep_masters(roles: Any, packed: Any, params: Any) -> Any:
+    """Returns the packed values of the leaves below float32, `MaskedNode()` elsewhere.
+
+    A float32 leaf is its own master: a second copy would cost 4 bytes an entry.
+    """
+
+    def keep(role: Role, values: Any, leaf: Any) -> Any:
+        return values if below_float32(leaf) else optax.MaskedNode()
+
+    return map_roles(keep, roles, packed, params, only=TRAINED)
+
+
+def current_values(roles: Any, support: Any, masters: Any, params: Any) -> Any:
+    """Returns the packed values: masters where there are any, else the parameters."""
+
+    def current(role: Role, leaf: Any, support: Any, master: Any) -> Any:
+        if below_float32(leaf):
+            return master
+        return gather(leaf, support) if role.kind == SPARSE else leaf
+
+    return map_roles(current, roles, params, support, masters, only=TRAINED)
+
+
+def zeros_like(tree: Any) -> Any:
+    """Returns zeros in the shapes and dtypes of a tree of gradients."""
+    return jax.tree.map(_zeros, tree)
+
+
+def _zeros(leaf: Any) -> Any:
+    """Returns zeros like a leaf; a gradient of integers (float0) is zero already."""
+    return leaf if leaf.dtype == jax.dtypes.float0 else jnp.zeros_like(leaf)

@@ -1,0 +1,88 @@
+"""Which leaves are trained sparsely, which in full, and which not at all."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_jax.names import Rule, first_match, map_named, require_match
+
+__all__ = ["DENSE", "FROZEN", "SPARSE", "TRAINED", "Role", "map_roles", "roles_of"]
+
+SPARSE, DENSE, FROZEN = "sparse", "dense", "frozen"
+TRAINED = (SPARSE, DENSE)
+
+
+class Role(NamedTuple):
+    """What a method does with one leaf."""
+
+    kind: str  # SPARSE, DENSE or FROZEN
+    name: str
+    stacked: bool  # whether the first axis counts layers
+    size: int  # entries of the array, or of one layer of the stack
+
+    def packed_shape(self, shape: tuple[int, ...], k: int) -> tuple[int, ...]:
+        """Returns (k,), or (L, k) for a stack of L layers."""
+        return (shape[0], k) if self.stacked else (k,)
+
+
+def roles_of(
+    tree: Any,
+    *,
+    where: Rule | None = None,
+    dense: Rule | None = None,
+    stacked: Rule | None = None,
+) -> Any:
+    """Returns the role of every leaf, by ordered rules over leaf names.
+
+    `dense` comes first, then `where` (everything, if it is None), then frozen; leaves
+    that do not hold floating-point numbers are frozen. Every leaf gets a role.
+
+    Raises:
+      InputError: if a pattern matches no leaf.
+
+    Example:
+      >>> tree = {"query": jnp.zeros((4, 4)), "classifier": jnp.zeros(4)}
+      >>> jax.tree.map(lambda role: role.kind, roles_of(tree, dense="classifier"),
+      ...              is_leaf=lambda node: isinstance(node, Role))
+      {'classifier': 'dense', 'query': 'sparse'}
+    """
+    names = jax.tree.leaves(map_named(lambda name, leaf: name, tree))
+    # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
+    if names:
+        require_match("where", where, names)
+        require_match("dense", dense, names)
+        require_match("stacked", stacked, names)
+    kinds = {DENSE: dense, SPARSE: ".*" if where is None else where}
+
+    def role(name: str, leaf: Any) -> Role:
+        kind = first_match(kinds, name, FROZEN)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.size == 0:
+            kind = FROZEN
+        is_stacked = first_match({"stacked": stacked}, name, "") == "stacked"
+        size = leaf.size // leaf.shape[0] if is_stacked else leaf.size
+        return Role(kind, name, is_stacked, size)
+
+    return map_named(role, tree)
+
+
+def map_roles(
+    function: Callable[..., Any],
+    roles: Any,
+    *trees: Any,
+    only: Sequence[str] = (SPARSE, DENSE, FROZEN),
+) -> Any:
+    """Maps `function(role, *leaves)` over trees that have a node for every role.
+
+    Leaves of a kind that is not in `only` become `optax.MaskedNode()`, and may be
+    that in any of the trees, so that trees of trained leaves keep the structure of
+    the parameters.
+    """
+
+    def masked(role: Role, *leaves: Any) -> Any:
+        return function(role, *leaves) if role.kind in only else optax.MaskedNode()
+
+    is_role = lambda node: isinstance(node, Role)
+    return jax.tree.map(masked, roles, *trees, is_leaf=is_role)

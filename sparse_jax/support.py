@@ -1,0 +1,128 @@
+"""Supports: which entries of an array are trained, and how to reach them.
+
+A support holds row-major flat positions, ascending and distinct. It has shape (k,) for
+an array, and (L, k) for a stack of L layers, whose positions count within a layer, so
+that int32 suffices however deep the stack.
+"""
+
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sparse_jax.errors import InputError
+
+__all__ = ["gather", "replicated", "require_density", "scatter", "support_size"]
+
+# Distinct indices matter beyond speed: float32 scatters that may collide compile to a
+# compare-and-swap loop on GPU in jaxlib 0.10.2 (jax issue 38806).
+_DISTINCT = {
+    "mode": "promise_in_bounds",
+    "unique_indices": True,
+    "indices_are_sorted": True,
+}
+
+
+def require_density(density: float) -> None:
+    """Raises unless a density is a fraction of entries.
+
+    Raises:
+      InputError: if `density` is outside (0, 1] or not a number.
+
+    Example:
+      >>> require_density(0.05)
+    """
+    if not 0 < density <= 1:
+        raise InputError(
+            f"`density` must be in (0, 1], got {density}. It is the fraction of "
+            "entries trained, so training 1% of them is `density=0.01`."
+        )
+
+
+def support_size(density: float, size: int) -> int:
+    """Returns the number of entries trained in an array of `size` entries.
+
+        k = ceil(density * size)
+
+    The product is taken in decimal, so that 7 % of 100 is 7 and not 8.
+
+    Example:
+      >>> support_size(0.07, 100), support_size(0.01, 64)
+      (7, 1)
+    """
+    return math.ceil(Fraction(str(float(density))) * size)
+
+
+def gather(x: jax.Array, support: jax.Array) -> jax.Array:
+    """Returns the entries of an array at a support, in the dtype of the array.
+
+        packed[i] = x[support[i]]
+
+    Args:
+      x: array of any shape, or a stack of layers, shape=(L, ...).
+      support: positions, shape=(k,), or (L, k) for a stack; int32.
+
+    Returns:
+      The entries, in the shape of `support`.
+
+    Example:
+      >>> gather(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0, 3]))
+      Array([1., 4.], dtype=float32)
+    """
+    x = replicated(x)
+    if support.ndim == 1:
+        return x.reshape(-1).at[support].get(**_DISTINCT)
+    layers = lax.broadcasted_iota(jnp.int32, support.shape, 0)
+    return x.reshape(x.shape[0], -1).at[layers, support].get(**_DISTINCT)
+
+
+def scatter(x: jax.Array, support: jax.Array, packed: jax.Array) -> jax.Array:
+    """Returns an array with the entries at a support replaced.
+
+        x[support[i]] = packed[i]
+
+    Setting, not adding: a low-precision array then holds the rounded value of its
+    float32 master, however small the last update was. Under `jit` with `x` donated,
+    it happens in place.
+
+    Args:
+      x: array of any shape, or a stack of layers, shape=(L, ...).
+      support: positions, shape=(k,), or (L, k) for a stack; int32.
+      packed: values in the shape of `support`; cast to the dtype of `x`.
+
+    Example:
+      >>> scatter(jnp.zeros((2, 2)), jnp.array([0, 3]), jnp.array([1.0, 4.0]))
+      Array([[1., 0.],
+             [0., 4.]], dtype=float32)
+    """
+    spec = jax.typeof(x).sharding.spec
+    x, packed = replicated(x), packed.astype(x.dtype)
+    if support.ndim == 1:
+        x = x.reshape(-1).at[support].set(packed, **_DISTINCT).reshape(x.shape)
+        return _resharded(x, spec)
+
+    # Layer by layer, because one scatter over the stack, or a vmap, keeps temporaries
+    # of the size of the packed values for all layers at once (measured: 5.0 MB
+    # against 0.6 MB for 8 layers of 1 M entries, 5 %).
+    def set_layer(layer: jax.Array, stack: jax.Array) -> jax.Array:
+        return stack.at[layer, support[layer]].set(packed[layer], **_DISTINCT)
+
+    flat = x.reshape(x.shape[0], -1)
+    x = lax.fori_loop(0, x.shape[0], set_layer, flat).reshape(x.shape)
+    return _resharded(x, spec)
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Gathers an array that is sharded over explicit mesh axes; others pass through.
+
+    Flat positions need the whole array. Under automatic axes the compiler gathers it
+    by itself; under explicit axes JAX wants to be told.
+    """
+    return _resharded(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
+
+
+def _resharded(x: jax.Array, spec: jax.P) -> jax.Array:
+    """Returns an array in an explicit sharding, if it is in another one."""
+    return x if jax.typeof(x).sharding.spec == spec else jax.reshard(x, spec)

@@ -1,0 +1,343 @@
+"""SIFT: train the entries with the largest gradients, as an Optax transformation."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sparse_jax.errors import InputError
+from sparse_jax.names import Rule
+from sparse_jax.packing import (
+    below_float32,
+    current_values,
+    keep_masters,
+    pack,
+    unpack,
+    zeros_like,
+)
+from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
+from sparse_jax.scores import Score, leaf_key, score_named, select
+from sparse_jax.support import require_density, support_size
+from sparse_jax.transforms.carry import carry_state, carry_values
+from sparse_jax.transforms.torch_sift import torch_sift
+
+__all__ = ["SiftState", "sift"]
+
+_PARAMS_MISSING = (
+    "`params` must be passed to `update`, got None. `sift` reads the current values "
+    "of the entries it trains."
+)
+
+
+class SiftState(NamedTuple):
+    """State of `sift`. Leaves that are not concerned hold `optax.MaskedNode()`."""
+
+    count: jax.typing.ArrayLike  # shape=(), int32: gradients accepted
+    skipped: jax.typing.ArrayLike  # shape=(), int32: non-finite gradients skipped
+    support: optax.Updates  # sparse leaves: shape=(k,) or (L, k), int32
+    masters: optax.Updates  # trained leaves below float32: their float32 values
+    summed: optax.Updates  # sparse leaves if select_from > 1: float32 gradients
+    inner_state: optax.OptState
+
+
+def sift(
+    inner: optax.GradientTransformation | None = None,
+    density: float = 0.01,
+    *,
+    where: Rule | None = None,
+    dense: Rule | None = None,
+    score: str | Callable[[jax.Array, jax.Array], jax.Array] = "gradient",
+    select_from: int = 1,
+    reselect_every: int | None = None,
+    reselect_state: Literal["carry", "restart"] = "carry",
+    stacked: Rule | None = None,
+    key: jax.Array | None = None,
+    compat: Literal["torch-sift"] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Trains only the entries of each array with the largest gradients.
+
+    With g_t the incoming update of one array of n entries, k = ceil(density * n), and
+    S the positions of the k largest |g| of the first gradient,
+
+        w_{t+1}[S] = w_t[S] + inner(g_t[S]),      w_{t+1} = w_t elsewhere.
+
+    `inner` sees float32 vectors of k entries, so its state is O(k), and whatever it
+    does (weight decay too) stays inside S. Entries outside S and frozen leaves get an
+    update of exactly zero. With `inner=None` the masked gradient is passed on.
+
+    Differs from the released code: the gradient that selects is also used, updates
+    are applied at once, weight decay acts, and parameters below float32 keep float32
+    masters (`compat="torch-sift"` restores the original behaviour).
+
+    Args:
+      inner: transformation of the packed gradients, or None to only mask.
+      density: fraction of entries trained in each array, in (0, 1].
+      where: regular expressions, searched for in the leaf names (`layers/0/kernel`),
+        of the leaves trained sparsely; None means all that are not `dense`.
+      dense: expressions of the leaves trained in full, such as the classifier. It
+        wins over `where`. Everything else is frozen.
+      score: what to rank by: "gradient", "magnitude", "gradient/magnitude",
+        "random", or a callable (gradient, param) -> scores of the same shape, of
+        which the largest magnitudes win. Static under `inject_hyperparams`.
+      select_from: gradients summed before the selection; nothing moves before it.
+        More than one keeps a dense float32 sum in the state.
+      reselect_every: updates between two selections; None selects once, which the
+        paper does and later studies confirm (arXiv 2412.13488).
+      reselect_state: what re-selection does to the state of `inner`. "carry": entries
+        that stay keep theirs and new ones start fresh while counts run on, so that
+        Adam's first steps on a new entry are up to 3 times too long. "restart": all
+        of it is initialised again, counts included.
+      stacked: expressions of the leaves whose first axis counts layers; each layer
+        then gets a support of its own.
+      key: PRNG key, needed by `score="random"`.
+      compat: "torch-sift" reproduces the released PyTorch code update by update.
+
+    Returns:
+      A transformation whose updates have the shapes and dtypes of the gradients. For
+      parameters below float32 the update is master minus parameter, so adding it
+      gives the rounded master. Gradients that are not finite are skipped and counted
+      while they would decide a selection.
+
+    Raises:
+      InputError: if an argument breaks its rule, or (in `init`) an expression matches
+        no leaf.
+
+    Example:
+      >>> params = {"w": jnp.array([1.0, 2.0, 3.0, 4.0])}
+      >>> tx = sift(optax.sgd(1.0), density=0.5)
+      >>> grads = {"w": jnp.array([0.1, -0.4, 0.3, 0.2])}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> updates["w"], state.support["w"]
+      (Array([ 0. ,  0.4, -0.3,  0. ], dtype=float32), Array([1, 2], dtype=int32))
+
+    References:
+      Song et al., 2024, https://arxiv.org/abs/2312.11875, and `sift/sift.py` of the
+      released code.
+    """
+    require_density(density)
+    _require_counts(select_from, reselect_every)
+    if reselect_state not in ("carry", "restart"):
+        raise InputError(
+            f"`reselect_state` must be 'carry' or 'restart', got {reselect_state!r}."
+        )
+    if score == "random" and key is None:
+        raise InputError(
+            "`key` must be given when `score` is 'random', got None. Pass "
+            "`key=jax.random.key(seed)`."
+        )
+    rank = score_named(score)
+    if compat is not None:
+        original = _require_original(compat, inner, score, select_from, reselect_every)
+        return torch_sift(original, density, where=where, dense=dense, stacked=stacked)
+
+    # Without an inner transformation nothing is known of the step, so there is no
+    # value to keep a master of.
+    has_masters = inner is not None
+    tx = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+    # Only the random score looks at the key.
+    base_key = jax.random.key(0) if key is None else key
+
+    def masters_of(roles: Any, values: Any, params: Any) -> Any:
+        kept = keep_masters(roles, values, params)
+        return kept if has_masters else map_roles(lambda role: role, roles, only=())
+
+    def init_fn(params: optax.Params) -> SiftState:
+        roles = roles_of(params, where=where, dense=dense, stacked=stacked)
+
+        def packed(role: Role, leaf: Any, dtype: Any = jnp.float32) -> jax.Array:
+            if role.kind == DENSE:
+                return jnp.zeros_like(leaf, dtype)
+            k = support_size(density, role.size)
+            return jnp.zeros(role.packed_shape(leaf.shape, k), dtype)
+
+        def sums(role: Role, leaf: Any) -> Any:
+            if select_from == 1:
+                return optax.MaskedNode()
+            return jnp.zeros_like(leaf, jnp.float32)
+
+        positions = lambda role, leaf: packed(role, leaf, jnp.int32)
+        # Only shapes matter here, the values come with the first selection: `init`
+        # accepts abstract parameters.
+        values = map_roles(packed, roles, params, only=TRAINED)
+        return SiftState(
+            count=jnp.zeros([], jnp.int32),
+            skipped=jnp.zeros([], jnp.int32),
+            support=map_roles(positions, roles, params, only=(SPARSE,)),
+            masters=masters_of(roles, values, params),
+            summed=map_roles(sums, roles, params, only=(SPARSE,)),
+            inner_state=tx.init(values),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SiftState]:
+        if params is None:
+            if has_masters or score not in ("gradient", "random"):
+                raise ValueError(_PARAMS_MISSING)
+            params = updates
+        roles = roles_of(updates, where=where, dense=dense, stacked=stacked)
+        collecting, due = _schedule(state.count, select_from, reselect_every)
+
+        def skip() -> tuple[optax.Updates, SiftState]:
+            zeros = zeros_like(updates)
+            return zeros, state._replace(skipped=optax.safe_increment(state.skipped))
+
+        def accept() -> tuple[optax.Updates, SiftState]:
+            ready = state._replace(
+                count=optax.safe_increment(state.count),
+                summed=_sum(roles, state.summed, updates, collecting),
+            )
+            ready = lax.cond(due, reselect, lambda ready: ready, ready)
+            if select_from == 1:
+                return move(ready)
+            return lax.cond(jnp.asarray(ready.count) < select_from, wait, move, ready)
+
+        def reselect(ready: SiftState) -> SiftState:
+            source = updates if select_from == 1 else ready.summed
+            draw = jax.random.fold_in(base_key, state.count)
+            support = _select(roles, source, params, rank, density, draw)
+            values = pack(roles, support, params)
+            kept = (values, tx.init(values))
+            if reselect_every is not None:
+                again = jnp.asarray(state.count) >= select_from
+                kept = lax.cond(again, carry, lambda support, kept: kept, support, kept)
+            values, inner_state = kept
+            return ready._replace(
+                support=support,
+                masters=masters_of(roles, values, params),
+                summed=jax.tree.map(jnp.zeros_like, ready.summed),
+                inner_state=inner_state,
+            )
+
+        def carry(support: Any, fresh: Any) -> Any:
+            values, inner_state = fresh
+            supports = (state.support, support)
+            if has_masters:
+                values = carry_values(roles, state.masters, values, *supports)
+            if reselect_state == "carry":
+                inner_state = carry_state(
+                    tx, roles, state.inner_state, inner_state, *supports
+                )
+            return values, inner_state
+
+        def wait(ready: SiftState) -> tuple[optax.Updates, SiftState]:
+            return zeros_like(updates), ready
+
+        def move(ready: SiftState) -> tuple[optax.Updates, SiftState]:
+            grads = pack(roles, ready.support, updates)
+            if has_masters:
+                values = current_values(roles, ready.support, ready.masters, params)
+            else:
+                values = pack(roles, ready.support, params)
+            step, inner_state = tx.update(
+                grads, ready.inner_state, values, **extra_args
+            )
+            ready = ready._replace(inner_state=inner_state)
+            if has_masters:
+                values = optax.apply_updates(values, step)
+                step = _rounded_step(roles, ready.support, step, values, params)
+                ready = ready._replace(masters=masters_of(roles, values, params))
+            return unpack(roles, ready.support, updates, step), ready
+
+        finite = lax.cond(collecting, lambda: _finite(roles, updates), lambda: True)
+        return lax.cond(finite, accept, skip)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _require_counts(select_from: int, reselect_every: int | None) -> None:
+    """Raises unless there is room for `select_from` gradients between selections."""
+    if select_from < 1:
+        raise InputError(
+            f"`select_from` must be at least 1, got {select_from}. It counts the "
+            "gradients summed before the selection."
+        )
+    if reselect_every is not None and reselect_every < select_from:
+        raise InputError(
+            f"`reselect_every` must be at least select_from={select_from}, got "
+            f"{reselect_every}. Use None to select once."
+        )
+
+
+def _require_original(
+    compat: str,
+    inner: optax.GradientTransformation | None,
+    score: Any,
+    select_from: int,
+    reselect_every: int | None,
+) -> optax.GradientTransformation:
+    """Returns `inner`, or raises if an argument is not one the released code has."""
+    if compat != "torch-sift":
+        raise InputError(f"`compat` must be 'torch-sift' or None, got {compat!r}.")
+    settings = (score, select_from, reselect_every)
+    if settings != ("gradient", 1, None):
+        raise InputError(
+            "`score`, `select_from` and `reselect_every` must keep their defaults "
+            f"with `compat='torch-sift'`, got {settings}. The released code selects "
+            "once, from one gradient."
+        )
+    if inner is None:
+        raise InputError(
+            "`inner` must be a transformation with `compat='torch-sift'`, got None. "
+            "Pass `optax.adamw(learning_rate)`: the original delays its step."
+        )
+    return inner
+
+
+def _schedule(
+    count: jax.typing.ArrayLike, select_from: int, reselect_every: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns whether this gradient counts for a selection, and whether it is due."""
+    count = jnp.asarray(count)
+    # Updates to go until the next selection; negative once it lies behind.
+    left = select_from - 1 - count
+    if reselect_every is not None:
+        left = jnp.where(left < 0, left % reselect_every, left)
+    return (left >= 0) & (left < select_from), left == 0
+
+
+def _finite(roles: Any, updates: optax.Updates) -> jax.Array:
+    """Returns whether every trained leaf is finite."""
+    finite = lambda role, leaf: jnp.all(jnp.isfinite(leaf))
+    checks = jax.tree.leaves(map_roles(finite, roles, updates, only=TRAINED))
+    return jnp.all(jnp.stack(checks)) if checks else jnp.array(True)
+
+
+def _sum(roles: Any, summed: Any, updates: optax.Updates, collecting: Any) -> Any:
+    """Adds this gradient to the sums while a selection is being prepared."""
+    if not jax.tree.leaves(summed):
+        return summed
+    add = lambda role, total, leaf: total + leaf.astype(jnp.float32)
+    added = lambda: map_roles(add, roles, summed, updates, only=(SPARSE,))
+    return lax.cond(collecting, added, lambda: summed)
+
+
+def _select(
+    roles: Any, source: Any, params: Any, rank: Score, density: float, key: jax.Array
+) -> Any:
+    """Returns the support of every sparse leaf."""
+
+    def select_leaf(role: Role, gradient: jax.Array, param: jax.Array) -> jax.Array:
+        k = support_size(density, role.size)
+        draw = leaf_key(key, role.name)
+        return select(rank, gradient, param, k, draw, stacked=role.stacked)
+
+    return map_roles(select_leaf, roles, source, params, only=(SPARSE,))
+
+
+def _rounded_step(roles: Any, support: Any, step: Any, values: Any, params: Any) -> Any:
+    """Returns the step that takes a coarse parameter to its rounded master."""
+    before = pack(roles, support, params)
+
+    def rounded(role: Role, step: Any, value: Any, before: Any, leaf: Any) -> Any:
+        if not below_float32(leaf):
+            return step
+        return value.astype(leaf.dtype).astype(jnp.float32) - before
+
+    return map_roles(rounded, roles, step, values, before, params, only=TRAINED)
