@@ -121,7 +121,7 @@ def hide(text: str) -> str:
 
     Example:
       >>> hide("Open a URL with urllib.request, or raise OSError in http.")
-      'Open a URL with [MASK] or raise [MASK] in [MASK]'
+      'Open a URL with [MASK] or raise OSError in [MASK]'
     """
     words = ["[MASK]" if _is_name(word) else word for word in text.split()]
     kept = [w for i, w in enumerate(words) if w != "[MASK]" or words[i - 1 : i] != [w]]

@@ -8,6 +8,7 @@ it beside the model, and writes the ids for `experiments.quickstart_data.pretrai
 
 import argparse
 import json
+import string
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,22 +26,36 @@ from experiments.quickstart_data.task import MODEL, held_out, rows
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # ids 0 to 4
 MOST_TOKENS = 128  # in a sequence
+_INNER = string.ascii_lowercase + string.digits  # characters inside a word
+_ALPHABET = _INNER + string.punctuation + "‘’“”…–"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Returns a lower-casing WordPiece tokenizer like BERT's."""
-    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        # Pieces that are not given at the start get their ids, which break ties, in
+        # the order of a hash table: another vocabulary each time.
+        special_tokens=[*SPECIAL, *(f"##{letter}" for letter in _INNER)],
+        initial_alphabet=list(_ALPHABET),
+        limit_alphabet=len(_ALPHABET),
+        show_progress=False,
+    )
+    learner = _tokenizer({"[UNK]": 0})
+    learner.train_from_iterator(texts, trainer)
+    # In a tokenizer of its own the inner letters are pieces, not special tokens.
+    tokenizer = _tokenizer(learner.get_vocab())
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer
+
+
+def _tokenizer(vocab: dict[str, int]) -> Tokenizer:
+    """Returns a tokenizer that splits words as BERT does."""
+    tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = BertPreTokenizer()
     tokenizer.decoder = WordPieceDecoder(prefix="##")
-    trainer = WordPieceTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL,
-        limit_alphabet=120,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return tokenizer
 
 
