@@ -129,6 +129,7 @@ def _from_theirs(family: Family, theirs: Any, num_labels: int | None) -> Encoder
     offset = family.position_offset(pad_id)
     rate = theirs.classifier_dropout
     names = tuple(theirs.id2label[i] for i in sorted(theirs.id2label))
+    is_unnamed = names == tuple(f"LABEL_{i}" for i in range(len(names)))
     num_labels = len(names) if num_labels is None else num_labels
     return EncoderConfig(
         **{ours: getattr(theirs, name) for ours, name in _FIELDS.items()},
@@ -137,7 +138,7 @@ def _from_theirs(family: Family, theirs: Any, num_labels: int | None) -> Encoder
         pad_id=pad_id,
         classifier_dropout=theirs.hidden_dropout_prob if rate is None else rate,
         num_labels=num_labels,
-        label_names=names if len(names) == num_labels else None,
+        label_names=names if len(names) == num_labels and not is_unnamed else None,
     )
 
 

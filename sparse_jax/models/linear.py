@@ -18,9 +18,11 @@ def linear(
 
 def embed(config: EncoderConfig, num_rows: int, rngs: nnx.Rngs) -> nnx.Embed:
     """Creates a table of normal vectors of the hidden size."""
-    return nnx.Embed(
-        num_rows, config.hidden_size, embedding_init=_normal(config), rngs=rngs
-    )
+    init = _normal(config)
+    table = nnx.Embed(num_rows, config.hidden_size, embedding_init=init, rngs=rngs)
+    # Flax would turn every table to the dtype that it was created in.
+    table.dtype = None
+    return table
 
 
 def layer_norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

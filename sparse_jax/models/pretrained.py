@@ -73,7 +73,9 @@ def from_pretrained(
             "`key=jax.random.key(0)` to start the head at random."
         )
 
-    created = {} if key is None else _new_leaves(pure, missing, jnp.dtype(dtype), key)
+    created = {}
+    if missing and key is not None:
+        created = _new_leaves(pure, missing, jnp.dtype(dtype), key)
 
     def load(leaf: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf in created:

@@ -1,0 +1,291 @@
+"""Loading checkpoints of every age, saving them, and saying what is wrong."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_models import (
+    FAMILIES,
+    PAD_IDS,
+    jax_batch,
+    padded_batch,
+    tiny_config,
+    tiny_params,
+)
+
+from sparse_jax.errors import InputError
+from sparse_jax.models.heads import MaskedLM, SequenceClassifier
+from sparse_jax.models.hf_config import read_config
+from sparse_jax.models.pretrained import base_hash, from_pretrained, save_pretrained
+from sparse_jax.models.pure import PureModel
+
+both_families = pytest.mark.parametrize("name", ["bert", "roberta"])
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Returns a function that saves a tiny model and gives its folder."""
+
+    def save(name, head=SequenceClassifier, **changes):
+        model = PureModel(head, FAMILIES[name], tiny_config(name, **changes))
+        params = tiny_params(name, head)
+        save_pretrained(model, params, tmp_path / name)
+        return tmp_path / name, model, params
+
+    return save
+
+
+def rewrite_tensors(folder, change):
+    """Replaces the tensors of a folder by `change(tensors)`."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rewrite_config(folder, **changes):
+    """Replaces fields of a `config.json`; None removes one."""
+    fields = json.loads((folder / "config.json").read_text()) | changes
+    fields = {name: value for name, value in fields.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def assert_trees_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@both_families
+@pytest.mark.parametrize("head", [SequenceClassifier, MaskedLM])
+def test_a_saved_model_loads_as_it_was(name, head, save):
+    folder, model, params = save(name, head)
+    loaded, loaded_params = from_pretrained(folder, head=head)
+    assert loaded == model
+    assert_trees_equal(loaded_params, params)
+
+
+@both_families
+def test_names_without_a_prefix_load(name, save):
+    folder, _, params = save(name)
+    bare = lambda tensors: {k.removeprefix(f"{name}."): v for k, v in tensors.items()}
+    rewrite_tensors(folder, bare)
+    assert_trees_equal(from_pretrained(folder)[1], params)
+
+
+@both_families
+def test_old_names_of_norms_load(name, save):
+    folder, _, params = save(name)
+    old = lambda key: key.replace("Norm.weight", "Norm.gamma").replace(
+        "Norm.bias", "Norm.beta"
+    )
+    rewrite_tensors(folder, lambda tensors: {old(k): v for k, v in tensors.items()})
+    assert "gamma" in "".join(load_file(folder / "model.safetensors"))
+    assert_trees_equal(from_pretrained(folder)[1], params)
+
+
+@both_families
+def test_buffers_and_heads_of_other_tasks_are_ignored(name, save):
+    folder, _, params = save(name)
+    extra = {
+        f"{name}.embeddings.position_ids": np.arange(20)[None],
+        "cls.seq_relationship.weight": np.zeros((2, 32), np.float32),
+        "lm_head.bias": np.zeros(50, np.float32),
+    }
+    rewrite_tensors(folder, lambda tensors: tensors | extra)
+    assert_trees_equal(from_pretrained(folder)[1], params)
+
+
+@both_families
+def test_a_sharded_checkpoint_loads(name, save):
+    folder, _, params = save(name)
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for shard, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{shard}.safetensors"
+        save_file({key: tensors[key] for key in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    assert_trees_equal(from_pretrained(folder)[1], params)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(InputError, match="misses model-1.safetensors"):
+        from_pretrained(folder)
+
+
+@both_families
+def test_a_bare_encoder_gets_a_new_head_from_the_key(name, save):
+    folder, model, params = save(name)
+    is_head = lambda key: "pooler" in key or "classifier" in key
+    bare = lambda tensors: {k: v for k, v in tensors.items() if not is_head(k)}
+    rewrite_tensors(folder, bare)
+    with pytest.raises(InputError, match="`key` must be given.*`classifier/"):
+        from_pretrained(folder)
+    loaded, found = from_pretrained(folder, key=jax.random.key(3), num_labels=5)
+    assert_trees_equal(found["layers"], params["layers"])
+    new = loaded.init(jax.random.key(3))
+    assert_trees_equal(found["classifier"], new["classifier"])
+    logits = loaded(found, jax_batch(padded_batch(name)))
+    assert logits.shape == (3, 5) and bool(jnp.all(jnp.isfinite(logits)))
+
+
+@both_families
+def test_a_masked_lm_becomes_a_classifier(name, save):
+    folder, _, params = save(name, MaskedLM)
+    loaded, found = from_pretrained(folder, num_labels=1, key=jax.random.key(0))
+    assert loaded.config.num_labels == 1
+    assert_trees_equal(found["embeddings"], params["embeddings"])
+
+
+def test_parameters_load_in_the_dtype_asked_for(save):
+    folder, _, params = save("bert")
+    _, found = from_pretrained(folder, dtype=jnp.bfloat16)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert_trees_equal(found, half)
+
+
+def test_labels_keep_their_names(save):
+    folder, _, _ = save("bert", label_names=("no", "maybe", "yes"))
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields["id2label"] == {"0": "no", "1": "maybe", "2": "yes"}
+    assert fields["label2id"] == {"no": 0, "maybe": 1, "yes": 2}
+    _, config = read_config(folder)
+    assert config.label_names == ("no", "maybe", "yes")
+    assert read_config(folder, num_labels=2)[1].label_names is None
+
+
+@pytest.mark.parametrize(
+    ("dtypes"), [{"dtype": "float16"}, {"dtype": None, "torch_dtype": "float16"}]
+)
+def test_new_and_old_configurations_load(dtypes, save):
+    folder, _, params = save("bert")
+    rewrite_config(folder, **dtypes)
+    assert_trees_equal(from_pretrained(folder)[1], params)
+
+
+def test_a_field_that_is_absent_takes_its_usual_value(save):
+    folder, _, _ = save("roberta")
+    rewrite_config(folder, classifier_dropout=None, hidden_dropout_prob=0.25)
+    _, config = read_config(folder)
+    assert config.classifier_dropout == 0.25
+    assert config.pad_id == PAD_IDS["roberta"]
+    assert (config.max_positions, config.position_offset) == (20, 2)
+
+
+def test_the_hash_depends_on_the_weights_only(save, tmp_path):
+    folder, model, params = save("bert")
+    shutil.copytree(folder, tmp_path / "copy")
+    rewrite_config(tmp_path / "copy", hidden_dropout_prob=0.0)
+    assert base_hash(tmp_path / "copy") == base_hash(folder)
+    assert len(base_hash(folder)) == 64
+    changed = jax.tree.map(lambda leaf: leaf + 1, params)
+    save_pretrained(model, changed, tmp_path / "copy")
+    assert base_hash(tmp_path / "copy") != base_hash(folder)
+
+
+def test_a_folder_without_a_configuration_is_named(tmp_path):
+    with pytest.raises(InputError, match="must be a folder with a `config.json`"):
+        from_pretrained(tmp_path)
+
+
+def test_a_configuration_that_is_not_json_is_named(save):
+    folder, _, _ = save("bert")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json` must be a JSON object"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "t5"}, "must be one of bert, roberta, got 't5'"),
+        ({"model_type": None}, "must be one of bert, roberta, got None"),
+        ({"hidden_size": "wide"}, "must be a valid bert configuration"),
+        ({"position_embedding_type": "relative_key"}, "must be 'absolute'"),
+        ({"is_decoder": True}, "must be false"),
+    ],
+)
+def test_a_model_that_is_not_supported_says_why(changes, message, save):
+    folder, _, _ = save("bert")
+    rewrite_config(folder, **changes)
+    with pytest.raises(InputError, match=message):
+        from_pretrained(folder)
+
+
+def test_a_folder_without_weights_is_named(save):
+    folder, _, _ = save("bert")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="which has no weights"):
+        from_pretrained(folder)
+    with pytest.raises(InputError, match="which has no weights"):
+        base_hash(folder)
+
+
+def test_a_pickle_is_not_opened_but_its_conversion_explained(save):
+    folder, _, _ = save("bert")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="pickle.*safe_serialization=True"):
+        from_pretrained(folder)
+
+
+def test_a_truncated_file_is_named(save):
+    folder, _, _ = save("bert")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(InputError, match="must be a complete safetensors file"):
+        from_pretrained(folder)
+
+
+def test_a_missing_tensor_is_named(save):
+    folder, _, _ = save("bert")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    rewrite_tensors(folder, lambda t: {k: v for k, v in t.items() if k != name})
+    with pytest.raises(InputError, match=f"`{name}` for `layers/mlp/down/kernel`"):
+        from_pretrained(folder)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(save):
+    folder, _, _ = save("bert")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    wrong = {name: np.zeros((32, 40), np.float32)}
+    rewrite_tensors(folder, lambda tensors: tensors | wrong)
+    message = rf"`{name}` must have shape \[32, 48\] .*got \[32, 40\]"
+    with pytest.raises(InputError, match=message):
+        from_pretrained(folder)
+
+
+@both_families
+def test_another_number_of_labels_says_how_many_there_are(name, save):
+    folder, _, _ = save(name)
+    with pytest.raises(
+        InputError, match=r"shape \[2\].*got \[3\]. Pass `num_labels=3`"
+    ):
+        from_pretrained(folder, num_labels=2)
+
+
+@pytest.mark.parametrize("model", ["no/such/folder", "someone/some-model"])
+def test_what_is_no_folder_and_cannot_be_fetched_is_named(model, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("Cannot reach the host.\nMore lines.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(InputError, match=f"got '{model}'.*host. Check") as caught:
+        from_pretrained(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_loads_from_its_snapshot_without_pickles(save, monkeypatch):
+    folder, _, params = save("bert")
+    asked = {}
+
+    def fetch(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert_trees_equal(from_pretrained("someone/some-model")[1], params)
+    assert "*.safetensors" in asked["someone/some-model"]
+    assert not any("bin" in pattern for pattern in asked["someone/some-model"])

@@ -1,0 +1,107 @@
+"""Tiny random encoders, in PyTorch and in JAX, for the tests of the models."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax.models.bert import BERT
+from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.pure import PureModel
+from sparse_jax.models.roberta import ROBERTA
+from sparse_jax.names import map_named
+
+FAMILIES = {"bert": BERT, "roberta": ROBERTA}
+PAD_IDS = {"bert": 0, "roberta": 1}
+
+
+def tiny_config(name, **changes):
+    """Returns our configuration of a two-layer encoder."""
+    pad_id = PAD_IDS[name]
+    fields = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 48,
+        "max_positions": 20,
+        "position_offset": FAMILIES[name].position_offset(pad_id),
+        "pad_id": pad_id,
+        "num_labels": 3,
+    }
+    return EncoderConfig(**{**fields, **changes})
+
+
+def tiny_params(name, head):
+    """Returns parameters of the tiny encoder, none of which is zero or one."""
+    # A copy of the dictionaries, so that a test may replace leaves in them.
+    return jax.tree.map(lambda leaf: leaf, _drawn(name, head))
+
+
+@functools.cache
+def _drawn(name, head):
+    """Draws the parameters once, without compiling an initialiser."""
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype)
+    params = jax.tree.map(
+        draw, PureModel(head, FAMILIES[name], tiny_config(name)).abstract()
+    )
+    is_scale = lambda leaf: leaf.endswith("/scale")
+    return map_named(lambda n, leaf: leaf + 1 if is_scale(n) else leaf, params)
+
+
+def hugging_face_config(name, **changes):
+    """Returns the transformers configuration of the same encoder."""
+    from transformers import AutoConfig
+
+    fields = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": {"bert": 20, "roberta": 22}[name],
+        "pad_token_id": PAD_IDS[name],
+        "num_labels": 3,
+    }
+    return AutoConfig.for_model(name, **{**fields, **changes})
+
+
+def hugging_face_model(auto_class, config):
+    """Returns a PyTorch model none of whose parameters is zero or one."""
+    import torch
+
+    torch.manual_seed(0)
+    model = auto_class.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def padded_batch(name, lengths=(9, 4, 7)):
+    """Returns a numpy batch of random sentences with padding and two token types."""
+    rng = np.random.default_rng(0)
+    shape = (len(lengths), max(lengths))
+    mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int32)
+    ids = rng.integers(4, 50, shape, dtype=np.int32)
+    types = rng.integers(0, 2, shape, dtype=np.int32)
+    return {
+        "input_ids": np.where(mask, ids, PAD_IDS[name]).astype(np.int32),
+        "attention_mask": mask,
+        "token_type_ids": types * mask,
+    }
+
+
+def torch_output(model, batch):
+    """Returns what a PyTorch model gives for a numpy batch."""
+    import torch
+
+    with torch.no_grad():
+        return model(**{name: torch.tensor(x).long() for name, x in batch.items()})
+
+
+def jax_batch(batch):
+    """Returns a batch of JAX arrays."""
+    return {name: jnp.asarray(x) for name, x in batch.items()}
