@@ -1,3 +1,14 @@
+from .adapters.dense import Dense as Dense
+from .adapters.lora import LoRA as LoRA
+from .adapters.method import Method as Method
+from .adapters.sparse import Sparse as Sparse
+from .adapters.tap import tap as tap
+from .compact import Compact as Compact
+from .compact import CompactState as CompactState
 from .errors import InputError as InputError
+from .sites import Attachment as Attachment
+from .support import gather as gather
+from .support import scatter as scatter
+from .top_k import top_k_support as top_k_support
 from .transforms.sift import SiftState as SiftState
 from .transforms.sift import sift as sift

@@ -1,0 +1,1 @@
+"""Methods that choose what is trained, one file for each."""

@@ -1,0 +1,20 @@
+"""Dense: train whole leaves (full fine-tuning, the head alone, the biases alone)."""
+
+from dataclasses import dataclass
+
+from sparse_jax.adapters.method import Method
+
+__all__ = ["Dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Method):
+    """Trains every leaf that `dense` matches, and nothing else.
+
+    Full fine-tuning is `Dense(dense=".*")`, BitFit (Ben Zaken et al., 2022,
+    https://arxiv.org/abs/2106.10199) is `Dense(dense=("bias$", "^classifier/"))`.
+
+    Example:
+      >>> Dense(dense="^classifier/").dense
+      '^classifier/'
+    """

@@ -1,0 +1,65 @@
+"""What a method is: which leaves it trains, and what it adds to the layers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from sparse_jax.names import Rule
+from sparse_jax.roles import Role, roles_of
+from sparse_jax.scores import Score, gradient
+
+__all__ = ["Method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to fine-tune a model: hashable, without arrays.
+
+    The base class trains nothing; each method overrides what it needs.
+    """
+
+    # Expressions of the leaves trained in full, such as the classifier.
+    dense: Rule | None = None
+    # Top-level subtree whose leaves start with the layer axis [L] and which the model
+    # runs through its `Attachment`; None if the model has no such stack.
+    stack: str | None = "layers"
+
+    @property
+    def score(self) -> Score:
+        """What the sparse leaves are selected by."""
+        return gradient
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the selection has to see a gradient."""
+        return False
+
+    def roles(self, params: Any) -> Any:
+        """Returns the role of every leaf of the parameters."""
+        return self._roles(params, where=())
+
+    def support_size(self, role: Role) -> int:
+        """Returns the entries trained in a sparse leaf, or in one layer of it."""
+        return role.size
+
+    def added(self, params: Any, key: jax.Array) -> Any:
+        """Returns the new arrays of the method, leading axis [L], float32."""
+        del params, key
+        return {}
+
+    def response(self, site: str, x: jax.Array, y: jax.Array, added: Any) -> jax.Array:
+        """Returns the output of a site with what the method adds to it."""
+        del site, x, added
+        return y
+
+    def merge(self, params: Any, added: Any) -> Any:
+        """Returns parameters that alone compute what the method computes."""
+        del added
+        return params
+
+    def _roles(self, params: Any, *, where: Rule | None) -> Any:
+        """Returns the roles by the rules of this method."""
+        has_stack = self.stack is not None and self.stack in params
+        stacked = f"^{self.stack}/" if has_stack else None
+        return roles_of(params, where=where, dense=self.dense, stacked=stacked)

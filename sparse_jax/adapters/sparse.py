@@ -1,0 +1,55 @@
+"""Sparse: train the best-scored entries of each array, in the compact tier."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_jax.adapters.method import Method
+from sparse_jax.names import Rule
+from sparse_jax.roles import Role
+from sparse_jax.scores import SCORES, Score, gradient
+from sparse_jax.support import require_density, support_size
+
+__all__ = ["Sparse"]
+
+_FROM_WEIGHTS = (SCORES["magnitude"], SCORES["random"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse(Method):
+    """Trains k = ceil(density * n) entries of each array, or of each layer of a stack.
+
+    With `rank_by=scores.gradient` this is SIFT; it then gives the numbers of the
+    Optax transformation `sift`, without its dense gradients.
+
+    Raises:
+      InputError: if `density` is outside (0, 1].
+
+    Example:
+      >>> Sparse(density=0.01, where="query|value", dense="classifier").density
+      0.01
+    """
+
+    density: float
+    where: Rule | None = None  # Expressions of the sparse leaves; None is all others.
+    rank_by: Score = gradient
+
+    def __post_init__(self):
+        require_density(self.density)
+
+    @property
+    def score(self) -> Score:
+        """What the sparse leaves are selected by."""
+        return self.rank_by
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the selection has to see a gradient."""
+        return self.rank_by not in _FROM_WEIGHTS
+
+    def roles(self, params: Any) -> Any:
+        """Returns the role of every leaf of the parameters."""
+        return self._roles(params, where=self.where)
+
+    def support_size(self, role: Role) -> int:
+        """Returns the entries trained in a sparse leaf, or in one layer of it."""
+        return support_size(self.density, role.size)

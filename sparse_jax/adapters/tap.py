@@ -1,0 +1,120 @@
+"""Taps: reach the gradient of a weight without ever keeping it.
+
+A tap stands in the forward pass between a weight and the layer that uses it and
+changes nothing. In the backward pass it sees the dense gradient of that one weight,
+takes from it what is wanted, and lets go of the rest. Inside a scan over layers, one
+layer's dense gradient is alive at a time.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax.scores import Score, select
+from sparse_jax.support import gather
+
+__all__ = ["Selection", "empty_selection", "selecting_tap", "support_of", "tap"]
+
+
+@jax.custom_vjp
+def tap(param: jax.Array, packed: jax.Array, support: jax.Array) -> jax.Array:
+    """Returns `param`, so that the gradient at `support` belongs to `packed`.
+
+        forward:  w           backward:  d loss / d packed = (d loss / d w)[support]
+
+    Nothing is propagated to `param` itself. The values of `packed` are not used: write
+    them into `param` with `scatter` after each update. Reverse mode only.
+
+    Args:
+      param: weight of any shape, of one layer.
+      packed: shape=(k,), float32; what to differentiate with respect to.
+      support: positions, shape=(k,), int32.
+
+    Example:
+      >>> w, support = jnp.array([1.0, 2.0, 3.0]), jnp.array([0, 2])
+      >>> loss = lambda packed: jnp.sum(tap(w, packed, support) ** 2)
+      >>> jax.grad(loss)(jnp.zeros(2))
+      Array([2., 6.], dtype=float32)
+    """
+    del packed, support
+    return param
+
+
+def _tap_forward(param, packed, support):
+    """Keeps the support only."""
+    del packed
+    return param, support
+
+
+def _tap_backward(support, cotangent):
+    """Gathers the wanted entries of the dense gradient."""
+    return None, gather(cotangent, support).astype(jnp.float32), None
+
+
+tap.defvjp(_tap_forward, _tap_backward)
+
+
+class Selection(NamedTuple):
+    """A support on its way out of a backward pass, as float32 cotangents."""
+
+    high: jax.Array  # shape=(..., k): positions divided by 2**16
+    low: jax.Array  # shape=(..., k): the remainder
+    bad: jax.Array  # shape=(...): 1 where the gradient was not finite
+
+
+# Both halves of an int32 position are exact in float32.
+_HALF = 1 << 16
+
+
+def empty_selection(shape: tuple[int, ...]) -> Selection:
+    """Returns what `selecting_tap` is differentiated by, for supports of a shape."""
+    zeros = jnp.zeros(shape, jnp.float32)
+    return Selection(zeros, zeros, zeros[..., 0])
+
+
+def support_of(selection: Selection) -> jax.Array:
+    """Returns the positions that a selection carries, int32."""
+    return selection.high.astype(jnp.int32) * _HALF + selection.low.astype(jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def selecting_tap(score: Score, param: jax.Array, selection: Selection) -> jax.Array:
+    """Returns `param`; the "gradient" of `selection` is the support of its gradient.
+
+    This selects in the backward pass itself, so that choosing the support of a large
+    model needs no more memory than training it.
+
+    Args:
+      score: ranks the entries of one array; the k best are selected.
+      param: weight of any shape, of one layer.
+      selection: `empty_selection((k,))`.
+
+    Example:
+      >>> from sparse_jax.scores import gradient
+      >>> w = jnp.array([1.0, -3.0, 2.0])
+      >>> loss = lambda s: jnp.sum(selecting_tap(gradient, w, s) ** 2)
+      >>> support_of(jax.grad(loss)(empty_selection((2,))))
+      Array([1, 2], dtype=int32)
+    """
+    del score, selection
+    return param
+
+
+def _select_forward(score, param, selection):
+    """Keeps what the score may want to see."""
+    del score
+    return param, (param, selection.high)
+
+
+def _select_backward(score, kept, cotangent):
+    """Selects from the dense gradient."""
+    param, high = kept
+    # A score that looks at a gradient draws nothing.
+    support = select(score, cotangent, param, high.shape[-1], jax.random.key(0))
+    halves = (support // _HALF, support % _HALF, ~jnp.isfinite(cotangent).all())
+    return None, Selection(*(half.astype(jnp.float32) for half in halves))
+
+
+selecting_tap.defvjp(_select_forward, _select_backward)

@@ -1,0 +1,298 @@
+"""The compact tier: a training step whose gradients are never dense."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sparse_jax.adapters.method import Method
+from sparse_jax.adapters.tap import (
+    Selection,
+    empty_selection,
+    selecting_tap,
+    support_of,
+    tap,
+)
+from sparse_jax.packing import current_values, keep_masters, pack
+from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles
+from sparse_jax.scores import leaf_key, select
+from sparse_jax.sites import Attachment
+from sparse_jax.support import scatter
+
+__all__ = ["Compact", "CompactState", "Loss"]
+
+# (params, batch, key, attachment) -> (sum of the losses, number they are averaged by)
+Loss = Callable[[Any, Any, Any, Attachment], tuple[jax.Array, jax.typing.ArrayLike]]
+
+
+class CompactState(NamedTuple):
+    """What a step reads and returns; donate it to `jax.jit`."""
+
+    count: jax.typing.ArrayLike  # shape=(), int32: updates made
+    params: Any  # current parameters, in their own dtypes
+    support: Any  # sparse leaves: shape=(k,) or (L, k), int32
+    masters: Any  # trained leaves below float32: their float32 values
+    added: Any  # arrays that the method adds, float32
+    opt_state: optax.OptState  # of the trained values
+
+
+@dataclass(frozen=True)
+class Compact:
+    """Fine-tunes by a method with gradients, state and updates of O(k).
+
+        packed = w[S];   packed += tx(d loss / d packed);   w[S] = packed
+
+    Float32 leaves are their own masters; coarser leaves keep float32 masters of the
+    trained values. `tx` sees nothing but trained values, so clipping by the global
+    norm is the norm of these. Every method is pure and meant to be compiled with the
+    state donated: then no weight has a second copy.
+
+    Attributes:
+      loss: (params, batch, key, attachment) -> (total, weight). The loss is total /
+        weight; hand `attachment` to the model, or ignore it if `method.stack` is None.
+      method: what to train.
+      tx: any Optax transformation.
+      accumulate: micro-batches per update. Above one, the leaves of a batch are
+        [accumulate, ...] and only packed gradients are summed.
+
+    Example:
+      >>> from sparse_jax.adapters.sparse import Sparse
+      >>> def loss(params, x, key, attachment):
+      ...     return jnp.sum((x @ params["w"]) ** 2), x.shape[0]
+      >>> tuner = Compact(loss, Sparse(density=0.5, stack=None), optax.sgd(0.25))
+      >>> state = tuner.init({"w": jnp.array([1.0, 2.0])}, jax.random.key(0))
+      >>> x = jnp.array([[1.0, 3.0]])
+      >>> state, finite = tuner.select(state, x, jax.random.key(1))
+      >>> state, metrics = tuner.step(state, x, jax.random.key(1))
+      >>> state.params["w"], metrics["loss"]
+      (Array([ 1. , -8.5], dtype=float32), Array(49., dtype=float32))
+    """
+
+    loss: Loss
+    method: Method
+    tx: optax.GradientTransformation
+    accumulate: int = 1
+
+    def init(self, params: Any, key: jax.Array) -> CompactState:
+        """Returns the state before the selection, whose supports are all zero."""
+        roles = self.method.roles(params)
+
+        def support(role: Role, leaf: Any) -> jax.Array:
+            k = self.method.support_size(role)
+            return jnp.zeros(role.packed_shape(leaf.shape, k), jnp.int32)
+
+        empty = map_roles(support, roles, params, only=(SPARSE,))
+        added = self.method.added(params, key)
+        return self._with_support(params, empty, added)
+
+    def select(
+        self, state: CompactState, batch: Any, key: jax.Array
+    ) -> tuple[CompactState, jax.Array]:
+        """Chooses the supports and starts the optimiser afresh.
+
+        Args:
+          state: as returned by `init`, or by `step` to select again.
+          batch: the batch whose gradient decides; with accumulation its first
+            micro-batch does, as in the released code.
+          key: as for `step`, so that both see the same dropout.
+
+        Returns:
+          The new state, and whether the gradient was finite. If it was not, the
+          state is as before: try another batch.
+        """
+        roles = self.method.roles(state.params)
+        if self.method.needs_gradient:
+            if self.accumulate > 1:
+                batch = jax.tree.map(lambda leaf: leaf[0], batch)
+                key = jax.random.split(key, self.accumulate)[0]
+            support, finite = self._select_by_gradient(roles, state, batch, key)
+        else:
+            support, finite = self._select_by_weight(roles, state, key), jnp.array(True)
+        chosen = self._with_support(state.params, support, state.added)
+        pick = lambda new, old: jnp.where(finite, new, old)
+        # The parameters are the same in both, and must not be copied.
+        small = jax.tree.map(
+            pick, chosen._replace(params=()), state._replace(params=())
+        )
+        return small._replace(params=state.params), finite
+
+    def step(
+        self, state: CompactState, batch: Any, key: jax.Array
+    ) -> tuple[CompactState, dict[str, jax.Array]]:
+        """Makes one update.
+
+        Args:
+          state: with supports chosen; donate it.
+          batch: whatever `loss` takes.
+          key: for dropout.
+
+        Returns:
+          The new state, and float32 scalars: `loss`, and `gradient_norm` of the
+          trained values.
+        """
+        roles = self.method.roles(state.params)
+        values = self._values(roles, state)
+        loss, grads = self._gradients(roles, state, values, batch, key)
+        updates, opt_state = self.tx.update(grads, state.opt_state, values)
+        values: Any = optax.apply_updates(values, updates)
+        leaves = values["leaves"]
+        state = state._replace(
+            count=optax.safe_increment(state.count),
+            params=_write(roles, state.params, state.support, leaves),
+            masters=keep_masters(roles, leaves, state.params),
+            added=values["added"],
+            opt_state=opt_state,
+        )
+        return state, {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
+
+    def attach(self, state: CompactState) -> Attachment:
+        """Returns what a model needs, beside `state.params`, to compute its outputs."""
+        respond = lambda site, x, y, trained: self.method.response(
+            site, x, y, trained["added"]
+        )
+        return Attachment(trained={"added": state.added}, response=respond)
+
+    def _with_support(self, params: Any, support: Any, added: Any) -> CompactState:
+        """Returns a state in which nothing has been updated."""
+        roles = self.method.roles(params)
+        leaves = pack(roles, support, params)
+        return CompactState(
+            count=jnp.zeros([], jnp.int32),
+            params=params,
+            support=support,
+            masters=keep_masters(roles, leaves, params),
+            added=added,
+            opt_state=self.tx.init({"leaves": leaves, "added": added}),
+        )
+
+    def _values(self, roles: Any, state: CompactState) -> dict[str, Any]:
+        """Returns the trained values, float32."""
+        leaves = current_values(roles, state.support, state.masters, state.params)
+        return {"leaves": leaves, "added": state.added}
+
+    def _gradients(
+        self, roles: Any, state: CompactState, values: Any, batch: Any, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Returns the loss and its gradient with respect to the trained values."""
+
+        def total(values: Any, batch: Any, key: jax.Array) -> Any:
+            tap_leaf = lambda role, leaf, value, support: tap(leaf, value, support)
+            trees = (values["leaves"], state.support)
+            params, stacked = _route(roles, state.params, tap_leaf, *trees)
+            attachment = self._attachment(tap, stacked, values["added"])
+            loss, weight = self.loss(params, batch, key, attachment)
+            return loss, jnp.asarray(weight, jnp.float32)
+
+        differentiate = jax.value_and_grad(total, has_aux=True)
+        if self.accumulate == 1:
+            (loss, weight), grads = differentiate(values, batch, key)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, values)
+            start = ((jnp.float32(0), jnp.float32(0)), zeros)
+
+            def add(sums: Any, one: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, sums, differentiate(values, *one)), None
+
+            keys = jax.random.split(key, self.accumulate)
+            ((loss, weight), grads), _ = lax.scan(add, start, (batch, keys))
+        return loss / weight, jax.tree.map(lambda grad: grad / weight, grads)
+
+    def _select_by_gradient(
+        self, roles: Any, state: CompactState, batch: Any, key: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """Returns the supports, found layer by layer in one backward pass."""
+        score = self.method.score
+        empty = map_roles(
+            lambda role, support: empty_selection(support.shape),
+            roles, state.support, only=(SPARSE,),
+        )  # fmt: skip
+
+        def total(selections: Any) -> jax.Array:
+            tap_leaf = lambda role, leaf, chosen: selecting_tap(score, leaf, chosen)
+            params, stacked = _route(roles, state.params, tap_leaf, selections)
+            tap_layer = lambda leaf, chosen: selecting_tap(score, leaf, chosen)
+            attachment = self._attachment(tap_layer, stacked, state.added)
+            loss, weight = self.loss(params, batch, key, attachment)
+            return loss / weight
+
+        selections = jax.grad(total)(empty)
+        is_selection = lambda node: isinstance(node, Selection)
+        bad = [
+            jnp.any(selection.bad > 0)
+            for selection in jax.tree.leaves(selections, is_leaf=is_selection)
+        ]
+        positions = lambda role, selection: support_of(selection)
+        support = map_roles(positions, roles, selections, only=(SPARSE,))
+        return support, ~jnp.any(jnp.stack(bad)) if bad else jnp.array(True)
+
+    def _select_by_weight(self, roles: Any, state: CompactState, key: jax.Array) -> Any:
+        """Returns the supports of a score that looks at no gradient."""
+
+        def positions(role: Role, leaf: jax.Array) -> jax.Array:
+            k, draw = self.method.support_size(role), leaf_key(key, role.name)
+            # Nothing reads the second argument.
+            return select(self.method.score, leaf, leaf, k, draw, stacked=role.stacked)
+
+        return map_roles(positions, roles, state.params, only=(SPARSE,))
+
+    def _attachment(
+        self, tap_leaf: Callable[..., Any], stacked: tuple, added: Any
+    ) -> Attachment:
+        """Returns the attachment that taps the layers of the stack."""
+        name = self.method.stack
+        inside = tuple(
+            tree[name] if isinstance(tree, Mapping) and name in tree else {}
+            for tree in stacked
+        )
+
+        def weights(layer_params: Any, trained: Any) -> Any:
+            def one(leaf: jax.Array, *values: Any) -> jax.Array:
+                masked = isinstance(values[0], optax.MaskedNode)
+                return leaf if masked else tap_leaf(leaf, *values)
+
+            if not trained["tapped"][0]:
+                return layer_params
+            return jax.tree.map(one, layer_params, *trained["tapped"])
+
+        respond = lambda site, x, y, trained: self.method.response(
+            site, x, y, trained["added"]
+        )
+        return Attachment({"tapped": inside, "added": added}, weights, respond)
+
+
+def _route(
+    roles: Any, params: Any, tap_leaf: Callable[..., Any], *trees: Any
+) -> tuple[Any, tuple]:
+    """Puts dense values and taps into the parameters, and splits off the stack's.
+
+    Returns the parameters for the forward pass and, for every tree, its sparse
+    leaves that are stacked: these are tapped inside the stack, one layer at a time.
+    """
+
+    def place(role: Role, leaf: jax.Array, *values: Any) -> jax.Array:
+        if role.kind == DENSE and not isinstance(values[0], optax.MaskedNode):
+            return values[0].astype(leaf.dtype)
+        if role.kind == SPARSE and not role.stacked:
+            return tap_leaf(role, leaf, *values)
+        return leaf
+
+    def inside(role: Role, value: Any) -> Any:
+        return value if role.stacked else optax.MaskedNode()
+
+    placed = map_roles(place, roles, params, *trees)
+    return placed, tuple(map_roles(inside, roles, t, only=(SPARSE,)) for t in trees)
+
+
+def _write(roles: Any, params: Any, support: Any, leaves: Any) -> Any:
+    """Writes the trained values into the parameters, in place if these are donated."""
+
+    def write(role: Role, leaf: jax.Array, support: Any, values: Any) -> jax.Array:
+        if role.kind == SPARSE:
+            return scatter(leaf, support, values)
+        return values.astype(leaf.dtype) if role.kind in TRAINED else leaf
+
+    return map_roles(write, roles, params, support, leaves)
