@@ -1,0 +1,1 @@
+"""Tasks: examples from files, metrics, and batches of tokens."""

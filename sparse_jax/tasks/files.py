@@ -1,0 +1,120 @@
+"""The data of a task: a folder of files, or a data set of the Hub."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+from sparse_jax.errors import InputError
+from sparse_jax.tasks.columns import Columns, read_columns
+from sparse_jax.tasks.examples import Splits, class_numbers, number_labels
+from sparse_jax.tasks.glue import Task
+from sparse_jax.tasks.hub import fetch_rows, is_hub_name
+from sparse_jax.tasks.rows import SUFFIXES, Rows, read_rows
+
+__all__ = ["load"]
+
+# Earlier names win. Official folders hold both `train.tsv` and the original files of
+# MRPC; a part of the training data held out as `val` gives way to the real `dev`.
+_STEMS = MappingProxyType(
+    {
+        "train": ("train", "msr_paraphrase_train"),
+        "validation": ("dev", "validation", "val", "dev_matched", "validation_matched"),
+        "validation_mismatched": ("dev_mismatched", "validation_mismatched"),
+        "test": ("test", "msr_paraphrase_test"),
+    }
+)
+
+
+def load(task: Task, data: str | Path | None = None) -> Splits:
+    """Returns the training and evaluation examples of a task.
+
+    A folder has one file for each split: `train` for training, and for evaluation
+    `dev` (or `validation`, or else `val`), `dev_mismatched`, and `test`, with the
+    extension `.tsv`, `.txt`, `.csv`, `.json` or `.jsonl`. A split without labels is
+    not an evaluation split. Files with other names are not read: where the training
+    data are in two files, such as `train` and `val`, join them first to use both.
+
+    Args:
+      task: what the columns mean.
+      data: folder, or the name of a data set on the Hugging Face Hub; None is
+        `nyu-mll/glue`.
+
+    Raises:
+      InputError: if `data` is neither, has no training split or no evaluation split,
+        or if a row is wrong: the message has the file and the line.
+    """
+    found = _splits(task, data)
+    train = read_columns(found.pop("train")(), task)
+    words = class_numbers(task, train)
+    if task.labels is None:
+        task = replace(task, labels=tuple(words))
+    examples = {"train": number_labels(train, words)}
+    for name, rows in found.items():
+        is_test = name == "test"
+        columns = read_columns(rows(), task, needs_labels=not is_test)
+        if columns.are_labelled or not is_test:
+            _require_same_texts(train, columns)
+            examples[name] = number_labels(columns, words)
+    if len(examples) == 1:
+        raise InputError(
+            f"{train.source.name} must have labelled examples for evaluation beside "
+            "it, and there are none. Add a file `dev.tsv` or `validation.jsonl`."
+        )
+    return Splits(task, examples)
+
+
+def _splits(task: Task, data: str | Path | None) -> dict[str, Callable[[], Rows]]:
+    """Returns readers of the splits that there are, the training one first."""
+    if data is None and task.labels is None:
+        raise InputError(
+            f"`data` must be given for the task {task.name}, got nothing. Pass a "
+            "folder with the files `train.jsonl` and `validation.jsonl`."
+        )
+    if data is not None and Path(data).is_dir():
+        return _files(task, Path(data))
+    if data is None or is_hub_name(str(data)):
+        return fetch_rows(task, None if data is None else str(data))
+    raise InputError(
+        f"`data` must be a folder or the name of a data set on the Hugging Face Hub, "
+        f"got {str(data)!r}, and there is no such folder."
+    )
+
+
+def _files(task: Task, folder: Path) -> dict[str, Callable[[], Rows]]:
+    """Returns readers of the files of a folder."""
+    names = ("train", *task.evaluation)
+    paths = {name: path for name in names if (path := _file(folder, _STEMS[name]))}
+    if "train" not in paths:
+        found = sorted(path.name for path in folder.iterdir())
+        raise InputError(
+            f"`{folder}` must hold a training file such as `train.tsv` or "
+            f"`train.jsonl`, got {', '.join(found[:10]) or 'an empty folder'}."
+        )
+    return {name: partial(read_rows, path, task) for name, path in paths.items()}
+
+
+def _file(folder: Path, stems: tuple[str, ...]) -> Path | None:
+    """Returns the file of a split, or None."""
+    for stem in stems:
+        paths = sorted(path for path in folder.iterdir() if path.stem.lower() == stem)
+        known = [path for path in paths if path.suffix.lower() in SUFFIXES]
+        if len(known) > 1:
+            raise InputError(
+                f"`{folder}` must hold one file `{stem}`, got "
+                f"{' and '.join(path.name for path in known)}. Rename one of them."
+            )
+        # A file of an unknown kind is returned for its reader to refuse.
+        if files := known or [path for path in paths if path.is_file()]:
+            return files[0]
+    return None
+
+
+def _require_same_texts(train: Columns, other: Columns) -> None:
+    """Raises if only one of two splits has pairs of texts."""
+    if (train.text_b is None) != (other.text_b is None):
+        raise InputError(
+            f"{other.source.name} must have a second text exactly if "
+            f"{train.source.name} does. Write the same columns in both."
+        )

@@ -1,0 +1,133 @@
+"""The tasks: eight of GLUE, and classification of one's own texts."""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from sparse_jax.errors import InputError
+
+__all__ = ["TASKS", "Task", "find_task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the columns of a file mean, and how predictions are judged.
+
+    Columns have several names because the official files, the Hugging Face Hub and
+    other collections differ; the first one found in a file counts.
+
+    Example:
+      >>> find_task("SST-2").labels
+      ('negative', 'positive')
+    """
+
+    name: str  # also the name of the configuration on the Hub
+    text_a: tuple[str, ...]
+    text_b: tuple[str, ...] = ()  # empty for tasks on single texts
+    label: tuple[str, ...] = ("label",)
+    labels: tuple[str, ...] | None = ()  # empty: regression; None: read from the data
+    metrics: tuple[str, ...] = ("accuracy",)  # the first is the primary one
+    evaluation: tuple[str, ...] = ("validation", "test")
+    headerless: tuple[str, ...] = ()  # columns of an official file without a header
+    has_optional_text_b: bool = False
+    # The official QQP file has line breaks inside questions. Its loader on the Hub
+    # drops the halves, and published results rest on the rows that are left.
+    drops_short_rows: bool = False
+
+    @property
+    def primary(self) -> str:
+        """The metric that tables of results show."""
+        return self.metrics[0]
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether labels are numbers rather than classes."""
+        return self.labels == ()
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that a model predicts for each example, once labels are known."""
+        return len(self.labels or ()) or 1
+
+
+# In the order of the Hub, so that its integer labels mean the same here.
+_ENTAILMENT = ("entailment", "not_entailment")
+
+_ALL = (
+    Task(
+        "cola",
+        text_a=("sentence", "text_a"),
+        labels=("unacceptable", "acceptable"),
+        metrics=("matthews",),
+        headerless=("source", "label", "star", "sentence"),
+    ),
+    Task("sst2", text_a=("sentence", "text_a"), labels=("negative", "positive")),
+    Task(
+        "mrpc",
+        text_a=("sentence1", "#1 String", "text_a"),
+        text_b=("sentence2", "#2 String", "text_b"),
+        label=("label", "Quality"),
+        labels=("not_equivalent", "equivalent"),
+        metrics=("accuracy", "f1"),
+    ),
+    Task(
+        "stsb",
+        text_a=("sentence1", "text_a"),
+        text_b=("sentence2", "text_b"),
+        label=("label", "score"),
+        metrics=("pearson", "spearman"),
+    ),
+    Task(
+        "qqp",
+        text_a=("question1", "text_a"),
+        text_b=("question2", "text_b"),
+        label=("label", "is_duplicate"),
+        labels=("not_duplicate", "duplicate"),
+        metrics=("accuracy", "f1"),
+        drops_short_rows=True,
+    ),
+    Task(
+        "mnli",
+        text_a=("premise", "sentence1", "text_a"),
+        text_b=("hypothesis", "sentence2", "text_b"),
+        label=("label", "gold_label"),
+        labels=("entailment", "neutral", "contradiction"),
+        evaluation=("validation", "validation_mismatched", "test"),
+    ),
+    Task(
+        "qnli",
+        text_a=("question", "text_a"),
+        text_b=("sentence", "text_b"),
+        labels=_ENTAILMENT,
+    ),
+    Task(
+        "rte",
+        text_a=("sentence1", "text_a"),
+        text_b=("sentence2", "text_b"),
+        labels=_ENTAILMENT,
+    ),
+    Task(
+        "classification",
+        text_a=("text", "text_a"),
+        text_b=("text_b", "text_pair"),
+        labels=None,
+        has_optional_text_b=True,
+    ),
+)
+
+TASKS = MappingProxyType({task.name: task for task in _ALL})
+
+
+def find_task(name: str) -> Task:
+    """Returns the task of a name, in any case, with or without hyphens.
+
+    Raises:
+      InputError: if there is no such task.
+
+    Example:
+      >>> find_task("STS-B").primary
+      'pearson'
+    """
+    key = name.lower().replace("-", "").replace("_", "")
+    if key not in TASKS:
+        raise InputError(f"`task` must be one of {', '.join(TASKS)}, got {name!r}.")
+    return TASKS[key]
