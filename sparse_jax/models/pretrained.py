@@ -23,7 +23,7 @@ from sparse_jax.models.pure import Head, Params, PureModel
 from sparse_jax.models.tensors import base_hash, open_tensors, write_tensors
 from sparse_jax.names import leaf_names, map_named
 
-__all__ = ["base_hash", "from_pretrained", "save_pretrained"]
+__all__ = ["base_hash", "from_pretrained", "new_leaves", "save_pretrained"]
 
 _HEADS = ("classifier/", "lm_head/", "pooler/")
 
@@ -106,6 +106,17 @@ def save_pretrained(model: PureModel, params: Params, folder: str | Path) -> Non
     map_named(collect, params)
     write_tensors(tensors, folder)
     write_config(model, folder, jax.tree.leaves(params)[0].dtype)
+
+
+def new_leaves(model: PureModel, folder: str | Path) -> tuple[str, ...]:
+    """Returns the names of the leaves that `from_pretrained` creates from its key.
+
+    Args:
+      model: model as `from_pretrained` returns it.
+      folder: folder it was loaded from.
+    """
+    names = with_full_names(model.family, open_tensors(folder))
+    return _missing_head(model, model.abstract(), names)
 
 
 def _missing_head(

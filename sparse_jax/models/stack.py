@@ -8,7 +8,7 @@ from flax import nnx
 
 from sparse_jax.sites import Attachment
 
-__all__ = ["Respond", "run_layers", "stack_layers"]
+__all__ = ["Respond", "default_unroll", "run_layers", "stack_layers"]
 
 Respond = Callable[[str, jax.Array, jax.Array], jax.Array]
 
@@ -59,7 +59,7 @@ def run_layers(
         respond = lambda site, x, y: attachment.response(site, x, y, trained)
         return layer(x, *context, layer_key, respond).astype(x.dtype), None
 
-    unroll = _default_unroll(num_layers) if unroll is None else unroll
+    unroll = default_unroll(num_layers) if unroll is None else unroll
     if checkpoint:
         # Inside a real loop the compiler cannot merge the two forward passes; in
         # unrolled code it would, and undo the checkpoint.
@@ -67,6 +67,6 @@ def run_layers(
     return jax.lax.scan(body, x, (params, attachment.trained, keys), unroll=unroll)[0]
 
 
-def _default_unroll(num_layers: int) -> int:
+def default_unroll(num_layers: int) -> int:
     """Returns all layers on CPU, where a loop halves the speed, and 1 elsewhere."""
     return num_layers if jax.default_backend() == "cpu" else 1

@@ -1,0 +1,1 @@
+"""Claims about sparse_jax, each with the command that checks it."""

@@ -1,0 +1,118 @@
+"""The two models the benchmarks step: an encoder and a decoder-shaped stack."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_jax import Attachment
+from sparse_jax.models.bert import BERT
+from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.pure import PureModel
+from sparse_jax.models.stack import default_unroll
+
+LAYERS, WIDTH, HEADS, VOCABULARY = 8, 512, 8, 8192
+
+
+class Stack(NamedTuple):
+    """A model to measure."""
+
+    params: Any
+    loss: Callable[..., Any]  # (params, batch, key, attachment) -> (total, weight)
+    batch: Any
+    where: str  # the targets
+
+
+def encoder(dtype: Any, batch: int, length: int, checkpoint: bool) -> Stack:
+    """Returns a BERT of 30 M parameters with a classification head."""
+    config = EncoderConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        num_labels=2,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    model = PureModel(SequenceClassifier, BERT, config)
+    ids = jax.random.randint(jax.random.key(1), (batch, length), 1, VOCABULARY)
+    inputs = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
+    labels = jnp.arange(batch) % 2
+
+    def loss(params: Any, batch: Any, key: Any, attachment: Attachment) -> Any:
+        inputs, labels = batch
+        logits = model(params, inputs, attachment=attachment, checkpoint=checkpoint)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.sum(), losses.size
+
+    params = model.init(jax.random.key(0), dtype)
+    # Matrices and their biases, as the paper's modules have them. With the biases left
+    # out XLA:CPU lays out the cotangents badly: every method that does not train them,
+    # the floor and LoRA included, takes a quarter longer.
+    linear = r"layers/(attention|mlp)/(query|key|value|output|up|down)/"
+    return Stack(params, loss, (inputs, labels), linear)
+
+
+def decoder(dtype: Any, batch: int, length: int, checkpoint: bool) -> Stack:
+    """Returns a Llama-shaped stack of 34 M parameters with tied embeddings."""
+    hidden = 1408
+    shapes = {
+        "attention/query": (WIDTH, WIDTH),
+        "attention/key": (WIDTH, WIDTH),
+        "attention/value": (WIDTH, WIDTH),
+        "attention/output": (WIDTH, WIDTH),
+        "mlp/gate": (WIDTH, hidden),
+        "mlp/up": (WIDTH, hidden),
+        "mlp/down": (hidden, WIDTH),
+    }
+    draw = lambda i, *shape: 0.02 * jax.random.normal(jax.random.key(i), shape, dtype)
+    layers = {
+        site: {"kernel": draw(i, LAYERS, *shape)}
+        for i, (site, shape) in enumerate(shapes.items())
+    }
+    scales = {f"norm_{i}": jnp.ones((LAYERS, WIDTH), dtype) for i in (1, 2)}
+    params = {"embedding": draw(99, VOCABULARY, WIDTH), "layers": layers | scales}
+    ids = jax.random.randint(jax.random.key(1), (batch, length), 1, VOCABULARY)
+
+    def layer(x: jax.Array, layer_params: Any, respond: Any) -> jax.Array:
+        linear = lambda site, x: respond(site, x, x @ layer_params[site]["kernel"])
+        h = _norm(x) * layer_params["norm_1"]
+        heads = [
+            linear(f"attention/{name}", h).reshape(*h.shape[:2], HEADS, -1)
+            for name in ("query", "key", "value")
+        ]
+        mixed = jax.nn.dot_product_attention(*heads, is_causal=True)
+        x = x + linear("attention/output", mixed.reshape(x.shape))
+        h = _norm(x) * layer_params["norm_2"]
+        gated = jax.nn.silu(linear("mlp/gate", h)) * linear("mlp/up", h)
+        return x + linear("mlp/down", gated)
+
+    def loss(params: Any, ids: Any, key: Any, attachment: Attachment) -> Any:
+        def body(x: jax.Array, one: Any) -> tuple[jax.Array, None]:
+            layer_params, trained = one
+            layer_params = attachment.weights(layer_params, trained)
+            respond = lambda site, x, y: attachment.response(site, x, y, trained)
+            return layer(x, layer_params, respond), None
+
+        body = jax.checkpoint(body, prevent_cse=False) if checkpoint else body
+        stacked = (params["layers"], attachment.trained)
+        unroll = default_unroll(LAYERS)
+        x, _ = jax.lax.scan(body, params["embedding"][ids], stacked, unroll=unroll)
+        logits = (_norm(x) @ params["embedding"].T).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits[:, :-1], ids[:, 1:]
+        )
+        return losses.sum(), losses.size
+
+    return Stack(params, loss, ids, r"layers/.*kernel")
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Divides by the root mean square, in float32."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)
+    return (wide * scale).astype(x.dtype)
