@@ -1,0 +1,144 @@
+"""Put an adapter on its base model, and take it off again."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax.adapter_file import Adapter
+from sparse_jax.adapters.lora import LoRA
+from sparse_jax.adapters.method import Method
+from sparse_jax.errors import InputError
+from sparse_jax.names import leaf_names, map_named
+from sparse_jax.sites import Attachment
+from sparse_jax.support import gather, scatter
+
+__all__ = ["apply_adapter", "merge_adapter", "swap"]
+
+
+def apply_adapter(
+    params: Any, adapter: Adapter, *, base_hash: str | None = None
+) -> tuple[Any, Attachment]:
+    """Returns a base model's parameters with an adapter, and what it attaches.
+
+        logits = model(params, batch, attachment=attachment)
+
+    Only LoRA attaches anything; use `merge_adapter` to have it in the parameters.
+
+    Args:
+      params: parameters of the base model, in the dtype the adapter was trained in.
+      adapter: as `load_adapter` returns it.
+      base_hash: `base_hash` of the folder the parameters come from; None trusts them.
+
+    Raises:
+      InputError: if the base is another one, or a leaf is missing or does not fit.
+    """
+    _require_base(adapter, base_hash)
+    params, _ = swap(params, adapter)
+    method, added = _method(adapter), jax.tree.map(jnp.asarray, adapter.added)
+    respond = lambda site, x, y, trained: method.response(site, x, y, trained["added"])
+    return params, Attachment(trained={"added": added}, response=respond)
+
+
+def merge_adapter(
+    params: Any, adapter: Adapter, *, base_hash: str | None = None
+) -> Any:
+    """Returns parameters that alone compute what the adapted model computes.
+
+    The arguments and errors are those of `apply_adapter`. To undo it bit for bit,
+    keep the second value of `swap`, or with LoRA the base's parameters.
+    """
+    params, _ = apply_adapter(params, adapter, base_hash=base_hash)
+    return _method(adapter).merge(params, adapter.added)
+
+
+def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
+    """Exchanges the values at the supports of an adapter with those of a model.
+
+    Returns:
+      The new parameters, and an adapter that holds the old values: swapping it in
+      restores every bit.
+
+    Raises:
+      InputError: if a leaf is missing or does not fit.
+
+    Example:
+      >>> params = {"w": jnp.array([1.0, 2.0, 3.0])}
+      >>> support = {"w": np.array([0, 2], np.int32)}
+      >>> other = Adapter(support, {"w": np.array([8.0, 9.0], np.float32)})
+      >>> changed, undo = swap(params, other)
+      >>> changed["w"], swap(changed, undo)[0]["w"]
+      (Array([8., 2., 9.], dtype=float32), Array([1., 2., 3.], dtype=float32))
+    """
+    _require_names(params, adapter)
+    old_values, old_dense = {}, {}
+
+    def exchange(name: str, leaf: jax.Array) -> jax.Array:
+        if name in adapter.dense:
+            old_dense[name] = np.asarray(leaf)
+            return jnp.asarray(_fitting(name, adapter.dense[name], leaf, leaf.shape))
+        if name not in adapter.support:
+            return leaf
+        values = _fitting(name, adapter.values[name], leaf, adapter.values[name].shape)
+        support = jnp.asarray(_inside(name, adapter.support[name], leaf))
+        old_values[name] = np.asarray(gather(leaf, support))
+        return scatter(leaf, support, jnp.asarray(values))
+
+    changed = map_named(exchange, params)
+    return changed, Adapter(dict(adapter.support), old_values, old_dense)
+
+
+def _method(adapter: Adapter) -> Method:
+    """Returns the method whose `response` and `merge` the adapter needs."""
+    if not adapter.added:
+        return Method()
+    rank = next(iter(adapter.added.values()))["a"].shape[-1]
+    return LoRA(rank=rank, alpha=adapter.settings.get("alpha"))
+
+
+def _require_base(adapter: Adapter, base_hash: str | None) -> None:
+    """Raises if the base is not the one that was adapted."""
+    if base_hash is not None and base_hash != adapter.base_hash:
+        raise InputError(
+            f"`model` must be the base of the adapter, `{adapter.base_model}` with "
+            f"SHA-256 {adapter.base_hash[:12]}..., got SHA-256 {base_hash[:12]}... "
+            "Pass the folder that the adapter was trained on."
+        )
+
+
+def _require_names(params: Any, adapter: Adapter) -> None:
+    """Raises if the adapter holds a leaf that the model does not have."""
+    known = {*jax.tree.leaves(leaf_names(params))}
+    unknown = sorted({*adapter.support, *adapter.dense} - known)
+    if unknown:
+        raise InputError(
+            f"`params` must have the leaf `{unknown[0]}` of the adapter, but has none. "
+            "Load the base model with the head that was trained."
+        )
+
+
+def _fitting(
+    name: str, values: np.ndarray, leaf: jax.Array, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Returns values after comparing their shape and dtype with those of a leaf."""
+    if values.shape != shape or values.dtype != leaf.dtype:
+        raise InputError(
+            f"`{name}` must be {leaf.dtype}{list(leaf.shape)} as in the model, got "
+            f"{values.dtype}{list(values.shape)} in the adapter. Load the base in "
+            "the dtype and with the labels that were trained."
+        )
+    return values
+
+
+def _inside(name: str, support: np.ndarray, leaf: jax.Array) -> np.ndarray:
+    """Returns a support after checking that its positions lie in the leaf."""
+    size = leaf.size if support.ndim == 1 else leaf.size // leaf.shape[0]
+    fits_stack = support.ndim == 1 or support.shape[0] == leaf.shape[0]
+    if not fits_stack or (support.size and support.max() >= size):
+        raise InputError(
+            f"`{name}.support` must hold positions below {size} for "
+            f"{leaf.dtype}{list(leaf.shape)}, got {support.max()}. Load the base "
+            "that the adapter was trained on."
+        )
+    return support

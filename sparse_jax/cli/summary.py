@@ -1,0 +1,55 @@
+"""The summary of a finished run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparse_jax.training.settings import Settings
+
+__all__ = ["print_summary"]
+
+
+def print_summary(settings: Settings, metrics: Mapping[str, Any]) -> None:
+    """Prints what came out of a run, and where it is."""
+    # Rich takes a while to import, so it is imported where it is used.
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{settings.method} on {settings.task}", show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("value", justify="right")
+    for what, value in _lines(metrics):
+        table.add_row(what, value)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"In {Path(settings.output)}: adapter.safetensors, metrics.json,")
+    console.print("metrics.jsonl (every update), curve.png, config.json.")
+
+
+def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the lines of the table."""
+    trained, total = metrics["trained_parameters"], metrics["total_parameters"]
+    without_head = metrics["trained_parameters_without_head"]
+    scores = [
+        (name, "not finite" if value is None else f"{value:.4f}")
+        for name, value in metrics["eval"].items()
+    ]
+    return [
+        *scores,
+        ("trained parameters", f"{trained:,} ({trained / total:.3%})"),
+        ("without the head", f"{without_head:,} ({without_head / total:.3%})"),
+        ("optimiser", _size(metrics["optimizer_bytes"])),
+        ("adapter file", _size(metrics["adapter_bytes"])),
+        ("peak memory", _size(metrics["peak_memory_bytes"])),
+        ("time per update", f"{metrics['seconds_per_step']:.3g} s"),
+        ("updates", f"{metrics['steps']:,}"),
+    ]
+
+
+def _size(count: int) -> str:
+    """Returns a number of bytes for people."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count = count / 1000
+    return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"

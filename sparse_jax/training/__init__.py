@@ -1,0 +1,1 @@
+"""The training room: from settings to a run directory."""

@@ -1,0 +1,79 @@
+"""The feed: every batch of a run, in its order."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_jax.models.config import max_length_of
+from sparse_jax.models.pure import PureModel
+from sparse_jax.tasks.batches import Batches, eval_batches, train_batches
+from sparse_jax.tasks.examples import Splits
+from sparse_jax.tasks.tokens import Encoded, encode
+
+__all__ = ["Feed", "make_feed"]
+
+_MAX_LENGTH = 128  # tokens, as the paper's runs on GLUE
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """The encoded examples of a task, cut into batches."""
+
+    encoded: dict[str, Encoded]  # by split, "train" first
+    batch_size: int
+    accumulate: int
+    seed: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Updates in one pass over the training examples."""
+        return -(-len(self.encoded["train"]) // self.batch_size)
+
+    @property
+    def evaluation(self) -> dict[str, Batches]:
+        """The batches of the splits that predictions are judged on."""
+        splits = {name: self.encoded[name] for name in self.encoded if name != "train"}
+        return {name: eval_batches(e, self.batch_size) for name, e in splits.items()}
+
+    def train(self, epoch: int, start: int = 0) -> Batches:
+        """Returns the training batches of an epoch, after the first `start`."""
+        return train_batches(
+            self.encoded["train"],
+            self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            accumulate=self.accumulate,
+            start=start,
+        )
+
+
+def make_feed(
+    splits: Splits,
+    tokenizer: Any,
+    model: PureModel,
+    *,
+    max_length: int | None,
+    batch_size: int,
+    accumulate: int = 1,
+    seed: int = 0,
+) -> Feed:
+    """Encodes all examples.
+
+    Args:
+      splits: texts and labels.
+      tokenizer: of the model.
+      model: says how many tokens it can tell apart.
+      max_length: most tokens of an example; None is 128, or the model's positions.
+      batch_size: examples of an update.
+      accumulate: parts that a training batch is computed in.
+      seed: of the order.
+
+    Raises:
+      InputError: if `max_length` is more than the model's positions.
+    """
+    positions = max_length_of(model.config)
+    length = min(_MAX_LENGTH, positions) if max_length is None else max_length
+    encoded = {
+        name: encode(examples, tokenizer, max_length=length, positions=positions)
+        for name, examples in splits.items()
+    }
+    return Feed(encoded, batch_size, accumulate, seed)

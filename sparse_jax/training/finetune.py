@@ -1,0 +1,156 @@
+"""Fine-tuning, from settings to a run directory."""
+
+import statistics
+from typing import Any
+
+import jax
+
+from sparse_jax.adapter_file import ADAPTER, save_adapter
+from sparse_jax.compact import Compact, CompactState
+from sparse_jax.training.checkpoint import Checkpoints, Position
+from sparse_jax.training.counts import count_trained, optimizer_bytes
+from sparse_jax.training.curve import draw_curve
+from sparse_jax.training.evaluation import evaluate_splits, flattened
+from sparse_jax.training.job import Job, make_job
+from sparse_jax.training.loop import Loop
+from sparse_jax.training.loss import make_loss, make_predict
+from sparse_jax.training.memory import peak_bytes
+from sparse_jax.training.optimizer import learning_rate_at, make_optimizer
+from sparse_jax.training.progress import Progress, show_progress
+from sparse_jax.training.run_directory import CURVE, RunDirectory, require_usable
+from sparse_jax.training.settings import Settings
+from sparse_jax.training.surroundings import surroundings
+from sparse_jax.training.trained import adapter_of
+
+__all__ = ["finetune"]
+
+
+def finetune(settings: Settings) -> dict[str, Any]:
+    """Fine-tunes a model on a task and fills a run directory.
+
+    Everything is checked before the directory is made. It then holds `config.json`,
+    `metrics.jsonl`, `metrics.json`, `adapter.safetensors` and `curve.png`.
+
+    Args:
+      settings: what to do.
+
+    Returns:
+      What `metrics.json` holds: `eval` (metric -> value on the first evaluation
+      split, those of other splits with the split's name), `trained_parameters`,
+      `trained_parameters_without_head`, `optimizer_bytes`, `adapter_bytes`,
+      `seconds_per_step` (median, without steps that compile), `steps`, and more.
+
+    Raises:
+      InputError: for anything wrong with the settings or the files they name.
+    """
+    require_usable(settings)
+    job = make_job(settings)
+    directory = RunDirectory.create(settings, surroundings(job))
+    if settings.resume and (metrics := directory.finished()):
+        return metrics
+    total = _total(job)
+    tuner = _tuner(job, total)
+    checkpoints = Checkpoints(directory.checkpoints, tuner)
+    state = jax.jit(tuner.init)(job.base.params, jax.random.key(settings.seed))
+    state, at = checkpoints.restore(state)
+    directory.rewind(at.batches)
+    with show_progress(total, at.batches) as progress:
+        loop = _loop(job, tuner, state, total, directory, checkpoints, progress)
+        state, at = loop.run(state, at)
+    checkpoints.close()
+    return _finish(job, state, at, directory)
+
+
+def _total(job: Job) -> int:
+    """Returns the batches of a run."""
+    batches = job.settings.epochs * job.feed.batches_per_epoch
+    return min(batches, job.settings.max_steps or batches)
+
+
+def _tuner(job: Job, total: int) -> Compact:
+    """Returns what makes the updates."""
+    settings = job.settings
+    loss = make_loss(job.base.model, checkpointing=settings.checkpointing)
+    tx = make_optimizer(settings.resolved_learning_rate, total)
+    return Compact(loss, job.method, tx, accumulate=settings.accumulate)
+
+
+def _loop(
+    job: Job,
+    tuner: Compact,
+    state: CompactState,
+    total: int,
+    directory: RunDirectory,
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> Loop:
+    """Returns the loop of a job."""
+    settings, peak = job.settings, job.settings.resolved_learning_rate
+    predict = make_predict(job.base.model, tuner.attach(state))
+
+    def evaluate(state: CompactState) -> dict[str, dict[str, float]]:
+        trained = {"added": state.added}
+        return evaluate_splits(job.task, job.feed, predict, state.params, trained)
+
+    return Loop(
+        tuner=tuner,
+        feed=job.feed,
+        seed=settings.seed,
+        total=total,
+        rate=lambda count: float(learning_rate_at(count, peak, total)),
+        evaluate=evaluate,
+        save_every=settings.save_every,
+        directory=directory,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
+
+
+def _finish(
+    job: Job, state: CompactState, at: Position, directory: RunDirectory
+) -> dict[str, Any]:
+    """Writes the adapter, the picture and the metrics."""
+    size = save_adapter(directory.path / ADAPTER, adapter_of(job, state))
+    primary, settings = job.task.primary, job.settings
+    title = f"{job.task.name}, {settings.method}, {job.base.folder.name}"
+    draw_curve(directory.path / CURVE, directory.rows, title=title, primary=primary)
+    counts = count_trained(job.method, state.params, state.added, job.head)
+    results = _last_results(directory.rows)
+    metrics = {
+        "eval": flattened(results),
+        "splits": results,
+        "trained_parameters": counts.trained,
+        "trained_parameters_without_head": counts.trained_without_head,
+        "total_parameters": counts.total,
+        "optimizer_bytes": optimizer_bytes(state),
+        "adapter_bytes": size,
+        **_speed(directory.rows),
+        "steps": at.batches - at.skipped,
+        "skipped_batches": at.skipped,
+        "peak_memory_bytes": peak_bytes(),
+        "learning_rate": settings.resolved_learning_rate,
+    }
+    directory.finish(metrics)
+    return metrics
+
+
+def _last_results(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Returns the metrics of the last evaluation, by split."""
+    last = [row for row in rows if "split" in row and row["step"] == rows[-1]["step"]]
+    place = ("step", "epoch", "split")
+    return {
+        row["split"]: {k: v for k, v in row.items() if k not in place} for row in last
+    }
+
+
+def _speed(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the pace of the updates that did not compile, or of all in a short run."""
+    updates = [row for row in rows if "loss" in row]
+    timed = [row for row in updates if not row["is_compiling"]] or updates
+    if not timed:
+        return {"seconds_per_step": 0.0, "tokens_per_second": 0.0}
+    seconds = sum(row["seconds"] for row in timed)
+    return {
+        "seconds_per_step": statistics.median(row["seconds"] for row in timed),
+        "tokens_per_second": sum(row["tokens"] for row in timed) / seconds,
+    }

@@ -1,0 +1,118 @@
+"""The training loop."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_jax.compact import Compact, CompactState
+from sparse_jax.tasks.batches import Batch
+from sparse_jax.training.checkpoint import Checkpoints, Position
+from sparse_jax.training.feed import Feed
+from sparse_jax.training.progress import Progress
+from sparse_jax.training.run_directory import RunDirectory
+
+__all__ = ["Loop"]
+
+
+@dataclass(eq=False)
+class Loop:
+    """Feeds batches to a tuner, and tells and saves what happens.
+
+    Everything that is random follows from the seed and the place in the run, so that a
+    run continued from a checkpoint gives the numbers of one that was not interrupted.
+
+    Attributes:
+      tuner: makes the updates.
+      feed: the batches.
+      seed: of dropout and of random supports.
+      total: batches of the run.
+      rate: number of updates -> learning rate, for the rows.
+      evaluate: state -> metrics of every split.
+      save_every: batches between two checkpoints, beside the end of every epoch.
+    """
+
+    tuner: Compact
+    feed: Feed
+    seed: int
+    total: int
+    rate: Callable[[int], float]
+    evaluate: Callable[[CompactState], dict[str, dict[str, float]]]
+    save_every: int
+    directory: RunDirectory
+    checkpoints: Checkpoints
+    progress: Progress
+    _shapes: set[tuple[int, ...]] = field(default_factory=set)
+
+    def __post_init__(self):
+        self._select = jax.jit(self.tuner.select, donate_argnums=0)
+        self._step = jax.jit(self.tuner.step, donate_argnums=0)
+
+    def run(self, state: CompactState, at: Position) -> tuple[CompactState, Position]:
+        """Trains from a position to the end; the state is given away."""
+        length = self.feed.batches_per_epoch
+        for epoch in range(math.ceil(self.total / length)):
+            end = min((epoch + 1) * length, self.total)
+            if at.batches >= end:
+                continue
+            state, at = self._epoch(epoch, state, at, end)
+            self._evaluate(state, at, epoch)
+            self.checkpoints.save(state, at)
+        return state, at
+
+    def _epoch(
+        self, epoch: int, state: CompactState, at: Position, end: int
+    ) -> tuple[CompactState, Position]:
+        """Trains to the end of an epoch, or of the run."""
+        start = epoch * self.feed.batches_per_epoch
+        batches = self.feed.train(epoch, start=at.batches - start)
+        for batch in itertools.islice(batches, end - at.batches):
+            state, at = self._batch(state, at, batch)
+            if at.batches % self.save_every == 0 and at.batches < end:
+                self.checkpoints.save(state, at)
+        return state, at
+
+    def _batch(
+        self, state: CompactState, at: Position, batch: Batch
+    ) -> tuple[CompactState, Position]:
+        """Selects if that is still to do, and makes an update."""
+        key = jax.random.fold_in(jax.random.key(self.seed), at.batches)
+        step = at.batches + 1
+        if not at.is_selected:
+            state, finite = self._select(state, batch, key)
+            if not bool(finite):
+                self.directory.add_row({"step": step, "is_skipped": True})
+                return state, at._replace(batches=step, skipped=at.skipped + 1)
+        is_first = self._is_first(batch)
+        began = time.perf_counter()
+        state, metrics = self._step(state, batch, key)
+        metrics = {name: float(value) for name, value in metrics.items()}
+        seconds = time.perf_counter() - began
+        tokens = int(np.sum(batch["attention_mask"]))
+        rate = self.rate(step - 1 - at.skipped)
+        self.directory.add_row(
+            {"step": step, **metrics, "learning_rate": rate, "tokens": tokens,
+             "seconds": seconds, "is_compiling": is_first}
+        )  # fmt: skip
+        self.progress.update(step, metrics["loss"], tokens, seconds)
+        return state, at._replace(batches=step, is_selected=True)
+
+    def _is_first(self, batch: Batch) -> bool:
+        """Returns whether a batch is the first of its shape, which compiles."""
+        shape = np.shape(batch["input_ids"])
+        is_first = shape not in self._shapes
+        self._shapes.add(shape)
+        return is_first
+
+    def _evaluate(self, state: CompactState, at: Position, epoch: int) -> None:
+        """Evaluates every split."""
+        for split, metrics in self.evaluate(state).items():
+            place: dict[str, Any] = {"step": at.batches, "epoch": epoch + 1}
+            self.directory.add_row({**place, "split": split, **metrics})
+            words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            self.progress.note(f"epoch {epoch + 1}  {split}  {words}")

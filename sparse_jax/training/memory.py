@@ -1,0 +1,28 @@
+"""Memory in use, as the device or the operating system reports it."""
+
+import jax
+import psutil
+
+__all__ = ["current_bytes", "peak_bytes"]
+
+
+def current_bytes() -> int:
+    """Returns the bytes in use: of the first device, or on CPU of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["bytes_in_use"] if stats else psutil.Process().memory_info().rss
+
+
+def peak_bytes() -> int:
+    """Returns the most bytes in use so far, of the device or of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset
+    # The module exists on Unix only.
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

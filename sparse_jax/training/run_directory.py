@@ -1,0 +1,143 @@
+"""The run directory: the one door through which results leave."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparse_jax.adapter_file import ADAPTER
+from sparse_jax.errors import InputError
+from sparse_jax.training.settings import Settings
+
+__all__ = ["CONFIG", "CURVE", "METRICS", "RunDirectory", "require_usable"]
+
+CONFIG, METRICS, CURVE = "config.json", "metrics.json", "curve.png"
+_ROWS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
+_FILES = (CONFIG, METRICS, CURVE, _ROWS, ADAPTER)
+# What may differ between a run and its continuation.
+_FREE = ("output", "overwrite", "resume", "save_every")
+
+
+def require_usable(settings: Settings) -> None:
+    """Raises unless the output folder is new, empty, or meant to be used again.
+
+    Raises:
+      InputError: naming the folder and the remedy.
+    """
+    path = Path(settings.output)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"`output` must be a folder, got the file `{path}`.")
+    if settings.resume:
+        _require_same(path, settings)
+    elif path.is_dir() and any(path.iterdir()) and not settings.overwrite:
+        raise InputError(
+            f"`output` must be an empty or a new folder, got `{path}`. Choose another "
+            "one, or pass --overwrite, or --resume to continue the run in it."
+        )
+
+
+class RunDirectory:
+    """The files of one run, each written under a temporary name and then moved.
+
+    Attributes:
+      path: the folder.
+      rows: what `metrics.jsonl` holds, one dictionary a line.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, _read_rows(path / _ROWS)
+
+    @classmethod
+    def create(cls, settings: Settings, config: Mapping[str, Any]) -> "RunDirectory":
+        """Returns a directory with a `config.json`; a resumed run keeps its files.
+
+        Overwriting removes the files of a run only, never anything else.
+        """
+        path = Path(settings.output)
+        if not settings.resume:
+            for name in _FILES:
+                (path / name).unlink(missing_ok=True)
+            shutil.rmtree(path / _CHECKPOINTS, ignore_errors=True)
+            path.mkdir(parents=True, exist_ok=True)
+            _write_json(path / CONFIG, {"settings": asdict(settings), **config})
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, which a finished run no longer needs."""
+        return self.path / _CHECKPOINTS
+
+    def finished(self) -> dict[str, Any] | None:
+        """Returns the metrics of a finished run, and None of any other."""
+        path = self.path / METRICS
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def rewind(self, step: int) -> None:
+        """Forgets the rows after a step: the run continues there."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        lines = "".join(_line(row) for row in self.rows)
+        _write_text(self.path / _ROWS, lines)
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Appends a line to `metrics.jsonl`."""
+        self.rows.append(dict(row))
+        with (self.path / _ROWS).open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Writes `metrics.json`, the sign of a finished run, and drops checkpoints."""
+        _write_json(self.path / METRICS, metrics)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def _require_same(path: Path, settings: Settings) -> None:
+    """Raises unless a folder holds a run of the same settings."""
+    if not (path / CONFIG).is_file():
+        raise InputError(
+            f"`output` must hold the `{CONFIG}` of a run to resume, got `{path}`, "
+            "which has none. Leave out --resume to start one."
+        )
+    text = (path / CONFIG).read_text(encoding="utf-8")
+    before, now = json.loads(text)["settings"], json.loads(json.dumps(asdict(settings)))
+    changed = [name for name in now if name not in _FREE and now[name] != before[name]]
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"`{name}` must be {before[name]!r} as in the run to resume, got "
+            f"{now[name]!r}. Pass the same options, or --overwrite to start anew."
+        )
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the complete lines of a `metrics.jsonl`."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    # What follows the last line break was cut off when the run was killed.
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """Returns a row as a line of JSON."""
+    return json.dumps(_plain(row), allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value with null for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes readable JSON, whole or not at all."""
+    _write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a text, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,36 @@
+"""What a result depends on beside the settings."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from sparse_jax.training.job import Job
+
+__all__ = ["surroundings"]
+
+_PACKAGES = ("sparse_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
+
+
+def surroundings(job: Job) -> dict[str, Any]:
+    """Returns what `config.json` says beside the settings."""
+    device = jax.local_devices()[0]
+    return {
+        "learning_rate": job.settings.resolved_learning_rate,
+        "base_hash": job.base.hash,
+        "labels": list(job.task.labels or ()),
+        "examples": {name: len(part) for name, part in job.feed.encoded.items()},
+        "max_length": job.feed.encoded["train"].max_length,
+        "new_parameters": list(job.base.new),
+        "dense": list(_rules(job.method.dense)),
+        "versions": {name: version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{device.platform} {device.device_kind} x{jax.device_count()}",
+    }
+
+
+def _rules(rules: Any) -> tuple[str, ...]:
+    """Returns rules as a tuple."""
+    return (rules,) if isinstance(rules, str) else tuple(rules or ())

@@ -1,0 +1,54 @@
+"""What a run trained, as an adapter."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_jax.adapter_file import Adapter
+from sparse_jax.compact import CompactState
+from sparse_jax.roles import DENSE, SPARSE, Role, map_roles
+from sparse_jax.support import gather
+from sparse_jax.training.job import Job
+from sparse_jax.training.settings import Settings
+
+__all__ = ["adapter_of"]
+
+
+def adapter_of(job: Job, state: CompactState) -> Adapter:
+    """Returns the trained values of a run.
+
+    Leaves that the base's checkpoint lacks are in it too, even if they were not
+    trained: the base alone does not define them.
+    """
+    support, values, dense = {}, {}, {}
+
+    def collect(role: Role, leaf: jax.Array, positions: Any) -> None:
+        if role.kind == SPARSE:
+            support[role.name] = np.asarray(positions)
+            values[role.name] = np.asarray(gather(leaf, positions))
+        elif role.kind == DENSE or role.name in job.base.new:
+            dense[role.name] = np.asarray(leaf)
+
+    map_roles(collect, job.method.roles(state.params), state.params, state.support)
+    return Adapter(
+        support=support,
+        values=values,
+        dense=dense,
+        added=jax.tree.map(np.asarray, state.added),
+        method=job.settings.method,
+        settings=_settings(job.settings),
+        base_model=job.settings.model,
+        base_hash=job.base.hash,
+        task=job.task.name,
+        labels=job.task.labels or (),
+    )
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    """Returns the settings that say what the arrays mean."""
+    names = {"lora": ("rank", "where")}
+    sparse = ("density", "where")
+    names |= {"sift": sparse, "random": sparse, "magnitude": sparse}
+    kept = ("dtype", "max_length", "seed", "dense", *names.get(settings.method, ()))
+    return {name: getattr(settings, name) for name in kept}
