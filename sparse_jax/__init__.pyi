@@ -1,3 +1,8 @@
+from .adapter_file import Adapter as Adapter
+from .adapter_file import load_adapter as load_adapter
+from .adapter_file import save_adapter as save_adapter
+from .adapter_use import apply_adapter as apply_adapter
+from .adapter_use import merge_adapter as merge_adapter
 from .adapters.dense import Dense as Dense
 from .adapters.lora import LoRA as LoRA
 from .adapters.method import Method as Method
@@ -6,9 +11,14 @@ from .adapters.tap import tap as tap
 from .compact import Compact as Compact
 from .compact import CompactState as CompactState
 from .errors import InputError as InputError
+from .models.pretrained import from_pretrained as from_pretrained
+from .models.pretrained import save_pretrained as save_pretrained
 from .sites import Attachment as Attachment
 from .support import gather as gather
 from .support import scatter as scatter
 from .top_k import top_k_support as top_k_support
+from .training.evaluate import evaluate_adapter as evaluate_adapter
+from .training.finetune import finetune as finetune
+from .training.settings import Settings as Settings
 from .transforms.sift import SiftState as SiftState
 from .transforms.sift import sift as sift

@@ -48,8 +48,7 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _size(count: int) -> str:
     """Returns a number of bytes for people."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count = count / 1000
-    return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"

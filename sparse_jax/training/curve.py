@@ -9,11 +9,14 @@ import numpy as np
 
 __all__ = ["draw_curve"]
 
-_RAW, _SMOOTH, _METRICS = "#b8c4d6", "#1f4e8c", ("#b3541e", "#3b7d4f", "#6a4c93")
+_RAW, _SMOOTH = "#b8c4d6", "#1f4e8c"
+_SPLITS = ("#b3541e", "#3b7d4f", "#6a4c93")
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def draw_curve(
-    path: str | Path, rows: Sequence[Mapping[str, Any]], *, title: str, primary: str
+    path: str | Path, rows: Rows, *, title: str, loss: str, metric: str
 ) -> None:
     """Draws the training curve of a run to a PNG, whole or not at all.
 
@@ -21,61 +24,60 @@ def draw_curve(
       path: file to write.
       rows: lines of `metrics.jsonl`: with `loss`, or with `split` and metrics.
       title: what was run.
-      primary: the metric to show.
+      loss: which loss, and its unit.
+      metric: name of the metric to draw.
     """
     # Matplotlib takes seconds to import. A figure of its own needs no backend.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.8), dpi=130, layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=12)
     left, right = figure.subplots(1, 2)
-    _draw_loss(left, [row for row in rows if "loss" in row])
-    _draw_metric(right, [row for row in rows if "split" in row], primary)
+    _draw_loss(left, [row for row in rows if "loss" in row], loss)
+    _draw_metric(right, [row for row in rows if "split" in row], metric)
+    last = max((row["step"] for row in rows), default=1)
     for axes in (left, right):
-        axes.set_xlabel("updates")
+        axes.set(xlabel="update", xlim=(0, 1.02 * last))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.locator_params(axis="x", integer=True)
     temporary = Path(path).with_name(f".{Path(path).name}.part")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
 
 
-def _draw_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw_loss(axes: Any, rows: Rows, loss: str) -> None:
     """Draws the loss of every update and its moving average."""
-    steps = np.array([row["step"] for row in rows])
+    steps = [row["step"] for row in rows]
     losses = np.array([row["loss"] for row in rows], float)
-    axes.plot(steps, losses, color=_RAW, linewidth=1, label="each update")
     width = max(2, len(losses) // 20)
-    label = f"moving average, about {width} updates"
+    axes.plot(steps, losses, color=_RAW, linewidth=1, label="each update")
+    label = f"moving average over about {width}"
     axes.plot(steps, _smooth(losses, width), color=_SMOOTH, linewidth=2, label=label)
-    axes.set_title("training loss (nats or squared label units)", fontsize=9)
-    axes.set_ylabel("loss")
+    axes.set_title("training loss", fontsize=10)
+    axes.set_ylabel(loss)
     axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_metric(axes: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
-    """Draws a metric on every split that has it."""
+def _draw_metric(axes: Any, rows: Rows, metric: str) -> None:
+    """Draws a metric on every split, with its last value."""
     splits = list(dict.fromkeys(row["split"] for row in rows))
-    for split, color in zip(splits, _METRICS, strict=False):
-        points = [(r["step"], r[metric]) for r in rows if r["split"] == split]
+    for split, color in zip(splits, _SPLITS, strict=False):
+        points = [(row["step"], row[metric]) for row in rows if row["split"] == split]
         steps, values = np.array(points, float).T
-        axes.plot(steps, values, "o-", color=color, label=split)
-        if np.isfinite(values[-1]):
-            axes.annotate(
-                f"{values[-1]:.3f}", (steps[-1], values[-1]), color=color, fontsize=9,
-                xytext=(-4, 7), textcoords="offset points", ha="right",
-            )  # fmt: skip
-    axes.set_title(f"{metric} (fraction, higher is better)", fontsize=9)
+        label = f"{split.replace('_', ' ')}, at the end {values[-1]:.3f}"
+        axes.plot(steps, values, "o-", color=color, label=label)
+    axes.set_title(f"{metric} on data not trained on", fontsize=10)
     axes.set_ylabel(metric)
-    axes.margins(x=0.08, y=0.25)
+    axes.margins(y=0.2)
     axes.legend(frameon=False, fontsize=8)
 
 
 def _smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Returns an exponential moving average, unbiased at the start."""
     decay, total, weight, averages = 1 - 1 / width, 0.0, 0.0, []
-    for value in np.nan_to_num(values):
+    for value in values[np.isfinite(values)]:
         total, weight = decay * total + value, decay * weight + 1
         averages.append(total / weight)
-    return np.array(averages)
+    # From the first loss that is not finite on, there is nothing to draw.
+    return np.array(averages + [np.nan] * (len(values) - len(averages)))

@@ -17,6 +17,9 @@ from sparse_jax.training.loss import make_predict
 
 __all__ = ["evaluate_adapter"]
 
+# For adapters that no run has written.
+_DEFAULTS = {"dtype": "float32", "seed": 0, "max_length": None, "batch_size": 32}
+
 
 def evaluate_adapter(
     adapter: str | Path,
@@ -24,7 +27,7 @@ def evaluate_adapter(
     model: str | None = None,
     task: str | None = None,
     data: str | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     max_length: int | None = None,
 ) -> dict[str, float]:
     """Returns the metrics of an adapter, those that its run reported.
@@ -34,7 +37,7 @@ def evaluate_adapter(
       model: the base, folder or id; None is where the adapter was trained.
       task: None is the task of the adapter.
       data: folder of the task's files; None asks the Hub.
-      batch_size: examples at a time; the run's gives its very bits.
+      batch_size: examples at a time; None is as in training.
       max_length: most tokens of an example; None is as in training.
 
     Raises:
@@ -44,15 +47,20 @@ def evaluate_adapter(
     found = load_adapter(adapter)
     splits = load(find_task(task or found.task), data)
     _require_labels(found, splits)
-    dtype, seed = found.settings["dtype"], found.settings["seed"]
-    base = load_base(model or found.base_model, splits.task, dtype, seed)
+    trained_with = {**_DEFAULTS, **found.settings}
+    base = load_base(
+        model or found.base_model,
+        splits.task,
+        trained_with["dtype"],
+        trained_with["seed"],
+    )
     params, attachment = apply_adapter(base.params, found, base_hash=base.hash)
     feed = make_feed(
         splits,
         load_tokenizer(base.folder),
         base.model,
-        max_length=max_length or found.settings["max_length"],
-        batch_size=batch_size,
+        max_length=max_length or trained_with["max_length"],
+        batch_size=batch_size or trained_with["batch_size"],
     )
     predict = make_predict(base.model, attachment)
     results = evaluate_splits(splits.task, feed, predict, params, attachment.trained)

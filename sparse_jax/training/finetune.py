@@ -112,8 +112,14 @@ def _finish(
     """Writes the adapter, the picture and the metrics."""
     size = save_adapter(directory.path / ADAPTER, adapter_of(job, state))
     primary, settings = job.task.primary, job.settings
-    title = f"{job.task.name}, {settings.method}, {job.base.folder.name}"
-    draw_curve(directory.path / CURVE, directory.rows, title=title, primary=primary)
+    loss = "squared error" if job.task.is_regression else "cross-entropy, nats"
+    draw_curve(
+        directory.path / CURVE,
+        directory.rows,
+        title=f"{settings.method} on {job.task.name}, seed {settings.seed}",
+        loss=loss,
+        metric=primary,
+    )
     counts = count_trained(job.method, state.params, state.added, job.head)
     results = _last_results(directory.rows)
     metrics = {
@@ -144,7 +150,7 @@ def _last_results(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _speed(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the pace of the updates that did not compile, or of all in a short run."""
+    """Returns the pace of the updates, without those that compile if others exist."""
     updates = [row for row in rows if "loss" in row]
     timed = [row for row in updates if not row["is_compiling"]] or updates
     if not timed:

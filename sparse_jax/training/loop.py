@@ -111,6 +111,7 @@ class Loop:
 
     def _evaluate(self, state: CompactState, at: Position, epoch: int) -> None:
         """Evaluates every split."""
+        self.progress.wait("evaluating")
         for split, metrics in self.evaluate(state).items():
             place: dict[str, Any] = {"step": at.batches, "epoch": epoch + 1}
             self.directory.add_row({**place, "split": split, **metrics})

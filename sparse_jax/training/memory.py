@@ -18,8 +18,8 @@ def peak_bytes() -> int:
     if stats:
         return stats["peak_bytes_in_use"]
     info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):  # Windows
-        return info.peak_wset
+    if peak := getattr(info, "peak_wset", 0):  # Windows
+        return peak
     # The module exists on Unix only.
     import resource
     import sys

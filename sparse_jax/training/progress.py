@@ -23,8 +23,12 @@ class Progress(Protocol):
         """Reports one update: its loss, tokens, and duration."""
         ...
 
+    def wait(self, text: str) -> None:
+        """Reports what takes long and makes no update."""
+        ...
+
     def note(self, text: str) -> None:
-        """Reports an event, such as an evaluation."""
+        """Reports an event, such as the result of an evaluation."""
         ...
 
 
@@ -73,6 +77,10 @@ class _Bar:
         status = self.shown.text(loss, tokens, seconds)
         self.bar.update(self.task, completed=step, status=status)
 
+    def wait(self, text: str) -> None:
+        """Shows it beside the bar."""
+        self.bar.update(self.task, status=text)
+
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
         self.bar.console.print(text, highlight=False)
@@ -94,6 +102,9 @@ class _Lines:
             pace = (time.perf_counter() - self.began) / self.seen
             left = pace * (self.total - step)
             _log.info("step %d/%d  %s  %.0f s left", step, self.total, text, left)
+
+    def wait(self, text: str) -> None:
+        """Leaves it out."""
 
     def note(self, text: str) -> None:
         """Writes a line."""

@@ -10,7 +10,6 @@ from sparse_jax.compact import CompactState
 from sparse_jax.roles import DENSE, SPARSE, Role, map_roles
 from sparse_jax.support import gather
 from sparse_jax.training.job import Job
-from sparse_jax.training.settings import Settings
 
 __all__ = ["adapter_of"]
 
@@ -37,7 +36,7 @@ def adapter_of(job: Job, state: CompactState) -> Adapter:
         dense=dense,
         added=jax.tree.map(np.asarray, state.added),
         method=job.settings.method,
-        settings=_settings(job.settings),
+        settings=_settings(job),
         base_model=job.settings.model,
         base_hash=job.base.hash,
         task=job.task.name,
@@ -45,10 +44,10 @@ def adapter_of(job: Job, state: CompactState) -> Adapter:
     )
 
 
-def _settings(settings: Settings) -> dict[str, Any]:
+def _settings(job: Job) -> dict[str, Any]:
     """Returns the settings that say what the arrays mean."""
-    names = {"lora": ("rank", "where")}
-    sparse = ("density", "where")
-    names |= {"sift": sparse, "random": sparse, "magnitude": sparse}
-    kept = ("dtype", "max_length", "seed", "dense", *names.get(settings.method, ()))
-    return {name: getattr(settings, name) for name in kept}
+    extra = {"lora": ("rank", "where"), "full": (), "head": (), "bitfit": ()}
+    names = extra.get(job.settings.method, ("density", "where"))
+    kept = ("learning_rate", "batch_size", "dtype", "seed", "dense", *names)
+    given = {name: getattr(job.settings, name) for name in kept}
+    return {**given, "max_length": job.feed.encoded["train"].max_length}

@@ -1,0 +1,31 @@
+"""The command `sparse-jax evaluate`."""
+
+import json
+from typing import Annotated
+
+from sparse_jax.cli import options
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    adapter: Annotated[str, options.ADAPTER],
+    model: Annotated[str | None, options.BASE] = None,
+    task: Annotated[str | None, options.ADAPTER_TASK] = None,
+    data: Annotated[str | None, options.DATA] = None,
+    batch_size: Annotated[int | None, options.BATCH] = None,
+    max_length: Annotated[int | None, options.ADAPTER_LENGTH] = None,
+) -> None:
+    """Evaluate a saved adapter, and print its metrics as JSON."""
+    # JAX takes seconds to import, and `--help` has to be quick.
+    from sparse_jax.training.evaluate import evaluate_adapter
+
+    metrics = evaluate_adapter(
+        adapter,
+        model=model,
+        task=task,
+        data=data,
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+    print(json.dumps(metrics, indent=2))

@@ -1,0 +1,73 @@
+"""The command `sparse-jax finetune`."""
+
+import logging
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from sparse_jax.cli import options
+
+__all__ = ["finetune"]
+
+
+def finetune(
+    model: Annotated[str, options.MODEL],
+    task: Annotated[str, options.TASK],
+    output: Annotated[str, options.OUTPUT],
+    data: Annotated[str | None, options.DATA] = None,
+    method: Annotated[str, options.METHOD] = "sift",
+    density: Annotated[float, options.DENSITY] = 0.008,
+    rank: Annotated[int, options.RANK] = 8,
+    where: Annotated[list[str] | None, options.WHERE] = None,
+    dense: Annotated[list[str] | None, options.DENSE] = None,
+    learning_rate: Annotated[float | None, options.LEARNING_RATE] = None,
+    batch_size: Annotated[int, options.BATCH_SIZE] = 32,
+    accumulate: Annotated[int, options.ACCUMULATE] = 1,
+    epochs: Annotated[int, options.EPOCHS] = 3,
+    max_steps: Annotated[int | None, options.MAX_STEPS] = None,
+    max_length: Annotated[int | None, options.MAX_LENGTH] = None,
+    dtype: Annotated[str, options.DTYPE] = "float32",
+    checkpointing: Annotated[bool, options.CHECKPOINTING] = False,
+    seed: Annotated[int, options.SEED] = 0,
+    save_every: Annotated[int, options.SAVE_EVERY] = 500,
+    overwrite: Annotated[bool, options.OVERWRITE] = False,
+    resume: Annotated[bool, options.RESUME] = False,
+) -> None:
+    """Fine-tune a model on a task, and save what was trained."""
+    given: dict[str, Any] = {**locals()}
+    for name in ("where", "dense"):
+        given[name] = tuple(given[name]) if given[name] else None
+    _show_log()
+    # JAX takes seconds to import, and `--help` has to be quick.
+    import sparse_jax
+    from sparse_jax.cli.summary import print_summary
+
+    settings = sparse_jax.Settings(**given)
+    try:
+        metrics = sparse_jax.finetune(settings)
+    except KeyboardInterrupt:
+        print(f"stopped. {_remedy(output)}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print_summary(settings, metrics)
+
+
+def _remedy(output: str) -> str:
+    """Returns what to do about a run that was stopped."""
+    from pathlib import Path
+
+    from sparse_jax.training.run_directory import CONFIG
+
+    if not (Path(output) / CONFIG).is_file():
+        return "Nothing was written."
+    return "Continue from the last checkpoint by the same command with --resume."
+
+
+def _show_log() -> None:
+    """Sends the lines of the progress to standard error."""
+    log = logging.getLogger("sparse_jax")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    # absl, which comes with Orbax, gives the root logger a handler of its own.
+    log.propagate = False

@@ -1,0 +1,66 @@
+"""The options of the commands, with their help."""
+
+from typing import Any
+
+from typer import Option
+
+# Imported as a module: `options.MODEL`.
+__all__: list[str] = []
+
+
+def _option(text: str, default: str | None = None, **more: Any) -> Any:
+    """Returns an option; `default` says what leaving it out means."""
+    if default is None:
+        return Option(help=text, **more)
+    return Option(help=f"{text}  [default: {default}]", show_default=False, **more)
+
+
+def _flag(name: str, text: str) -> Any:
+    """Returns an option that is given or not."""
+    return Option(name, help=text)
+
+
+MODEL = _option("Folder of a pre-trained model, or its id on the Hub.")
+TASK = _option("cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, or classification.")
+OUTPUT = _option("Folder to create for everything that comes out.")
+DATA = _option(
+    "Folder with train and dev files (TSV, CSV, JSON, JSON lines).",
+    "GLUE from the Hub",
+)
+METHOD = _option("full, head, bitfit, lora, sift, random or magnitude.")
+DENSITY = _option("Fraction of entries that sift, random and magnitude train.")
+RANK = _option("Rank of the matrices that lora adds.")
+WHERE = _option(
+    "Parameters that a sparse method trains, or sites that lora adds to; may be "
+    "repeated.",
+    "query, key, value and output of the attention",
+    metavar="<regex>",
+)
+DENSE = _option(
+    "Parameters trained in full; may be repeated.",
+    "the head",
+    metavar="<regex>",
+)
+LEARNING_RATE = _option(
+    "Peak of the learning rate.",
+    "3e-5 for full, 7e-4 for sift, random and magnitude, 1e-3 for others",
+)
+BATCH_SIZE = _option("Examples per update.")
+ACCUMULATE = _option("Parts that a batch is computed in, to save memory.")
+EPOCHS = _option("Passes over the training examples.")
+MAX_STEPS = _option("Updates after which to stop.", "no limit")
+MAX_LENGTH = _option("Most tokens of an example; the rest is cut off.", "128")
+DTYPE = _option("Of the parameters: float32 or bfloat16.")
+CHECKPOINTING = _flag(
+    "--checkpointing", "Compute layers again in the backward pass, to save memory."
+)
+SEED = _option("Of the new head, the order of the examples, and dropout.")
+SAVE_EVERY = _option("Updates between two checkpoints, beside every epoch's.")
+OVERWRITE = _flag("--overwrite", "Replace the run in the output folder.")
+RESUME = _flag("--resume", "Continue the interrupted run in the output folder.")
+
+ADAPTER = _option("Adapter file, or the folder of a run.")
+BASE = _option("Folder or id of the base model.", "where it was trained on")
+ADAPTER_TASK = _option("Task to evaluate on.", "the one it was trained on")
+BATCH = _option("Examples at a time.", "as in training")
+ADAPTER_LENGTH = _option("Most tokens of an example.", "as in training")
