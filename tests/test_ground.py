@@ -1,0 +1,143 @@
+"""Names, roles, supports and packing: the ground the methods stand on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from sparse_jax import InputError, gather, scatter
+from sparse_jax.names import first_match, leaf_names, require_match
+from sparse_jax.packing import current_values, keep_masters, pack, unpack
+from sparse_jax.roles import DENSE, FROZEN, SPARSE, map_roles, roles_of
+from sparse_jax.scores import gradient, leaf_key, random, select
+from sparse_jax.support import require_density, support_size
+
+
+class Toy(nnx.Module):
+    def __init__(self, rngs):
+        self.query = nnx.Linear(2, 3, rngs=rngs)
+
+
+def test_a_state_and_its_pure_dictionary_have_the_same_names():
+    state = nnx.state(Toy(nnx.Rngs(0)))
+    names = jax.tree.leaves(leaf_names(state))
+    assert names == jax.tree.leaves(leaf_names(nnx.to_pure_dict(state)))
+    assert names == ["query/bias", "query/kernel"]
+
+
+RULES = {"dense": "^classifier/", "sparse": ("query", "value/kernel$")}
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("classifier/query", "dense"),
+        ("layers/query/bias", "sparse"),
+        ("layers/value/kernel", "sparse"),
+        ("layers/value/bias", "frozen"),
+    ],
+)
+def test_the_first_rule_that_matches_wins(name, label):
+    assert first_match(RULES, name, "frozen") == label
+
+
+def test_a_broken_expression_is_reported():
+    with pytest.raises(InputError, match="must be a regular expression, got '\\('"):
+        require_match("where", "(", ["a"])
+
+
+def test_every_leaf_gets_a_role():
+    tree = {
+        "embedding": jnp.zeros((5, 2)),
+        "layers": {"kernel": jnp.zeros((3, 2, 4)), "steps": jnp.zeros(3, jnp.int32)},
+        "classifier": jnp.zeros((2, 2)),
+        "empty": jnp.zeros((0, 2)),
+    }
+    roles = roles_of(tree, where="layers", dense="classifier", stacked="^layers/")
+    kinds = map_roles(lambda role: role.kind, roles)
+    assert kinds == {
+        "embedding": FROZEN,
+        "layers": {"kernel": SPARSE, "steps": FROZEN},
+        "classifier": DENSE,
+        "empty": FROZEN,
+    }
+    assert roles["layers"]["kernel"].size == 8
+
+
+@pytest.mark.parametrize(
+    ("density", "size", "k"),
+    [
+        (0.07, 100, 7),  # 7.000000000000001 in binary
+        (0.1, 10, 1),
+        (0.05, 16_777_216, 838_861),
+        (1e-9, 10, 1),
+        (1.0, 10, 10),
+    ],
+)
+def test_the_support_is_the_density_rounded_up(density, size, k):
+    assert support_size(density, size) == k
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.0001, float("nan"), float("inf")])
+def test_a_density_is_a_fraction(density):
+    with pytest.raises(InputError, match=r"`density` must be in \(0, 1\]"):
+        require_density(density)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_scatter_writes_what_gather_reads(dtype):
+    stack = jnp.arange(24.0, dtype=dtype).reshape(2, 3, 4)
+    support = jnp.array([[0, 11], [5, 6]])
+    np.testing.assert_array_equal(gather(stack, support), [[0, 11], [17, 18]])
+    changed = scatter(stack, support, -gather(stack, support))
+    np.testing.assert_array_equal(jnp.flatnonzero(changed != stack), [11, 17, 18])
+    assert changed.dtype == dtype
+    restored = scatter(changed, support, gather(stack, support))
+    np.testing.assert_array_equal(restored, stack)
+
+
+def test_a_donated_array_is_written_in_place():
+    stack, support = jnp.zeros((4, 64, 64)), jnp.zeros((4, 10), jnp.int32)
+    compiled = (
+        jax.jit(scatter, donate_argnums=0)
+        .lower(stack, support, jnp.zeros((4, 10)))
+        .compile()
+    )
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == stack.nbytes
+    assert memory.temp_size_in_bytes < stack.nbytes / 4
+
+
+def test_packing_keeps_the_structure_of_the_parameters():
+    params = {"a": jnp.arange(4.0), "b": jnp.ones(2, jnp.bfloat16), "c": jnp.ones(3)}
+    roles = roles_of(params, where="a", dense="b")
+    masked = optax.MaskedNode()
+    support = {"a": jnp.array([1, 3]), "b": masked, "c": masked}
+    packed = pack(roles, support, params)
+    np.testing.assert_array_equal(packed["a"], [1, 3])
+    assert packed["b"].dtype == jnp.float32 and packed["c"] == masked
+    masters = keep_masters(roles, packed, params)
+    assert masters["a"] == masked and masters["c"] == masked
+    now = current_values(roles, support, masters, params)
+    jax.tree.map(np.testing.assert_array_equal, now, packed)
+    whole = unpack(roles, support, params, packed)
+    np.testing.assert_array_equal(whole["a"], [0, 1, 0, 3])
+    np.testing.assert_array_equal(whole["c"], [0, 0, 0])
+    assert whole["b"].dtype == jnp.bfloat16
+
+
+def test_each_layer_of_a_stack_is_selected_on_its_own():
+    grads = jnp.stack([jnp.arange(6.0), jnp.arange(6.0)[::-1] * 100])
+    support = select(gradient, grads, grads, 2, jax.random.key(0), stacked=True)
+    np.testing.assert_array_equal(support, [[4, 5], [0, 1]])
+
+
+def test_random_choices_are_uniform():
+    x = jnp.zeros((200, 50))
+    key = leaf_key(jax.random.key(0), "w")
+    support = select(random, x, x, 10, key, stacked=True)
+    counts = np.bincount(np.asarray(support).ravel(), minlength=50)
+    # Each of 50 entries is drawn with probability 0.2 in 200 layers: 40 +- 5.7.
+    assert counts.min() > 40 - 4 * 5.7 and counts.max() < 40 + 4 * 5.7
