@@ -60,6 +60,12 @@ def _text(place: str, fields: Mapping[str, Any], names: tuple[str, ...]) -> str:
     text = _first(fields, names)
     if not isinstance(text, str):
         raise InputError(f"{place} must have a text in {_either(names)}, got {text!r}.")
+    # JSON can write half of a character, which no tokenizer takes.
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(
+            f"{place} must have whole characters in {_either(names)}, got a lone "
+            "surrogate. Write the character in full."
+        )
     return text
 
 

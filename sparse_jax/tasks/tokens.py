@@ -61,7 +61,8 @@ def load_tokenizer(model: str | Path) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    # A torn file gives a KeyError, a TypeError or a bare Exception of the library.
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(
             f"`{folder}` must hold a whole tokenizer: {reason}. Save it there again."

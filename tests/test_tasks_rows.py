@@ -1,0 +1,116 @@
+import re
+
+import pytest
+
+from sparse_jax.errors import InputError
+from sparse_jax.tasks.glue import TASKS
+from sparse_jax.tasks.rows import read_rows
+
+
+@pytest.fixture
+def rows_of(tmp_path):
+    def read(name, content, task="rte"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return list(read_rows(path, TASKS[task]).numbered)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", "x\ty\n1\t2\n3\t4\n"),
+        ("a.txt", "\ufeffx\ty\r\n1\t2\r\n3\t4"),
+        ("a.csv", "x,y\n1,2\n3,4\n"),
+        ("a.jsonl", '{"x": "1", "y": "2"}\n{"x": "3", "y": "4"}\n'),
+    ],
+)
+def test_every_format_gives_the_same_rows(rows_of, name, content):
+    first = 1 if name.endswith("jsonl") else 2
+    rows = [(first, {"x": "1", "y": "2"}), (first + 1, {"x": "3", "y": "4"})]
+    assert rows_of(name, content) == rows
+
+
+def test_a_json_list_counts_items(rows_of):
+    assert rows_of("a.JSON", '\n[{"x": 1},\n\n{"x": 2}]') == [
+        (1, {"x": 1}),
+        (2, {"x": 2}),
+    ]
+
+
+def test_quotes_in_tab_separated_files_are_letters(rows_of):
+    assert rows_of("a.tsv", 'x\ty\n"a\tb"\n') == [(2, {"x": '"a', "y": 'b"'})]
+
+
+def test_quotes_in_csv_hold_commas_quotes_and_line_breaks(rows_of):
+    content = 'x,y\n"a, ""b""\nc",d\n'
+    assert rows_of("a.csv", content) == [(3, {"x": 'a, "b"\nc', "y": "d"})]
+
+
+@pytest.mark.parametrize("letter", ["\x0b", "\x1c", "\x85", "\u2028", "\r"])
+def test_only_line_feeds_end_lines(rows_of, letter):
+    (row,) = rows_of("a.tsv", f"x\ty\na{letter}b\tc\n")
+    assert row == (2, {"x": f"a{letter}b", "y": "c"})
+
+
+def test_cola_needs_no_header(rows_of):
+    (row,) = rows_of("a.tsv", "gj04\t0\t*\tHe go.\n", "cola")
+    assert row == (
+        1,
+        {"source": "gj04", "label": "0", "star": "*", "sentence": "He go."},
+    )
+
+
+def test_cola_may_have_a_header(rows_of):
+    (row,) = rows_of("a.tsv", "sentence\tlabel\nHe goes.\t1\n", "cola")
+    assert row == (2, {"sentence": "He goes.", "label": "1"})
+
+
+def test_halves_of_broken_questions_are_dropped_for_qqp_only(rows_of):
+    content = "question1\tquestion2\tis_duplicate\na\tb\nc\td\te\n"
+    assert len(rows_of("a.tsv", content, "qqp")) == 1
+    with pytest.raises(InputError, match="a.tsv` line 2 must have 3 fields"):
+        rows_of("a.tsv", content, "mrpc")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", "x\ty\n1\t2\n3\n", "a.tsv` line 3 must have 2 fields (x, y), got 1."),
+        ("a.csv", "x,y\n1,2,3\n", "a.csv` line 2 must have 2 fields (x, y), got 3."),
+        ("a.csv", 'x\n"1"2\n', "a.csv` line 2 must be CSV: "),
+        ("a.csv", 'x\n"1\n\n', "a.csv` line 3 must be CSV: unexpected end of data. "),
+        ("a.jsonl", "{}\n{x}\n", "a.jsonl` line 2 must be a JSON object: "),
+        ("a.jsonl", "{}\n\n[1]\n", "a.jsonl` line 3 must be an object, got list."),
+        ("a.json", "[{},\n{]\n", "a.json` line 2 must be JSON: "),
+        ("a.json", "{}", "a.json` must be a list of objects, got dict."),
+        ("a.json", "[{}, 1]", "a.json` item 2 must be an object, got int."),
+        (
+            "a.tsv",
+            b"x\ty\n\xff\t1\n",
+            "a.tsv` line 2 must be UTF-8, got the byte 0xff.",
+        ),
+        ("a.parquet", "PAR1", "must end in .tsv, .txt, .csv, .json, .jsonl, got '.par"),
+        ("train", "x", "must end in .tsv, .txt, .csv, .json, .jsonl, got ''."),
+    ],
+)
+def test_an_error_names_file_line_and_rule(rows_of, name, content, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        rows_of(name, content)
+
+
+def test_utf8_errors_after_a_byte_order_mark_have_the_right_line(rows_of):
+    with pytest.raises(InputError, match="line 3 must be UTF-8"):
+        rows_of("a.tsv", b"\xef\xbb\xbfx\n1\n\xe9\n")
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="a.tsv` must be a file, and there is none."):
+        read_rows(tmp_path / "a.tsv", TASKS["rte"])
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.json", "a.jsonl"])
+@pytest.mark.parametrize("task", ["rte", "cola"])
+def test_an_empty_file_has_no_rows(rows_of, name, task):
+    assert rows_of(name, "", task) == []
