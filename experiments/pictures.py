@@ -1,0 +1,105 @@
+"""The pictures of the experiments."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["draw_comparison", "draw_sweep"]
+
+# Tol's bright palette, which keeps its order in grey and for the colour-blind.
+COLOURS = ("#BBBBBB", "#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377")
+
+
+def draw_comparison(
+    path: Path,
+    points: Mapping[str, tuple[int, float]],
+    losses: Mapping[str, Path],
+) -> None:
+    """Draws accuracy against trained parameters beside the training losses.
+
+    Args:
+      path: PNG file to write.
+      points: trained parameters and accuracy in [0, 1] of each method.
+      losses: the `metrics.jsonl` of each method.
+    """
+    # Matplotlib takes half a second to import.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for colour, (title, (size, accuracy)) in zip(COLOURS, points.items(), strict=False):
+        left.scatter(size, 100 * accuracy, color=colour, s=70, zorder=3)
+        left.annotate(
+            title, (size, 100 * accuracy), xytext=(0, 9), textcoords="offset points",
+            ha="center", fontsize=9,
+        )  # fmt: skip
+        steps, values = _losses(losses[title])
+        right.plot(steps, values, color=colour, label=title, linewidth=1.8)
+    left.set_xscale("log")
+    left.margins(x=0.18, y=0.18)
+    left.set_xlabel("trained parameters, head included")
+    left.set_ylabel("validation accuracy (%)")
+    left.set_title("Accuracy for the parameters trained", loc="left")
+    right.set_xlabel("updates")
+    right.set_ylabel("training loss (nats), running mean")
+    right.set_title("Training", loc="left")
+    right.legend(frameon=False, fontsize=9)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_sweep(
+    path: Path,
+    series: Mapping[str, Mapping[int, list[float]]],
+    *,
+    metric: str,
+    title: str,
+) -> None:
+    """Draws a metric against trained parameters, mean and range over the seeds.
+
+    Args:
+      path: PNG file to write.
+      series: method -> trained parameters without the head -> values, one a seed.
+      metric: what the values are, for the axis.
+      title: title of the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for colour, (method, values) in zip(COLOURS[1:], series.items(), strict=False):
+        sizes = sorted(values)
+        means = [100 * np.mean(values[size]) for size in sizes]
+        low = [100 * min(values[size]) for size in sizes]
+        high = [100 * max(values[size]) for size in sizes]
+        axes.plot(sizes, means, "o-", color=colour, label=method)
+        axes.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters, head excluded")
+    axes.set_ylabel(f"{metric} (%), mean and range over seeds")
+    axes.set_title(title, loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _losses(path: Path, window: int = 15) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the updates and the running mean of the losses of a run."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    values = np.array([row["loss"] for row in rows])
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    width = np.minimum(np.arange(1, values.size + 1), window)
+    means = (total[1:] - total[np.arange(1, values.size + 1) - width]) / width
+    return np.array([row["step"] for row in rows]), means
