@@ -19,6 +19,9 @@ __all__ = ["ADAPTER", "FORMAT", "Adapter", "load_adapter", "save_adapter"]
 ADAPTER = "adapter.safetensors"
 FORMAT = "sparse_jax adapter 1"
 
+_KEY = "sparse_jax"  # of the metadata of a safetensors file
+_WORDS = ("method", "base_model", "base_hash", "task")
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -94,14 +97,15 @@ def load_adapter(path: str | Path) -> Adapter:
     path = Path(path)
     path = path / ADAPTER if path.is_dir() else path
     metadata, tensors = _read(path)
-    if metadata.get("format") != FORMAT:
+    words = json.loads(metadata.get(_KEY, "{}"))
+    if words.get("format") != FORMAT:
         raise InputError(
             f"`{path}` must be an adapter of format {FORMAT!r}, got "
-            f"{metadata.get('format')!r}. Write it with `save_adapter`."
+            f"{words.get('format')!r}. Write it with `save_adapter`."
         )
     try:
-        adapter = _from_tensors(tensors, metadata)
-    except (KeyError, ValueError) as error:
+        adapter = _from_tensors(tensors, words)
+    except (KeyError, TypeError) as error:
         raise InputError(
             f"`{path}` must name its method, base and tensors, but {error} is missing "
             "or malformed. Copy it again."
@@ -112,16 +116,13 @@ def load_adapter(path: str | Path) -> Adapter:
 
 
 def _to_metadata(adapter: Adapter) -> dict[str, str]:
-    """Returns what is not an array, as strings."""
-    return {
-        "format": FORMAT,
-        "method": adapter.method,
-        "settings": json.dumps(dict(adapter.settings), sort_keys=True),
-        "base_model": adapter.base_model,
-        "base_hash": adapter.base_hash,
-        "task": adapter.task,
-        "labels": json.dumps(adapter.labels),
-    }
+    """Returns what is not an array, as one string.
+
+    safetensors writes several in an order of its own, so that equal adapters would
+    be unequal files.
+    """
+    words = {name: getattr(adapter, name) for name in (*_WORDS, "settings", "labels")}
+    return {_KEY: json.dumps({"format": FORMAT, **words}, sort_keys=True)}
 
 
 def _read(path: Path) -> tuple[dict[str, str], Arrays]:
@@ -141,7 +142,7 @@ def _read(path: Path) -> tuple[dict[str, str], Arrays]:
         ) from error
 
 
-def _from_tensors(tensors: Arrays, metadata: Mapping[str, str]) -> Adapter:
+def _from_tensors(tensors: Arrays, words: Mapping[str, Any]) -> Adapter:
     """Sorts tensors by what their names say."""
     support, values, dense, added = {}, {}, {}, {}
     for name, array in tensors.items():
@@ -154,14 +155,11 @@ def _from_tensors(tensors: Arrays, metadata: Mapping[str, str]) -> Adapter:
             values[name.removesuffix(".values")] = array
         else:
             dense[name] = array
-    words = {
-        key: metadata[key] for key in ("method", "base_model", "base_hash", "task")
-    }
     return Adapter(
         support, values, dense, added,
-        settings=json.loads(metadata["settings"]),
-        labels=tuple(json.loads(metadata["labels"])),
-        **words,
+        settings=words["settings"],
+        labels=tuple(words["labels"]),
+        **{name: words[name] for name in _WORDS},
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def _draw_loss(axes: Any, rows: Rows, loss: str) -> None:
     """Draws the loss of every update and its moving average."""
     steps = [row["step"] for row in rows]
     losses = np.array([row["loss"] for row in rows], float)
-    width = max(2, len(losses) // 20)
+    width = max(5, len(losses) // 20)
     axes.plot(steps, losses, color=_RAW, linewidth=1, label="each update")
     label = f"moving average over about {width}"
     axes.plot(steps, _smooth(losses, width), color=_SMOOTH, linewidth=2, label=label)

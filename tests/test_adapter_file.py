@@ -1,0 +1,189 @@
+"""An adapter file holds what was trained, to the bit, and says when it does not fit."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sparse_jax import (
+    Adapter,
+    InputError,
+    apply_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
+from sparse_jax.adapter_use import swap
+
+
+def make_params(dtype=jnp.bfloat16):
+    draw = lambda i, shape: jax.random.normal(jax.random.key(i), shape).astype(dtype)
+    return {
+        "layers": {"query": {"kernel": draw(0, (2, 4, 3))}},
+        "word": draw(1, (5, 2)),
+        "classifier": draw(2, (3,)),
+    }
+
+
+def make_adapter(params):
+    support = {
+        "layers/query/kernel": np.array([[0, 7], [3, 11]], np.int32),
+        "word": np.array([2, 9], np.int32),
+    }
+    like = params["word"].dtype
+    return Adapter(
+        support=support,
+        values={name: np.full(s.shape, 9, like) for name, s in support.items()},
+        dense={"classifier": np.full(3, 2, like)},
+        method="sift",
+        settings={"density": 0.1},
+        base_model="bert",
+        base_hash="abcdef" * 10,
+        task="mrpc",
+        labels=("no", "yes"),
+    )
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_an_adapter_comes_back_as_it_was(tmp_path):
+    adapter = make_adapter(make_params())
+    size = save_adapter(tmp_path / "adapter.safetensors", adapter)
+    assert size == (tmp_path / "adapter.safetensors").stat().st_size
+    found = load_adapter(tmp_path)
+    assert_same(found.support, adapter.support)
+    assert_same(found.values, adapter.values)
+    assert_same(found.dense, adapter.dense)
+    words = ("method", "settings", "base_model", "base_hash", "task", "labels")
+    assert [getattr(found, w) for w in words] == [getattr(adapter, w) for w in words]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+def test_only_the_support_and_the_dense_leaves_change():
+    params = make_params()
+    changed, _ = apply_adapter(params, make_adapter(params))
+    first, second = np.asarray(changed["layers"]["query"]["kernel"]).reshape(2, -1)
+    assert np.flatnonzero(first == 9).tolist() == [0, 7]
+    assert np.flatnonzero(second == 9).tolist() == [3, 11]
+    assert np.flatnonzero(np.asarray(changed["word"]) == 9).tolist() == [2, 9]
+    np.testing.assert_array_equal(changed["classifier"], [2, 2, 2])
+
+
+def test_swapping_back_restores_every_bit():
+    params = make_params()
+    changed, undo = swap(params, make_adapter(params))
+    assert_same(swap(changed, undo)[0], params)
+
+
+def test_bfloat16_takes_at_most_six_and_a_half_bytes_an_entry(tmp_path):
+    k = 4000
+    support = {"w": np.sort(np.random.default_rng(0).choice(1 << 20, k, replace=False))}
+    values = {"w": np.ones(k, jnp.bfloat16)}
+    adapter = Adapter({"w": support["w"].astype(np.int32)}, values)
+    assert 6 * k < save_adapter(tmp_path / "a.safetensors", adapter) <= 6.5 * k
+
+
+def test_lora_is_attached_or_merged():
+    params = {"layers": {"query": {"kernel": jnp.zeros((2, 3, 4))}}}
+    pair = {
+        "a": np.ones((2, 3, 1), np.float32),
+        "b": np.full((2, 1, 4), 0.5, np.float32),
+    }
+    adapter = Adapter(added={"query": pair}, method="lora")
+    kept, attachment = apply_adapter(params, adapter)
+    layer = jax.tree.map(lambda leaf: leaf[0], attachment.trained)
+    x = jnp.ones((1, 3))
+    y = attachment.response("query", x, jnp.zeros((1, 4)), layer)
+    np.testing.assert_array_equal(y, np.full((1, 4), 3.0))  # 2 * 3 * 0.5
+    merged = merge_adapter(params, adapter)["layers"]["query"]["kernel"]
+    np.testing.assert_array_equal(merged, np.ones((2, 3, 4)))
+    assert_same(kept, params)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def scribble(path):
+    path.write_bytes(b"not a file of tensors")
+
+
+def rename_format(path):
+    save_file({"w": np.zeros(1)}, path, metadata={"format": "pt"})
+
+
+def forget_metadata(path):
+    save_file({"w": np.zeros(1)}, path)
+
+
+def forget_method(path):
+    save_file(
+        {"w": np.zeros(1)},
+        path,
+        metadata={"sparse_jax": '{"format": "sparse_jax adapter 1"}'},
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut, "must be a complete safetensors file"),
+        (scribble, "must be a complete safetensors file"),
+        (rename_format, "must be an adapter of format"),
+        (forget_metadata, "must be an adapter of format"),
+        (forget_method, "must name its method"),
+        (lambda path: path.unlink(), "does not exist"),
+    ],
+)
+def test_a_file_that_is_no_adapter_is_an_error(tmp_path, spoil, message):
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, make_adapter(make_params()))
+    spoil(path)
+    with pytest.raises(InputError, match=message):
+        load_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ([3, 2], "must hold ascending int32 positions"),
+        ([2, 2], "must hold ascending int32 positions"),
+        ([-1, 2], "must hold ascending int32 positions"),
+        ([1, 2, 3], "as many positions as values"),
+        ([2, 10], "must hold positions below 10"),
+    ],
+)
+def test_a_support_that_does_not_fit_is_an_error(tmp_path, word, message):
+    adapter = make_adapter(make_params())
+    support = {**adapter.support, "word": np.array(word, np.int32)}
+    save_adapter(tmp_path / "adapter.safetensors", replace(adapter, support=support))
+    with pytest.raises(InputError, match=message):
+        apply_adapter(make_params(), load_adapter(tmp_path))
+
+
+def test_another_base_is_an_error_that_shows_both_hashes():
+    with pytest.raises(
+        InputError, match=r"abcdefabcdef\.\.\.,.* got SHA-256 0123456789"
+    ):
+        params = make_params()
+        apply_adapter(params, make_adapter(params), base_hash="0123456789" * 6)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (make_params(jnp.float32), "must be float32.* got bfloat16"),
+        ({"layers": make_params()["layers"]}, "must have the leaf `classifier`"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_an_error(params, message):
+    with pytest.raises(InputError, match=message):
+        apply_adapter(params, make_adapter(make_params()))

@@ -1,0 +1,197 @@
+"""The command line: quick to help, and one line for wrong input."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_run import tiny_settings, write_data, write_model
+
+from sparse_jax import finetune
+from sparse_jax.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("originals")
+    write_model(folder / "model")
+    write_data(folder / "data")
+    made = {"method": "head", "max_steps": 1}
+    finetune(tiny_settings(folder / "model", folder / "data", folder / "made", **made))
+    return folder
+
+
+@pytest.fixture
+def place(originals, tmp_path):
+    """Returns a folder with a model and data that a test may spoil."""
+    shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def command(place, monkeypatch, capsys):
+    """Returns a function that runs a command: exit code, output, errors."""
+
+    def run(*arguments):
+        words = [str(word).replace("PLACE", str(place)) for word in arguments]
+        monkeypatch.setattr(sys, "argv", ["sparse-jax", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+FINETUNE = (
+    "finetune", "--model", "PLACE/model", "--task", "sst2", "--data", "PLACE/data",
+    "--output", "PLACE/run",
+)  # fmt: skip
+EVALUATE = (
+    "evaluate", "--adapter", "PLACE/made", "--model", "PLACE/model",
+    "--data", "PLACE/data",
+)  # fmt: skip
+
+
+def test_help_answers_in_a_second():
+    # The fastest of three: other programs run on the same machine.
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        code = "from sparse_jax.cli.main import main; main()"
+        words = [sys.executable, "-c", code, "finetune", "--help"]
+        run = subprocess.run(words, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - began)
+    assert "--density" in run.stdout
+    assert min(seconds) < 1
+
+
+def test_a_run_and_its_evaluation(command, place):
+    code, out, err = command(*FINETUNE, "--method", "head", "--max-steps", "2")
+    assert code == 0
+    assert "trained parameters" in out
+    assert "step 2/2" in err
+    metrics = json.loads((place / "run" / "metrics.json").read_text())
+    code, out, _ = command("evaluate", "--adapter", "PLACE/run", "--data", "PLACE/data")
+    assert (code, json.loads(out)) == (0, metrics["eval"])
+
+
+def drop_column(place):
+    (place / "data" / "train.jsonl").write_text('{"text": "good", "label": 1}\n')
+
+
+def unknown_label(place):
+    with (place / "data" / "train.jsonl").open("a") as file:
+        file.write('{"sentence": "good film", "label": 7}\n')
+
+
+def empty_file(place):
+    (place / "data" / "train.jsonl").write_text("")
+
+
+def broken_utf8(place):
+    with (place / "data" / "dev.jsonl").open("ab") as file:
+        file.write(b'{"sentence": "\xff", "label": 1}\n')
+
+
+def only_pickles(place):
+    (place / "model" / "model.safetensors").rename(
+        place / "model" / "pytorch_model.bin"
+    )
+
+
+def fill_output(place):
+    (place / "run").mkdir()
+    (place / "run" / "thesis.tex").write_text("the only copy")
+
+
+nothing = lambda place: None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (nothing, ("--density", "0"), "`density` must be in (0, 1], got 0.0"),
+        (nothing, ("--density", "1.5"), "`density` must be in (0, 1], got 1.5"),
+        (nothing, ("--density", "nan"), "`density` must be in (0, 1], got nan"),
+        (nothing, ("--where", "qwery"), "`where` must match at least one parameter"),
+        (nothing, ("--where", "("), "`where` must be a regular expression"),
+        (nothing, ("--dense", "clasifier"), "`dense` must match at least one"),
+        (nothing, ("--method", "lora", "--where", "qwery"), "`where` must match"),
+        (nothing, ("--task", "sst3"), "`task` must be one of cola, sst2"),
+        (nothing, ("--max-length", "17"), "`max_length` must be at most"),
+        (nothing, ("--data", "PLACE/dta"), "`data` must be a folder"),
+        (lambda p: (p / "model" / "config.json").unlink(), (), "with a `config.json`"),
+        (lambda p: (p / "model" / "model.safetensors").unlink(), (), "has no weights"),
+        (only_pickles, (), "has only the pickle pytorch_model.bin"),
+        (drop_column, (), "line 1 must have a column `sentence`"),
+        (unknown_label, (), "line 23 must have one of the labels"),
+        (empty_file, (), "must have examples"),
+        (broken_utf8, (), "line 14 must be UTF-8, got the byte 0xff"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_nothing_written(
+    command, place, spoil, options, message
+):
+    spoil(place)
+    code, out, err = command(*FINETUNE, *options)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not (place / "run").exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(command, place):
+    fill_output(place)
+    code, _, err = command(*FINETUNE)
+    assert code == 2
+    assert "`output` must be an empty or a new folder" in err
+    assert [path.name for path in (place / "run").iterdir()] == ["thesis.tex"]
+
+
+def other_weights(place):
+    path = place / "model" / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def truncated(place):
+    path = place / "made" / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (other_weights, (), "`model` must be the base of the adapter"),
+        (truncated, (), "must be a complete safetensors file"),
+        (nothing, ("--task", "rte"), "must have a column `sentence1`"),
+        (nothing, ("--adapter", "PLACE/none"), "does not exist"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_one_line(
+    command, place, spoil, options, message
+):
+    spoil(place)
+    code, out, err = command(*EVALUATE, *options)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and message in err
+    assert err.count("\n") == 1
+
+
+def test_an_interrupted_run_says_how_to_go_on(command, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparse_jax.training.loop.Loop.run", interrupt)
+    code, _, err = command(*FINETUNE)
+    assert code == 130
+    assert "with --resume" in err
+
+
+def test_an_unknown_option_is_refused(command):
+    code, _, err = command(*FINETUNE, "--densty", "0.1")
+    assert code == 2
+    assert "No such option" in err

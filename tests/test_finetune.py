@@ -1,0 +1,212 @@
+"""A run reports what it did, can be continued, and leaves what repeats it."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tiny_run import CONFIG, tiny_settings, write_data, write_model
+
+from sparse_jax import InputError, Settings, evaluate_adapter, finetune, load_adapter
+from sparse_jax.training.checkpoint import Checkpoints
+from sparse_jax.training.loss import make_loss
+from sparse_jax.training.methods import method_of
+from sparse_jax.training.optimizer import learning_rate_at, make_optimizer
+
+D, L = CONFIG.hidden_size, CONFIG.num_layers
+HEAD = D * D + D + 2 * D + 2  # pooler and classifier, both new
+MAPS = L * 4 * (D * D + D)  # query, key, value and attention output
+SPARSE = L * 4 * (26 + 2)  # a tenth of 256 and of 16 entries, rounded up
+LORA = L * 4 * 2 * (D * 2)
+BIASES = L * (4 * D + 2 * D + 24 + D) + D  # maps, two norms, MLP; embedding norm
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Keeps compiled programs: most tests run the same one again."""
+    before = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "sst2")
+
+
+def rows_of(output):
+    lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("changes", "without_head"),
+    [
+        ({"method": "head"}, 0),
+        ({"method": "bitfit"}, BIASES),
+        ({"method": "lora", "dtype": "bfloat16"}, LORA),
+        ({"method": "sift", "dtype": "bfloat16", "accumulate": 2}, SPARSE),
+        ({"method": "random", "checkpointing": True}, SPARSE),
+        ({"method": "magnitude", "density": 1.0}, MAPS),
+        ({"method": "full"}, None),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "",
+)
+def test_an_adapter_repeats_the_metrics_of_its_run(
+    model, data, tmp_path, changes, without_head
+):
+    metrics = finetune(tiny_settings(model, data, tmp_path / "run", **changes))
+    if without_head is None:
+        without_head = metrics["total_parameters"] - HEAD
+    assert metrics["trained_parameters_without_head"] == without_head
+    assert metrics["trained_parameters"] == without_head + HEAD
+    assert metrics["steps"] == 3
+    assert load_adapter(tmp_path / "run").entries == without_head + HEAD
+    assert evaluate_adapter(tmp_path / "run", data=str(data)) == metrics["eval"]
+
+
+def test_a_run_directory_holds_what_a_script_relies_on(model, data, tmp_path):
+    output = tmp_path / "new" / "run"
+    metrics = finetune(tiny_settings(model, data, output, epochs=4))
+    names = sorted(path.name for path in output.iterdir())
+    assert names == [
+        "adapter.safetensors", "config.json", "curve.png", "metrics.json",
+        "metrics.jsonl",
+    ]  # fmt: skip
+    assert json.loads((output / "metrics.json").read_text()) == metrics
+    assert metrics["adapter_bytes"] == (output / names[0]).stat().st_size
+    # Two moments for each trained value, a position for each sparse one, two counters.
+    trained = metrics["trained_parameters"]
+    assert metrics["optimizer_bytes"] == 8 * trained + 4 * SPARSE + 2 * 4
+    assert metrics["seconds_per_step"] > 0
+    assert metrics["peak_memory_bytes"] > 0
+    config = json.loads((output / "config.json").read_text())
+    assert Settings(**config["settings"]) == tiny_settings(
+        model, data, output, epochs=4
+    )
+    assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")
+    losses = [row["loss"] for row in rows_of(output) if "loss" in row]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("dtype", "dropout"), [("float32", 0.1), ("bfloat16", 0.0)])
+def test_a_continued_run_gives_the_numbers_of_an_uninterrupted_one(
+    data, tmp_path, monkeypatch, dtype, dropout
+):
+    model = write_model(tmp_path / "model", dropout)
+    options = {"epochs": 2, "save_every": 2, "dtype": dtype}
+    whole = finetune(tiny_settings(model, data, tmp_path / "whole", **options))
+    broken = tiny_settings(model, data, tmp_path / "broken", **options)
+    save = Checkpoints.save
+
+    # Checkpoints are after batches 2, 3 (end of the epoch), 4, and 6.
+    def die_at_four(self, state, at):
+        save(self, state, at)
+        if at.batches == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", die_at_four)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(broken)
+    monkeypatch.undo()
+    assert not (tmp_path / "broken" / "metrics.json").exists()
+    again = tiny_settings(model, data, tmp_path / "broken", resume=True, **options)
+    metrics = finetune(again)
+    same = ("eval", "splits", "steps", "trained_parameters", "optimizer_bytes")
+    assert [metrics[name] for name in same] == [whole[name] for name in same]
+    timeless = lambda rows: [
+        {k: v for k, v in row.items() if k not in ("seconds", "is_compiling")}
+        for row in rows
+    ]
+    assert timeless(rows_of(tmp_path / "broken")) == timeless(
+        rows_of(tmp_path / "whole")
+    )
+    a, b = (tmp_path / name / "adapter.safetensors" for name in ("whole", "broken"))
+    assert a.read_bytes() == b.read_bytes()
+    # A finished run has nothing left to do.
+    assert finetune(again) == metrics
+
+
+def test_a_run_resumes_only_with_its_own_settings(model, data, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    with pytest.raises(InputError, match=r"must hold the `config.json` of a run"):
+        finetune(tiny_settings(model, data, output, resume=True))
+    finetune(tiny_settings(model, data, output, method="head", max_steps=1))
+    with pytest.raises(InputError, match="`method` must be 'head' as in the run"):
+        finetune(tiny_settings(model, data, output, max_steps=1, resume=True))
+
+
+def test_overwriting_replaces_the_files_of_a_run_and_no_others(model, data, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 99}\n')
+    settings = tiny_settings(
+        model, data, tmp_path, method="head", max_steps=1, overwrite=True
+    )
+    finetune(settings)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 1]
+
+
+def test_the_head_is_the_classifier_and_what_a_checkpoint_lacks():
+    settings = Settings(model="m", task="mrpc", output="o", method="sift")
+    assert method_of(settings, ["classifier/bias"]).dense == ("^classifier/",)
+    new = ["classifier/bias", "pooler/kernel"]
+    assert method_of(settings, new).dense == ("^classifier/", "^pooler/")
+
+
+def test_the_rate_rises_for_six_percent_and_falls_to_the_end():
+    rates = [float(learning_rate_at(count, 1.0, 100)) for count in range(100)]
+    assert rates[0] == pytest.approx(1 / 6)
+    assert rates[5] == 1.0
+    assert np.argmax(rates) == 5
+    assert rates[-1] == pytest.approx(1 / 95)
+
+
+def test_the_norm_of_the_gradient_is_clipped_to_one():
+    tx = make_optimizer(1e-3, 10)
+    params = {"w": jnp.zeros(2)}
+    _, state = tx.update({"w": jnp.array([30.0, 40.0])}, tx.init(params), params)
+    mean = optax.tree.get(state, "mu")["w"]
+    np.testing.assert_allclose(mean, [0.06, 0.08], rtol=1e-6)
+
+
+def test_a_filler_row_has_no_loss():
+    logits = jnp.array([[2.0], [5.0]])
+    loss = make_loss(lambda *args, **options: logits)
+    batch = {"labels": jnp.array([1.0, 9.0]), "weights": jnp.array([1.0, 0.0])}
+    assert loss({}, batch, None, None) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "sifted"}, "`method` must be one of full, head"),
+        ({"dtype": "float16"}, "`dtype` must be one of float32, bfloat16"),
+        ({"rank": 0}, "`rank` must be positive, got 0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be positive, got nan"),
+        ({"method": "head", "where": ("query",)}, "`where` must be left out"),
+        ({"accumulate": 3}, "`accumulate` must divide `batch_size`=8, got 3"),
+        ({"overwrite": True, "resume": True}, "must not be given together"),
+        ({"seed": -1}, "`seed` must be in"),
+    ],
+)
+def test_settings_that_break_a_rule_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        tiny_settings("model", "data", "output", **changes)
