@@ -26,7 +26,9 @@ class Stack(NamedTuple):
     where: str  # the targets
 
 
-def encoder(dtype: Any, batch: int, length: int, checkpoint: bool) -> Stack:
+def encoder(
+    dtype: Any, batch: int, length: int, checkpoint: bool, unroll: int | None = None
+) -> Stack:
     """Returns a BERT of 30 M parameters with a classification head."""
     config = EncoderConfig(
         vocab_size=VOCABULARY,
@@ -45,7 +47,8 @@ def encoder(dtype: Any, batch: int, length: int, checkpoint: bool) -> Stack:
 
     def loss(params: Any, batch: Any, key: Any, attachment: Attachment) -> Any:
         inputs, labels = batch
-        logits = model(params, inputs, attachment=attachment, checkpoint=checkpoint)
+        options = {"checkpoint": checkpoint, "unroll": unroll}
+        logits = model(params, inputs, attachment=attachment, **options)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.sum(), losses.size
 
@@ -57,7 +60,9 @@ def encoder(dtype: Any, batch: int, length: int, checkpoint: bool) -> Stack:
     return Stack(params, loss, (inputs, labels), linear)
 
 
-def decoder(dtype: Any, batch: int, length: int, checkpoint: bool) -> Stack:
+def decoder(
+    dtype: Any, batch: int, length: int, checkpoint: bool, unroll: int | None = None
+) -> Stack:
     """Returns a Llama-shaped stack of 34 M parameters with tied embeddings."""
     hidden = 1408
     shapes = {
@@ -77,6 +82,7 @@ def decoder(dtype: Any, batch: int, length: int, checkpoint: bool) -> Stack:
     scales = {f"norm_{i}": jnp.ones((LAYERS, WIDTH), dtype) for i in (1, 2)}
     params = {"embedding": draw(99, VOCABULARY, WIDTH), "layers": layers | scales}
     ids = jax.random.randint(jax.random.key(1), (batch, length), 1, VOCABULARY)
+    passes = unroll or default_unroll(LAYERS, checkpoint)
 
     def layer(x: jax.Array, layer_params: Any, respond: Any) -> jax.Array:
         linear = lambda site, x: respond(site, x, x @ layer_params[site]["kernel"])
@@ -100,8 +106,7 @@ def decoder(dtype: Any, batch: int, length: int, checkpoint: bool) -> Stack:
 
         body = jax.checkpoint(body, prevent_cse=False) if checkpoint else body
         stacked = (params["layers"], attachment.trained)
-        unroll = default_unroll(LAYERS)
-        x, _ = jax.lax.scan(body, params["embedding"][ids], stacked, unroll=unroll)
+        x, _ = jax.lax.scan(body, params["embedding"][ids], stacked, unroll=passes)
         logits = (_norm(x) @ params["embedding"].T).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits[:, :-1], ids[:, 1:]

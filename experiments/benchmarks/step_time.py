@@ -122,7 +122,8 @@ def report(
     for name, (compiled, _) in steps.items():
         ratio = np.array(seconds[name]) / np.array(seconds[FLOOR])
         low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
-        memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        analysis: Any = compiled.memory_analysis()
+        memory = analysis.temp_size_in_bytes / 2**20
         median = float(np.median(seconds[name]) * 1e3)
         table.add_row(
             name,

@@ -40,8 +40,8 @@ def run_layers(
       *context: arrays that every layer sees, such as the attention mask.
       key: source of one key for each layer; None turns dropout off.
       attachment: what a method adds to the layers.
-      unroll: layers run in one pass of the loop; None is all of them on CPU and one
-        elsewhere.
+      unroll: layers run in one pass of the loop; None is all of them on CPU without
+        `checkpoint`, and one otherwise.
       checkpoint: whether the backward pass computes each layer again instead of
         keeping its intermediate values.
 
@@ -59,14 +59,19 @@ def run_layers(
         respond = lambda site, x, y: attachment.response(site, x, y, trained)
         return layer(x, *context, layer_key, respond).astype(x.dtype), None
 
-    unroll = default_unroll(num_layers) if unroll is None else unroll
+    unroll = default_unroll(num_layers, checkpoint) if unroll is None else unroll
     if checkpoint:
-        # Inside a real loop the compiler cannot merge the two forward passes; in
-        # unrolled code it would, and undo the checkpoint.
+        # Inside a real loop the compiler cannot merge the two forward passes.
         body = jax.checkpoint(body, prevent_cse=unroll > 1)
     return jax.lax.scan(body, x, (params, attachment.trained, keys), unroll=unroll)[0]
 
 
-def default_unroll(num_layers: int) -> int:
-    """Returns all layers on CPU, where a loop halves the speed, and 1 elsewhere."""
-    return num_layers if jax.default_backend() == "cpu" else 1
+def default_unroll(num_layers: int, checkpoint: bool = False) -> int:
+    """Returns all layers on CPU, where a loop halves the speed, and 1 elsewhere.
+
+    Checkpointed layers always run in a loop: XLA:CPU merges the two forward passes of
+    unrolled code and keeps everything after all (measured: 370 MiB either way for an
+    encoder of 30 M parameters, 64 in the loop).
+    """
+    unrolls = jax.default_backend() == "cpu" and not checkpoint
+    return num_layers if unrolls else 1
