@@ -51,7 +51,9 @@ def finetune(settings: Settings) -> dict[str, Any]:
     total = _total(job)
     tuner = _tuner(job, total)
     checkpoints = Checkpoints(directory.checkpoints, tuner)
-    state = jax.jit(tuner.init)(job.base.params, jax.random.key(settings.seed))
+    # The loaded weights become those of the state: there is one copy of them.
+    start = jax.jit(tuner.init, donate_argnums=0)
+    state = start(job.base.params, jax.random.key(settings.seed))
     state, at = checkpoints.restore(state)
     directory.rewind(at.batches)
     with show_progress(total, at.batches) as progress:
