@@ -60,7 +60,10 @@ def make_job(settings: Settings) -> Job:
       InputError: for anything wrong with the task, its files, the model's folder, the
         rules, or the length.
     """
-    splits = load(find_task(settings.task), settings.data)
+    task = find_task(settings.task)
+    # The folder first: data from the Hub takes minutes to arrive, or to fail.
+    local_folder(settings.model)
+    splits = load(task, settings.data)
     base = load_base(settings.model, splits.task, settings.dtype, settings.seed)
     feed = make_feed(
         splits,
