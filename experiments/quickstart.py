@@ -48,9 +48,9 @@ class Entry:
 ENTRIES = (
     Entry("head only", replace(BASE, method="head", learning_rate=1e-2)),
     Entry("LoRA", replace(BASE, method="lora", learning_rate=5e-3)),
-    Entry("random support", replace(BASE, method="random", learning_rate=3e-3)),
-    Entry("SIFT", replace(BASE, method="sift", learning_rate=3e-3)),
-    Entry("full", replace(BASE, method="full", learning_rate=5e-4)),
+    Entry("random support", replace(BASE, method="random", learning_rate=5e-3)),
+    Entry("SIFT", replace(BASE, method="sift", learning_rate=5e-3)),
+    Entry("full", replace(BASE, method="full", learning_rate=6e-4)),
 )
 COLUMNS = (
     "method",
