@@ -14,14 +14,14 @@ COLOURS = ("#BBBBBB", "#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377")
 
 def draw_comparison(
     path: Path,
-    points: Mapping[str, tuple[int, float]],
+    points: Mapping[str, tuple[int, float, float]],
     losses: Mapping[str, Path],
 ) -> None:
-    """Draws accuracy against trained parameters beside the training losses.
+    """Draws the accuracy of every method beside its training loss.
 
     Args:
       path: PNG file to write.
-      points: trained parameters and accuracy in [0, 1] of each method.
+      points: trained parameters, accuracy in [0, 1] and its standard error.
       losses: the `metrics.jsonl` of each method.
     """
     # Matplotlib takes half a second to import.
@@ -30,19 +30,22 @@ def draw_comparison(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for colour, (title, (size, accuracy)) in zip(COLOURS, points.items(), strict=False):
-        left.scatter(size, 100 * accuracy, color=colour, s=70, zorder=3)
-        left.annotate(
-            title, (size, 100 * accuracy), xytext=(0, 9), textcoords="offset points",
-            ha="center", fontsize=9,
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    names = []
+    for place, (colour, (title, point)) in enumerate(
+        zip(COLOURS, points.items(), strict=False)
+    ):
+        size, accuracy, error = point
+        left.errorbar(
+            100 * accuracy, place, xerr=100 * error, fmt="o", color=colour,
+            markersize=9, capsize=4, linewidth=1.8,
         )  # fmt: skip
+        names.append(f"{title}\n{size:,} trained")
         steps, values = _losses(losses[title])
         right.plot(steps, values, color=colour, label=title, linewidth=1.8)
-    left.set_xscale("log")
-    left.margins(x=0.18, y=0.18)
-    left.set_xlabel("trained parameters, head included")
-    left.set_ylabel("validation accuracy (%)")
+    left.set_yticks(range(len(names)), names, fontsize=9)
+    left.set_ylim(len(names) - 0.5, -0.5)
+    left.set_xlabel("validation accuracy (%), with one standard error")
     left.set_title("Accuracy for the parameters trained", loc="left")
     right.set_xlabel("updates")
     right.set_ylabel("training loss (nats), running mean")

@@ -13,6 +13,7 @@ minutes on two cores.
 """
 
 import argparse
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,12 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
     share = sift["trained_parameters"] / full["trained_parameters"]
     state = full["optimizer_bytes"] / sift["optimizer_bytes"]
     file = full["adapter_bytes"] / sift["adapter_bytes"]
+    error = standard_error(sift["eval"]["accuracy"])
     console.print(
         f"SIFT trains {share:.1%} of the parameters that full fine-tuning trains: "
-        f"{state:.0f} times less optimiser state, a file {file:.0f} times smaller."
+        f"{state:.0f} times less optimiser state, a file {file:.0f} times smaller. "
+        f"An accuracy has a standard error of {error:.1%}: smaller differences mean "
+        "nothing."
     )
 
 
@@ -99,11 +103,18 @@ def draw(path: Path, results: dict[str, dict[str, Any]], folder: Path) -> None:
     from experiments.pictures import draw_comparison
 
     losses = {title: folder / slug(title) / "metrics.jsonl" for title in results}
-    points = {
-        title: (metrics["trained_parameters"], metrics["eval"]["accuracy"])
-        for title, metrics in results.items()
-    }
+    points = {}
+    for title, metrics in results.items():
+        accuracy = metrics["eval"]["accuracy"]
+        size = metrics["trained_parameters"]
+        points[title] = (size, accuracy, standard_error(accuracy))
     draw_comparison(path, points, losses)
+
+
+def standard_error(accuracy: float) -> float:
+    """Returns how far an accuracy is off by the choice of sentences alone."""
+    judged = len((ASSETS / "quickstart" / "validation.jsonl").read_text().splitlines())
+    return math.sqrt(accuracy * (1 - accuracy) / judged)
 
 
 def slug(title: str) -> str:

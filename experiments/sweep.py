@@ -1,0 +1,111 @@
+"""How many parameters does each method need?  The paper's figure, on any model.
+
+    python -m experiments.sweep --model MODEL --task mrpc [--data FOLDER]
+        [--densities 0.0001 0.001 0.01 0.1] [--ranks 1 4 16] [--seeds 0 1 2]
+        [--learning-rates 3e-4 1e-3 3e-3] [--epochs 4] [--output runs/sweep]
+
+SIFT and a random support at several densities and LoRA at several ranks. For every
+method and size the learning rate is the best of the grid on the first seed; then all
+seeds run. Every run has a directory of its own and is not repeated, so an interrupted
+sweep goes on where it was. Prints a table with mean and range, draws `sweep.png`.
+"""
+
+import argparse
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments.pictures import draw_sweep
+from sparse_jax import Settings, finetune
+from sparse_jax.tasks.glue import find_task
+
+COLUMNS = ("method", "trained, no head", "learning rate", "mean", "range")
+
+
+def result(settings: Settings) -> dict[str, Any]:
+    """Returns the metrics of a run, from its directory if it has been made."""
+    stored = Path(settings.output) / "metrics.json"
+    if stored.is_file():
+        return json.loads(stored.read_text())
+    return finetune(replace(settings, overwrite=True))
+
+
+def sizes(base: Settings, args: argparse.Namespace) -> dict[str, Settings]:
+    """Returns the settings of every method and size, by a name for their folders."""
+    found = {}
+    for method, density in itertools.product(("sift", "random"), args.densities):
+        found[f"{method}-{density:g}"] = replace(base, method=method, density=density)
+    for rank in args.ranks:
+        found[f"lora-{rank}"] = replace(base, method="lora", rank=rank)
+    return found
+
+
+def run(
+    name: str, settings: Settings, args: argparse.Namespace
+) -> tuple[float, list[dict[str, Any]]]:
+    """Returns the learning rate chosen on the first seed, and the runs of all seeds."""
+
+    def one(rate: float, seed: int) -> dict[str, Any]:
+        output = str(args.output / f"{name}-lr{rate:g}-seed{seed}")
+        return result(replace(settings, learning_rate=rate, seed=seed, output=output))
+
+    metric = find_task(args.task).primary
+    score = lambda rate: one(rate, args.seeds[0])["eval"][metric]
+    best = max(args.learning_rates, key=score)
+    return best, [one(best, seed) for seed in args.seeds]
+
+
+def main() -> None:
+    """Runs the sweep, then shows it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data")
+    numbers = {"nargs": "*", "type": float}
+    parser.add_argument("--densities", **numbers, default=[1e-4, 1e-3, 1e-2, 1e-1])
+    parser.add_argument("--ranks", nargs="*", type=int, default=[1, 4, 16])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--learning-rates", **numbers, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("runs/sweep"))
+    args = parser.parse_args()
+    base = Settings(
+        model=args.model,
+        task=args.task,
+        data=args.data,
+        output="",
+        epochs=args.epochs,
+        max_steps=args.max_steps,
+        max_length=args.max_length,
+    )
+    metric = find_task(args.task).primary
+    seeds = ", ".join(map(str, args.seeds))
+    table = Table(title=f"{args.task}, {metric} (%), seeds {seeds}")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    series: dict[str, dict[int, list[float]]] = {}
+    for name, settings in sizes(base, args).items():
+        rate, runs = run(name, settings, args)
+        values = [metrics["eval"][metric] for metrics in runs]
+        size = runs[0]["trained_parameters_without_head"]
+        series.setdefault(settings.method, {})[size] = values
+        spread = f"{100 * min(values):.1f} to {100 * max(values):.1f}"
+        mean = f"{100 * np.mean(values):.1f}"
+        table.add_row(name, f"{size:,}", f"{rate:g}", mean, spread)
+    Console(width=100).print(table)
+    picture = args.output / "sweep.png"
+    title = f"{args.task}, {Path(args.model).name}"
+    draw_sweep(picture, series, metric=metric, title=title)
+    print(f"The picture is {picture}.")
+
+
+if __name__ == "__main__":
+    main()
