@@ -18,9 +18,9 @@ from sparse_jax import finetune
 
 GRIDS = {
     "head only": (3e-3, 1e-2, 3e-2),
-    "LoRA": (2e-3, 5e-3, 1e-2),
-    "random support": (2e-3, 5e-3, 1e-2),
-    "SIFT": (2e-3, 5e-3, 1e-2),
+    "LoRA": (5e-3, 1e-2, 2e-2),
+    "random support": (5e-3, 1e-2, 2e-2),
+    "SIFT": (5e-3, 1e-2, 2e-2),
     "full": (3e-4, 6e-4, 1e-3),
 }
 
