@@ -24,7 +24,7 @@ CONFIG = EncoderConfig(
     attention_dropout=0.0,
 )
 MODEL = PureModel(SequenceClassifier, BERT, CONFIG)
-WHERE, HEAD = "layers/.*kernel|word", "^classifier/"
+WHERE, HEAD = "query/kernel|up/kernel|word", "^classifier/"
 
 
 def loss(params, batch, key, attachment):

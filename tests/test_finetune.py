@@ -82,7 +82,7 @@ def test_an_adapter_repeats_the_metrics_of_its_run(
 
 def test_a_run_directory_holds_what_a_script_relies_on(model, data, tmp_path):
     output = tmp_path / "new" / "run"
-    metrics = finetune(tiny_settings(model, data, output, epochs=2))
+    metrics = finetune(tiny_settings(model, data, output, epochs=4))
     names = sorted(path.name for path in output.iterdir())
     assert names == [
         "adapter.safetensors", "config.json", "curve.png", "metrics.json",
@@ -97,11 +97,11 @@ def test_a_run_directory_holds_what_a_script_relies_on(model, data, tmp_path):
     assert metrics["peak_memory_bytes"] > 0
     config = json.loads((output / "config.json").read_text())
     assert Settings(**config["settings"]) == tiny_settings(
-        model, data, output, epochs=2
+        model, data, output, epochs=4
     )
     assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")
     losses = [row["loss"] for row in rows_of(output) if "loss" in row]
-    assert len(losses) == 6
+    assert len(losses) == 12
     assert losses[-1] < losses[0]
 
 
