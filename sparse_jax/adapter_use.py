@@ -37,7 +37,9 @@ def apply_adapter(
     _require_base(adapter, base_hash)
     params, _ = swap(params, adapter)
     method, added = _method(adapter), jax.tree.map(jnp.asarray, adapter.added)
-    respond = lambda site, x, y, trained: method.response(site, x, y, trained["added"])
+    respond = lambda site, module, x, trained: method.response(
+        site, module, x, trained["added"]
+    )
     return params, Attachment(trained={"added": added}, response=respond)
 
 

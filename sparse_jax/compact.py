@@ -151,8 +151,8 @@ class Compact:
 
     def attach(self, state: CompactState) -> Attachment:
         """Returns what a model needs, beside `state.params`, to compute its outputs."""
-        respond = lambda site, x, y, trained: self.method.response(
-            site, x, y, trained["added"]
+        respond = lambda site, module, x, trained: self.method.response(
+            site, module, x, trained["added"]
         )
         return Attachment(trained={"added": state.added}, response=respond)
 
@@ -258,8 +258,8 @@ class Compact:
                 return layer_params
             return jax.tree.map(one, layer_params, *trained["tapped"])
 
-        respond = lambda site, x, y, trained: self.method.response(
-            site, x, y, trained["added"]
+        respond = lambda site, module, x, trained: self.method.response(
+            site, module, x, trained["added"]
         )
         return Attachment({"tapped": inside, "added": added}, weights, respond)
 

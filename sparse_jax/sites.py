@@ -1,11 +1,15 @@
-"""Sites: where a model lets a method look at a layer and add to it."""
+"""Sites: where a model lets a method look at a layer and change what it computes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-__all__ = ["Attachment"]
+__all__ = ["Attachment", "Module", "Respond"]
+
+Module = Callable[[jax.Array], jax.Array]
+# (site, module, x) -> y, what a layer calls instead of `module(x)`
+Respond = Callable[[str, Module, jax.Array], jax.Array]
 
 
 def _keep_weights(layer_params: Any, trained: Any) -> Any:
@@ -14,26 +18,28 @@ def _keep_weights(layer_params: Any, trained: Any) -> Any:
     return layer_params
 
 
-def _keep_output(site: str, x: jax.Array, y: jax.Array, trained: Any) -> jax.Array:
-    """Leaves the output of a site as it is."""
-    del site, x, trained
-    return y
+def _call(site: str, module: Module, x: jax.Array, trained: Any) -> jax.Array:
+    """Leaves a site as it is."""
+    del site, trained
+    return module(x)
 
 
 class Attachment(NamedTuple):
     """What a method attaches to a stack of layers.
 
     A model that runs a stack of `L` layers hands layer `l` the slice `trained[l]`,
-    replaces the parameters of the layer by `weights(layer_params, trained[l])` and the
-    output of every site (a linear map `y = x @ kernel + bias` inside the layer) by
-    `response(site, x, y, trained[l])`. The default attaches nothing.
+    replaces the parameters of the layer by `weights(layer_params, trained[l])` and
+    asks for the output of every site with `response(site, module, x, trained[l])`. A
+    site is a module inside the layer that owns weights (a linear map or a norm), named
+    after them: the kernel of site "mlp/up" is the leaf "layers/mlp/up/kernel". The
+    default attaches nothing and returns `module(x)`.
 
     Example:
       >>> attachment = Attachment()
-      >>> attachment.response("attention/query", None, 1.0, None)
-      1.0
+      >>> attachment.response("attention/query", lambda x: 2 * x, 1.0, None)
+      2.0
     """
 
     trained: Any = None  # pytree of arrays, shape=(L, ...)
     weights: Callable[[Any, Any], Any] = _keep_weights
-    response: Callable[[str, jax.Array, jax.Array, Any], jax.Array] = _keep_output
+    response: Callable[[str, Module, jax.Array, Any], jax.Array] = _call

@@ -26,8 +26,10 @@ SITES = [
     "attention/key",
     "attention/value",
     "attention/output",
+    "attention/norm",
     "mlp/up",
     "mlp/down",
+    "mlp/norm",
 ]
 
 both_families = pytest.mark.parametrize("name", ["bert", "roberta"])
@@ -170,7 +172,8 @@ def test_an_attachment_sees_every_site_with_its_input(name):
     model, params, batch = tiny(name)
     seen = {}
 
-    def response(site, x, y, trained):
+    def response(site, module, x, trained):
+        y = module(x)
         seen[site] = (x.shape, y.shape, trained.shape)
         return y
 
@@ -185,7 +188,9 @@ def test_a_response_is_added_at_its_site_in_its_layer(site):
     model, params, batch = tiny("bert")
     # Doubling the output of a site equals doubling its kernel and bias.
     factors = jnp.array([1.0, 2.0])
-    response = lambda name, x, y, factor: y * factor if name == site else y
+    response = lambda name, module, x, factor: (
+        module(x) * factor if name == site else module(x)
+    )
     attached = model(
         params,
         batch,
@@ -194,10 +199,9 @@ def test_a_response_is_added_at_its_site_in_its_layer(site):
     )
     block, linear = site.split("/")
     leaves = params["layers"][block][linear]
-    params["layers"][block][linear] = {
-        "kernel": leaves["kernel"] * factors[:, None, None],
-        "bias": leaves["bias"] * factors[:, None],
-    }
+    params["layers"][block][linear] = jax.tree.map(
+        lambda leaf: leaf * factors.reshape(2, *[1] * (leaf.ndim - 1)), leaves
+    )
     np.testing.assert_allclose(attached, model(params, batch), rtol=0, atol=1e-6)
 
 
@@ -213,8 +217,8 @@ def test_an_attachment_replaces_the_weights_of_each_layer():
 
 def test_gradients_reach_what_an_attachment_trains():
     model, params, batch = tiny("bert")
-    response = lambda site, x, y, bias: (
-        y + bias[None, None] if site == "attention/value" else y
+    response = lambda site, module, x, bias: (
+        module(x) + bias[None, None] if site == "attention/value" else module(x)
     )
 
     def loss(trained):
@@ -233,7 +237,8 @@ def test_bfloat16_parameters_compute_in_bfloat16_and_give_float32(name, head):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     dtypes = set()
 
-    def response(site, x, y, trained):
+    def response(site, module, x, trained):
+        y = module(x)
         dtypes.update((x.dtype, y.dtype))
         return y
 
@@ -246,7 +251,7 @@ def test_bfloat16_parameters_compute_in_bfloat16_and_give_float32(name, head):
 def test_a_float32_response_keeps_the_dtype_of_the_stack():
     model, params, batch = tiny("bert")
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    response = lambda site, x, y, factor: y * factor
+    response = lambda site, module, x, factor: module(x) * factor
     attachment = Attachment(jnp.ones(2), response=response)
     assert model(half, batch, attachment=attachment, unroll=1).dtype == jnp.float32
 

@@ -85,7 +85,9 @@ def decoder(
     passes = unroll or default_unroll(LAYERS, checkpoint)
 
     def layer(x: jax.Array, layer_params: Any, respond: Any) -> jax.Array:
-        linear = lambda site, x: respond(site, x, x @ layer_params[site]["kernel"])
+        linear = lambda site, x: respond(
+            site, lambda x: x @ layer_params[site]["kernel"], x
+        )
         h = _norm(x) * layer_params["norm_1"]
         heads = [
             linear(f"attention/{name}", h).reshape(*h.shape[:2], HEADS, -1)
@@ -101,7 +103,7 @@ def decoder(
         def body(x: jax.Array, one: Any) -> tuple[jax.Array, None]:
             layer_params, trained = one
             layer_params = attachment.weights(layer_params, trained)
-            respond = lambda site, x, y: attachment.response(site, x, y, trained)
+            respond = lambda site, f, x: attachment.response(site, f, x, trained)
             return layer(x, layer_params, respond), None
 
         body = jax.checkpoint(body, prevent_cse=False) if checkpoint else body

@@ -11,6 +11,7 @@ from sparse_jax.adapters.method import Method
 from sparse_jax.errors import InputError
 from sparse_jax.names import Rule, map_named, require_match
 from sparse_jax.scores import leaf_key
+from sparse_jax.sites import Module
 
 __all__ = ["LoRA"]
 
@@ -68,12 +69,20 @@ class LoRA(Method):
 
         return {site: create(site) for site in sites}
 
-    def response(self, site: str, x: jax.Array, y: jax.Array, added: Any) -> jax.Array:
-        """Returns y plus the low-rank product of this layer."""
+    def response(
+        self,
+        site: str,
+        module: Module,
+        x: jax.Array,
+        added: Any,
+        strength: jax.typing.ArrayLike = 1.0,
+    ) -> jax.Array:
+        """Returns the output of the linear map plus the low-rank product."""
         if site not in added:
-            return y
+            return module(x)
         low = x @ added[site]["a"].astype(x.dtype)
-        return y + self.scale * (low @ added[site]["b"].astype(x.dtype))
+        scale = jnp.asarray(self.scale * strength, x.dtype)
+        return module(x) + scale * (low @ added[site]["b"].astype(x.dtype))
 
     def merge(self, params: Any, added: Any) -> Any:
         """Returns parameters with the products added to the kernels."""

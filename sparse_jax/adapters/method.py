@@ -8,6 +8,7 @@ import jax
 from sparse_jax.names import Rule
 from sparse_jax.roles import Role, roles_of
 from sparse_jax.scores import Score, gradient
+from sparse_jax.sites import Module
 
 __all__ = ["Method"]
 
@@ -48,10 +49,25 @@ class Method:
         del params, key
         return {}
 
-    def response(self, site: str, x: jax.Array, y: jax.Array, added: Any) -> jax.Array:
-        """Returns the output of a site with what the method adds to it."""
-        del site, x, added
-        return y
+    def response(
+        self,
+        site: str,
+        module: Module,
+        x: jax.Array,
+        added: Any,
+        strength: jax.typing.ArrayLike = 1.0,
+    ) -> jax.Array:
+        """Returns the output of a site in one layer, changed by the method.
+
+        Args:
+          site: name of the module inside its layer, such as "attention/query".
+          module: maps x to the output of the base model; has the weights.
+          x: input of the module, such as `[B, T, in]`.
+          added: the slice of `added` that belongs to the layer.
+          strength: shape=(), factor of what the method adds; 0 is the base model.
+        """
+        del site, added, strength
+        return module(x)
 
     def merge(self, params: Any, added: Any) -> Any:
         """Returns parameters that alone compute what the method computes."""

@@ -7,7 +7,7 @@ from flax import nnx
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.dropout import dropout, split_key
 from sparse_jax.models.linear import layer_norm, linear
-from sparse_jax.models.stack import Respond
+from sparse_jax.sites import Respond
 
 __all__ = ["Attention"]
 
@@ -32,13 +32,14 @@ class Attention(nnx.Module):
         """Attends within each sequence; `mask` is True at tokens, `[B, 1, 1, T]`."""
         attention_key, output_key = split_key(key, 2)
         heads = (*x.shape[:-1], self.num_heads, -1)
-        q = respond("attention/query", x, self.query(x)).reshape(heads)
-        k = respond("attention/key", x, self.key(x)).reshape(heads)
-        v = respond("attention/value", x, self.value(x)).reshape(heads)
+        q = respond("attention/query", self.query, x).reshape(heads)
+        k = respond("attention/key", self.key, x).reshape(heads)
+        v = respond("attention/value", self.value, x).reshape(heads)
         mixed = _attend(q, k, v, mask, self.attention_dropout, attention_key)
         mixed = mixed.reshape(x.shape)
-        y = respond("attention/output", mixed, self.output(mixed))
-        return self.norm(x + dropout(y, self.hidden_dropout, output_key))
+        y = respond("attention/output", self.output, mixed)
+        x = x + dropout(y, self.hidden_dropout, output_key)
+        return respond("attention/norm", self.norm, x)
 
 
 def _attend(

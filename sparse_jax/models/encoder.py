@@ -12,8 +12,8 @@ from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.dropout import dropout, split_key
 from sparse_jax.models.family import Family
 from sparse_jax.models.linear import embed, layer_norm, linear
-from sparse_jax.models.stack import Respond, run_layers, stack_layers
-from sparse_jax.sites import Attachment
+from sparse_jax.models.stack import run_layers, stack_layers
+from sparse_jax.sites import Attachment, Respond
 
 __all__ = ["Embeddings", "Encoder", "EncoderConfig", "EncoderLayer", "Mlp"]
 
@@ -58,9 +58,10 @@ class Mlp(nnx.Module):
         self, x: jax.Array, key: jax.Array | None, respond: Respond
     ) -> jax.Array:
         """Maps every token on its own."""
-        hidden = ACTIVATIONS[self.activation](respond("mlp/up", x, self.up(x)))
-        y = respond("mlp/down", hidden, self.down(hidden))
-        return self.norm(x + dropout(y, self.hidden_dropout, key))
+        hidden = ACTIVATIONS[self.activation](respond("mlp/up", self.up, x))
+        y = respond("mlp/down", self.down, hidden)
+        x = x + dropout(y, self.hidden_dropout, key)
+        return respond("mlp/norm", self.norm, x)
 
 
 class EncoderLayer(nnx.Module):

@@ -8,9 +8,7 @@ from flax import nnx
 
 from sparse_jax.sites import Attachment
 
-__all__ = ["Respond", "default_unroll", "run_layers", "stack_layers"]
-
-Respond = Callable[[str, jax.Array, jax.Array], jax.Array]
+__all__ = ["default_unroll", "run_layers", "stack_layers"]
 
 
 def stack_layers(
@@ -56,7 +54,7 @@ def run_layers(
     def body(x: jax.Array, one: tuple) -> tuple[jax.Array, None]:
         layer_params, trained, layer_key = one
         layer: Any = nnx.merge(graphdef, attachment.weights(layer_params, trained))
-        respond = lambda site, x, y: attachment.response(site, x, y, trained)
+        respond = lambda site, f, x: attachment.response(site, f, x, trained)
         return layer(x, *context, layer_key, respond).astype(x.dtype), None
 
     unroll = default_unroll(num_layers, checkpoint) if unroll is None else unroll
