@@ -12,28 +12,16 @@ sweep goes on where it was. Prints a table with mean and range, draws `sweep.png
 
 import argparse
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from experiments.pictures import draw_sweep
-from sparse_jax import Settings, finetune
+from experiments.trials import COLUMNS, make_trial
+from sparse_jax import Settings
 from sparse_jax.tasks.glue import find_task
-
-COLUMNS = ("method", "trained, no head", "learning rate", "mean", "range")
-
-
-def result(settings: Settings) -> dict[str, Any]:
-    """Returns the metrics of a run, from its directory if it has been made."""
-    stored = Path(settings.output) / "metrics.json"
-    if stored.is_file():
-        return json.loads(stored.read_text())
-    return finetune(replace(settings, overwrite=True))
 
 
 def sizes(base: Settings, args: argparse.Namespace) -> dict[str, Settings]:
@@ -44,21 +32,6 @@ def sizes(base: Settings, args: argparse.Namespace) -> dict[str, Settings]:
     for rank in args.ranks:
         found[f"lora-{rank}"] = replace(base, method="lora", rank=rank)
     return found
-
-
-def run(
-    name: str, settings: Settings, args: argparse.Namespace
-) -> tuple[float, list[dict[str, Any]]]:
-    """Returns the learning rate chosen on the first seed, and the runs of all seeds."""
-
-    def one(rate: float, seed: int) -> dict[str, Any]:
-        output = str(args.output / f"{name}-lr{rate:g}-seed{seed}")
-        return result(replace(settings, learning_rate=rate, seed=seed, output=output))
-
-    metric = find_task(args.task).primary
-    score = lambda rate: one(rate, args.seeds[0])["eval"][metric]
-    best = max(args.learning_rates, key=score)
-    return best, [one(best, seed) for seed in args.seeds]
 
 
 def main() -> None:
@@ -89,17 +62,20 @@ def main() -> None:
     metric = find_task(args.task).primary
     seeds = ", ".join(map(str, args.seeds))
     table = Table(title=f"{args.task}, {metric} (%), seeds {seeds}")
-    for column in COLUMNS:
+    for column in ("method", *COLUMNS):
         table.add_column(column, justify="left" if column == "method" else "right")
     series: dict[str, dict[int, list[float]]] = {}
     for name, settings in sizes(base, args).items():
-        rate, runs = run(name, settings, args)
-        values = [metrics["eval"][metric] for metrics in runs]
-        size = runs[0]["trained_parameters_without_head"]
-        series.setdefault(settings.method, {})[size] = values
-        spread = f"{100 * min(values):.1f} to {100 * max(values):.1f}"
-        mean = f"{100 * np.mean(values):.1f}"
-        table.add_row(name, f"{size:,}", f"{rate:g}", mean, spread)
+        trial = make_trial(
+            name,
+            settings,
+            metric=metric,
+            rates=args.learning_rates,
+            seeds=args.seeds,
+            folder=args.output,
+        )
+        series.setdefault(settings.method, {})[trial.size] = list(trial.values)
+        table.add_row(name, *trial.cells)
     Console(width=100).print(table)
     picture = args.output / "sweep.png"
     title = f"{args.task}, {Path(args.model).name}"

@@ -1,0 +1,58 @@
+"""A trial chooses its learning rate on the first seed, and makes no run twice."""
+
+import json
+
+import pytest
+
+from experiments import trials
+from sparse_jax import Settings
+
+SETTINGS = Settings(model="m", task="mrpc", output="", method="head")
+# Accuracy in percent of every learning rate and seed.
+ACCURACY = {(1e-4, 0): 50, (1e-3, 0): 70, (1e-3, 1): 60, (1e-3, 2): 50}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made = []
+
+    def finetune(settings):
+        made.append(settings)
+        return {
+            "eval": {"accuracy": ACCURACY[settings.learning_rate, settings.seed] / 100},
+            "trained_parameters_without_head": 1234,
+        }
+
+    monkeypatch.setattr(trials, "finetune", finetune)
+    return made
+
+
+def trial(folder):
+    return trials.make_trial(
+        "head", SETTINGS, metric="accuracy", rates=[1e-4, 1e-3], seeds=[0, 1, 2],
+        folder=folder,
+    )  # fmt: skip
+
+
+def test_the_learning_rate_is_the_best_of_the_first_seed(calls, tmp_path):
+    found = trial(tmp_path)
+    assert found == trials.Trial(1e-3, 1234, (0.7, 0.6, 0.5))
+    # The deviation of 70, 60, 50 is 10.
+    assert found.cells == ("1,234", "0.001", "60.0", "10.0", "50.0 to 70.0")
+    assert {(s.learning_rate, s.seed) for s in calls} == ACCURACY.keys()
+
+
+def test_a_run_that_was_made_is_read(calls, tmp_path):
+    made = tmp_path / "head-lr0.001-seed0"
+    made.mkdir()
+    metrics = {"eval": {"accuracy": 0.9}, "trained_parameters_without_head": 1234}
+    (made / "metrics.json").write_text(json.dumps(metrics))
+    assert trial(tmp_path).values == (0.9, 0.6, 0.5)
+
+
+def test_a_run_that_was_interrupted_goes_on(calls, tmp_path):
+    (tmp_path / "head-lr0.0001-seed0").mkdir()
+    (tmp_path / "head-lr0.0001-seed0" / "config.json").write_text("{}")
+    trial(tmp_path)
+    resumed = [s for s in calls if s.resume]
+    assert [(s.learning_rate, s.seed) for s in resumed] == [(1e-4, 0)]
