@@ -13,6 +13,13 @@ from .compact import CompactState as CompactState
 from .errors import InputError as InputError
 from .models.pretrained import from_pretrained as from_pretrained
 from .models.pretrained import save_pretrained as save_pretrained
+from .samplers.cyclic import Cyclic as Cyclic
+from .samplers.fixed import Fixed as Fixed
+from .samplers.gradient_norm import GradientNorm as GradientNorm
+from .samplers.importance import Importance as Importance
+from .samplers.sampler import Sampler as Sampler
+from .samplers.static import Static as Static
+from .samplers.uniform import Uniform as Uniform
 from .sites import Attachment as Attachment
 from .support import gather as gather
 from .support import scatter as scatter
@@ -20,5 +27,7 @@ from .top_k import top_k_support as top_k_support
 from .training.evaluate import evaluate_adapter as evaluate_adapter
 from .training.finetune import finetune as finetune
 from .training.settings import Settings as Settings
+from .transforms.ist import IstState as IstState
+from .transforms.ist import ist as ist
 from .transforms.sift import SiftState as SiftState
 from .transforms.sift import sift as sift

@@ -14,8 +14,8 @@ PACKAGE = Path(sparse_jax.__file__).parent
 # From the ground up. A file may import from its own folder and from lower rooms.
 ROOMS = (
     ("errors",),
-    ("names", "sites", "top_k", "support"),
-    ("roles", "scores"),
+    ("names", "sites", "top_k", "support", "rows"),
+    ("roles", "scores", "layers", "samplers"),
     ("packing",),
     ("transforms", "adapters", "models"),
     ("compact", "tasks"),

@@ -10,8 +10,23 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparse_jax import sift
+from sparse_jax import Cyclic, GradientNorm, ist, sift
 
+
+def layered(inner, **options):
+    """Returns `ist` over the 8 layers of `query`, with a loss for its probes."""
+    sizes = {"num_layers": 8, "num_active": 2}
+    tx = ist(inner, layer_of="query", key=jax.random.key(0), **sizes, **options)
+    # Layers 0 and 1 matter, so the importance moves.
+    value_fn = lambda strength: 1.0 - 0.5 * strength[:2].mean()
+
+    def update(updates, state, params=None, **extra_args):
+        return tx.update(updates, state, params, value_fn=value_fn, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+SIZES = {"num_layers": 8, "num_active": 2}
 TRANSFORMS = {
     "sift": sift(optax.adamw(1e-2), density=0.1),
     "rules": sift(optax.adamw(1e-2), 0.1, where="query", dense="bias"),
@@ -23,6 +38,13 @@ TRANSFORMS = {
     "masking": sift(density=0.1),
     "momentum": sift(optax.sgd(1e-2, momentum=0.9), 0.1),
     "original": sift(optax.adamw(1e-2), 0.1, compat="torch-sift"),
+    "ist": layered(optax.adamw(1e-2), probe_every=2),
+    "ist, restart": layered(optax.adamw(1e-2), probe_every=2, restart=True),
+    "ist, frozen head": layered(optax.adamw(1e-2), probe_every=2, always_on="bias"),
+    "uniform, held": layered(optax.adam(1e-2), sampler="uniform", hold=2),
+    "cyclic": layered(optax.adam(1e-2), sampler=Cyclic(**SIZES, shuffled=True)),
+    "norms": layered(optax.sgd(1e-2), sampler=GradientNorm(**SIZES)),
+    "ist of sift": layered(sift(optax.adam(1e-2), 0.1), probe_every=2),
 }
 every_transform = pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFORMS)
 
@@ -104,7 +126,7 @@ def test_unknown_extra_arguments_are_accepted(tx):
 
 @every_transform
 def test_strict_dtype_promotion_is_kept(tx):
-    if tx not in (TRANSFORMS["masking"], TRANSFORMS["momentum"]):
+    if tx not in [TRANSFORMS[name] for name in ("masking", "momentum", "norms")]:
         pytest.skip("optax.adam itself promotes an int32 count to float32")
     params = make_params()
     with jax.numpy_dtype_promotion("strict"):
@@ -122,6 +144,8 @@ def test_the_state_can_be_mapped_over(tx):
 @every_transform
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_eight_devices_give_what_one_gives(tx, axis_type):
+    if axis_type == AxisType.Explicit and tx is TRANSFORMS["ist of sift"]:
+        pytest.skip("JAX cannot turn a branch under `vmap` into a sharded choice")
     params, grads = make_params(), [make_grads(i) for i in range(3)]
     alone, alone_state = run(tx, params, grads, jax.jit(tx.update))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))

@@ -1,0 +1,117 @@
+"""Rows: optimiser state with one row for each layer, of which some are updated."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+__all__ = ["init_rows", "put_rows", "restart_rows", "take_rows", "update_rows", "where"]
+
+# What counts the updates of the model rather than of a layer: a learning rate falls
+# for all layers alike, as under a scheduler of PyTorch, while Adam's bias correction
+# counts the updates of its layer.
+_SCHEDULES = (optax.ScaleByScheduleState,)
+_INJECTED = (
+    optax.schedules.InjectHyperparamsState,
+    optax.schedules.InjectStatefulHyperparamsState,
+)
+
+_IN_ORDER: Any = {
+    "indices_are_sorted": True,
+    "unique_indices": True,
+    "mode": "promise_in_bounds",
+}
+
+
+def init_rows(
+    tx: optax.GradientTransformation, stacked: Any, num_rows: int
+) -> optax.OptState:
+    """Returns the state of every layer, from leaves of shape (num_rows, ...)."""
+    # The number is needed for a tree without leaves, such as the placeholder of
+    # `optax.tree.map_params`.
+    return jax.vmap(tx.init, axis_size=num_rows)(stacked)
+
+
+def update_rows(
+    tx: optax.GradientTransformationExtraArgs,
+    updates: Any,
+    state: optax.OptState,
+    params: Any,
+    **extra_args: Any,
+) -> tuple[Any, optax.OptState]:
+    """Updates every row on its own: `tx` sees one layer at a time."""
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return tx.update(updates, state, params, **extra_args)
+
+    return jax.vmap(update)(updates, state, params)
+
+
+def take_rows(tree: Any, active: jax.Array) -> Any:
+    """Returns the rows of the active layers.
+
+    Example:
+      >>> take_rows(jnp.array([1, 2, 3]), jnp.array([0, 2]))
+      Array([1, 3], dtype=int32)
+    """
+    return jax.tree.map(
+        lambda leaf: leaf.at[active].get(**_IN_ORDER, out_sharding=_sharding(leaf)),
+        tree,
+    )
+
+
+def put_rows(tree: Any, rows: Any, active: jax.Array) -> Any:
+    """Returns a tree, such as a state, with the rows of the active layers replaced.
+
+    The counts of schedules are replaced in all rows.
+
+    Example:
+      >>> put_rows(jnp.array([1, 2, 3]), jnp.array([8, 9]), jnp.array([0, 2]))
+      Array([8, 2, 9], dtype=int32)
+    """
+
+    def put(leaf: jax.Array, rows: jax.Array) -> jax.Array:
+        return leaf.at[active].set(rows, **_IN_ORDER, out_sharding=_sharding(leaf))
+
+    spread = lambda leaf, rows: jnp.broadcast_to(rows[:1], leaf.shape)
+    return _map(put, spread, tree, rows)
+
+
+def where(is_on: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the new state if a layer is on, else the old with schedules advanced."""
+    pick = lambda old, new: jnp.where(is_on, new, old)
+    return _map(pick, lambda old, new: new, old, new)
+
+
+def restart_rows(is_new: jax.Array, fresh: Any, state: Any) -> Any:
+    """Returns a state whose rows are fresh where `is_new`, schedules excepted."""
+
+    def pick(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return _map(pick, lambda old, new: old, state, fresh)
+
+
+def _sharding(leaf: jax.Array) -> Any:
+    """Returns the sharding of rows over explicit mesh axes, where JAX wants it told."""
+    sharding = jax.typeof(leaf).sharding
+    if not any(sharding.spec):
+        return None
+    return sharding.update(spec=jax.P(None, *sharding.spec[1:]))
+
+
+def _map(function: Any, shared: Any, tree: Any, other: Any) -> Any:
+    """Maps one function over what belongs to a layer, and one over schedules."""
+
+    def visit(node: Any, other: Any) -> Any:
+        if isinstance(node, _SCHEDULES):
+            return jax.tree.map(shared, node, other)
+        if isinstance(node, _INJECTED):
+            outside = [x._replace(inner_state=()) for x in (node, other)]
+            inner = _map(function, shared, node.inner_state, other.inner_state)
+            return jax.tree.map(shared, *outside)._replace(inner_state=inner)
+        return function(node, other)
+
+    is_leaf = lambda node: isinstance(node, _SCHEDULES + _INJECTED)
+    return jax.tree.map(visit, tree, other, is_leaf=is_leaf)

@@ -1,0 +1,184 @@
+"""What a sampler is, and how it moves from one update to the next."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_jax.errors import InputError
+
+__all__ = [
+    "Sampler",
+    "SamplerState",
+    "ValueFn",
+    "advance",
+    "begin",
+    "draw_layers",
+    "is_active",
+]
+
+# strength [L] -> loss of the model whose layer l adds strength[l] times what it learnt
+ValueFn = Callable[[jax.Array], jax.Array]
+
+
+class SamplerState(NamedTuple):
+    """What a sampler remembers between updates."""
+
+    count: jax.typing.ArrayLike  # shape=(), int32: updates seen
+    key_data: jax.Array  # uint32: the key, as `jax.random.key_data` gives it
+    active: jax.Array  # shape=(num_active,), int32, sorted: layers of the last update
+    memory: Any  # what the rule itself remembers, such as an importance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A rule for which layers are active: hashable, without arrays.
+
+    Attributes:
+      num_layers: L.
+      num_active: layers that are updated at a time.
+      hold: updates that a choice is kept for.
+
+    Raises:
+      InputError: if a number breaks its rule.
+    """
+
+    num_layers: int
+    num_active: int
+    hold: int = 1
+
+    def __post_init__(self):
+        if not 1 <= self.num_active <= self.num_layers:
+            raise InputError(
+                f"`num_active` must be in [1, num_layers={self.num_layers}], got "
+                f"{self.num_active}. A quarter of the layers is usual."
+            )
+        if self.hold < 1:
+            raise InputError(
+                f"`hold` must be at least 1, got {self.hold}. It counts the updates "
+                "that a choice of layers is kept for."
+            )
+
+    @property
+    def period(self) -> int | None:
+        """Updates between two probes; None if the rule makes none."""
+        return None
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether `observe` reads the norms of gradients."""
+        return False
+
+    def start(self) -> Any:
+        """Returns the memory before the first update, a pytree of arrays."""
+        return ()
+
+    def weights(self, memory: Any) -> jax.Array:
+        """Returns the weights that layers are drawn with, shape=(L,), float32."""
+        del memory
+        return jnp.ones(self.num_layers, jnp.float32)
+
+    def draw(
+        self, memory: Any, key: jax.Array, turn: jax.typing.ArrayLike
+    ) -> jax.Array:
+        """Returns the active layers of a turn, sorted, shape=(num_active,), int32.
+
+        Args:
+          memory: what the rule remembers.
+          key: the same key at every turn.
+          turn: shape=(), int32: choices made before.
+        """
+        draw_key = jax.random.fold_in(key, turn)
+        return draw_layers(draw_key, jnp.log(self.weights(memory)), self.num_active)
+
+    def probe(self, memory: Any, key: jax.Array, value_fn: ValueFn) -> Any:
+        """Returns the memory after asking `value_fn` about suppressed layers."""
+        del key, value_fn
+        return memory
+
+    def observe(self, memory: Any, active: jax.Array, norms: jax.Array) -> Any:
+        """Returns the memory after an update.
+
+        Args:
+          memory: what the rule remembers.
+          active: the active layers, shape=(num_active,), int32.
+          norms: norms of their gradients, shape=(num_active,), float32.
+        """
+        del active, norms
+        return memory
+
+
+def begin(sampler: Sampler, key: jax.Array) -> SamplerState:
+    """Returns the state before the first update; no choice has been made."""
+    return SamplerState(
+        count=jnp.zeros([], jnp.int32),
+        # A typed key is no leaf that checkpoints and `optax.tree` functions expect.
+        key_data=jax.random.key_data(key),
+        active=jnp.arange(sampler.num_active, dtype=jnp.int32),
+        memory=sampler.start(),
+    )
+
+
+def advance(
+    sampler: Sampler, state: SamplerState, value_fn: ValueFn | None = None
+) -> SamplerState:
+    """Returns the state with the active layers of the next update.
+
+    Probes first, every `sampler.period` updates but not before the first one; then
+    draws, every `sampler.hold` updates. Both use keys that depend on nothing but the
+    key and the count, so a run that continues draws what it would have drawn.
+
+    Args:
+      sampler: the rule.
+      state: as `begin` or this function returned it.
+      value_fn: strength `[L]` -> loss, needed by a rule that probes.
+
+    Raises:
+      ValueError: if the rule probes and there is no `value_fn`.
+    """
+    count = jnp.asarray(state.count)
+    key = jax.random.wrap_key_data(state.key_data)
+    probe_key, draw_key = jax.random.split(key)
+    memory = state.memory
+    if sampler.period is not None:
+        if value_fn is None:
+            raise ValueError(_VALUE_FN_MISSING)
+        due = (count > 0) & (count % sampler.period == 0)
+        probe_key = jax.random.fold_in(probe_key, count)
+        ask = lambda memory: sampler.probe(memory, probe_key, value_fn)
+        memory = jax.lax.cond(due, ask, lambda memory: memory, memory)
+    active = sampler.draw(memory, draw_key, count // sampler.hold)
+    if sampler.hold > 1:
+        active = jnp.where(count % sampler.hold == 0, active, state.active)
+    return state._replace(
+        count=optax.safe_increment(state.count), active=active, memory=memory
+    )
+
+
+def draw_layers(key: jax.Array, log_weights: jax.Array, num: int) -> jax.Array:
+    """Draws `num` of L layers without replacement, by weight: sorted, int32.
+
+    The `num` largest of log(weight) + Gumbel noise are distributed as draws one after
+    the other, each in proportion to the weights that are left.
+
+    Example:
+      >>> draw_layers(jax.random.key(0), jnp.log(jnp.array([1.0, 0.0, 1.0])), 2)
+      Array([0, 2], dtype=int32)
+    """
+    noise = jax.random.gumbel(key, log_weights.shape)
+    return jnp.sort(jax.lax.top_k(log_weights + noise, num)[1])
+
+
+def is_active(sampler: Sampler, active: jax.Array) -> jax.Array:
+    """Returns the active layers as a mask, shape=(L,), bool."""
+    return jnp.zeros(sampler.num_layers, bool).at[active].set(True)
+
+
+_VALUE_FN_MISSING = (
+    "`value_fn` must be passed to `update`, got None. It maps a strength of shape "
+    "[num_layers] to the loss of a model whose layers are damped by it; pass "
+    "`sampler='uniform'` to draw layers without asking for losses."
+)

@@ -1,0 +1,282 @@
+"""IST: update a few layers at a time, as an Optax transformation."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_jax.errors import InputError
+from sparse_jax.layers import (
+    LAYER,
+    OUTSIDE,
+    STACKED,
+    LayerOf,
+    Place,
+    places_of,
+    places_only,
+)
+from sparse_jax.names import Rule
+from sparse_jax.rows import (
+    init_rows,
+    put_rows,
+    restart_rows,
+    take_rows,
+    update_rows,
+    where,
+)
+from sparse_jax.samplers.cyclic import Cyclic
+from sparse_jax.samplers.importance import Importance
+from sparse_jax.samplers.sampler import (
+    Sampler,
+    SamplerState,
+    ValueFn,
+    advance,
+    begin,
+    is_active,
+)
+from sparse_jax.samplers.uniform import Uniform
+
+__all__ = ["IstState", "ist"]
+
+
+class IstState(NamedTuple):
+    """State of `ist`."""
+
+    sampler: SamplerState  # count, key, active layers, importance
+    stacked: optax.OptState  # of leaves [L, ...]: every array has the layers in front
+    layers: tuple[optax.OptState, ...]  # of leaves that belong to one layer, L of them
+    outside: optax.OptState  # of leaves that are updated always
+
+
+def ist(
+    inner: optax.GradientTransformation,
+    *,
+    layer_of: LayerOf,
+    num_layers: int,
+    num_active: int,
+    key: jax.Array,
+    probe_every: int = 10,
+    num_probes: int = 3,
+    num_suppressed: int | None = None,
+    suppression: float = 0.25,
+    importance_rate: float = 10.0,
+    sampler: str | Sampler = "ist",
+    always_on: Rule | None = None,
+    hold: int = 1,
+    restart: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Updates a few layers at a time, those that probes of the loss find important.
+
+    With A_t the `num_active` layers drawn for update t,
+
+        params_l, state_l = inner(grads_l, state_l, params_l)    for l in A_t,
+
+    and the parameters, moments and counts of every other layer stay as they are to
+    the last bit, weight decay included. See `Importance` for the rule that draws.
+
+    Every layer has a state of `inner` of its own, so its Adam counts its updates.
+    Schedules count the updates of the model. `inner` sees one layer at a time: clip by
+    the global norm outside, `chain(clip_by_global_norm(1.0), ist(...))`, which then
+    reads the gradients of frozen layers too.
+
+    The gradients of all layers are computed before they come here; it is the compact
+    tier that does not compute those of frozen ones.
+
+    Args:
+      inner: what to do with the active layers.
+      layer_of: which layer a leaf belongs to: a regular expression searched for in the
+        leaf names, whose group is the number of the layer (`layers/(\d+)/`), or that
+        has no group and matches stacks of shape (L, ...) (`^layers/`); or a function
+        of the name that returns the number, or None outside the layers.
+      num_layers: L.
+      num_active: layers updated at a time. The paper takes a quarter.
+      key: PRNG key of draws and probes.
+      probe_every: updates between two probes.
+      num_probes: subsets of layers damped in a probe, one loss each.
+      num_suppressed: layers damped in a subset; None is half of them.
+      suppression: what is left of the response of a damped layer.
+      importance_rate: how far a probe moves the importance.
+      sampler: "ist", "uniform", "cyclic", or any `Sampler`, which brings its own
+        numbers with it.
+      always_on: expressions of leaves that are updated always. None takes those
+        outside the layers, such as a classifier; `()` freezes them.
+      hold: updates that a choice of layers is kept for.
+      restart: whether a layer that was not active at the last update starts with a
+        fresh state of `inner`, as in BAdam.
+
+    Returns:
+      A transformation. With "ist", `update` needs `value_fn=`, which maps a strength
+      of shape (L,) to the loss when layer l adds strength[l] times what it learnt;
+      it is called `num_probes` times in an update that probes, and not in others.
+      `state.sampler` has `active` and `memory.importance`.
+
+    Raises:
+      InputError: if an argument breaks its rule, or (in `init`) leaves and layers do
+        not fit together.
+
+    Example:
+      >>> params = {"layers": jnp.ones((4, 2))}
+      >>> tx = ist(optax.adamw(0.1), layer_of="layers", num_layers=4, num_active=1,
+      ...          key=jax.random.key(0))
+      >>> value_fn = lambda strength: jnp.sum(strength)
+      >>> updates, state = tx.update(params, tx.init(params), params, value_fn=value_fn)
+      >>> jnp.any(updates["layers"] != 0, axis=1).sum(), state.sampler.active.shape
+      (Array(1, dtype=int32), (1,))
+
+    References:
+      Yao et al., 2024, https://arxiv.org/abs/2410.11772, and `ist.py` of the released
+      code.
+    """
+    tx = optax.with_extra_args_support(inner)
+    sizes = {"num_layers": num_layers, "num_active": num_active, "hold": hold}
+    if sampler == "ist":
+        rule: Sampler = Importance(
+            **sizes,
+            probe_every=probe_every,
+            num_probes=num_probes,
+            num_suppressed=num_suppressed,
+            suppression=suppression,
+            importance_rate=importance_rate,
+        )
+    elif isinstance(sampler, Sampler):
+        rule = _require_same_sizes(sampler, **sizes)
+    else:
+        rule = _named(sampler)(**sizes)
+
+    def init_fn(params: optax.Params) -> IstState:
+        places = places_of(params, layer_of, num_layers, always_on)
+        only = lambda kind, layer=-1: places_only(params, places, kind, layer)
+        return IstState(
+            sampler=begin(rule, key),
+            stacked=init_rows(tx, only(STACKED), num_layers),
+            layers=tuple(tx.init(only(LAYER, layer)) for layer in range(num_layers)),
+            outside=tx.init(only(OUTSIDE)),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        value_fn: ValueFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, IstState]:
+        places = places_of(updates, layer_of, num_layers, always_on)
+        before = is_active(rule, state.sampler.active)
+        chosen = advance(rule, state.sampler, value_fn)
+        on = is_active(rule, chosen.active)
+        is_new = on & ~before
+
+        def split(kind: str, layer: int = -1) -> tuple[Any, Any]:
+            grads = places_only(updates, places, kind, layer)
+            if params is None:
+                return grads, None
+            return grads, places_only(params, places, kind, layer)
+
+        def stack() -> tuple[Any, Any]:
+            grads, values = split(STACKED)
+            if not jax.tree.leaves(grads):
+                return grads, state.stacked
+            rows = [
+                take_rows(tree, chosen.active)
+                for tree in (grads, state.stacked, values)
+            ]
+            if restart:
+                values = rows[0] if params is None else rows[2]
+                fresh = init_rows(tx, values, num_active)
+                rows[1] = restart_rows(is_new[chosen.active], fresh, rows[1])
+            steps, after = update_rows(tx, *rows, **extra_args)
+            zeros = jax.tree.map(
+                lambda leaf, step: jnp.zeros_like(leaf, step.dtype), grads, steps
+            )
+            return (
+                put_rows(zeros, steps, chosen.active),
+                put_rows(state.stacked, after, chosen.active),
+            )
+
+        def layer(number: int) -> tuple[Any, Any]:
+            grads, values = split(LAYER, number)
+            kept = state.layers[number]
+            if restart:
+                fresh = tx.init(grads if params is None else values)
+                kept = where(~is_new[number], kept, fresh)
+            step, after = tx.update(grads, kept, values, **extra_args)
+            step = jax.tree.map(lambda leaf: jnp.where(on[number], leaf, 0), step)
+            return step, where(on[number], after, state.layers[number])
+
+        stacked_steps, stacked_state = stack()
+        pairs = [layer(number) for number in range(num_layers)]
+        grads, values = split(OUTSIDE)
+        outside_steps, outside = tx.update(grads, state.outside, values, **extra_args)
+        steps = [stacked_steps, outside_steps, *(step for step, _ in pairs)]
+        norms = _norms(rule, updates, places, chosen.active)
+        memory = rule.observe(chosen.memory, chosen.active, norms)
+        return _joined(updates, steps), IstState(
+            sampler=chosen._replace(memory=memory),
+            stacked=stacked_state,
+            layers=tuple(after for _, after in pairs),
+            outside=outside,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# The samplers that need no more than numbers of layers.
+_NAMED = {"uniform": Uniform, "cyclic": Cyclic}
+
+
+def _named(word: str) -> type[Sampler]:
+    """Returns the sampler of a word."""
+    if word not in _NAMED:
+        raise InputError(
+            f"`sampler` must be 'ist', {', '.join(map(repr, _NAMED))} or a `Sampler`, "
+            f"got {word!r}. Pass `Fixed(...)`, `Static(...)` or `GradientNorm(...)` "
+            "as an object."
+        )
+    return _NAMED[word]
+
+
+def _require_same_sizes(
+    sampler: Sampler, num_layers: int, num_active: int, hold: int
+) -> Sampler:
+    """Returns a sampler whose numbers are those of the other arguments."""
+    given = {"num_layers": num_layers, "num_active": num_active}
+    for name, value in given.items():
+        if getattr(sampler, name) != value:
+            raise InputError(
+                f"`{name}` must be {getattr(sampler, name)} as in `sampler`, got "
+                f"{value}."
+            )
+    if hold not in (1, sampler.hold):
+        raise InputError(
+            f"`hold` must be {sampler.hold} as in `sampler`, got {hold}. Leave it out."
+        )
+    return sampler
+
+
+def _joined(updates: optax.Updates, steps: list[Any]) -> optax.Updates:
+    """Returns the one tree whose leaves the others share out; zeros elsewhere."""
+
+    def join(update: jax.Array, *parts: Any) -> jax.Array:
+        found = [part for part in parts if not isinstance(part, optax.MaskedNode)]
+        return found[0] if found else jnp.zeros_like(update)
+
+    return jax.tree.map(join, updates, *steps)
+
+
+def _norms(
+    rule: Sampler, updates: optax.Updates, places: Any, active: jax.Array
+) -> jax.Array:
+    """Returns the norms of the gradients of the active layers, if the rule asks."""
+    squares = jnp.zeros(rule.num_layers, jnp.float32)
+    if rule.needs_norms:
+        is_place = lambda node: isinstance(node, Place)
+        of = jax.tree.leaves(places, is_leaf=is_place)
+        for place, leaf in zip(of, jax.tree.leaves(updates), strict=True):
+            square = jnp.square(leaf.astype(jnp.float32))
+            if place.kind == STACKED:
+                squares += jnp.sum(square.reshape(rule.num_layers, -1), axis=1)
+            elif place.kind == LAYER:
+                squares = squares.at[place.layer].add(jnp.sum(square))
+    return jnp.sqrt(squares[active])
