@@ -1,20 +1,22 @@
 """Batches: examples padded to a few lengths, in a reproducible order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from sparse_jax.errors import InputError
+from sparse_jax.tasks.order import (
+    check_sizes,
+    given_order,
+    shuffled_order,
+    split_parts,
+)
+from sparse_jax.tasks.padding import bucket_lengths, bucket_of, stack
 from sparse_jax.tasks.tokens import Encoded
 
 __all__ = ["Batch", "Batches", "bucket_lengths", "eval_batches", "train_batches"]
 
 Batch = dict[str, np.ndarray]
-
-# Batches whose examples are sorted together. More would pad less and mix less: the
-# same examples would meet again in every epoch.
-_WINDOW = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,24 +56,7 @@ class Batches:
         fillers = np.full(self.batch_size - len(rows), rows[0])
         arrays = _padded(self.encoded, np.concatenate([rows, fillers]))
         arrays["weights"] = (np.arange(self.batch_size) < len(rows)).astype(np.float32)
-        if self.accumulate == 1:
-            return arrays
-        parts = (self.accumulate, self.batch_size // self.accumulate)
-        return {name: x.reshape(*parts, *x.shape[1:]) for name, x in arrays.items()}
-
-
-def bucket_lengths(max_length: int) -> tuple[int, ...]:
-    """Returns the lengths that examples are padded to.
-
-    Example:
-      >>> bucket_lengths(128)
-      (16, 32, 48, 64, 96, 128)
-      >>> bucket_lengths(40)
-      (16, 32, 40)
-    """
-    steps = range(4, max_length.bit_length())
-    lengths = (16, *(n << step for step in steps for n in (2, 3)))
-    return (*(length for length in lengths if length < max_length), max_length)
+        return split_parts(arrays, self.accumulate)
 
 
 def train_batches(
@@ -101,18 +86,10 @@ def train_batches(
       InputError: if `accumulate` does not divide `batch_size`, or if a number is
         outside its range.
     """
-    num_batches = -(-len(encoded) // max(batch_size, 1))
-    _check_sizes(batch_size, accumulate)
-    for name, value in (("seed", seed), ("epoch", epoch)):
-        if value < 0:
-            raise InputError(f"`{name}` must not be negative, got {value}.")
-    if not 0 <= start <= num_batches:
-        raise InputError(
-            f"`start` must be in [0, {num_batches}], the batches of an epoch, "
-            f"got {start}."
-        )
-    plan = _shuffled(encoded, batch_size, seed, epoch)
-    return Batches(encoded, batch_size, accumulate, tuple(plan[start:]))
+    check_sizes(batch_size, accumulate)
+    lengths = np.array([len(ids) for ids in encoded.input_ids])
+    plan = shuffled_order(lengths, batch_size, seed=seed, epoch=epoch, start=start)
+    return Batches(encoded, batch_size, accumulate, plan)
 
 
 def eval_batches(encoded: Encoded, batch_size: int) -> Batches:
@@ -123,62 +100,20 @@ def eval_batches(encoded: Encoded, batch_size: int) -> Batches:
     Raises:
       InputError: if `batch_size` is not positive.
     """
-    _check_sizes(batch_size, 1)
-    order = np.arange(len(encoded))
-    return Batches(encoded, batch_size, 1, tuple(_cut(order, batch_size)))
-
-
-def _check_sizes(batch_size: int, accumulate: int) -> None:
-    """Raises unless a batch can be cut into parts."""
-    if batch_size < 1:
-        raise InputError(f"`batch_size` must be positive, got {batch_size}.")
-    if accumulate < 1 or batch_size % accumulate:
-        raise InputError(
-            f"`accumulate` must divide the batch size {batch_size}, got {accumulate}."
-        )
-
-
-def _shuffled(
-    encoded: Encoded, batch_size: int, seed: int, epoch: int
-) -> list[np.ndarray]:
-    """Returns the examples of each batch, the incomplete batch last."""
-    random = np.random.Generator(np.random.PCG64([seed, epoch]))
-    order = random.permutation(len(encoded))
-    # The rest is cut off before sorting: otherwise it would be the longest examples,
-    # and weigh more, since the mean over a batch of few gives each of them more.
-    whole, rest = np.split(order, [len(order) // batch_size * batch_size])
-    lengths = np.array([len(ids) for ids in encoded.input_ids])
-    batches = []
-    for window in _cut(whole, _WINDOW * batch_size):
-        batches += _cut(window[np.argsort(lengths[window], kind="stable")], batch_size)
-    shuffled = [batches[i] for i in random.permutation(len(batches))]
-    return shuffled + _cut(rest, batch_size)
-
-
-def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
-    """Returns consecutive pieces, the last one possibly shorter."""
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    check_sizes(batch_size, 1)
+    return Batches(encoded, batch_size, 1, given_order(len(encoded), batch_size))
 
 
 def _padded(encoded: Encoded, rows: np.ndarray) -> Batch:
     """Returns some examples, padded to the shortest length that holds them."""
-    longest = max(len(encoded.input_ids[row]) for row in rows)
-    length = min(n for n in bucket_lengths(encoded.max_length) if n >= longest)
     ids = [encoded.input_ids[row] for row in rows]
+    length = bucket_of(ids, encoded.max_length)
     arrays = {
-        "input_ids": _stacked(ids, length, encoded.pad_id),
-        "attention_mask": _stacked([np.ones_like(row) for row in ids], length, 0),
+        "input_ids": stack(ids, length, encoded.pad_id),
+        "attention_mask": stack([np.ones_like(row) for row in ids], length, 0),
         "labels": encoded.labels[rows],
     }
     if encoded.token_type_ids is not None:
         types = [encoded.token_type_ids[row] for row in rows]
-        arrays["token_type_ids"] = _stacked(types, length, 0)
+        arrays["token_type_ids"] = stack(types, length, 0)
     return arrays
-
-
-def _stacked(rows: Sequence[np.ndarray], length: int, filler: int) -> np.ndarray:
-    """Returns rows as one array, filled up on the right."""
-    stacked = np.full((len(rows), length), filler, np.int32)
-    for target, row in zip(stacked, rows, strict=True):
-        target[: len(row)] = row
-    return stacked
