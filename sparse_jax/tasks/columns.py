@@ -7,7 +7,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.tasks.glue import Task
 from sparse_jax.tasks.rows import Rows, Source
 
-__all__ = ["Columns", "read_columns"]
+__all__ = ["Columns", "read_columns", "text_of"]
 
 
 class Columns(NamedTuple):
@@ -36,9 +36,9 @@ def read_columns(rows: Rows, task: Task, *, needs_labels: bool = True) -> Column
     for number, fields in rows.numbered:
         place = rows.source.at(number)
         numbers.append(number)
-        text_a.append(_text(place, fields, task.text_a))
+        text_a.append(text_of(place, fields, task.text_a))
         has_text_b = _has_text_b(fields, task)
-        text_b.append(_text(place, fields, task.text_b) if has_text_b else None)
+        text_b.append(text_of(place, fields, task.text_b) if has_text_b else None)
         if needs_labels:
             _require(place, fields, task.label)
         labels.append(_first(fields, task.label))
@@ -54,8 +54,12 @@ def _has_text_b(fields: Mapping[str, Any], task: Task) -> bool:
     return bool(task.text_b)
 
 
-def _text(place: str, fields: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """Returns one text of a row."""
+def text_of(place: str, fields: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """Returns one text of a row.
+
+    Raises:
+      InputError: if the row has none of the columns, or no text of whole characters.
+    """
     _require(place, fields, names)
     text = _first(fields, names)
     if not isinstance(text, str):

@@ -13,7 +13,7 @@ from sparse_jax.tasks.glue import Task
 from sparse_jax.tasks.hub import fetch_rows, is_hub_name
 from sparse_jax.tasks.rows import SUFFIXES, Rows, read_rows
 
-__all__ = ["load"]
+__all__ = ["find_file", "load"]
 
 # Earlier names win. Official folders hold both `train.tsv` and the original files of
 # MRPC; a part of the training data held out as `val` gives way to the real `dev`.
@@ -85,7 +85,7 @@ def _splits(task: Task, data: str | Path | None) -> dict[str, Callable[[], Rows]
 def _files(task: Task, folder: Path) -> dict[str, Callable[[], Rows]]:
     """Returns readers of the files of a folder."""
     names = ("train", *task.evaluation)
-    paths = {name: path for name in names if (path := _file(folder, _STEMS[name]))}
+    paths = {name: path for name in names if (path := find_file(folder, _STEMS[name]))}
     if "train" not in paths:
         found = sorted(path.name for path in folder.iterdir())
         raise InputError(
@@ -95,11 +95,17 @@ def _files(task: Task, folder: Path) -> dict[str, Callable[[], Rows]]:
     return {name: partial(read_rows, path, task) for name, path in paths.items()}
 
 
-def _file(folder: Path, stems: tuple[str, ...]) -> Path | None:
-    """Returns the file of a split, or None."""
+def find_file(
+    folder: Path, stems: tuple[str, ...], suffixes: tuple[str, ...] = SUFFIXES
+) -> Path | None:
+    """Returns the file of a split, or None.
+
+    Raises:
+      InputError: if several files have one name and known extensions.
+    """
     for stem in stems:
         paths = sorted(path for path in folder.iterdir() if path.stem.lower() == stem)
-        known = [path for path in paths if path.suffix.lower() in SUFFIXES]
+        known = [path for path in paths if path.suffix.lower() in suffixes]
         if len(known) > 1:
             raise InputError(
                 f"`{folder}` must hold one file `{stem}`, got "

@@ -4,7 +4,7 @@ import numpy as np
 
 from sparse_jax.errors import InputError
 
-__all__ = ["check_sizes", "given_order", "shuffled_order", "split_parts"]
+__all__ = ["check_sizes", "given_order", "random_of", "shuffled_order", "split_parts"]
 
 # Batches whose examples are sorted together. More would pad less and mix less: the
 # same examples would meet again in every epoch.
@@ -34,15 +34,13 @@ def shuffled_order(
       [2, 2, 1]
     """
     num_batches = -(-len(lengths) // max(batch_size, 1))
-    for name, value in (("seed", seed), ("epoch", epoch)):
-        if value < 0:
-            raise InputError(f"`{name}` must not be negative, got {value}.")
+    random = random_of(seed, epoch)
     if not 0 <= start <= num_batches:
         raise InputError(
             f"`start` must be in [0, {num_batches}], the batches of an epoch, "
             f"got {start}."
         )
-    return tuple(_shuffled(lengths, batch_size, seed, epoch)[start:])
+    return tuple(_shuffled(lengths, batch_size, random)[start:])
 
 
 def given_order(num_examples: int, batch_size: int) -> tuple[np.ndarray, ...]:
@@ -53,6 +51,18 @@ def given_order(num_examples: int, batch_size: int) -> tuple[np.ndarray, ...]:
       [[0, 1], [2]]
     """
     return tuple(_cut(np.arange(num_examples), batch_size))
+
+
+def random_of(seed: int, epoch: int, *purpose: int) -> np.random.Generator:
+    """Returns the random numbers of an epoch, others for each purpose.
+
+    Raises:
+      InputError: if `seed` or `epoch` is negative.
+    """
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        if value < 0:
+            raise InputError(f"`{name}` must not be negative, got {value}.")
+    return np.random.Generator(np.random.PCG64([seed, epoch, *purpose]))
 
 
 def check_sizes(batch_size: int, accumulate: int) -> None:
@@ -78,10 +88,9 @@ def split_parts(
 
 
 def _shuffled(
-    lengths: np.ndarray, batch_size: int, seed: int, epoch: int
+    lengths: np.ndarray, batch_size: int, random: np.random.Generator
 ) -> list[np.ndarray]:
     """Returns the examples of every batch of an epoch."""
-    random = np.random.Generator(np.random.PCG64([seed, epoch]))
     order = random.permutation(len(lengths))
     # The rest is cut off before sorting: otherwise it would be the longest examples,
     # and weigh more, since the mean over a batch of few gives each of them more.

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sparse_jax.errors import InputError
 from sparse_jax.tasks.glue import Task
 
-__all__ = ["SUFFIXES", "Rows", "Source", "read_rows"]
+__all__ = ["SUFFIXES", "Rows", "Source", "read_objects", "read_rows", "read_text"]
 
 
 class Source(NamedTuple):
@@ -31,6 +31,9 @@ class Source(NamedTuple):
 
 
 Numbered = Iterator[tuple[int, Mapping[str, Any]]]
+
+
+Reader = Callable[..., Numbered]
 
 
 class Rows(NamedTuple):
@@ -56,18 +59,42 @@ def read_rows(path: str | Path, task: Task) -> Rows:
         iterating, if a row breaks the format.
     """
     path = Path(path)
-    if path.suffix.lower() not in _READERS:
+    reader, source = _reader(path, _READERS), _source(path)
+    return Rows(source, reader(read_text(path), source, task))
+
+
+def read_objects(path: str | Path) -> Rows:
+    """Returns the objects of a `.json` or `.jsonl` file, with their numbers.
+
+    Raises:
+      InputError: as `read_rows`.
+    """
+    path = Path(path)
+    reader, source = _reader(path, _OBJECT_READERS), _source(path)
+    return Rows(source, reader(read_text(path), source))
+
+
+def _reader(path: Path, readers: Mapping[str, Reader]) -> Reader:
+    """Returns the reader for a file's extension."""
+    if path.suffix.lower() not in readers:
         raise InputError(
-            f"`{path}` must end in {', '.join(SUFFIXES)}, got {path.suffix!r}. "
+            f"`{path}` must end in {', '.join(readers)}, got {path.suffix!r}. "
             "Convert the file to one of these."
         )
-    unit = "item" if path.suffix.lower() == ".json" else "line"
-    source = Source(f"`{path}`", unit)
-    return Rows(source, _READERS[path.suffix.lower()](_text(path), source, task))
+    return readers[path.suffix.lower()]
 
 
-def _text(path: Path) -> str:
-    """Returns the text of a file."""
+def _source(path: Path) -> Source:
+    """Returns a file as the source of its rows."""
+    return Source(f"`{path}`", "item" if path.suffix.lower() == ".json" else "line")
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+      InputError: if there is no file or it is not UTF-8, with the line.
+    """
     if not path.is_file():
         raise InputError(f"`{path}` must be a file, and there is none.")
     try:
@@ -119,7 +146,7 @@ def _comma_separated(text: str, source: Source, task: Task) -> Numbered:
         ) from error
 
 
-def _json_lines(text: str, source: Source, task: Task) -> Numbered:
+def _json_lines(text: str, source: Source, task: Task | None = None) -> Numbered:
     """Yields the objects of a text with one in each line."""
     del task
     for number, line in _lines(text):
@@ -133,7 +160,7 @@ def _json_lines(text: str, source: Source, task: Task) -> Numbered:
         yield number, _object(source.at(number), value)
 
 
-def _json_list(text: str, source: Source, task: Task) -> Numbered:
+def _json_list(text: str, source: Source, task: Task | None = None) -> Numbered:
     """Yields the objects of a JSON list."""
     del task
     try:
@@ -168,13 +195,13 @@ def _object(place: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
+_OBJECT_READERS = MappingProxyType({".json": _json_list, ".jsonl": _json_lines})
 _READERS = MappingProxyType(
     {
         ".tsv": _tab_separated,
         ".txt": _tab_separated,
         ".csv": _comma_separated,
-        ".json": _json_list,
-        ".jsonl": _json_lines,
+        **_OBJECT_READERS,
     }
 )
 SUFFIXES = tuple(_READERS)
