@@ -1,0 +1,145 @@
+"""The data of a causal language model: files of instructions, chats or plain text."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from sparse_jax.errors import InputError
+from sparse_jax.tasks.conversations import Conversation, plain_text
+from sparse_jax.tasks.files import find_file
+from sparse_jax.tasks.order import random_of
+from sparse_jax.tasks.prompts import ALPACA, PromptTemplate
+from sparse_jax.tasks.records import read_record
+from sparse_jax.tasks.rows import read_objects, read_text
+
+__all__ = ["load_conversations"]
+
+_SUFFIXES = (".json", ".jsonl", ".txt")
+_VALIDATION = ("validation", "valid", "val", "dev")
+# Other random numbers than those of the first epoch.
+_HOLDING_OUT = 2
+
+# The conversations of a record stay together when some records are held out.
+Record = list[Conversation]
+
+
+def load_conversations(
+    data: str | Path,
+    tokenizer: Any,
+    *,
+    template: PromptTemplate = ALPACA,
+    held_out: float = 0.05,
+    seed: int = 0,
+) -> dict[str, list[Conversation]]:
+    """Returns the conversations of a file or folder, by split.
+
+    A file is `.jsonl` (a record in each line), `.json` (a list of records), both in
+    any layout of `read_record`, or `.txt`, which is one long document. A folder has a
+    file `train` and perhaps a file `validation` (or `valid`, `val`, `dev`), or it has
+    a single file of any name.
+
+    Without a file for validation, a share of the records is held out at random, or
+    of a single document its end, from the start of a word on.
+
+    Args:
+      data: file or folder.
+      tokenizer: of the model, for its chat template.
+      template: the prompt for records with an `instruction`.
+      held_out: fraction of the records held out, in [0, 1); 0 gives no validation.
+      seed: of the choice of these records, not negative.
+
+    Returns:
+      "train", and "validation" if there is any.
+
+    Raises:
+      InputError: if there is no such file, if it holds nothing, or if a record is
+        wrong: the message has the file and the line.
+    """
+    if not 0 <= held_out < 1:
+        raise InputError(f"`held_out` must be in [0, 1), got {held_out}.")
+    train_file, validation_file = _files(Path(data))
+    train = _records(train_file, tokenizer, template)
+    validation: list[Record] = []
+    if validation_file is not None:
+        validation = _records(validation_file, tokenizer, template)
+    elif held_out:
+        train, validation = _hold_out(train, held_out, seed, train_file)
+    splits = {"train": train, "validation": validation}
+    return {name: list(chain(*records)) for name, records in splits.items() if records}
+
+
+def _files(data: Path) -> tuple[Path, Path | None]:
+    """Returns the files to train on and, perhaps, for validation."""
+    if data.is_file():
+        return data, None
+    if not data.is_dir():
+        raise InputError(
+            f"`data` must be a file ({', '.join(_SUFFIXES)}) or a folder, got "
+            f"{str(data)!r}, and there is none."
+        )
+    train = find_file(data, ("train",), _SUFFIXES)
+    validations = (find_file(data, (stem,), _SUFFIXES) for stem in _VALIDATION)
+    validation = next(filter(None, validations), None)
+    known = [path for path in sorted(data.iterdir()) if path.suffix in _SUFFIXES]
+    if train is None and len(known) == 1:
+        return known[0], None
+    if train is None:
+        found = ", ".join(path.name for path in known[:10]) or "none of these kinds"
+        raise InputError(
+            f"`{data}` must hold a file `train.jsonl`, `train.json` or `train.txt`, or "
+            f"a single file, got {found}."
+        )
+    return train, validation
+
+
+def _records(path: Path, tokenizer: Any, template: PromptTemplate) -> list[Record]:
+    """Returns the records of a file."""
+    if path.suffix.lower() == ".txt":
+        text = read_text(path)
+        records = [[plain_text(text)]] if text.strip() else []
+    else:
+        rows = read_objects(path)
+        records = [
+            read_record(rows.source.at(number), record, tokenizer, template)
+            for number, record in rows.numbered
+        ]
+    if not records:
+        raise InputError(f"`{path}` must have examples, got an empty file.")
+    return records
+
+
+def _hold_out(
+    records: list[Record], share: float, seed: int, path: Path
+) -> tuple[list[Record], list[Record]]:
+    """Returns the records to train on and those held out."""
+    if len(records) == 1 and records[0][0].is_plain:
+        return _hold_out_end(records[0][0].text, share, path)
+    if len(records) == 1:
+        raise InputError(
+            f"`{path}` must have at least two examples to hold one out, got 1. Add a "
+            "file `validation.jsonl`, or hold out none with `held_out=0`."
+        )
+    # At least one on either side.
+    size = min(max(round(share * len(records)), 1), len(records) - 1)
+    order = random_of(seed, 0, _HOLDING_OUT).permutation(len(records))
+    chosen = set(order[:size].tolist())
+    return (
+        [record for i, record in enumerate(records) if i not in chosen],
+        [record for i, record in enumerate(records) if i in chosen],
+    )
+
+
+def _hold_out_end(
+    text: str, share: float, path: Path
+) -> tuple[list[Record], list[Record]]:
+    """Returns a document without its end, and the end."""
+    end = round(len(text) * (1 - share))
+    start = max(text.rfind(space, 0, end) for space in " \n") + 1
+    parts = (text[:start], text[start:])
+    if not all(part.strip() for part in parts):
+        raise InputError(
+            f"`{path}` must have words to hold the last of them out, got one word. Add "
+            "a file `validation.txt`, or hold out none with `held_out=0`."
+        )
+    train, validation = ([[plain_text(part)]] for part in parts)
+    return train, validation
