@@ -28,6 +28,9 @@ __all__ = ["Compact", "CompactState", "Loss"]
 # (params, batch, key, attachment) -> (sum of the losses, number they are averaged by)
 Loss = Callable[[Any, Any, Any, Attachment], tuple[jax.Array, jax.typing.ArrayLike]]
 
+# trained values -> parameters and attachment of a forward pass that they depend on
+Place = Callable[[Any], tuple[Any, Attachment]]
+
 
 class CompactState(NamedTuple):
     """What a step reads and returns; donate it to `jax.jit`."""
@@ -136,7 +139,8 @@ class Compact:
         """
         roles = self.method.roles(state.params)
         values = self._values(roles, state)
-        loss, grads = self._gradients(roles, state, values, batch, key)
+        place = lambda values: self._place(roles, state, values)
+        loss, grads = self._gradients(place, values, batch, key)
         updates, opt_state = self.tx.update(grads, state.opt_state, values)
         values: Any = optax.apply_updates(values, updates)
         leaves = values["leaves"]
@@ -166,24 +170,35 @@ class Compact:
             support=support,
             masters=keep_masters(roles, leaves, params),
             added=added,
-            opt_state=self.tx.init({"leaves": leaves, "added": added}),
+            opt_state=self._start(roles, params, leaves, added),
         )
+
+    def _start(self, roles: Any, params: Any, leaves: Any, added: Any) -> Any:
+        """Returns the state of the optimiser before the first update."""
+        del roles, params
+        return self.tx.init({"leaves": leaves, "added": added})
 
     def _values(self, roles: Any, state: CompactState) -> dict[str, Any]:
         """Returns the trained values, float32."""
         leaves = current_values(roles, state.support, state.masters, state.params)
         return {"leaves": leaves, "added": state.added}
 
+    def _place(
+        self, roles: Any, state: CompactState, values: Any
+    ) -> tuple[Any, Attachment]:
+        """Returns what the loss needs for a gradient of the trained values."""
+        tap_leaf = lambda role, leaf, value, support: tap(leaf, value, support)
+        trees = (values["leaves"], state.support)
+        params, stacked = _route(roles, state.params, tap_leaf, *trees)
+        return params, self._attachment(tap, stacked, values["added"])
+
     def _gradients(
-        self, roles: Any, state: CompactState, values: Any, batch: Any, key: jax.Array
+        self, place: Place, values: Any, batch: Any, key: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Returns the loss and its gradient with respect to the trained values."""
 
         def total(values: Any, batch: Any, key: jax.Array) -> Any:
-            tap_leaf = lambda role, leaf, value, support: tap(leaf, value, support)
-            trees = (values["leaves"], state.support)
-            params, stacked = _route(roles, state.params, tap_leaf, *trees)
-            attachment = self._attachment(tap, stacked, values["added"])
+            params, attachment = place(values)
             loss, weight = self.loss(params, batch, key, attachment)
             return loss, jnp.asarray(weight, jnp.float32)
 

@@ -1,15 +1,17 @@
 """Sites: where a model lets a method look at a layer and change what it computes."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
-__all__ = ["Attachment", "Module", "Respond"]
+__all__ = ["Attachment", "Module", "Recompute", "Respond", "Slots"]
 
 Module = Callable[[jax.Array], jax.Array]
 # (site, module, x) -> y, what a layer calls instead of `module(x)`
 Respond = Callable[[str, Module, jax.Array], jax.Array]
+# Layers that compute again in the backward pass what they need there.
+Recompute = Literal["none", "frozen", "all"]
 
 
 def _keep_weights(layer_params: Any, trained: Any) -> Any:
@@ -24,6 +26,18 @@ def _call(site: str, module: Module, x: jax.Array, trained: Any) -> jax.Array:
     return module(x)
 
 
+class Slots(NamedTuple):
+    """The layers that are trained, where most are not.
+
+    Only `rows` has a gradient then, and none of it is ever of size L.
+    """
+
+    rows: Any  # pytree of arrays, shape=(num_active, ...)
+    active: jax.Array  # numbers of the layers, shape=(num_active,), int32, sorted
+    rows_of: Callable[[Any, Any], Any]  # (layer_params, trained[l]) -> row of layer l
+    recompute: Recompute
+
+
 class Attachment(NamedTuple):
     """What a method attaches to a stack of layers.
 
@@ -34,6 +48,9 @@ class Attachment(NamedTuple):
     after them: the kernel of site "mlp/up" is the leaf "layers/mlp/up/kernel". The
     default attaches nothing and returns `module(x)`.
 
+    With `slots` the slice `trained[l]`, a mapping, also has the trained values of the
+    layer under "row", and only those of active layers have a gradient.
+
     Example:
       >>> attachment = Attachment()
       >>> attachment.response("attention/query", lambda x: 2 * x, 1.0, None)
@@ -43,3 +60,4 @@ class Attachment(NamedTuple):
     trained: Any = None  # pytree of arrays, shape=(L, ...)
     weights: Callable[[Any, Any], Any] = _keep_weights
     response: Callable[[str, Module, jax.Array, Any], jax.Array] = _call
+    slots: Slots | None = None

@@ -19,6 +19,7 @@ ROOMS = (
     ("packing",),
     ("transforms", "adapters", "models"),
     ("compact", "tasks"),
+    ("layerwise",),
     ("adapter_file",),
     ("adapter_use",),
     ("training",),

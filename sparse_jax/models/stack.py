@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from sparse_jax.sites import Attachment
+from sparse_jax.models.slots import run_slots
+from sparse_jax.sites import Attachment, Slots
 
 __all__ = ["default_unroll", "run_layers", "stack_layers"]
 
@@ -51,17 +52,47 @@ def run_layers(
     num_layers = jax.tree.leaves(params)[0].shape[0]
     keys = None if key is None else jax.random.split(key, num_layers)
 
-    def body(x: jax.Array, one: tuple) -> tuple[jax.Array, None]:
+    def call(x: jax.Array, one: tuple, context: tuple) -> jax.Array:
         layer_params, trained, layer_key = one
         layer: Any = nnx.merge(graphdef, attachment.weights(layer_params, trained))
         respond = lambda site, f, x: attachment.response(site, f, x, trained)
-        return layer(x, *context, layer_key, respond).astype(x.dtype), None
+        return layer(x, *context, layer_key, respond).astype(x.dtype)
 
+    stacked = (params, attachment.trained, keys)
+    if attachment.slots is not None:
+        return _run_with_slots(call, x, stacked, context, attachment.slots, checkpoint)
+    body = lambda x, one: (call(x, one, context), None)
     unroll = default_unroll(num_layers, checkpoint) if unroll is None else unroll
     if checkpoint:
         # Inside a real loop the compiler cannot merge the two forward passes.
         body = jax.checkpoint(body, prevent_cse=unroll > 1)
-    return jax.lax.scan(body, x, (params, attachment.trained, keys), unroll=unroll)[0]
+    return jax.lax.scan(body, x, stacked, unroll=unroll)[0]
+
+
+def _run_with_slots(
+    call: Callable[[jax.Array, tuple, tuple], jax.Array],
+    x: jax.Array,
+    stacked: tuple,
+    context: tuple,
+    slots: Slots,
+    checkpoint: bool,
+) -> jax.Array:
+    """Runs the layers with a gradient for the active ones only."""
+
+    def layer(x: jax.Array, one: tuple, row: Any, context: tuple) -> jax.Array:
+        layer_params, trained, layer_key = one
+        return call(x, (layer_params, {**trained, "row": row}, layer_key), context)
+
+    return run_slots(
+        layer,
+        x,
+        stacked,
+        slots.rows,
+        context,
+        slots.active,
+        rows_of=lambda one: slots.rows_of(one[0], one[1]),
+        recompute="all" if checkpoint else slots.recompute,
+    )
 
 
 def default_unroll(num_layers: int, checkpoint: bool = False) -> int:

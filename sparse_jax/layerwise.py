@@ -1,0 +1,331 @@
+"""The compact tier of a few layers at a time: nothing dense, and nothing of size L."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_jax.adapters.tap import tap
+from sparse_jax.compact import Compact, CompactState
+from sparse_jax.errors import InputError
+from sparse_jax.packing import below_float32, current_values
+from sparse_jax.roles import DENSE, FROZEN, SPARSE, TRAINED, Role, map_roles
+from sparse_jax.rows import init_rows, put_rows, restart_rows, take_rows, update_rows
+from sparse_jax.samplers.sampler import (
+    Sampler,
+    SamplerState,
+    advance,
+    begin,
+    is_active,
+)
+from sparse_jax.sites import Attachment, Recompute, Slots
+from sparse_jax.support import gather, scatter
+
+__all__ = ["Layerwise", "LayerwiseState"]
+
+
+class LayerwiseState(NamedTuple):
+    """What takes the place of the optimiser's state in a `CompactState`."""
+
+    sampler: SamplerState
+    rows: optax.OptState  # every array has the layers in front
+    outside: optax.OptState  # of trained leaves outside the layers
+    origin: Any  # values before training, if probes have to damp what was learnt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layerwise(Compact):
+    """Fine-tunes a few layers at a time by a method.
+
+    With A the layers that `sampler` draws for an update,
+
+        values_l, state_l = tx(d loss / d values_l, state_l, values_l)    for l in A,
+
+    where `values_l` is whatever the method trains in layer l: packed entries, the
+    arrays it adds, whole leaves. Gradients are of size (num_active, ...), frozen layers
+    keep nothing for a weight gradient, there is no backward pass below the lowest
+    active layer, and one compiled step serves all choices of layers. The numbers are
+    those of `ist` with the same sampler and key.
+
+    Leaves outside the stack are trained at every update. `tx` sees one layer at a
+    time, and all leaves outside as one; use `max_norm` to clip.
+
+    A sampler that probes damps what a layer has learnt: it scales what the method adds,
+    and moves trained entries back to where they started. This keeps the starting
+    values, in the dtype of the parameters: for whole leaves a second copy of them.
+    Probes use the (first micro-)batch of the update, without dropout; the released
+    code draws another training batch.
+
+    Attributes:
+      sampler: which layers are active.
+      seed: of the draws.
+      max_norm: global norm that the gradient is clipped to, active layers and outside
+        leaves together; None does not clip.
+      restart: whether a layer that was not active at the last update starts with a
+        fresh state of `tx`.
+      recompute: which layers run forward again in the backward pass: "none", the
+        "frozen" ones, which then keep nothing but their input, or "all".
+
+    Example:
+      >>> from sparse_jax import LoRA, Uniform
+      >>> Layerwise(lambda *_: (0.0, 1), LoRA(rank=4), optax.adam(1e-3),
+      ...           sampler=Uniform(num_layers=12, num_active=3)).recompute
+      'none'
+
+    References:
+      Yao et al., 2024, https://arxiv.org/abs/2410.11772
+    """
+
+    sampler: Sampler
+    seed: int = 0
+    max_norm: float | None = None
+    restart: bool = False
+    recompute: Recompute = "none"
+
+    def __post_init__(self):
+        if self.method.stack is None:
+            raise InputError(
+                "`stack` of the method must name the subtree of the layers, got None."
+            )
+
+    def step(
+        self, state: CompactState, batch: Any, key: jax.Array
+    ) -> tuple[CompactState, dict[str, jax.Array]]:
+        """Makes one update.
+
+        Args:
+          state: with supports chosen; donate it.
+          batch: whatever `loss` takes.
+          key: for dropout.
+
+        Returns:
+          The new state, and `loss`, `gradient_norm` (before clipping) and `active`,
+          the layers updated, int32.
+        """
+        roles = self.method.roles(state.params)
+        opt: Any = state.opt_state
+        value_fn = lambda strength: self._value(roles, state, batch, strength)
+        before = is_active(self.sampler, opt.sampler.active)
+        chosen = advance(self.sampler, opt.sampler, value_fn)
+        active = chosen.active
+
+        values = self._trained(roles, state, active)
+        place = lambda values: self._place_rows(roles, state, values, active)
+        loss, grads = self._gradients(place, values, batch, key)
+        norm = optax.tree.norm(grads)
+        if self.max_norm is not None:
+            grads = optax.tree.scale(jnp.minimum(1.0, self.max_norm / norm), grads)
+
+        rows = take_rows(opt.rows, active)
+        if self.restart:
+            is_new = (is_active(self.sampler, active) & ~before)[active]
+            fresh = init_rows(self._tx, values["rows"], self.sampler.num_active)
+            rows = restart_rows(is_new, fresh, rows)
+        steps, rows = update_rows(self._tx, grads["rows"], rows, values["rows"])
+        outside_steps, outside = self._tx.update(
+            grads["outside"], opt.outside, values["outside"]
+        )
+        steps = {"rows": steps, "outside": outside_steps}
+        values: Any = optax.apply_updates(values, steps)
+        norms = _row_norms(grads["rows"], self.sampler.num_active)
+        memory = self.sampler.observe(chosen.memory, active, norms)
+        opt = opt._replace(
+            sampler=chosen._replace(memory=memory),
+            rows=put_rows(opt.rows, rows, active),
+            outside=outside,
+        )
+        state = self._written(roles, state, values, active)._replace(opt_state=opt)
+        return state, {"loss": loss, "gradient_norm": norm, "active": active}
+
+    @property
+    def _tx(self) -> optax.GradientTransformationExtraArgs:
+        """The transformation of one layer."""
+        return optax.with_extra_args_support(self.tx)
+
+    def _start(self, roles: Any, params: Any, leaves: Any, added: Any) -> Any:
+        """Returns the state before the first update."""
+        inside = _only(roles, leaves, stacked=True)
+        origin: Any = ()
+        if self.sampler.period is not None:
+            start = lambda role, values, leaf: _like(values, leaf)
+            layers = _side(roles, stacked=True)
+            origin = map_roles(start, layers, inside, params, only=TRAINED)
+        rows = {"leaves": inside, "added": added}
+        return LayerwiseState(
+            sampler=begin(self.sampler, jax.random.key(self.seed)),
+            rows=init_rows(self._tx, rows, self.sampler.num_layers),
+            outside=self._tx.init(_only(roles, leaves, stacked=False)),
+            origin=origin,
+        )
+
+    def _trained(self, roles: Any, state: CompactState, active: jax.Array) -> Any:
+        """Returns the trained values of the active layers, and those outside."""
+
+        def row(role: Role, leaf: jax.Array, support: Any, master: Any) -> Any:
+            if not role.stacked:
+                return optax.MaskedNode()
+            if below_float32(leaf):
+                return take_rows(master, active)
+            if role.kind == DENSE:
+                return take_rows(leaf, active)
+            return gather(leaf, take_rows(support, active), active)
+
+        trees = (state.params, state.support, state.masters)
+        outside = _side(roles, stacked=False)
+        values = current_values(outside, state.support, state.masters, state.params)
+        return {
+            "rows": {
+                "leaves": map_roles(row, roles, *trees, only=TRAINED),
+                "added": take_rows(state.added, active),
+            },
+            "outside": values,
+        }
+
+    def _place_rows(
+        self, roles: Any, state: CompactState, values: Any, active: jax.Array
+    ) -> tuple[Any, Attachment]:
+        """Returns what the loss needs for a gradient of the active layers' values."""
+
+        def place(role: Role, leaf: jax.Array, value: Any, support: Any) -> Any:
+            if role.stacked or role.kind not in TRAINED:
+                return leaf
+            return (
+                tap(leaf, value, support) if role.kind == SPARSE else _like(value, leaf)
+            )
+
+        def row_of(role: Role, leaf: jax.Array, support: Any) -> jax.Array:
+            # The values of sparse entries are in the weights; a tap does not read them.
+            if role.kind == SPARSE:
+                return jnp.zeros(support.shape, jnp.float32)
+            return leaf.astype(jnp.float32)
+
+        def rows_of(layer_params: Any, trained: Any) -> Any:
+            trees = (layer_params, trained["support"])
+            leaves = map_roles(row_of, inside, *trees, only=TRAINED)
+            return {"leaves": self._around(roles, leaves), "added": trained["added"]}
+
+        def weight(role: Role, leaf: jax.Array, row: Any, support: Any) -> jax.Array:
+            if role.kind == SPARSE:
+                return tap(leaf, row, support)
+            return _like(row, leaf) if role.kind == DENSE else leaf
+
+        def weights(layer_params: Any, trained: Any) -> Any:
+            row = trained["row"]["leaves"][self.method.stack]
+            return map_roles(weight, inside, layer_params, row, trained["support"])
+
+        inside = roles[self.method.stack]
+        respond = lambda site, module, x, trained: self.method.response(
+            site, module, x, trained["row"]["added"]
+        )
+        trained = {"support": self._inside(state.support), "added": state.added}
+        slots = Slots(values["rows"], active, rows_of, self.recompute)
+        params = map_roles(place, roles, state.params, values["outside"], state.support)
+        return params, Attachment(trained, weights, respond, slots)
+
+    def _value(
+        self, roles: Any, state: CompactState, batch: Any, strength: jax.Array
+    ) -> jax.Array:
+        """Returns the loss when layers are damped to a strength [L]."""
+        opt: Any = state.opt_state
+
+        def weights(layer_params: Any, trained: Any) -> Any:
+            def damp(role: Role, leaf: jax.Array, support: Any, origin: Any) -> Any:
+                if role.kind not in TRAINED:
+                    return leaf
+                start = origin.astype(jnp.float32)
+                now = gather(leaf, support) if role.kind == SPARSE else leaf
+                values = start + trained["strength"] * (now.astype(jnp.float32) - start)
+                sparse = role.kind == SPARSE
+                return scatter(leaf, support, values) if sparse else _like(values, leaf)
+
+            trees = (layer_params, trained["support"], trained["origin"])
+            return map_roles(damp, inside, *trees)
+
+        inside = roles[self.method.stack]
+        respond = lambda site, module, x, trained: self.method.response(
+            site, module, x, trained["added"], trained["strength"]
+        )
+        trained = {
+            "support": self._inside(state.support),
+            "origin": self._inside(opt.origin),
+            "added": state.added,
+            "strength": strength,
+        }
+        if self.accumulate > 1:
+            batch = jax.tree.map(lambda leaf: leaf[0], batch)
+        attachment = Attachment(trained, weights, respond)
+        total, weight = self.loss(state.params, batch, None, attachment)
+        return total / weight
+
+    def _written(
+        self, roles: Any, state: CompactState, values: Any, active: jax.Array
+    ) -> CompactState:
+        """Returns the state with new values, in place if it is donated."""
+        rows, outside = values["rows"], values["outside"]
+
+        def write(
+            role: Role, leaf: jax.Array, support: Any, row: Any, value: Any
+        ) -> jax.Array:
+            if role.kind not in TRAINED:
+                return leaf
+            if not role.stacked:
+                sparse = role.kind == SPARSE
+                return scatter(leaf, support, value) if sparse else _like(value, leaf)
+            if role.kind == SPARSE:
+                return scatter(leaf, take_rows(support, active), row, active)
+            return put_rows(leaf, _like(row, leaf), active)
+
+        def keep(role: Role, master: Any, row: Any, value: Any) -> Any:
+            if isinstance(master, optax.MaskedNode):
+                return master
+            return put_rows(master, row, active) if role.stacked else value
+
+        trees = (state.params, state.support, rows["leaves"], outside)
+        return state._replace(
+            count=optax.safe_increment(state.count),
+            params=map_roles(write, roles, *trees),
+            masters=map_roles(
+                keep, roles, state.masters, rows["leaves"], outside, only=TRAINED
+            ),
+            added=put_rows(state.added, rows["added"], active),
+        )
+
+    def _inside(self, tree: Any) -> Any:
+        """Returns the subtree of the layers."""
+        return tree[self.method.stack]
+
+    def _around(self, roles: Any, inside: Any) -> Any:
+        """Returns a subtree of the layers in a tree that holds nothing else."""
+        nothing = map_roles(lambda role: role, roles, only=())
+        return {**nothing, self.method.stack: inside}
+
+
+def _side(roles: Any, *, stacked: bool) -> Any:
+    """Returns roles in which all but the leaves inside, or outside, are frozen."""
+
+    def freeze(role: Role) -> Role:
+        return role if role.stacked == stacked else role._replace(kind=FROZEN)
+
+    return jax.tree.map(freeze, roles, is_leaf=lambda node: isinstance(node, Role))
+
+
+def _only(roles: Any, tree: Any, *, stacked: bool) -> Any:
+    """Returns the trained leaves inside or outside the layers; others are masked."""
+    keep = lambda role, leaf: leaf
+    return map_roles(keep, _side(roles, stacked=stacked), tree, only=TRAINED)
+
+
+def _like(values: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns values in the dtype of a leaf."""
+    return values.astype(leaf.dtype)
+
+
+def _row_norms(rows: Any, num_rows: int) -> jax.Array:
+    """Returns the norm of every row of a tree, shape=(num_rows,), float32."""
+    squares = [
+        jnp.sum(jnp.square(leaf).reshape(num_rows, -1), axis=1)
+        for leaf in jax.tree.leaves(rows)
+    ]
+    return jnp.sqrt(sum(squares, jnp.zeros(num_rows)))
