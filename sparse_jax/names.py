@@ -69,8 +69,16 @@ def first_match(rules: Mapping[str, Rule | None], name: str, default: str) -> st
     return default
 
 
-def require_match(argument: str, rule: Rule | None, names: Sequence[str]) -> None:
+def require_match(
+    argument: str, rule: Rule | None, names: Sequence[str], noun: str = "parameter"
+) -> None:
     """Raises unless every pattern of a rule matches at least one name.
+
+    Args:
+      argument: name of the rule in messages.
+      rule: expressions, searched for anywhere in a name.
+      names: names of one kind.
+      noun: what the names are called in messages.
 
     Raises:
       InputError: naming the pattern and the names nearest to it.
@@ -87,7 +95,7 @@ def require_match(argument: str, rule: Rule | None, names: Sequence[str]) -> Non
             ) from error
         if not any(expression.search(name) for name in names):
             raise InputError(
-                f"`{argument}` must match at least one parameter, got {pattern!r}. "
+                f"`{argument}` must match at least one {noun}, got {pattern!r}. "
                 f"The nearest names are {', '.join(_nearest(pattern, names))}."
             )
 

@@ -1,6 +1,6 @@
 """LoRA: add a product of two thin matrices to linear maps."""
 
-import re
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.adapters.method import Method
+from sparse_jax.adapters.placement import kernels_at, map_sites
+from sparse_jax.adapters.start import uniform
 from sparse_jax.errors import InputError
-from sparse_jax.names import Rule, map_named, require_match
+from sparse_jax.names import Rule
 from sparse_jax.scores import leaf_key
 from sparse_jax.sites import Module
 
@@ -20,25 +22,33 @@ __all__ = ["LoRA"]
 class LoRA(Method):
     """Trains a rank-r update of the linear maps at the sites that `where` matches.
 
-        y = x @ W + (alpha / rank) * (x @ A) @ B
+        y = x @ W + scale * dropout(x) @ A @ B
+        scale = alpha / rank,  or alpha / sqrt(rank) with `rslora`
 
     A, shape=(L, in, rank), starts uniform in +-1 / sqrt(in) as in PEFT; B,
     shape=(L, rank, out), starts at zero. Both are float32 and used in the dtype of x.
+    Merging is exact: W + scale * A @ B.
 
     Raises:
-      InputError: if `rank` is not positive, or (on `added`) nothing matches `where`.
+      InputError: if `rank` or `alpha` is not positive, `dropout` is outside [0, 1), or
+        (on `added`) nothing matches `where`.
 
     Example:
       >>> LoRA(rank=8, where="query|value", dense="classifier").scale
       2.0
+      >>> LoRA(rank=16, alpha=8, rslora=True).scale
+      2.0
 
     References:
       Hu et al., 2021, https://arxiv.org/abs/2106.09685
+      Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732 (`rslora`)
     """
 
     rank: int
     where: Rule = "attention"
     alpha: float | None = None  # None is 2 * rank.
+    rslora: bool = False
+    dropout: float = 0.0  # fraction of the entries of x that A does not see, in [0, 1)
 
     def __post_init__(self):
         if self.rank < 1:
@@ -46,28 +56,33 @@ class LoRA(Method):
                 f"`rank` must be at least 1, got {self.rank}. Common values are "
                 "4 to 64."
             )
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise InputError(
+                f"`alpha` must be positive, got {self.alpha}. Leave it out for twice "
+                "the rank."
+            )
+        if not 0 <= self.dropout < 1:
+            raise InputError(
+                f"`dropout` must be in [0, 1), got {self.dropout}. It is the fraction "
+                "of entries left out, commonly 0.05."
+            )
 
     @property
     def scale(self) -> float:
         """Factor of the added product."""
-        return 2.0 if self.alpha is None else self.alpha / self.rank
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def added(self, params: Any, key: jax.Array) -> Any:
         """Returns {site: {"a": ..., "b": ...}} for every matching site."""
-        kernels = self._kernels(params)
-        require_match("where", self.where, list(kernels))
-        patterns = (self.where,) if isinstance(self.where, str) else self.where
-        sites = [s for s in kernels if any(re.search(p, s) for p in patterns)]
 
-        def create(site: str) -> dict[str, jax.Array]:
-            layers, width, height = kernels[site].shape
-            draw = jax.random.uniform(
-                leaf_key(key, site), (layers, width, self.rank), minval=-1.0, maxval=1.0
-            )
+        def create(site: str, kernel: jax.Array) -> dict[str, jax.Array]:
+            layers, width, height = kernel.shape
             zeros = jnp.zeros((layers, self.rank, height), jnp.float32)
-            return {"a": draw / jnp.sqrt(jnp.float32(width)), "b": zeros}
+            return {"a": uniform(key, site, (layers, width, self.rank)), "b": zeros}
 
-        return {site: create(site) for site in sites}
+        kernels = kernels_at("where", self.where, params, self.stack)
+        return {site: create(site, kernel) for site, kernel in kernels.items()}
 
     def response(
         self,
@@ -76,40 +91,30 @@ class LoRA(Method):
         x: jax.Array,
         added: Any,
         strength: jax.typing.ArrayLike = 1.0,
+        *,
+        key: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the output of the linear map plus the low-rank product."""
         if site not in added:
             return module(x)
-        low = x @ added[site]["a"].astype(x.dtype)
-        scale = jnp.asarray(self.scale * strength, x.dtype)
-        return module(x) + scale * (low @ added[site]["b"].astype(x.dtype))
+        product = self._product(site, x, added[site], key)
+        return module(x) + jnp.asarray(self.scale * strength, x.dtype) * product
 
     def merge(self, params: Any, added: Any) -> Any:
         """Returns parameters with the products added to the kernels."""
-        products = {
-            f"{self.stack}/{site}/kernel": self.scale * (pair["a"] @ pair["b"])
-            for site, pair in added.items()
-        }
 
-        def add(name: str, leaf: jax.Array) -> jax.Array:
-            if name not in products:
+        def add(kind: str, leaf: jax.Array, pair: Any) -> jax.Array:
+            if kind != "kernel":
                 return leaf
-            return (leaf.astype(jnp.float32) + products[name]).astype(leaf.dtype)
+            return leaf + self.scale * (pair["a"] @ pair["b"])
 
-        return map_named(add, params)
+        return map_sites(add, params, added, self.stack)
 
-    def _kernels(self, params: Any) -> dict[str, jax.Array]:
-        """Returns the stacked kernels of the layers by the name of their site."""
-        if self.stack is None or self.stack not in params:
-            raise InputError(
-                f"`stack` must name a subtree of the parameters, got {self.stack!r}. "
-                f"The subtrees are {', '.join(sorted(params))}."
-            )
-        found: dict[str, jax.Array] = {}
-
-        def visit(name: str, leaf: jax.Array) -> None:
-            if name.endswith("/kernel") and leaf.ndim == 3:
-                found[name.removesuffix("/kernel")] = leaf
-
-        map_named(visit, params[self.stack])
-        return found
+    def _product(
+        self, site: str, x: jax.Array, pair: Any, key: jax.Array | None
+    ) -> jax.Array:
+        """Returns dropout(x) @ A @ B."""
+        if key is not None and self.dropout > 0:
+            kept = jax.random.bernoulli(leaf_key(key, site), 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+        return (x @ pair["a"].astype(x.dtype)) @ pair["b"].astype(x.dtype)

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 
+from sparse_jax.errors import InputError
 from sparse_jax.names import Rule
 from sparse_jax.roles import Role, roles_of
 from sparse_jax.scores import Score, gradient
 from sparse_jax.sites import Module
 
-__all__ = ["Method"]
+__all__ = ["Method", "refuse_to_merge"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class Method:
         x: jax.Array,
         added: Any,
         strength: jax.typing.ArrayLike = 1.0,
+        *,
+        key: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the output of a site in one layer, changed by the method.
 
@@ -65,12 +68,17 @@ class Method:
           x: input of the module, such as `[B, T, in]`.
           added: the slice of `added` that belongs to the layer.
           strength: shape=(), factor of what the method adds; 0 is the base model.
+          key: of the layer, for dropout inside the method; None turns it off.
         """
-        del site, added, strength
+        del site, added, strength, key
         return module(x)
 
     def merge(self, params: Any, added: Any) -> Any:
-        """Returns parameters that alone compute what the method computes."""
+        """Returns parameters that alone compute what the method computes.
+
+        Raises:
+          InputError: if no parameters do, because the method is not linear.
+        """
         del added
         return params
 
@@ -79,3 +87,18 @@ class Method:
         has_stack = self.stack is not None and self.stack in params
         stacked = f"^{self.stack}/" if has_stack else None
         return roles_of(params, where=where, dense=self.dense, stacked=stacked)
+
+
+def refuse_to_merge(method: Method, params: Any, added: Any) -> Any:
+    """Returns the parameters if nothing is added, and raises otherwise.
+
+    Raises:
+      InputError: saying what to do instead.
+    """
+    if added:
+        raise InputError(
+            "`method` must be linear in its input to be merged, got "
+            f"{type(method).__name__}. Keep it attached: `apply_adapter` returns the "
+            "attachment that the model takes."
+        )
+    return params

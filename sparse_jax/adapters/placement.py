@@ -1,0 +1,88 @@
+"""Placement: the sites that a method adds to, and their leaves."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax.errors import InputError
+from sparse_jax.names import Rule, first_match, map_named, require_match
+
+__all__ = ["kernels_at", "map_sites"]
+
+_KERNEL = "/kernel"
+
+
+def kernels_at(
+    argument: str, where: Rule, params: Any, stack: str | None
+) -> dict[str, jax.Array]:
+    """Returns the kernels of the linear maps whose site a rule matches.
+
+    Args:
+      argument: name of the rule in messages.
+      where: expressions of sites, such as "attention/query".
+      params: parameters, or their shapes.
+      stack: name of the subtree of the layers.
+
+    Returns:
+      Site -> kernel, shape=(L, in, out).
+
+    Raises:
+      InputError: if there is no such subtree, or an expression matches no site.
+
+    Example:
+      >>> params = {"layers": {"mlp": {"up": {"kernel": jnp.zeros((2, 3, 4))}}}}
+      >>> kernels_at("where", "mlp", params, "layers")["mlp/up"].shape
+      (2, 3, 4)
+    """
+    kernels = _kernels(params, stack)
+    require_match(argument, where, list(kernels), "site")
+    matches = lambda site: first_match({"here": where}, site, "") == "here"
+    return {site: kernel for site, kernel in kernels.items() if matches(site)}
+
+
+def map_sites(
+    function: Callable[[str, jax.Array, Any], jax.Array],
+    params: Any,
+    added: Mapping[str, Any],
+    stack: str | None,
+) -> Any:
+    """Maps `function(kind, leaf, added[site])` over the leaves of the sites in `added`.
+
+    The function gets a leaf in float32 with its kind, such as "kernel" or "bias"; what
+    it returns is rounded to the dtype of the leaf. Other leaves stay as they are.
+
+    Example:
+      >>> params = {"layers": {"up": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}}
+      >>> double = lambda kind, leaf, arrays: 2 * leaf if kind == "bias" else leaf
+      >>> map_sites(double, params, {"up": {}}, "layers")["layers"]["up"]["bias"]
+      Array([2., 2.], dtype=float32)
+    """
+
+    def change(name: str, leaf: jax.Array) -> jax.Array:
+        path, _, kind = name.rpartition("/")
+        root, _, site = path.partition("/")
+        if root != stack or site not in added:
+            return leaf
+        new = function(kind, leaf.astype(jnp.float32), added[site])
+        return new.astype(leaf.dtype)
+
+    return map_named(change, params)
+
+
+def _kernels(params: Any, stack: str | None) -> dict[str, jax.Array]:
+    """Returns the stacked kernels of the layers by the name of their site."""
+    if stack is None or stack not in params:
+        raise InputError(
+            f"`stack` must name a subtree of the parameters, got {stack!r}. "
+            f"The subtrees are {', '.join(sorted(params))}."
+        )
+    found: dict[str, jax.Array] = {}
+
+    def visit(name: str, leaf: jax.Array) -> None:
+        if name.endswith(_KERNEL) and leaf.ndim == 3:
+            found[name.removesuffix(_KERNEL)] = leaf
+
+    map_named(visit, params[stack])
+    return found
