@@ -80,7 +80,9 @@ def _files(data: Path) -> tuple[Path, Path | None]:
     train = find_file(data, ("train",), _SUFFIXES)
     validations = (find_file(data, (stem,), _SUFFIXES) for stem in _VALIDATION)
     validation = next(filter(None, validations), None)
-    known = [path for path in sorted(data.iterdir()) if path.suffix in _SUFFIXES]
+    known = [
+        path for path in sorted(data.iterdir()) if path.suffix.lower() in _SUFFIXES
+    ]
     if train is None and len(known) == 1:
         return known[0], None
     if train is None:
@@ -94,6 +96,11 @@ def _files(data: Path) -> tuple[Path, Path | None]:
 
 def _records(path: Path, tokenizer: Any, template: PromptTemplate) -> list[Record]:
     """Returns the records of a file."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise InputError(
+            f"`{path}` must end in {', '.join(_SUFFIXES)}, got {path.suffix!r}. "
+            "Convert the file to one of these."
+        )
     if path.suffix.lower() == ".txt":
         text = read_text(path)
         records = [[plain_text(text)]] if text.strip() else []
