@@ -41,7 +41,9 @@ class Adapter:
     support: Arrays = field(default_factory=dict)  # leaf: (k,) or (L, k), int32
     values: Arrays = field(default_factory=dict)  # leaf: as its support, base dtype
     dense: Arrays = field(default_factory=dict)  # leaf: the whole array, base dtype
-    added: dict[str, Arrays] = field(default_factory=dict)  # site: {"a", "b"}, float32
+    added: dict[str, Arrays] = field(
+        default_factory=dict
+    )  # site: {part: array}, float32
     method: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
     base_model: str = ""
@@ -53,7 +55,7 @@ class Adapter:
     def entries(self) -> int:
         """Numbers in the file that are not positions."""
         arrays = [*self.values.values(), *self.dense.values()]
-        arrays += [array for pair in self.added.values() for array in pair.values()]
+        arrays += [array for parts in self.added.values() for array in parts.values()]
         return sum(array.size for array in arrays)
 
 
@@ -74,8 +76,8 @@ def save_adapter(path: str | Path, adapter: Adapter) -> int:
     tensors = {f"{name}.support": array for name, array in adapter.support.items()}
     tensors |= {f"{name}.values": array for name, array in adapter.values.items()}
     tensors |= adapter.dense
-    for site, pair in adapter.added.items():
-        tensors |= {f"added/{site}/{part}": array for part, array in pair.items()}
+    for site, parts in adapter.added.items():
+        tensors |= {f"added/{site}/{part}": array for part, array in parts.items()}
     # safetensors writes the memory of an array, whatever the strides say.
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     temporary = path.with_name(f".{path.name}.part")

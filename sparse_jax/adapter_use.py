@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.adapter_file import Adapter
-from sparse_jax.adapters.lora import LoRA
-from sparse_jax.adapters.method import Method
+from sparse_jax.adapter_method import method_of_adapter
 from sparse_jax.errors import InputError
 from sparse_jax.names import leaf_names, map_named
 from sparse_jax.sites import Attachment
@@ -24,7 +23,8 @@ def apply_adapter(
 
         logits = model(params, batch, attachment=attachment)
 
-    Only LoRA attaches anything; use `merge_adapter` to have it in the parameters.
+    Methods that add arrays to the layers, such as LoRA, attach something; use
+    `merge_adapter` to have it in the parameters, where the method allows it.
 
     Args:
       params: parameters of the base model, in the dtype the adapter was trained in.
@@ -32,11 +32,12 @@ def apply_adapter(
       base_hash: `base_hash` of the folder the parameters come from; None trusts them.
 
     Raises:
-      InputError: if the base is another one, or a leaf is missing or does not fit.
+      InputError: if the base is another one, the method is not known, or a leaf is
+        missing or does not fit.
     """
     _require_base(adapter, base_hash)
     params, _ = swap(params, adapter)
-    method, added = _method(adapter), jax.tree.map(jnp.asarray, adapter.added)
+    method, added = method_of_adapter(adapter), jax.tree.map(jnp.asarray, adapter.added)
     respond = lambda site, module, x, trained: method.response(
         site, module, x, trained["added"]
     )
@@ -48,11 +49,12 @@ def merge_adapter(
 ) -> Any:
     """Returns parameters that alone compute what the adapted model computes.
 
-    The arguments and errors are those of `apply_adapter`. To undo it bit for bit,
-    keep the second value of `swap`, or with LoRA the base's parameters.
+    The arguments and errors are those of `apply_adapter`; bottleneck adapters and
+    prefixes are not linear and cannot be merged either. To undo it bit for bit, keep
+    the second value of `swap`, or the base's parameters if the method adds arrays.
     """
     params, _ = apply_adapter(params, adapter, base_hash=base_hash)
-    return _method(adapter).merge(params, adapter.added)
+    return method_of_adapter(adapter).merge(params, adapter.added)
 
 
 def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
@@ -89,14 +91,6 @@ def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
 
     changed = map_named(exchange, params)
     return changed, Adapter(dict(adapter.support), old_values, old_dense)
-
-
-def _method(adapter: Adapter) -> Method:
-    """Returns the method whose `response` and `merge` the adapter needs."""
-    if not adapter.added:
-        return Method()
-    rank = next(iter(adapter.added.values()))["a"].shape[-1]
-    return LoRA(rank=rank, alpha=adapter.settings.get("alpha"))
 
 
 def _require_base(adapter: Adapter, base_hash: str | None) -> None:

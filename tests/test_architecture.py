@@ -21,7 +21,8 @@ ROOMS = (
     ("compact", "tasks"),
     ("layerwise",),
     ("adapter_file",),
-    ("adapter_use",),
+    ("adapter_method",),
+    ("adapter_use", "adapter_peft"),
     ("training",),
     ("cli",),
 )

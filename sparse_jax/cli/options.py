@@ -27,13 +27,23 @@ DATA = _option(
     "Folder with train and dev files (TSV, CSV, JSON, JSON lines).",
     "GLUE from the Hub",
 )
-METHOD = _option("full, head, bitfit, lora, sift, random or magnitude.")
+METHOD = _option(
+    "full, head, bitfit, lora, dora, series, parallel, ia3, sift, random or magnitude."
+)
 DENSITY = _option("Fraction of entries that sift, random and magnitude train.")
-RANK = _option("Rank of the matrices that lora adds.")
+RANK = _option("Rank of the matrices that lora and dora add.")
+ALPHA = _option(
+    "Their product is scaled by alpha divided by the rank.", "twice the rank"
+)
+RSLORA = _flag("--rslora", "Divide alpha by the square root of the rank instead.")
+DROPOUT = _option("Fraction of their input that is left out.", "0")
+SIZE = _option("Width of the bottlenecks that series and parallel add.", "64")
+ACTIVATION = _option("In these bottlenecks: relu, gelu, silu or tanh.", "relu")
 WHERE = _option(
-    "Parameters that a sparse method trains, or sites that lora adds to; may be "
+    "Parameters that a sparse method trains, or sites that others add to; may be "
     "repeated.",
-    "query, key, value and output of the attention",
+    "query, key, value and output of the attention; for series attention/output and "
+    "mlp/down; for parallel mlp/down; for ia3 key and value",
     metavar="<regex>",
 )
 DENSE = _option(
@@ -43,7 +53,7 @@ DENSE = _option(
 )
 LEARNING_RATE = _option(
     "Peak of the learning rate.",
-    "3e-5 for full, 7e-4 for sift, random and magnitude, 1e-3 for others",
+    "3e-5 for full, 7e-4 for sift, random and magnitude, 3e-3 for ia3, 1e-3 for others",
 )
 BATCH_SIZE = _option("Examples per update.")
 ACCUMULATE = _option("Parts that a batch is computed in, to save memory.")

@@ -1,11 +1,17 @@
-"""The seven methods of the command line."""
+"""The methods of the command line."""
 
 from collections.abc import Callable, Sequence
 
+from sparse_jax.adapters.bottleneck import HOULSBY, PFEIFFER, Bottleneck
 from sparse_jax.adapters.dense import Dense
+from sparse_jax.adapters.dora import DoRA
+from sparse_jax.adapters.ia3 import IA3
 from sparse_jax.adapters.lora import LoRA
 from sparse_jax.adapters.method import Method
+from sparse_jax.adapters.parallel import Parallel
+from sparse_jax.adapters.series import Series
 from sparse_jax.adapters.sparse import Sparse
+from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.scores import SCORES
 from sparse_jax.training.settings import Settings
 
@@ -17,6 +23,8 @@ SPARSE_WHERE = (f"^layers/{_MAPS}/",)
 LORA_WHERE = (f"^{_MAPS}$",)
 
 Rules = tuple[str, ...]
+# (settings, rules of the head) -> method
+Make = Callable[[Settings, Rules], Method]
 
 
 def head_rules(new: Sequence[str]) -> Rules:
@@ -36,7 +44,7 @@ def head_rules(new: Sequence[str]) -> Rules:
     return tuple(f"^{root}/" for root in sorted(roots))
 
 
-def _sparse(score: str) -> Callable[[Settings, Rules], Method]:
+def _sparse(score: str) -> Make:
     """Returns the maker of a sparse method that ranks entries by a score."""
     return lambda settings, head: Sparse(
         density=settings.density,
@@ -46,17 +54,43 @@ def _sparse(score: str) -> Callable[[Settings, Rules], Method]:
     )
 
 
-def _lora(settings: Settings, head: Rules) -> Method:
-    """Returns LoRA on the chosen sites."""
-    return LoRA(rank=settings.rank, where=settings.where or LORA_WHERE, dense=head)
+def _low_rank(kind: type[LoRA]) -> Make:
+    """Returns the maker of a method with thin matrices."""
+    return lambda settings, head: kind(
+        rank=settings.rank,
+        alpha=settings.alpha,
+        rslora=settings.rslora,
+        dropout=settings.dropout or 0.0,
+        where=settings.where or LORA_WHERE,
+        dense=head,
+    )
 
 
-# word -> (settings, rules of the head) -> method
-METHODS: dict[str, Callable[[Settings, Rules], Method]] = {
+def _bottleneck(kind: type[Bottleneck], where: Rules) -> Make:
+    """Returns the maker of a method with a bottleneck."""
+    return lambda settings, head: kind(
+        size=settings.size or 64,
+        activation=ACTIVATIONS[settings.activation or "relu"],
+        where=settings.where or where,
+        dense=head,
+    )
+
+
+def _ia3(settings: Settings, head: Rules) -> Method:
+    """Returns (IA)3; `where` is about the scaled outputs."""
+    return IA3(where=settings.where or IA3.where, dense=head)
+
+
+# word -> maker
+METHODS: dict[str, Make] = {
     "full": lambda settings, head: Dense(dense=settings.dense or (".*",)),
     "head": lambda settings, head: Dense(dense=head),
     "bitfit": lambda settings, head: Dense(dense=("bias$", *head)),
-    "lora": _lora,
+    "lora": _low_rank(LoRA),
+    "dora": _low_rank(DoRA),
+    "series": _bottleneck(Series, HOULSBY),
+    "parallel": _bottleneck(Parallel, PFEIFFER),
+    "ia3": _ia3,
     "sift": _sparse("gradient"),
     "random": _sparse("random"),
     "magnitude": _sparse("magnitude"),

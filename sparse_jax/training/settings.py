@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sparse_jax.errors import InputError
+from sparse_jax.models.activations import ACTIVATIONS
 
-__all__ = ["DTYPES", "LEARNING_RATES", "Settings"]
+__all__ = ["DTYPES", "LEARNING_RATES", "OPTIONS", "Settings"]
 
 # Found by nobody's grid but usual; a few sparse entries want larger steps than all.
 LEARNING_RATES = {
@@ -14,12 +16,34 @@ LEARNING_RATES = {
     "head": 1e-3,
     "bitfit": 1e-3,
     "lora": 1e-3,
+    "dora": 1e-3,
+    "series": 1e-3,
+    "parallel": 1e-3,
+    "ia3": 3e-3,
     "sift": 7e-4,
     "random": 7e-4,
     "magnitude": 7e-4,
 }
 DTYPES = ("float32", "bfloat16")
-_WITH_WHERE = ("lora", "sift", "random", "magnitude")
+# method -> the options that belong to it
+OPTIONS = {
+    "full": (),
+    "head": (),
+    "bitfit": (),
+    "lora": ("where", "rank", "alpha", "rslora", "dropout"),
+    "dora": ("where", "rank", "alpha", "rslora", "dropout"),
+    "series": ("where", "size", "activation"),
+    "parallel": ("where", "size", "activation"),
+    "ia3": ("where",),
+    "sift": ("where", "density"),
+    "random": ("where", "density"),
+    "magnitude": ("where", "density"),
+}
+# Options without a value of their own, so that giving them means something.
+_LEFT_OUT = {
+    "where": None, "alpha": None, "rslora": False, "dropout": None, "size": None,
+    "activation": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +64,13 @@ class Settings:
     data: str | None = None  # folder of the task's files; None asks the Hub
     method: str = "sift"  # a word of LEARNING_RATES
     density: float = 0.008  # fraction of entries trained, in (0, 1]; sparse methods
-    rank: int = 8  # of the added products; lora
-    where: tuple[str, ...] | None = None  # trained leaves, or sites for lora
+    rank: int = 8  # of the added products; lora and dora
+    alpha: float | None = None  # products are scaled by alpha / rank; None is 2 * rank
+    rslora: bool = False  # whether alpha is divided by the root of the rank
+    dropout: float | None = None  # before the products, in [0, 1); None is 0
+    size: int | None = None  # of a bottleneck; None is 64; series and parallel
+    activation: str | None = None  # of a bottleneck; None is relu
+    where: tuple[str, ...] | None = None  # trained leaves; sites if arrays are added
     dense: tuple[str, ...] | None = None  # leaves trained in full; None is the head
     learning_rate: float | None = None  # peak; None is the method's usual one
     batch_size: int = 32  # examples per update
@@ -61,7 +90,7 @@ class Settings:
         _require_word("dtype", self.dtype, DTYPES)
         for name in ("rank", "batch_size", "accumulate", "epochs", "save_every"):
             _require_positive(name, getattr(self, name))
-        for name in ("max_steps", "max_length", "learning_rate"):
+        for name in ("max_steps", "max_length", "learning_rate", "alpha", "size"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         self._require_consistent()
@@ -82,11 +111,15 @@ class Settings:
                 f"`density` must be in (0, 1], got {self.density}. It is the fraction "
                 "of entries trained, so training 1% of them is 0.01."
             )
-        if self.where is not None and self.method not in _WITH_WHERE:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InputError(
-                f"`where` must be left out with method {self.method!r}. It belongs to "
-                f"{', '.join(_WITH_WHERE)}; use `dense` to choose whole parameters."
+                f"`dropout` must be in [0, 1), got {self.dropout}. It is the fraction "
+                "of entries left out, commonly 0.05."
             )
+        if self.activation is not None:
+            _require_word("activation", self.activation, tuple(ACTIVATIONS))
+        for name, left_out in _LEFT_OUT.items():
+            self._require_belongs(name, left_out)
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"`accumulate` must divide `batch_size`={self.batch_size}, got "
@@ -97,6 +130,17 @@ class Settings:
                 "`overwrite` and `resume` must not be given together. The first "
                 "starts anew, the second continues."
             )
+
+    def _require_belongs(self, name: str, left_out: Any) -> None:
+        """Raises if an option is given that the method does not have."""
+        if getattr(self, name) == left_out or name in OPTIONS[self.method]:
+            return
+        owners = [method for method, names in OPTIONS.items() if name in names]
+        remedy = "; use `dense` to choose whole parameters" if name == "where" else ""
+        raise InputError(
+            f"`{name}` must be left out with method {self.method!r}, got "
+            f"{getattr(self, name)!r}. It belongs to {', '.join(owners)}{remedy}."
+        )
 
 
 def _require_word(name: str, word: str, words: Sequence[str]) -> None:

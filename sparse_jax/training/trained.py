@@ -10,6 +10,7 @@ from sparse_jax.compact import CompactState
 from sparse_jax.roles import DENSE, SPARSE, Role, map_roles
 from sparse_jax.support import gather
 from sparse_jax.training.job import Job
+from sparse_jax.training.settings import OPTIONS
 
 __all__ = ["adapter_of"]
 
@@ -46,8 +47,7 @@ def adapter_of(job: Job, state: CompactState) -> Adapter:
 
 def _settings(job: Job) -> dict[str, Any]:
     """Returns the settings that say what the arrays mean."""
-    extra = {"lora": ("rank", "where"), "full": (), "head": (), "bitfit": ()}
-    names = extra.get(job.settings.method, ("density", "where"))
+    names = OPTIONS[job.settings.method]
     kept = ("learning_rate", "batch_size", "dtype", "seed", "dense", *names)
     given = {name: getattr(job.settings, name) for name in kept}
     return {**given, "max_length": job.feed.encoded["train"].max_length}

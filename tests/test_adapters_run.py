@@ -1,0 +1,58 @@
+"""Every method that adds arrays can be run, and its adapter repeats the metrics."""
+
+import json
+import sys
+
+import pytest
+from tiny_run import CONFIG, write_data, write_model
+
+from sparse_jax import load_adapter
+from sparse_jax.cli.main import main
+
+D, F, L = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_layers
+HEAD = D * D + D + 2 * D + 2  # pooler and classifier, both new
+
+# method -> options, numbers that it adds
+RUNS = {
+    "lora": (("--rank", "2", "--alpha", "2", "--rslora"), L * 4 * 2 * 2 * D),
+    "dora": (("--rank", "2", "--where", "mlp/up"), L * (2 * (D + F) + F)),
+    "series": (("--size", "3", "--activation", "gelu"), L * 2 * (6 * D + 3 + D)),
+    "parallel": (("--size", "3"), L * (3 * (F + D) + 3 + D)),
+    "ia3": ((), L * (2 * D + F)),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    write_model(folder / "model")
+    write_data(folder / "data")
+    return folder
+
+
+def command(monkeypatch, *words):
+    """Runs the command line in this process and returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["sparse-jax", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_a_run_and_the_evaluation_of_its_adapter(place, monkeypatch, capsys, method):
+    options, count = RUNS[method]
+    run = place / method
+    code = command(
+        monkeypatch, "finetune", "--model", place / "model", "--task", "sst2",
+        "--data", place / "data", "--output", run, "--method", method,
+        "--batch-size", 8, "--max-steps", 2, "--learning-rate", 0.03, *options,
+    )  # fmt: skip
+    assert code == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["trained_parameters_without_head"] == count
+    assert load_adapter(run).entries == count + HEAD
+    capsys.readouterr()
+    code = command(
+        monkeypatch, "evaluate", "--adapter", run, "--data", place / "data"
+    )  # fmt: skip
+    assert (code, json.loads(capsys.readouterr().out)) == (0, metrics["eval"])
