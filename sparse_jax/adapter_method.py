@@ -45,6 +45,7 @@ def _low_rank(kind: type[LoRA]) -> Callable[[Adapter], Method]:
         rank=_first(adapter)["a"].shape[-1],
         alpha=adapter.settings.get("alpha"),
         rslora=bool(adapter.settings.get("rslora")),
+        dropout=adapter.settings.get("dropout") or 0.0,
     )
 
 

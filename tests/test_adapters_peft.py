@@ -1,0 +1,167 @@
+"""An adapter in PEFT's layout: the names, shapes and numbers that PEFT reads."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_models import FAMILIES, tiny_config
+
+from sparse_jax import Adapter, InputError
+from sparse_jax.adapter_peft import save_peft
+from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.pure import PureModel
+
+L, D, F, R = 2, 32, 48, 4
+BERT = PureModel(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
+ROBERTA = PureModel(SequenceClassifier, FAMILIES["roberta"], tiny_config("roberta"))
+LAYER = "base_model.model.bert.encoder.layer"
+HEAD = {
+    "classifier/kernel": np.arange(3 * D, dtype=np.float32).reshape(D, 3),
+    "classifier/bias": np.zeros(3, np.float32),
+    "pooler/kernel": np.zeros((D, D), np.float32),
+    "pooler/bias": np.zeros(D, np.float32),
+}
+
+
+def draw(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def lora(**more):
+    added = {
+        "attention/query": {"a": draw(L, D, R), "b": draw(L, R, D)},
+        "mlp/down": {"a": draw(L, F, R), "b": draw(L, R, D)},
+    }
+    return Adapter(added=added, dense=dict(HEAD), base_model="bert-base", **more)
+
+
+def saved(folder, adapter, model=BERT):
+    save_peft(folder, adapter, model)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def test_the_tensors_of_lora(tmp_path):
+    adapter = lora(method="lora")
+    _, tensors = saved(tmp_path, adapter)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        f"{LAYER}.0.attention.self.query.lora_A.weight": (R, D),
+        f"{LAYER}.0.attention.self.query.lora_B.weight": (D, R),
+        f"{LAYER}.0.output.dense.lora_A.weight": (R, F),
+        f"{LAYER}.0.output.dense.lora_B.weight": (D, R),
+        f"{LAYER}.1.attention.self.query.lora_A.weight": (R, D),
+        f"{LAYER}.1.attention.self.query.lora_B.weight": (D, R),
+        f"{LAYER}.1.output.dense.lora_A.weight": (R, F),
+        f"{LAYER}.1.output.dense.lora_B.weight": (D, R),
+        "base_model.model.bert.pooler.dense.weight": (D, D),
+        "base_model.model.bert.pooler.dense.bias": (D,),
+        "base_model.model.classifier.weight": (3, D),
+        "base_model.model.classifier.bias": (3,),
+    }
+    a = adapter.added["mlp/down"]["a"]
+    np.testing.assert_array_equal(
+        tensors[f"{LAYER}.1.output.dense.lora_A.weight"], a[1].T
+    )
+    np.testing.assert_array_equal(
+        tensors["base_model.model.classifier.weight"], HEAD["classifier/kernel"].T
+    )
+
+
+def test_the_config_of_lora(tmp_path):
+    settings = {"alpha": 6.0, "rslora": True, "dropout": 0.1}
+    config, _ = saved(tmp_path, lora(method="lora", settings=settings))
+    target = config.pop("target_modules")
+    assert config == {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 6.0,
+        "lora_dropout": 0.1,
+        "use_rslora": True,
+        "use_dora": False,
+        "bias": "none",
+        "base_model_name_or_path": "bert-base",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": ["bert.pooler.dense", "classifier"],
+        "task_type": "SEQ_CLS",
+    }
+    layer = "bert.encoder.layer.11."
+    assert re.fullmatch(target, layer + "attention.self.query")
+    assert re.fullmatch(target, layer + "output.dense")
+    assert not re.fullmatch(target, layer + "attention.output.dense")
+
+
+def test_dora_has_a_magnitude(tmp_path):
+    adapter = lora(method="dora")
+    adapter.added["mlp/down"]["m"] = draw(L, D)
+    config, tensors = saved(tmp_path, adapter)
+    assert config["use_dora"]
+    m = tensors[f"{LAYER}.1.output.dense.lora_magnitude_vector"]
+    np.testing.assert_array_equal(m, adapter.added["mlp/down"]["m"][1])
+
+
+def test_ia3_has_rows_and_columns(tmp_path):
+    added = {
+        "attention/key": {"output": draw(L, D)},
+        "mlp/down": {"input": draw(L, F)},
+    }
+    config, tensors = saved(tmp_path, Adapter(added=added, method="ia3"))
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        f"{LAYER}.0.attention.self.key.ia3_l": (D, 1),
+        f"{LAYER}.0.output.dense.ia3_l": (1, F),
+        f"{LAYER}.1.attention.self.key.ia3_l": (D, 1),
+        f"{LAYER}.1.output.dense.ia3_l": (1, F),
+    }
+    assert config["peft_type"] == "IA3"
+    assert config["feedforward_modules"] == r"bert\.encoder\.layer\.\d+\.output\.dense"
+
+
+def test_the_classifier_of_roberta_is_one_module(tmp_path):
+    dense = {
+        "classifier/dense/bias": np.zeros(D, np.float32),
+        "classifier/dense/kernel": draw(D, D),
+        "classifier/out_proj/bias": np.zeros(3, np.float32),
+        "classifier/out_proj/kernel": draw(D, 3),
+        "layers/attention/norm/bias": draw(L, D),
+        "layers/attention/norm/scale": draw(L, D),
+    }
+    added = {"attention/key": {"output": draw(L, D)}}
+    config, tensors = saved(
+        tmp_path, Adapter(added=added, dense=dense, method="ia3"), ROBERTA
+    )
+    norms = [f"roberta.encoder.layer.{i}.attention.output.LayerNorm" for i in range(L)]
+    assert config["modules_to_save"] == ["classifier", *norms]
+    assert {f"base_model.model.{norm}.bias" for norm in norms} <= {*tensors}
+    assert "base_model.model.classifier.out_proj.bias" in tensors
+
+
+def test_without_its_classifier_a_file_has_no_task(tmp_path):
+    adapter = lora(method="lora")
+    adapter.dense.clear()
+    config, _ = saved(tmp_path, adapter)
+    assert (config["task_type"], config["modules_to_save"]) == (None, [])
+
+
+def test_half_a_module_is_refused(tmp_path):
+    adapter = lora(method="lora")
+    del adapter.dense["pooler/bias"]
+    message = "all parameters of `bert.pooler.dense` .* without `pooler/bias`"
+    with pytest.raises(InputError, match=message):
+        save_peft(tmp_path, adapter, BERT)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        Adapter(method="sift", support={"w": np.zeros(1, np.int32)}),
+        Adapter(method="full", dense=HEAD),
+        Adapter(method="series", added={"mlp/down": {"up": draw(L, 3, D)}}),
+    ],
+    ids=lambda adapter: adapter.method,
+)
+def test_what_peft_does_not_have_is_refused(tmp_path, adapter):
+    with pytest.raises(InputError, match=f"lora, dora or ia3 .* '{adapter.method}'"):
+        save_peft(tmp_path / "new", adapter, BERT)
+    assert not (tmp_path / "new").exists()
