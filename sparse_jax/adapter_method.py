@@ -10,6 +10,7 @@ from sparse_jax.adapters.ia3 import IA3
 from sparse_jax.adapters.lora import LoRA
 from sparse_jax.adapters.method import Method
 from sparse_jax.adapters.parallel import Parallel
+from sparse_jax.adapters.prefix import Prefix
 from sparse_jax.adapters.series import Series
 from sparse_jax.errors import InputError
 from sparse_jax.models.activations import ACTIVATIONS
@@ -67,6 +68,7 @@ _METHODS: dict[str, Callable[[Adapter], Method]] = {
     "series": _bottleneck(Series),
     "parallel": _bottleneck(Parallel),
     "ia3": lambda adapter: IA3(),
+    "prefix": lambda adapter: Prefix(length=_first(adapter)["keys"].shape[-2]),
 }
 
 

@@ -5,7 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-__all__ = ["Attachment", "Module", "Recompute", "Respond", "Slots"]
+__all__ = ["MEMORY", "Attachment", "Memory", "Module", "Recompute", "Respond", "Slots"]
+
+# Where an attention asks for a `Memory`.
+MEMORY = "attention/memory"
 
 Module = Callable[[jax.Array], jax.Array]
 # (site, module, x) -> y, what a layer calls instead of `module(x)`
@@ -24,6 +27,14 @@ def _call(site: str, module: Module, x: jax.Array, trained: Any) -> jax.Array:
     """Leaves a site as it is."""
     del site, trained
     return module(x)
+
+
+class Memory(NamedTuple):
+    """What an attention sees beside its tokens: P keys and values."""
+
+    keys: jax.Array  # shape=(P, H * K)
+    values: jax.Array  # shape=(P, H * K)
+    bias: jax.Array  # of their scores, shape=(), float32
 
 
 class Slots(NamedTuple):
@@ -45,8 +56,9 @@ class Attachment(NamedTuple):
     replaces the parameters of the layer by `weights(layer_params, trained[l])` and
     asks for the output of every site with `response(site, module, x, trained[l])`. A
     site is a module inside the layer that owns weights (a linear map or a norm), named
-    after them: the kernel of site "mlp/up" is the leaf "layers/mlp/up/kernel". The
-    default attaches nothing and returns `module(x)`.
+    after them: the kernel of site "mlp/up" is the leaf "layers/mlp/up/kernel". The one
+    other site is "attention/memory", which is asked for a `Memory` and whose `module`
+    returns None. The default attaches nothing and returns `module(x)`.
 
     With `slots` the slice `trained[l]`, a mapping, also has the trained values of the
     layer under "row", and only those of active layers have a gradient.

@@ -9,7 +9,11 @@ from sparse_jax.adapters.dora import DoRA
 from sparse_jax.adapters.ia3 import IA3
 from sparse_jax.adapters.lora import LoRA
 from sparse_jax.adapters.parallel import Parallel
+from sparse_jax.adapters.prefix import Prefix
 from sparse_jax.adapters.series import Series
+from sparse_jax.models.attention import _attend
+from sparse_jax.models.memory import no_memory, remember
+from sparse_jax.sites import MEMORY, Memory
 
 
 class Linear:
@@ -160,3 +164,38 @@ def test_dora_has_the_gradients_of_pytorch(strength):
     grads = jax.grad(lambda v: jnp.sum(ours(v) * cotangent))(values)
     for name, grad in grads.items():
         np.testing.assert_allclose(grad, theirs[name].grad, rtol=0, atol=2e-5)
+
+
+def test_a_prefix_joins_the_attention():
+    x = jnp.zeros((1, 1, 2))
+    arrays = {"keys": jnp.array([[1.0, 0.0]]), "values": jnp.array([[8.0, 0.0]])}
+    added = {"attention/memory": arrays}
+    k = v = jnp.array([[[[0.0, 0.0]]]])
+    mask = jnp.ones((1, 1, 1, 1), bool)
+    q = jnp.array([[[[2**0.5 * np.log(3.0), 0.0]]]])
+
+    def attend(strength):
+        ask = (MEMORY, no_memory, x, added, strength)
+        seen = remember(Prefix(length=1).response(*ask), k, v, mask)
+        return _attend(q, seen, 0.0, None)[0, 0, 0]
+
+    # The scores are log 3 and 0, the weights 3/4 and 1/4; a third of 3 is 1.
+    np.testing.assert_allclose(attend(1.0), [6, 0], rtol=1e-6)
+    np.testing.assert_allclose(attend(1 / 3), [4, 0], rtol=1e-6)
+    np.testing.assert_array_equal(attend(0.0), [0, 0])
+
+
+def test_a_prefix_is_the_same_with_dropout_in_the_attention():
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    memory = Memory(draw(0, 3, 8), draw(1, 3, 8), jnp.log(jnp.float32(0.5)))
+    k, v, q = (draw(i, 2, 5, 4, 2) for i in (2, 3, 4))
+    mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)[:, None, None]
+    seen = remember(memory, k, v, mask)
+    # So small a rate drops nothing of these few weights.
+    dropped = _attend(q, seen, 1e-9, jax.random.key(0))
+    np.testing.assert_allclose(dropped, _attend(q, seen, 0.0, None), atol=1e-5)
+    # A query does not see padding, with a memory or without.
+    other = remember(memory, k.at[0, 3:].set(9.0), v.at[0, 3:].set(9.0), mask)
+    np.testing.assert_array_equal(
+        _attend(q, other, 0.0, None), _attend(q, seen, 0.0, None)
+    )

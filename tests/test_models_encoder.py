@@ -174,10 +174,12 @@ def test_an_attachment_sees_every_site_with_its_input(name):
 
     def response(site, module, x, trained):
         y = module(x)
-        seen[site] = (x.shape, y.shape, trained.shape)
+        seen[site] = (x.shape, None if y is None else y.shape, trained.shape)
         return y
 
     model(params, batch, attachment=Attachment(jnp.zeros((2, 5)), response=response))
+    # A layer of its own remembers nothing.
+    assert seen.pop("attention/memory") == ((3, 9, 32), None, (5,))
     assert list(seen) == SITES
     assert seen["mlp/up"] == ((3, 9, 32), (3, 9, 48), (5,))
     assert seen["mlp/down"] == ((3, 9, 48), (3, 9, 32), (5,))
@@ -239,7 +241,7 @@ def test_bfloat16_parameters_compute_in_bfloat16_and_give_float32(name, head):
 
     def response(site, module, x, trained):
         y = module(x)
-        dtypes.update((x.dtype, y.dtype))
+        dtypes.update((x.dtype, x.dtype if y is None else y.dtype))
         return y
 
     logits = model(half, batch, attachment=Attachment(response=response))
@@ -251,7 +253,9 @@ def test_bfloat16_parameters_compute_in_bfloat16_and_give_float32(name, head):
 def test_a_float32_response_keeps_the_dtype_of_the_stack():
     model, params, batch = tiny("bert")
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    response = lambda site, module, x, factor: module(x) * factor
+    response = lambda site, module, x, factor: (
+        module(x) if site == "attention/memory" else module(x) * factor
+    )
     attachment = Attachment(jnp.ones(2), response=response)
     assert model(half, batch, attachment=attachment, unroll=1).dtype == jnp.float32
 

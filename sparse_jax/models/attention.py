@@ -1,5 +1,7 @@
 """Multi-head self-attention over a padded batch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,8 @@ from flax import nnx
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.dropout import dropout, split_key
 from sparse_jax.models.linear import layer_norm, linear
-from sparse_jax.sites import Respond
+from sparse_jax.models.memory import Attended, no_memory, remember
+from sparse_jax.sites import MEMORY, Respond
 
 __all__ = ["Attention"]
 
@@ -35,7 +38,9 @@ class Attention(nnx.Module):
         q = respond("attention/query", self.query, x).reshape(heads)
         k = respond("attention/key", self.key, x).reshape(heads)
         v = respond("attention/value", self.value, x).reshape(heads)
-        mixed = _attend(q, k, v, mask, self.attention_dropout, attention_key)
+        memory: Any = respond(MEMORY, no_memory, x)
+        seen = remember(memory, k, v, mask)
+        mixed = _attend(q, seen, self.attention_dropout, attention_key)
         mixed = mixed.reshape(x.shape)
         y = respond("attention/output", self.output, mixed)
         x = x + dropout(y, self.hidden_dropout, output_key)
@@ -43,17 +48,15 @@ class Attention(nnx.Module):
 
 
 def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    rate: float,
-    key: jax.Array | None,
+    q: jax.Array, seen: Attended, rate: float, key: jax.Array | None
 ) -> jax.Array:
     """Mixes the values `[B, T, H, K]`; the softmax is taken in float32."""
+    k, v, mask, bias = seen
     if key is None or rate == 0:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return jax.nn.dot_product_attention(q, k, v, bias, mask=mask)
     scores = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    scores = scores * q.shape[-1] ** -0.5
+    scores = scores if bias is None else scores + bias
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores), rate, key).astype(v.dtype)
     return jnp.einsum("BHTS,BSHK->BTHK", weights, v)
