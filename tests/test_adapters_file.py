@@ -31,6 +31,7 @@ RUNS = {
     "series": {"size": 3, "activation": "tanh"},
     "parallel": {"size": 3, "where": ("mlp",)},
     "ia3": {},
+    "prefix": {"prefix_length": 3},
 }
 
 
@@ -64,7 +65,7 @@ def test_a_method_comes_back_from_its_file(params, tmp_path, method, options):
     applied, attachment = apply_adapter(params, found)
     after = MODEL(applied, BATCH, attachment=attachment, unroll=1)
     np.testing.assert_array_equal(after, before)
-    if method in ("series", "parallel"):
+    if method in ("series", "parallel", "prefix"):
         with pytest.raises(InputError, match="must be linear"):
             merge_adapter(params, found)
     else:
@@ -101,6 +102,7 @@ def test_lora_files_without_options_are_of_the_usual_scale():
         ("full", {"dropout": 0.1}, "`dropout` .* It belongs to lora, dora"),
         ("lora", {"activation": "relu"}, "`activation` .* It belongs to series, par"),
         ("bitfit", {"where": ("a",)}, "lora, .* use `dense` to choose whole"),
+        ("lora", {"prefix_length": 4}, "`prefix_length` .* It belongs to prefix"),
         ("lora", {"alpha": -1.0}, "`alpha` must be positive, got -1.0"),
         ("dora", {"dropout": 1.0}, r"`dropout` must be in \[0, 1\), got 1.0"),
         ("series", {"size": 0}, "`size` must be positive, got 0"),
@@ -123,5 +125,6 @@ def test_every_option_reaches_its_method():
     assert (series.size, series.activation) == (64, jnp.tanh)
     assert series.dense == ("^classifier/",)
     assert series.where == ("^attention/output$", "^mlp/down$")
+    assert method_of(settings_of("prefix"), ()).length == 16
     assert method_of(settings_of("parallel", size=8), ()).where == ("^mlp/down$",)
     assert method_of(settings_of("ia3", where=("value",)), ()).where == ("value",)

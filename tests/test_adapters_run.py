@@ -19,6 +19,7 @@ RUNS = {
     "series": (("--size", "3", "--activation", "gelu"), L * 2 * (6 * D + 3 + D)),
     "parallel": (("--size", "3"), L * (3 * (F + D) + 3 + D)),
     "ia3": ((), L * (2 * D + F)),
+    "prefix": (("--prefix-length", "3"), L * 2 * 3 * D),
 }
 
 

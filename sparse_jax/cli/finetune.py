@@ -24,6 +24,7 @@ def finetune(
     dropout: Annotated[float | None, options.DROPOUT] = None,
     size: Annotated[int | None, options.SIZE] = None,
     activation: Annotated[str | None, options.ACTIVATION] = None,
+    prefix_length: Annotated[int | None, options.PREFIX_LENGTH] = None,
     where: Annotated[list[str] | None, options.WHERE] = None,
     dense: Annotated[list[str] | None, options.DENSE] = None,
     learning_rate: Annotated[float | None, options.LEARNING_RATE] = None,

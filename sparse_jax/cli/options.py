@@ -28,7 +28,8 @@ DATA = _option(
     "GLUE from the Hub",
 )
 METHOD = _option(
-    "full, head, bitfit, lora, dora, series, parallel, ia3, sift, random or magnitude."
+    "full, head, bitfit, lora, dora, series, parallel, ia3, prefix, sift, random or "
+    "magnitude."
 )
 DENSITY = _option("Fraction of entries that sift, random and magnitude train.")
 RANK = _option("Rank of the matrices that lora and dora add.")
@@ -39,6 +40,7 @@ RSLORA = _flag("--rslora", "Divide alpha by the square root of the rank instead.
 DROPOUT = _option("Fraction of their input that is left out.", "0")
 SIZE = _option("Width of the bottlenecks that series and parallel add.", "64")
 ACTIVATION = _option("In these bottlenecks: relu, gelu, silu or tanh.", "relu")
+PREFIX_LENGTH = _option("Keys and values that prefix adds to a layer.", "16")
 WHERE = _option(
     "Parameters that a sparse method trains, or sites that others add to; may be "
     "repeated.",
@@ -53,7 +55,8 @@ DENSE = _option(
 )
 LEARNING_RATE = _option(
     "Peak of the learning rate.",
-    "3e-5 for full, 7e-4 for sift, random and magnitude, 3e-3 for ia3, 1e-3 for others",
+    "3e-5 for full, 7e-4 for sift, random and magnitude, 3e-3 for ia3, 1e-2 for "
+    "prefix, 1e-3 for others",
 )
 BATCH_SIZE = _option("Examples per update.")
 ACCUMULATE = _option("Parts that a batch is computed in, to save memory.")

@@ -9,6 +9,7 @@ from sparse_jax.adapters.ia3 import IA3
 from sparse_jax.adapters.lora import LoRA
 from sparse_jax.adapters.method import Method
 from sparse_jax.adapters.parallel import Parallel
+from sparse_jax.adapters.prefix import Prefix
 from sparse_jax.adapters.series import Series
 from sparse_jax.adapters.sparse import Sparse
 from sparse_jax.models.activations import ACTIVATIONS
@@ -91,6 +92,9 @@ METHODS: dict[str, Make] = {
     "series": _bottleneck(Series, HOULSBY),
     "parallel": _bottleneck(Parallel, PFEIFFER),
     "ia3": _ia3,
+    "prefix": lambda settings, head: Prefix(
+        length=settings.prefix_length or 16, dense=head
+    ),
     "sift": _sparse("gradient"),
     "random": _sparse("random"),
     "magnitude": _sparse("magnitude"),

@@ -20,6 +20,7 @@ LEARNING_RATES = {
     "series": 1e-3,
     "parallel": 1e-3,
     "ia3": 3e-3,
+    "prefix": 1e-2,
     "sift": 7e-4,
     "random": 7e-4,
     "magnitude": 7e-4,
@@ -35,14 +36,18 @@ OPTIONS = {
     "series": ("where", "size", "activation"),
     "parallel": ("where", "size", "activation"),
     "ia3": ("where",),
+    "prefix": ("prefix_length",),
     "sift": ("where", "density"),
     "random": ("where", "density"),
     "magnitude": ("where", "density"),
 }
+_POSITIVE_IF_GIVEN = (
+    "max_steps", "max_length", "learning_rate", "alpha", "size", "prefix_length",
+)  # fmt: skip
 # Options without a value of their own, so that giving them means something.
 _LEFT_OUT = {
     "where": None, "alpha": None, "rslora": False, "dropout": None, "size": None,
-    "activation": None,
+    "activation": None, "prefix_length": None,
 }  # fmt: skip
 
 
@@ -70,6 +75,7 @@ class Settings:
     dropout: float | None = None  # before the products, in [0, 1); None is 0
     size: int | None = None  # of a bottleneck; None is 64; series and parallel
     activation: str | None = None  # of a bottleneck; None is relu
+    prefix_length: int | None = None  # keys and values of a prefix; None is 16
     where: tuple[str, ...] | None = None  # trained leaves; sites if arrays are added
     dense: tuple[str, ...] | None = None  # leaves trained in full; None is the head
     learning_rate: float | None = None  # peak; None is the method's usual one
@@ -90,7 +96,7 @@ class Settings:
         _require_word("dtype", self.dtype, DTYPES)
         for name in ("rank", "batch_size", "accumulate", "epochs", "save_every"):
             _require_positive(name, getattr(self, name))
-        for name in ("max_steps", "max_length", "learning_rate", "alpha", "size"):
+        for name in _POSITIVE_IF_GIVEN:
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         self._require_consistent()
