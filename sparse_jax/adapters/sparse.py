@@ -21,6 +21,10 @@ class Sparse(Method):
     With `rank_by=scores.gradient` this is SIFT; it then gives the numbers of the
     Optax transformation `sift`, without its dense gradients.
 
+    It adds nothing, so `strength` has nothing to damp here. w0 + strength * (w - w0)
+    would, and needs the k values of the start of each array beside its support.
+    Merging is the identity: the parameters hold the trained entries.
+
     Raises:
       InputError: if `density` is outside (0, 1].
 
