@@ -51,6 +51,9 @@ METHODS = {
 }
 MERGED = ("lora", "rslora", "dora", "ia3")
 every_method = pytest.mark.parametrize("name", METHODS)
+# Each way to compute once, where a whole model has to be compiled.
+KINDS = sorted({*METHODS} - {"rslora", "series, pfeiffer"})
+every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def attach(method, added, strength=1.0):
@@ -83,7 +86,7 @@ def base(params):
     return np.asarray(MODEL(params, BATCH, unroll=1))
 
 
-@every_method
+@every_kind
 def test_the_start_is_the_base_and_strength_damps(name, params, base):
     method, _ = METHODS[name]
     jitted = jax.jit(functools.partial(logits_of, method))
@@ -135,7 +138,7 @@ def classify(params, batch, key, attachment):
     return losses.sum(), losses.size
 
 
-@every_method
+@every_kind
 def test_steps_of_the_compact_tier_move_every_array_and_lower_the_loss(name, params):
     tuner = Compact(classify, METHODS[name][0], optax.sgd(0.1))
     state = tuner.init(params, jax.random.key(0))

@@ -3,17 +3,14 @@
 import jax
 import numpy as np
 import optax
-import pytest
-from test_adapters_laws import METHODS, L, classify, shaken
+from test_adapters_laws import METHODS, L, classify, every_kind, shaken
 from tiny_models import tiny_params
 
 from sparse_jax import Compact, Importance, Layerwise
 from sparse_jax.models.heads import SequenceClassifier
 
-KINDS = sorted({*METHODS} - {"rslora", "series, pfeiffer"})
 
-
-@pytest.mark.parametrize("name", KINDS)
+@every_kind
 def test_an_active_layer_moves_as_if_all_were(name):
     method, tx = METHODS[name][0], optax.sgd(0.1)
     params = tiny_params("bert", SequenceClassifier)

@@ -34,10 +34,10 @@ METHOD = _option(
 DENSITY = _option("Fraction of entries that sift, random and magnitude train.")
 RANK = _option("Rank of the matrices that lora and dora add.")
 ALPHA = _option(
-    "Their product is scaled by alpha divided by the rank.", "twice the rank"
+    "What lora and dora add is scaled by alpha divided by the rank.", "twice the rank"
 )
 RSLORA = _flag("--rslora", "Divide alpha by the square root of the rank instead.")
-DROPOUT = _option("Fraction of their input that is left out.", "0")
+DROPOUT = _option("Fraction of the input of these matrices that is left out.", "0")
 SIZE = _option("Width of the bottlenecks that series and parallel add.", "64")
 ACTIVATION = _option("In these bottlenecks: relu, gelu, silu or tanh.", "relu")
 PREFIX_LENGTH = _option("Keys and values that prefix adds to a layer.", "16")
