@@ -38,8 +38,8 @@ def apply_adapter(
     _require_base(adapter, base_hash)
     params, _ = swap(params, adapter)
     method, added = method_of_adapter(adapter), jax.tree.map(jnp.asarray, adapter.added)
-    respond = lambda site, module, x, trained: method.response(
-        site, module, x, trained["added"]
+    respond = lambda site, module, x, trained, key: method.response(
+        site, module, x, trained["added"], key=key
     )
     return params, Attachment(trained={"added": added}, response=respond)
 

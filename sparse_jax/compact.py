@@ -155,8 +155,8 @@ class Compact:
 
     def attach(self, state: CompactState) -> Attachment:
         """Returns what a model needs, beside `state.params`, to compute its outputs."""
-        respond = lambda site, module, x, trained: self.method.response(
-            site, module, x, trained["added"]
+        respond = lambda site, module, x, trained, key: self.method.response(
+            site, module, x, trained["added"], key=key
         )
         return Attachment(trained={"added": state.added}, response=respond)
 
@@ -273,8 +273,8 @@ class Compact:
                 return layer_params
             return jax.tree.map(one, layer_params, *trained["tapped"])
 
-        respond = lambda site, module, x, trained: self.method.response(
-            site, module, x, trained["added"]
+        respond = lambda site, module, x, trained, key: self.method.response(
+            site, module, x, trained["added"], key=key
         )
         return Attachment({"tapped": inside, "added": added}, weights, respond)
 

@@ -101,8 +101,8 @@ class Layerwise(Compact):
           key: for dropout.
 
         Returns:
-          The new state, and `loss`, `gradient_norm` (before clipping) and `active`,
-          the layers updated, int32.
+          The new state, and `loss`, `gradient_norm` (before clipping), `active`, the
+          layers updated, int32, and what the sampler has to show.
         """
         roles = self.method.roles(state.params)
         opt: Any = state.opt_state
@@ -137,7 +137,8 @@ class Layerwise(Compact):
             outside=outside,
         )
         state = self._written(roles, state, values, active)._replace(opt_state=opt)
-        return state, {"loss": loss, "gradient_norm": norm, "active": active}
+        metrics = {"loss": loss, "gradient_norm": norm, "active": active}
+        return state, metrics | self.sampler.shown(memory)
 
     @property
     def _tx(self) -> optax.GradientTransformationExtraArgs:
@@ -216,8 +217,8 @@ class Layerwise(Compact):
             return map_roles(weight, inside, layer_params, row, trained["support"])
 
         inside = roles[self.method.stack]
-        respond = lambda site, module, x, trained: self.method.response(
-            site, module, x, trained["row"]["added"]
+        respond = lambda site, module, x, trained, key: self.method.response(
+            site, module, x, trained["row"]["added"], key=key
         )
         trained = {"support": self._inside(state.support), "added": state.added}
         slots = Slots(values["rows"], active, rows_of, self.recompute)
@@ -244,8 +245,8 @@ class Layerwise(Compact):
             return map_roles(damp, inside, *trees)
 
         inside = roles[self.method.stack]
-        respond = lambda site, module, x, trained: self.method.response(
-            site, module, x, trained["added"], trained["strength"]
+        respond = lambda site, module, x, trained, key: self.method.response(
+            site, module, x, trained["added"], trained["strength"], key=key
         )
         trained = {
             "support": self._inside(state.support),

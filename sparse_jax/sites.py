@@ -23,9 +23,11 @@ def _keep_weights(layer_params: Any, trained: Any) -> Any:
     return layer_params
 
 
-def _call(site: str, module: Module, x: jax.Array, trained: Any) -> jax.Array:
+def _call(
+    site: str, module: Module, x: jax.Array, trained: Any, key: jax.Array | None
+) -> jax.Array:
     """Leaves a site as it is."""
-    del site, trained
+    del site, trained, key
     return module(x)
 
 
@@ -54,7 +56,8 @@ class Attachment(NamedTuple):
 
     A model that runs a stack of `L` layers hands layer `l` the slice `trained[l]`,
     replaces the parameters of the layer by `weights(layer_params, trained[l])` and
-    asks for the output of every site with `response(site, module, x, trained[l])`. A
+    asks for the output of every site with `response(site, module, x, trained[l], key)`,
+    where `key` is for dropout inside the method, or None without dropout. A
     site is a module inside the layer that owns weights (a linear map or a norm), named
     after them: the kernel of site "mlp/up" is the leaf "layers/mlp/up/kernel". The one
     other site is "attention/memory", which is asked for a `Memory` and whose `module`
@@ -65,11 +68,11 @@ class Attachment(NamedTuple):
 
     Example:
       >>> attachment = Attachment()
-      >>> attachment.response("attention/query", lambda x: 2 * x, 1.0, None)
+      >>> attachment.response("attention/query", lambda x: 2 * x, 1.0, None, None)
       2.0
     """
 
     trained: Any = None  # pytree of arrays, shape=(L, ...)
     weights: Callable[[Any, Any], Any] = _keep_weights
-    response: Callable[[str, Module, jax.Array, Any], jax.Array] = _call
+    response: Callable[[str, Module, jax.Array, Any, Any], jax.Array] = _call
     slots: Slots | None = None

@@ -101,7 +101,7 @@ def test_lora_is_attached_or_merged():
     kept, attachment = apply_adapter(params, adapter)
     layer = jax.tree.map(lambda leaf: leaf[0], attachment.trained)
     x = jnp.ones((1, 3))
-    y = attachment.response("query", lambda x: jnp.zeros((1, 4)), x, layer)
+    y = attachment.response("query", lambda x: jnp.zeros((1, 4)), x, layer, None)
     np.testing.assert_array_equal(y, np.full((1, 4), 3.0))  # 2 * 3 * 0.5
     merged = merge_adapter(params, adapter)["layers"]["query"]["kernel"]
     np.testing.assert_array_equal(merged, np.ones((2, 3, 4)))

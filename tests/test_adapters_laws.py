@@ -1,6 +1,7 @@
 """What every method that adds arrays to the layers has to keep."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def attach(method, added, strength=1.0):
-    respond = lambda site, module, x, trained: method.response(
+    respond = lambda site, module, x, trained, key: method.response(
         site, module, x, trained["added"], strength
     )
     return Attachment(trained={"added": added}, response=respond)
@@ -229,3 +230,21 @@ def test_a_prefix_needs_keys():
 def test_a_model_without_layers_is_refused():
     with pytest.raises(InputError, match="`stack` must name .* The subtrees are w"):
         LoRA(rank=2).added({"w": jnp.zeros(3)}, jax.random.key(0))
+
+
+def test_dropout_before_lora_needs_a_key():
+    method = LoRA(rank=2, where="up", dropout=0.5)
+    # The model's own dropout is off, so that only LoRA's is left.
+    off = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0}
+    model = PureModel(SequenceClassifier, BERT, replace(tiny_config("bert"), **off))
+    params = tiny_params("bert", SequenceClassifier)
+    added = jax.tree.map(jnp.ones_like, method.added(params, jax.random.key(0)))
+    attachment = Attachment(
+        {"added": added},
+        response=lambda site, module, x, trained, key: method.response(
+            site, module, x, trained["added"], key=key
+        ),
+    )
+    run = lambda key: model(params, BATCH, key=key, attachment=attachment, unroll=1)
+    first, second, none = (run(k) for k in (jax.random.key(1), jax.random.key(2), None))
+    assert bool(jnp.any(first != none)) and bool(jnp.any(first != second))

@@ -13,9 +13,11 @@ from tiny_run import CONFIG, tiny_settings, write_data, write_model
 
 from sparse_jax import InputError, Settings, evaluate_adapter, finetune, load_adapter
 from sparse_jax.training.checkpoint import Checkpoints
+from sparse_jax.training.job import make_job
 from sparse_jax.training.loss import make_loss
 from sparse_jax.training.methods import method_of
-from sparse_jax.training.optimizer import learning_rate_at, make_optimizer
+from sparse_jax.training.optimizer import learning_rate_at
+from sparse_jax.training.tuner import make_tuner
 
 D, L = CONFIG.hidden_size, CONFIG.num_layers
 HEAD = D * D + D + 2 * D + 2  # pooler and classifier, both new
@@ -181,12 +183,15 @@ def test_the_rate_rises_for_six_percent_and_falls_to_the_end():
     assert rates[-1] == pytest.approx(1 / 95)
 
 
-def test_the_norm_of_the_gradient_is_clipped_to_one():
-    tx = make_optimizer(1e-3, 10)
-    params = {"w": jnp.zeros(2)}
+def test_the_norm_of_the_gradient_is_clipped_to_one(model, data, tmp_path):
+    make = lambda **more: make_tuner(
+        make_job(tiny_settings(model, data, tmp_path / "run", **more)), 10
+    )
+    tx, params = make().tx, {"w": jnp.zeros(2)}
     _, state = tx.update({"w": jnp.array([30.0, 40.0])}, tx.init(params), params)
     mean = optax.tree.get(state, "mu")["w"]
     np.testing.assert_allclose(mean, [0.06, 0.08], rtol=1e-6)
+    assert make(sampler="uniform").max_norm == 1.0
 
 
 def test_a_filler_row_has_no_loss():

@@ -172,7 +172,7 @@ def test_an_attachment_sees_every_site_with_its_input(name):
     model, params, batch = tiny(name)
     seen = {}
 
-    def response(site, module, x, trained):
+    def response(site, module, x, trained, key):
         y = module(x)
         seen[site] = (x.shape, None if y is None else y.shape, trained.shape)
         return y
@@ -190,7 +190,7 @@ def test_a_response_is_added_at_its_site_in_its_layer(site):
     model, params, batch = tiny("bert")
     # Doubling the output of a site equals doubling its kernel and bias.
     factors = jnp.array([1.0, 2.0])
-    response = lambda name, module, x, factor: (
+    response = lambda name, module, x, factor, key: (
         module(x) * factor if name == site else module(x)
     )
     attached = model(
@@ -219,7 +219,7 @@ def test_an_attachment_replaces_the_weights_of_each_layer():
 
 def test_gradients_reach_what_an_attachment_trains():
     model, params, batch = tiny("bert")
-    response = lambda site, module, x, bias: (
+    response = lambda site, module, x, bias, key: (
         module(x) + bias[None, None] if site == "attention/value" else module(x)
     )
 
@@ -239,7 +239,7 @@ def test_bfloat16_parameters_compute_in_bfloat16_and_give_float32(name, head):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     dtypes = set()
 
-    def response(site, module, x, trained):
+    def response(site, module, x, trained, key):
         y = module(x)
         dtypes.update((x.dtype, x.dtype if y is None else y.dtype))
         return y
@@ -253,7 +253,7 @@ def test_bfloat16_parameters_compute_in_bfloat16_and_give_float32(name, head):
 def test_a_float32_response_keeps_the_dtype_of_the_stack():
     model, params, batch = tiny("bert")
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    response = lambda site, module, x, factor: (
+    response = lambda site, module, x, factor, key: (
         module(x) if site == "attention/memory" else module(x) * factor
     )
     attachment = Attachment(jnp.ones(2), response=response)

@@ -1,5 +1,6 @@
 """The two models the benchmarks step: an encoder and a decoder-shaped stack."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from sparse_jax.models.bert import BERT
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.pure import PureModel
+from sparse_jax.models.slots import run_slots
 from sparse_jax.models.stack import default_unroll
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 8, 512, 8, 8192
@@ -61,9 +63,18 @@ def encoder(
 
 
 def decoder(
-    dtype: Any, batch: int, length: int, checkpoint: bool, unroll: int | None = None
+    dtype: Any,
+    batch: int,
+    length: int,
+    checkpoint: bool,
+    unroll: int | None = None,
+    recompute_attention: bool = False,
 ) -> Stack:
-    """Returns a Llama-shaped stack of 34 M parameters with tied embeddings."""
+    """Returns a Llama-shaped stack of 30 M parameters with tied embeddings.
+
+    With `recompute_attention` the scores of the attention are not kept for the backward
+    pass, as with a flash kernel.
+    """
     hidden = 1408
     shapes = {
         "attention/query": (WIDTH, WIDTH),
@@ -84,6 +95,10 @@ def decoder(
     ids = jax.random.randint(jax.random.key(1), (batch, length), 1, VOCABULARY)
     passes = unroll or default_unroll(LAYERS, checkpoint)
 
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    if recompute_attention:
+        attend = jax.checkpoint(attend)
+
     def layer(x: jax.Array, layer_params: Any, respond: Any) -> jax.Array:
         linear = lambda site, x: respond(
             site, lambda x: x @ layer_params[site]["kernel"], x
@@ -93,22 +108,35 @@ def decoder(
             linear(f"attention/{name}", h).reshape(*h.shape[:2], HEADS, -1)
             for name in ("query", "key", "value")
         ]
-        mixed = jax.nn.dot_product_attention(*heads, is_causal=True)
+        mixed = attend(*heads)
         x = x + linear("attention/output", mixed.reshape(x.shape))
         h = _norm(x) * layer_params["norm_2"]
         gated = jax.nn.silu(linear("mlp/gate", h)) * linear("mlp/up", h)
         return x + linear("mlp/down", gated)
 
     def loss(params: Any, ids: Any, key: Any, attachment: Attachment) -> Any:
-        def body(x: jax.Array, one: Any) -> tuple[jax.Array, None]:
+        def call(x: jax.Array, one: Any) -> jax.Array:
             layer_params, trained = one
             layer_params = attachment.weights(layer_params, trained)
-            respond = lambda site, f, x: attachment.response(site, f, x, trained)
-            return layer(x, layer_params, respond), None
+            respond = lambda site, f, x: attachment.response(site, f, x, trained, None)
+            return layer(x, layer_params, respond)
 
-        body = jax.checkpoint(body, prevent_cse=False) if checkpoint else body
-        stacked = (params["layers"], attachment.trained)
-        x, _ = jax.lax.scan(body, params["embedding"][ids], stacked, unroll=passes)
+        def call_row(x: jax.Array, one: Any, row: Any, context: Any) -> jax.Array:
+            del context
+            layer_params, trained = one
+            return call(x, (layer_params, {**trained, "row": row}))
+
+        x = params["embedding"][ids]
+        stacked, slots = (params["layers"], attachment.trained), attachment.slots
+        if slots is None:
+            body = lambda x, one: (call(x, one), None)
+            body = jax.checkpoint(body, prevent_cse=False) if checkpoint else body
+            x, _ = jax.lax.scan(body, x, stacked, unroll=passes)
+        else:
+            x = run_slots(
+                call_row, x, stacked, slots.rows, (), slots.active,
+                rows_of=lambda one: slots.rows_of(*one), recompute=slots.recompute,
+            )  # fmt: skip
         logits = (_norm(x) @ params["embedding"].T).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits[:, :-1], ids[:, 1:]

@@ -27,6 +27,16 @@ def finetune(
     prefix_length: Annotated[int | None, options.PREFIX_LENGTH] = None,
     where: Annotated[list[str] | None, options.WHERE] = None,
     dense: Annotated[list[str] | None, options.DENSE] = None,
+    ist: Annotated[bool, options.IST] = False,
+    sampler: Annotated[str | None, options.SAMPLER] = None,
+    active: Annotated[float, options.ACTIVE] = 0.25,
+    hold: Annotated[int, options.HOLD] = 1,
+    layers: Annotated[list[int] | None, options.LAYERS] = None,
+    layer_weights: Annotated[list[float] | None, options.LAYER_WEIGHTS] = None,
+    probe_every: Annotated[int, options.PROBE_EVERY] = 10,
+    importance_rate: Annotated[float, options.IMPORTANCE_RATE] = 10.0,
+    restart_layers: Annotated[bool, options.RESTART_LAYERS] = False,
+    recompute: Annotated[str, options.RECOMPUTE] = "none",
     learning_rate: Annotated[float | None, options.LEARNING_RATE] = None,
     batch_size: Annotated[int, options.BATCH_SIZE] = 32,
     accumulate: Annotated[int, options.ACCUMULATE] = 1,
@@ -42,7 +52,9 @@ def finetune(
 ) -> None:
     """Fine-tune a model on a task, and save what was trained."""
     given: dict[str, Any] = {**locals()}
-    for name in ("where", "dense"):
+    if given.pop("ist") and sampler is None:
+        given["sampler"] = "ist"
+    for name in ("where", "dense", "layers", "layer_weights"):
         given[name] = tuple(given[name]) if given[name] else None
     _show_log()
     # JAX takes seconds to import, and `--help` has to be quick.

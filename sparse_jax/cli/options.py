@@ -53,6 +53,24 @@ DENSE = _option(
     "the head",
     metavar="<regex>",
 )
+IST = _flag("--ist", "Train the layers that matter: the same as --sampler ist.")
+SAMPLER = _option(
+    "Which layers an update trains: ist, uniform, cyclic, fixed, static or norm.", "all"
+)
+ACTIVE = _option("Fraction of the layers that an update trains.")
+HOLD = _option("Updates that a choice of layers is kept for.")
+LAYERS = _option("Layers of the sampler static; may be repeated.", "none")
+LAYER_WEIGHTS = _option(
+    "Weights of all layers, for the sampler fixed; may be repeated.", "none"
+)
+PROBE_EVERY = _option("Updates between two probes of ist.")
+IMPORTANCE_RATE = _option("How far a probe moves the importance.")
+RESTART_LAYERS = _flag(
+    "--restart-layers", "Start the optimiser of a layer afresh when it comes back."
+)
+RECOMPUTE = _option(
+    "Layers that run again in the backward pass, to save memory: none, frozen or all."
+)
 LEARNING_RATE = _option(
     "Peak of the learning rate.",
     "3e-5 for full, 7e-4 for sift, random and magnitude, 3e-3 for ia3, 1e-2 for "

@@ -15,7 +15,7 @@ def print_summary(settings: Settings, metrics: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{settings.method} on {settings.task}", show_header=False)
+    table = Table(title=_title(settings), show_header=False)
     table.add_column("what", style="bold")
     table.add_column("value", justify="right")
     for what, value in _lines(metrics):
@@ -23,7 +23,14 @@ def print_summary(settings: Settings, metrics: Mapping[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(f"In {Path(settings.output)}: adapter.safetensors, metrics.json,")
-    console.print("metrics.jsonl (every update), curve.png, config.json.")
+    pictures = "curve.png" if settings.sampler is None else "curve.png, layers.png"
+    console.print(f"metrics.jsonl (every update), {pictures}, config.json.")
+
+
+def _title(settings: Settings) -> str:
+    """Returns what was run."""
+    sampler = "" if settings.sampler is None else f" + {settings.sampler}"
+    return f"{settings.method}{sampler} on {settings.task}"
 
 
 def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

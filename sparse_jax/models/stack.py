@@ -9,6 +9,8 @@ from flax import nnx
 from sparse_jax.models.slots import run_slots
 from sparse_jax.sites import Attachment, Slots
 
+_METHOD = 0x6D  # any number; the layer splits its key and folds nothing in
+
 __all__ = ["default_unroll", "run_layers", "stack_layers"]
 
 
@@ -55,7 +57,9 @@ def run_layers(
     def call(x: jax.Array, one: tuple, context: tuple) -> jax.Array:
         layer_params, trained, layer_key = one
         layer: Any = nnx.merge(graphdef, attachment.weights(layer_params, trained))
-        respond = lambda site, f, x: attachment.response(site, f, x, trained)
+        # Another key than those that the layer itself draws from.
+        key = None if layer_key is None else jax.random.fold_in(layer_key, _METHOD)
+        respond = lambda site, f, x: attachment.response(site, f, x, trained, key)
         return layer(x, *context, layer_key, respond).astype(x.dtype)
 
     stacked = (params, attachment.trained, keys)

@@ -76,6 +76,10 @@ class GradientNorm(Sampler):
         # Only ratios count, and the largest of them must not overflow.
         return jnp.exp(scaled - scaled.max())
 
+    def shown(self, memory: GradientNormMemory) -> dict[str, jax.Array]:
+        """Returns the running means."""
+        return {"layer_norms": memory.norms}
+
     def observe(
         self, memory: GradientNormMemory, active: jax.Array, norms: jax.Array
     ) -> GradientNormMemory:

@@ -144,6 +144,11 @@ class Importance(Sampler):
             losses=losses,
         )
 
+    def shown(self, memory: ImportanceMemory) -> dict[str, jax.Array]:
+        """Returns the importance and the probes that were skipped."""
+        skipped = jnp.asarray(memory.skipped)
+        return {"importance": memory.importance, "skipped_probes": skipped}
+
     def _subsets(self, importance: jax.Array, key: jax.Array) -> jax.Array:
         """Returns different subsets to suppress, shape=(num_probes, L), bool."""
         log_weights = jax.nn.log_sigmoid(-importance)

@@ -110,6 +110,11 @@ class Sampler:
         del active, norms
         return memory
 
+    def shown(self, memory: Any) -> dict[str, jax.Array]:
+        """Returns what is worth writing down of the memory, by name."""
+        del memory
+        return {}
+
 
 def begin(sampler: Sampler, key: jax.Array) -> SamplerState:
     """Returns the state before the first update; no choice has been made."""

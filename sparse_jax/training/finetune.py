@@ -12,15 +12,22 @@ from sparse_jax.training.counts import count_trained, optimizer_bytes
 from sparse_jax.training.curve import draw_curve
 from sparse_jax.training.evaluation import evaluate_splits, flattened
 from sparse_jax.training.job import Job, make_job
+from sparse_jax.training.layer_map import draw_layers
 from sparse_jax.training.loop import Loop
-from sparse_jax.training.loss import make_loss, make_predict
+from sparse_jax.training.loss import make_predict
 from sparse_jax.training.memory import peak_bytes
-from sparse_jax.training.optimizer import learning_rate_at, make_optimizer
+from sparse_jax.training.optimizer import learning_rate_at
 from sparse_jax.training.progress import Progress, show_progress
-from sparse_jax.training.run_directory import CURVE, RunDirectory, require_usable
+from sparse_jax.training.run_directory import (
+    CURVE,
+    LAYERS,
+    RunDirectory,
+    require_usable,
+)
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.surroundings import surroundings
 from sparse_jax.training.trained import adapter_of
+from sparse_jax.training.tuner import make_tuner
 
 __all__ = ["finetune"]
 
@@ -49,7 +56,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
     if settings.resume and (metrics := directory.finished()):
         return metrics
     total = _total(job)
-    tuner = _tuner(job, total)
+    tuner = make_tuner(job, total)
     checkpoints = Checkpoints(directory.checkpoints, tuner)
     # The loaded weights become those of the state: there is one copy of them.
     start = jax.jit(tuner.init, donate_argnums=0)
@@ -67,14 +74,6 @@ def _total(job: Job) -> int:
     """Returns the batches of a run."""
     batches = job.settings.epochs * job.feed.batches_per_epoch
     return min(batches, job.settings.max_steps or batches)
-
-
-def _tuner(job: Job, total: int) -> Compact:
-    """Returns what makes the updates."""
-    settings = job.settings
-    loss = make_loss(job.base.model, checkpointing=settings.checkpointing)
-    tx = make_optimizer(settings.resolved_learning_rate, total)
-    return Compact(loss, job.method, tx, accumulate=settings.accumulate)
 
 
 def _loop(
@@ -122,6 +121,13 @@ def _finish(
         loss=loss,
         metric=primary,
     )
+    if job.sampler is not None:
+        draw_layers(
+            directory.path / LAYERS,
+            directory.rows,
+            num_layers=job.sampler.num_layers,
+            title=f"{settings.method}, layers by {settings.sampler}, {job.task.name}",
+        )
     counts = count_trained(job.method, state.params, state.added, job.head)
     results = _last_results(directory.rows)
     metrics = {

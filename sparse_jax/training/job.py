@@ -11,11 +11,13 @@ from sparse_jax.adapters.method import Method
 from sparse_jax.models.hub import local_folder
 from sparse_jax.models.pretrained import base_hash, from_pretrained, new_leaves
 from sparse_jax.models.pure import PureModel
+from sparse_jax.samplers.sampler import Sampler
 from sparse_jax.tasks.files import load
 from sparse_jax.tasks.glue import Task, find_task
 from sparse_jax.tasks.tokens import load_tokenizer
 from sparse_jax.training.feed import Feed, make_feed
 from sparse_jax.training.methods import head_rules, method_of
+from sparse_jax.training.sampling import sampler_of
 from sparse_jax.training.settings import Settings
 
 __all__ = ["Base", "Job", "load_base", "make_job"]
@@ -40,6 +42,7 @@ class Job:
     task: Task  # with the labels found in the data
     base: Base
     method: Method
+    sampler: Sampler | None  # of the layers; None trains all
     head: tuple[str, ...]  # rules of the leaves that counts leave out
     feed: Feed
 
@@ -78,4 +81,6 @@ def make_job(settings: Settings) -> Job:
     # Rules are compared with the names of the leaves and of the sites.
     method.roles(base.params)
     jax.eval_shape(method.added, base.params, jax.random.key(0))
-    return Job(settings, splits.task, base, method, head_rules(base.new), feed)
+    sampler = sampler_of(settings, base.model.config.num_layers)
+    head = head_rules(base.new)
+    return Job(settings, splits.task, base, method, sampler, head, feed)

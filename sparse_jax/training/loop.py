@@ -48,6 +48,7 @@ class Loop:
     checkpoints: Checkpoints
     progress: Progress
     _shapes: set[tuple[int, ...]] = field(default_factory=set)
+    _known: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         self._select = jax.jit(self.tuner.select, donate_argnums=0)
@@ -91,7 +92,7 @@ class Loop:
         is_first = self._is_first(batch)
         began = time.perf_counter()
         state, metrics = self._step(state, batch, key)
-        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics = self._news(metrics)
         seconds = time.perf_counter() - began
         tokens = int(np.sum(batch["attention_mask"]))
         rate = self.rate(step - 1 - at.skipped)
@@ -101,6 +102,16 @@ class Loop:
         )  # fmt: skip
         self.progress.update(step, metrics["loss"], tokens, seconds)
         return state, at._replace(batches=step, is_selected=True)
+
+    def _news(self, metrics: dict[str, jax.Array]) -> dict[str, Any]:
+        """Returns metrics as numbers and lists, without lists that have not changed."""
+        told = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        known, self._known = self._known, told
+        return {
+            name: value
+            for name, value in told.items()
+            if not isinstance(value, list) or value != known.get(name)
+        }
 
     def _is_first(self, batch: Batch) -> bool:
         """Returns whether a batch is the first of its shape, which compiles."""

@@ -1,10 +1,10 @@
-"""The optimiser of every run: AdamW, a clipped norm, warm-up and linear decay."""
+"""The optimiser of every run: AdamW, warm-up and linear decay, a clipped norm."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = ["learning_rate_at", "make_optimizer"]
+__all__ = ["MAX_NORM", "learning_rate_at", "make_optimizer"]
 
 WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 MAX_NORM = 1.0  # global norm of the gradient of the trained values
@@ -35,9 +35,6 @@ def learning_rate_at(
 
 
 def make_optimizer(peak: float, updates: int) -> optax.GradientTransformation:
-    """Returns the optimiser of a run of so many updates."""
+    """Returns the optimiser of a run of so many updates, which does not clip."""
     schedule = lambda count: learning_rate_at(count, peak, updates)
-    return optax.chain(
-        optax.clip_by_global_norm(MAX_NORM),
-        optax.adamw(schedule, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
-    )
+    return optax.adamw(schedule, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)

@@ -13,11 +13,12 @@ from sparse_jax.adapter_file import ADAPTER
 from sparse_jax.errors import InputError
 from sparse_jax.training.settings import Settings
 
-__all__ = ["CONFIG", "CURVE", "METRICS", "RunDirectory", "require_usable"]
+__all__ = ["CONFIG", "CURVE", "LAYERS", "METRICS", "RunDirectory", "require_usable"]
 
-CONFIG, METRICS, CURVE = "config.json", "metrics.json", "curve.png"
+CONFIG, METRICS = "config.json", "metrics.json"
+CURVE, LAYERS = "curve.png", "layers.png"
 _ROWS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
-_FILES = (CONFIG, METRICS, CURVE, _ROWS, ADAPTER)
+_FILES = (CONFIG, METRICS, CURVE, LAYERS, _ROWS, ADAPTER)
 # What may differ between a run and its continuation.
 _FREE = ("output", "overwrite", "resume", "save_every")
 

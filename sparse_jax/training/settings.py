@@ -8,7 +8,7 @@ from typing import Any
 from sparse_jax.errors import InputError
 from sparse_jax.models.activations import ACTIVATIONS
 
-__all__ = ["DTYPES", "LEARNING_RATES", "OPTIONS", "Settings"]
+__all__ = ["DTYPES", "LEARNING_RATES", "OPTIONS", "SAMPLER_OPTIONS", "Settings"]
 
 # Found by nobody's grid but usual; a few sparse entries want larger steps than all.
 LEARNING_RATES = {
@@ -26,6 +26,7 @@ LEARNING_RATES = {
     "magnitude": 7e-4,
 }
 DTYPES = ("float32", "bfloat16")
+RECOMPUTE = ("none", "frozen", "all")
 # method -> the options that belong to it
 OPTIONS = {
     "full": (),
@@ -41,6 +42,19 @@ OPTIONS = {
     "random": ("where", "density"),
     "magnitude": ("where", "density"),
 }
+# sampler -> the options that belong to it, beside those of all samplers
+SAMPLER_OPTIONS = {
+    "ist": ("active", "hold", "probe_every", "importance_rate"),
+    "uniform": ("active", "hold"),
+    "cyclic": ("active", "hold"),
+    "fixed": ("active", "hold", "layer_weights"),
+    "static": ("layers",),
+    "norm": ("active", "hold"),
+}
+_LAYER_DEFAULTS = {
+    "active": 0.25, "hold": 1, "layers": None, "layer_weights": None, "probe_every": 10,
+    "importance_rate": 10.0, "restart_layers": False, "recompute": "none",
+}  # fmt: skip
 _POSITIVE_IF_GIVEN = (
     "max_steps", "max_length", "learning_rate", "alpha", "size", "prefix_length",
 )  # fmt: skip
@@ -78,6 +92,15 @@ class Settings:
     prefix_length: int | None = None  # keys and values of a prefix; None is 16
     where: tuple[str, ...] | None = None  # trained leaves; sites if arrays are added
     dense: tuple[str, ...] | None = None  # leaves trained in full; None is the head
+    sampler: str | None = None  # which layers an update trains; None is all of them
+    active: float = 0.25  # fraction of the layers that an update trains
+    hold: int = 1  # updates that a choice of layers is kept for
+    layers: tuple[int, ...] | None = None  # of the sampler "static"
+    layer_weights: tuple[float, ...] | None = None  # of the sampler "fixed"
+    probe_every: int = 10  # updates between two probes of the sampler "ist"
+    importance_rate: float = 10.0  # how far such a probe moves the importance
+    restart_layers: bool = False  # whether a layer that comes back starts afresh
+    recompute: str = "none"  # layers that run again in the backward pass
     learning_rate: float | None = None  # peak; None is the method's usual one
     batch_size: int = 32  # examples per update
     accumulate: int = 1  # micro-batches that an update is computed in
@@ -100,6 +123,7 @@ class Settings:
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         self._require_consistent()
+        self._require_layers()
 
     @property
     def resolved_learning_rate(self) -> float:
@@ -137,6 +161,37 @@ class Settings:
                 "starts anew, the second continues."
             )
 
+    def _require_layers(self) -> None:
+        """Raises if the choice of layers breaks a rule."""
+        if self.sampler is not None:
+            _require_word("sampler", self.sampler, tuple(SAMPLER_OPTIONS))
+        _require_word("recompute", self.recompute, RECOMPUTE)
+        for name in ("hold", "probe_every", "importance_rate"):
+            _require_positive(name, getattr(self, name))
+        if not 0 < self.active <= 1:
+            raise InputError(
+                f"`active` must be in (0, 1], got {self.active}. It is the fraction of "
+                "the layers that an update trains, commonly 0.25."
+            )
+        allowed = ("restart_layers", "recompute") if self.sampler else ()
+        allowed += SAMPLER_OPTIONS.get(self.sampler or "", ())
+        for name, left_out in _LAYER_DEFAULTS.items():
+            if name not in allowed and getattr(self, name) != left_out:
+                raise InputError(
+                    f"`{name}` must be left out with sampler {self.sampler}, got "
+                    f"{getattr(self, name)!r}. {_owners(name)}"
+                )
+        for sampler, name in (("static", "layers"), ("fixed", "layer_weights")):
+            if self.sampler == sampler and not getattr(self, name):
+                raise InputError(
+                    f"`{name}` must be given with sampler {sampler!r}, got none."
+                )
+        if self.sampler is not None and self.method == "head":
+            raise InputError(
+                "`sampler` must be left out with method 'head', which trains no layer, "
+                f"got {self.sampler!r}."
+            )
+
     def _require_belongs(self, name: str, left_out: Any) -> None:
         """Raises if an option is given that the method does not have."""
         if getattr(self, name) == left_out or name in OPTIONS[self.method]:
@@ -147,6 +202,12 @@ class Settings:
             f"`{name}` must be left out with method {self.method!r}, got "
             f"{getattr(self, name)!r}. It belongs to {', '.join(owners)}{remedy}."
         )
+
+
+def _owners(name: str) -> str:
+    """Says which samplers an option belongs to."""
+    owners = [word for word, names in SAMPLER_OPTIONS.items() if name in names]
+    return f"It belongs to {', '.join(owners or SAMPLER_OPTIONS)}."
 
 
 def _require_word(name: str, word: str, words: Sequence[str]) -> None:

@@ -1,0 +1,162 @@
+"""What does a step cost when a quarter of the layers is active?
+
+    python -m experiments.benchmarks.layers [--rounds 7] [--batch-size 8] [--length 256]
+
+On the decoder-shaped stack of 30 M parameters (8 layers, attention recomputed as with a
+flash kernel): bytes that the compiler reserves, and time of a step, with all layers and
+with two of them, for each choice of what the backward pass computes again. Methods run
+in turn within a round, and times are ratios to LoRA on all layers, round by round; its
+layers are unrolled where that is the default, on CPU. Six minutes on two CPU cores.
+"""
+
+import argparse
+import platform
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from experiments.benchmarks import stacks
+from sparse_jax import (
+    Compact,
+    Dense,
+    Importance,
+    Layerwise,
+    LoRA,
+    Method,
+    Sampler,
+    Sparse,
+    Static,
+    Uniform,
+)
+from sparse_jax.sites import Recompute
+
+MIB = 2**20
+LAYERS, ACTIVE = stacks.LAYERS, stacks.LAYERS // 4
+SIZES = {"num_layers": LAYERS, "num_active": ACTIVE}
+BASELINE = "LoRA, all layers"
+LORA = LoRA(rank=16, where="query|key|value|up|down")
+# As many trained entries a layer as LoRA: 16 times the widths of q, k, v, up and down.
+_WIDTHS = 3 * 2 * stacks.WIDTH + 2 * (stacks.WIDTH + 1408)
+_ENTRIES = 3 * stacks.WIDTH**2 + 2 * stacks.WIDTH * 1408
+SIFT = Sparse(
+    density=16 * _WIDTHS / _ENTRIES, where="layers/.*(query|key|value|up|down)"
+)
+FULL = Dense(dense="^layers/.*(query|key|value|up|down)")
+
+
+class Case(NamedTuple):
+    """One line of the table."""
+
+    tuner: Compact
+    stack: stacks.Stack
+
+
+def cases(batch: int, length: int) -> dict[str, Case]:
+    """Returns what is measured."""
+    tx, few = optax.adamw(1e-4), Uniform(**SIZES)
+    make = lambda checkpoint, unroll: stacks.decoder(
+        jnp.float32, batch, length, checkpoint, unroll, recompute_attention=True
+    )
+    unrolled, plain, again = make(False, None), make(False, 1), make(True, 1)
+    top = Static.of(*range(LAYERS - ACTIVE, LAYERS), num_layers=LAYERS)
+    probing = Importance(**SIZES)
+
+    def layerwise(
+        method: Method, sampler: Sampler = few, recompute: Recompute = "none"
+    ) -> Case:
+        options = {"sampler": sampler, "recompute": recompute}
+        return Case(Layerwise(plain.loss, method, tx, **options), plain)
+
+    return {
+        BASELINE: Case(Compact(unrolled.loss, LORA, tx), unrolled),
+        "LoRA, all layers, in a loop": Case(Compact(plain.loss, LORA, tx), plain),
+        "LoRA, all layers, checkpointing": Case(Compact(again.loss, LORA, tx), again),
+        "LoRA, 2 of 8, recompute none": layerwise(LORA),
+        "LoRA, 2 of 8, recompute frozen": layerwise(LORA, recompute="frozen"),
+        "LoRA, 2 of 8, recompute all": layerwise(LORA, recompute="all"),
+        "LoRA, top 2 of 8": layerwise(LORA, top),
+        "LoRA + IST, 2 of 8 (probes)": layerwise(LORA, probing),
+        "SIFT, all layers": Case(Compact(unrolled.loss, SIFT, tx), unrolled),
+        "SIFT, 2 of 8": layerwise(SIFT),
+        "full, all layers": Case(Compact(unrolled.loss, FULL, tx), unrolled),
+        "full, 2 of 8": layerwise(FULL),
+    }
+
+
+def compile_step(case: Case) -> tuple[Any, Any]:
+    """Returns the compiled step and its state."""
+    key = jax.random.key(0)
+    state = jax.jit(case.tuner.init)(case.stack.params, key)
+    state, _ = jax.jit(case.tuner.select)(state, case.stack.batch, key)
+    state = jax.tree.map(jnp.copy, state)
+    step = jax.jit(case.tuner.step, donate_argnums=0)
+    return step.lower(state, case.stack.batch, key).compile(), state
+
+
+def measure(
+    steps: Mapping[str, tuple[Any, Any]], batch: Any, rounds: int
+) -> dict[str, list[float]]:
+    """Returns seconds per update, means over ten of them, after one of warm-up."""
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    states = {name: state for name, (_, state) in steps.items()}
+    key = jax.random.key(1)
+    for name, (step, _) in steps.items():
+        states[name], _ = step(states[name], batch, key)
+    for _ in range(rounds):
+        for name, (step, _) in steps.items():
+            start = clock()
+            for _ in range(10):
+                states[name], _ = step(states[name], batch, key)
+            jax.block_until_ready(states[name])
+            seconds[name].append((clock() - start) / 10)
+    return seconds
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3, help="of ten updates each")
+    args = parser.parse_args()
+    built = cases(args.batch_size, args.length)
+    steps = {name: compile_step(case) for name, case in built.items()}
+    batch = built[BASELINE].stack.batch
+    seconds = measure(steps, batch, args.rounds)
+    machine = f"{jax.default_backend()}, {platform.machine()}, jax {jax.__version__}"
+    table = Table(
+        title=f"{args.batch_size} x {args.length} tokens, float32 ({machine})",
+        caption="ten updates a round, so that a round of IST has one probe",
+    )
+    for column in ("step", "temporary MiB", "below LoRA", "ms", "ratio", "range"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    base = _temporary(steps[BASELINE][0])
+    for name, (compiled, _) in steps.items():
+        memory = _temporary(compiled)
+        ratio = np.array(seconds[name]) / np.array(seconds[BASELINE])
+        table.add_row(
+            name,
+            f"{memory / MIB:.0f}",
+            f"{100 * (1 - memory / base):.0f}%",
+            f"{1e3 * np.median(seconds[name]):.0f}",
+            f"{np.median(ratio):.2f}",
+            f"{ratio.min():.2f} to {ratio.max():.2f}",
+        )
+    Console(width=100).print(table)
+
+
+def _temporary(compiled: Any) -> float:
+    """Returns the bytes that a compiled step reserves beside its arguments."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    main()

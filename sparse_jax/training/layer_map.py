@@ -1,0 +1,81 @@
+"""The picture of a run that trains a few layers at a time: which, and why."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["draw_layers"]
+
+_MOST_COLUMNS = 200
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def draw_layers(path: str | Path, rows: Rows, *, num_layers: int, title: str) -> None:
+    """Draws how often each layer was updated, and its importance, to a PNG.
+
+    Args:
+      path: file to write, whole or not at all.
+      rows: lines of `metrics.jsonl`: with `active` if it changed, and `importance`
+        if it did.
+      num_layers: layers of the model.
+      title: what was run.
+    """
+    # Matplotlib takes seconds to import. A figure of its own needs no backend.
+    from matplotlib.figure import Figure
+
+    updates = [row for row in rows if "loss" in row]
+    importance = _filled(updates, "importance", num_layers)
+    figure = Figure(figsize=(9.0, 3.8), dpi=130, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    panels = figure.subplots(1, 1 if importance is None else 2, squeeze=False)[0]
+    shares = _shares(_filled(updates, "active", None), num_layers)
+    _draw(figure, panels[0], shares, len(updates), "share of updates", vmin=0)
+    panels[0].set_title("layers updated", fontsize=10)
+    if importance is not None:
+        widest = float(np.max(np.abs(importance))) or 1.0
+        limits = {"vmin": -widest, "vmax": widest, "cmap": "RdBu_r"}
+        _draw(figure, panels[1], importance.T, len(updates), "importance", **limits)
+        panels[1].set_title("importance learnt", fontsize=10)
+    temporary = Path(path).with_name(f".{Path(path).name}.part")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def _draw(
+    figure: Any, axes: Any, values: np.ndarray, updates: int, label: str, **limits: Any
+) -> None:
+    """Draws an array [layers, time] as a heat map, layer 0 at the bottom."""
+    num_layers = values.shape[0]
+    image = axes.imshow(
+        values, aspect="auto", origin="lower", interpolation="nearest",
+        extent=(0.5, updates + 0.5, -0.5, num_layers - 0.5), **limits,
+    )  # fmt: skip
+    axes.set(xlabel="update", ylabel="layer")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axes, label=label)
+
+
+def _filled(updates: Rows, name: str, size: int | None) -> Any:
+    """Returns a list of every update, the last known where it was left out."""
+    found, last = [], None if size is None else [0.0] * size
+    if not any(name in row for row in updates):
+        return None
+    for row in updates:
+        last = row.get(name, last)
+        found.append(last)
+    return np.array(found)
+
+
+def _shares(active: np.ndarray, num_layers: int) -> np.ndarray:
+    """Returns how often layers were active in successive spans, [layers, spans]."""
+    is_on = np.zeros((len(active), num_layers))
+    np.put_along_axis(is_on, active, 1.0, axis=1)
+    spans = np.array_split(
+        is_on, min(len(is_on), max(1, len(is_on) // 20), _MOST_COLUMNS)
+    )
+    return np.array([span.mean(axis=0) for span in spans]).T

@@ -1,0 +1,107 @@
+"""Runs that train a few layers at a time, from settings to the run directory."""
+
+import json
+
+import pytest
+from tiny_run import tiny_settings, write_data, write_model
+
+from sparse_jax import Settings, evaluate_adapter, finetune
+from sparse_jax.errors import InputError
+from sparse_jax.training.loop import Loop
+from sparse_jax.training.sampling import num_active, sampler_of
+
+METHODS = ["lora", "sift", "full", "bitfit"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return write_model(folder / "model"), write_data(folder / "data")
+
+
+def rows_of(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_with_ist_tells_which_layers_it_trained(method, files, tmp_path):
+    output = tmp_path / "run"
+    options = {"method": method, "sampler": "ist", "probe_every": 2}
+    metrics = finetune(tiny_settings(*files, output, epochs=2, max_steps=5, **options))
+    rows = rows_of(output)
+    assert metrics["steps"] == 5 == len(rows)
+    # Half of the two layers is one; lists are told when they change.
+    assert rows[0]["active"] in ([0], [1])
+    assert rows[0]["importance"] == [0.0, 0.0]
+    assert "importance" not in rows[1]
+    assert (output / "layers.png").read_bytes().startswith(b"\x89PNG")
+    found = evaluate_adapter(output, data=str(files[1]))
+    assert found == metrics["eval"]
+
+
+@pytest.mark.parametrize("recompute", ["frozen", "all"])
+def test_what_is_computed_again_changes_no_loss(recompute, files, tmp_path):
+    options = {"method": "lora", "sampler": "cyclic", "epochs": 2, "max_steps": 4}
+    finetune(tiny_settings(*files, tmp_path / "a", **options))
+    finetune(tiny_settings(*files, tmp_path / "b", **options, recompute=recompute))
+    a, b = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
+    assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b])
+
+
+def test_an_interrupted_run_draws_the_same_layers(files, tmp_path, monkeypatch):
+    options = {
+        "method": "sift", "sampler": "ist", "probe_every": 2, "save_every": 2,
+        "epochs": 3, "max_steps": 8,
+    }  # fmt: skip
+    finetune(tiny_settings(*files, tmp_path / "whole", **options))
+    make_update = Loop._batch
+
+    def interrupt(self, state, at, batch):
+        if at.batches == 5:
+            raise KeyboardInterrupt
+        return make_update(self, state, at, batch)
+
+    monkeypatch.setattr(Loop, "_batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tiny_settings(*files, tmp_path / "cut", **options))
+    monkeypatch.undo()
+    finetune(tiny_settings(*files, tmp_path / "cut", **options, resume=True))
+    whole, cut = rows_of(tmp_path / "whole"), rows_of(tmp_path / "cut")
+    assert [row["loss"] for row in whole] == [row["loss"] for row in cut]
+
+
+@pytest.mark.parametrize(
+    ("active", "layers", "number"), [(0.25, 12, 3), (0.25, 6, 1), (0.29, 100, 29)]
+)
+def test_a_fraction_of_the_layers_is_rounded_down(active, layers, number):
+    assert num_active(active, layers) == number
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "best"}, "`sampler` must be one of ist, uniform, cyclic, fixed"),
+        ({"active": 0.5}, "`active` must be left out with sampler None, got 0.5. It "),
+        ({"sampler": "ist", "active": 0.0}, r"`active` must be in \(0, 1\], got 0.0"),
+        ({"sampler": "ist", "layers": (1,)}, "`layers` must be left out .* static"),
+        ({"sampler": "static"}, "`layers` must be given with sampler 'static'"),
+        ({"sampler": "fixed"}, "`layer_weights` must be given with sampler 'fixed'"),
+        ({"sampler": "static", "layers": (1,), "hold": 2}, "`hold` must be left out"),
+        ({"sampler": "ist", "method": "head"}, "`sampler` must be left out with meth"),
+        ({"sampler": "ist", "recompute": "most"}, "`recompute` must be one of none"),
+        ({"recompute": "all"}, "`recompute` must be left out with sampler None"),
+        ({"sampler": "ist", "probe_every": 0}, "`probe_every` must be positive"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        Settings(model="m", task="mrpc", output="o", **options)
+
+
+def test_a_layer_that_the_model_lacks_is_named():
+    options = Settings(
+        model="m", task="mrpc", output="o", sampler="static", layers=(1, 7)
+    )
+    with pytest.raises(InputError, match=r"`layers` must be in \[0, 4\), .* got 7"):
+        sampler_of(options, 4)
