@@ -21,6 +21,7 @@ from .compact import CompactState as CompactState
 from .errors import InputError as InputError
 from .layerwise import Layerwise as Layerwise
 from .layerwise import LayerwiseState as LayerwiseState
+from .models.causal_lm import CausalLM as CausalLM
 from .models.pretrained import from_pretrained as from_pretrained
 from .models.pretrained import save_pretrained as save_pretrained
 from .samplers.cyclic import Cyclic as Cyclic

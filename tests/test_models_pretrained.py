@@ -200,8 +200,8 @@ def test_a_configuration_that_is_not_json_is_named(save):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "t5"}, "must be one of bert, roberta, got 't5'"),
-        ({"model_type": None}, "must be one of bert, roberta, got None"),
+        ({"model_type": "t5"}, "must be one of bert, .*roberta, got 't5'"),
+        ({"model_type": None}, "must be one of bert, .*roberta, got None"),
         ({"hidden_size": "wide"}, "must be a valid bert configuration"),
         ({"position_embedding_type": "relative_key"}, "must be 'absolute'"),
         ({"is_decoder": True}, "must be false"),

@@ -27,3 +27,9 @@ class Family:
     lm_activation: str | None  # None is the activation of the layers
     architectures: Mapping[str, str]  # our module -> Hugging Face class
     names: Mapping[str, str]  # our module path -> Hugging Face module path
+    bare: str = r"(embeddings|encoder|pooler)\."  # how names without a prefix begin
+
+    @property
+    def prefix(self) -> str:
+        """What a bare model's tensors lack in front."""
+        return self.name

@@ -11,13 +11,25 @@ import jax.typing
 from sparse_jax.errors import InputError
 from sparse_jax.models.bert import BERT
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.decoder_config import DecoderConfig
+from sparse_jax.models.decoder_family import DecoderFamily
 from sparse_jax.models.family import Family
+from sparse_jax.models.gemma import GEMMA
+from sparse_jax.models.hf_decoder_config import decoder_config, their_decoder_fields
+from sparse_jax.models.llama import LLAMA
+from sparse_jax.models.mistral import MISTRAL
 from sparse_jax.models.pure import PureModel
+from sparse_jax.models.qwen import QWEN2, QWEN3
 from sparse_jax.models.roberta import ROBERTA
 
 __all__ = ["FAMILIES", "read_config", "write_config"]
 
-FAMILIES = MappingProxyType({family.name: family for family in (BERT, ROBERTA)})
+FAMILIES = MappingProxyType(
+    {
+        family.name: family
+        for family in (BERT, ROBERTA, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)
+    }
+)
 
 # Ours -> theirs, where the meaning is the same.
 _FIELDS = MappingProxyType(
@@ -39,7 +51,7 @@ _FIELDS = MappingProxyType(
 
 def read_config(
     folder: str | Path, *, num_labels: int | None = None
-) -> tuple[Family, EncoderConfig]:
+) -> tuple[Family | DecoderFamily, EncoderConfig | DecoderConfig]:
     """Reads the family and the sizes of the model in a folder.
 
     Args:
@@ -64,6 +76,8 @@ def read_config(
         raise InputError(
             f"`{path}` must be a valid {family.name} configuration: {reason}."
         ) from error
+    if isinstance(family, DecoderFamily):
+        return family, decoder_config(family, theirs, path)
     _require_encoder(path, theirs)
     return family, _from_theirs(family, theirs, num_labels)
 
@@ -75,6 +89,14 @@ def write_config(
     from transformers import AutoConfig
 
     config, family = model.config, model.family
+    shared = {
+        "architectures": [family.architectures[model.head.__name__]],
+        "dtype": jnp.dtype(dtype).name,
+    }
+    if isinstance(family, DecoderFamily):
+        fields = their_decoder_fields(family, config)
+        AutoConfig.for_model(family.name, **fields, **shared).save_pretrained(folder)
+        return
     fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
     theirs = AutoConfig.for_model(
         family.name,
@@ -82,14 +104,13 @@ def write_config(
         max_position_embeddings=config.max_positions + config.position_offset,
         pad_token_id=config.pad_id,
         classifier_dropout=config.classifier_dropout,
-        architectures=[family.architectures[model.head.__name__]],
-        dtype=jnp.dtype(dtype).name,
+        **shared,
         **_their_labels(config),
     )
     theirs.save_pretrained(folder)
 
 
-def _family_in(path: Path) -> Family:
+def _family_in(path: Path) -> Family | DecoderFamily:
     """Returns the family that a configuration file names."""
     if not path.is_file():
         raise InputError(

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from sparse_jax.models.decoder_family import DecoderFamily
 from sparse_jax.models.family import Family
 
 __all__ = ["is_stacked", "tensor_name", "to_tensor_layout", "with_full_names"]
@@ -25,7 +26,7 @@ def is_stacked(leaf: str) -> bool:
     return leaf.startswith("layers/")
 
 
-def tensor_name(family: Family, leaf: str, layer: int = 0) -> str:
+def tensor_name(family: Family | DecoderFamily, leaf: str, layer: int = 0) -> str:
     """Returns the name of the tensor that holds a leaf, or one layer of it.
 
     Example:
@@ -47,22 +48,31 @@ def to_tensor_layout(leaf: str, array: np.ndarray) -> np.ndarray:
     return array.T if leaf.endswith("/kernel") else array
 
 
-def with_full_names(family: Family, names: Iterable[str]) -> Mapping[str, str]:
+def with_full_names(
+    family: Family | DecoderFamily, names: Iterable[str]
+) -> Mapping[str, str]:
     """Returns a map from the names a checkpoint should have to those it has.
 
-    A bare encoder has no `bert.` before its names, and old checkpoints call the scale
-    and bias of a norm `gamma` and `beta`.
+    A bare model has no `bert.` or `model.` before its names, and old checkpoints call
+    the scale and bias of a norm `gamma` and `beta`.
 
     Example:
       >>> from sparse_jax.models.bert import BERT
       >>> dict(with_full_names(BERT, ["embeddings.LayerNorm.gamma"]))
       {'bert.embeddings.LayerNorm.weight': 'embeddings.LayerNorm.gamma'}
     """
-    return {_full_name(family, name): name for name in names}
+    full = {_full_name(family, name): name for name in names}
+    words, head = (
+        f"{family.names.get(module)}.weight"
+        for module in ("embeddings/word", "lm_head")
+    )
+    # Of a table that is also the last linear map, some files hold only the latter.
+    if words not in full and head in full:
+        full[words] = full[head]
+    return full
 
 
-def _full_name(family: Family, name: str) -> str:
+def _full_name(family: Family | DecoderFamily, name: str) -> str:
     """Returns the modern name of a tensor, with its prefix."""
     name = re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", name))
-    is_bare = re.match(r"(embeddings|encoder|pooler)\.", name)
-    return f"{family.name}.{name}" if is_bare else name
+    return f"{family.prefix}.{name}" if re.match(family.bare, name) else name

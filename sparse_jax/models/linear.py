@@ -1,22 +1,26 @@
-"""Linear maps, tables and norms as every encoder creates them."""
+"""Linear maps, tables and norms as every model creates them."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.decoder_config import DecoderConfig
 
 __all__ = ["embed", "layer_norm", "linear"]
 
+Config = EncoderConfig | DecoderConfig
+
 
 def linear(
-    config: EncoderConfig, num_in: int, num_out: int, rngs: nnx.Rngs
+    config: Config, num_in: int, num_out: int, rngs: nnx.Rngs, *, use_bias: bool = True
 ) -> nnx.Linear:
-    """Creates `x @ kernel + bias` with a normal kernel and a zero bias."""
-    return nnx.Linear(num_in, num_out, kernel_init=_normal(config), rngs=rngs)
+    """Creates `x @ kernel + bias` with a normal kernel and a zero bias, if any."""
+    init = _normal(config)
+    return nnx.Linear(num_in, num_out, use_bias=use_bias, kernel_init=init, rngs=rngs)
 
 
-def embed(config: EncoderConfig, num_rows: int, rngs: nnx.Rngs) -> nnx.Embed:
+def embed(config: Config, num_rows: int, rngs: nnx.Rngs) -> nnx.Embed:
     """Creates a table of normal vectors of the hidden size."""
     init = _normal(config)
     table = nnx.Embed(num_rows, config.hidden_size, embedding_init=init, rngs=rngs)
@@ -36,6 +40,6 @@ def layer_norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def _normal(config: EncoderConfig) -> jax.nn.initializers.Initializer:
+def _normal(config: Config) -> jax.nn.initializers.Initializer:
     """Returns the initialiser of kernels and tables."""
     return jax.nn.initializers.normal(config.initializer_range, jnp.float32)

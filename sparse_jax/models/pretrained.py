@@ -36,7 +36,7 @@ def from_pretrained(
     dtype: jax.typing.DTypeLike = jnp.float32,
     key: jax.Array | None = None,
 ) -> tuple[PureModel, Params]:
-    """Loads a pre-trained encoder from safetensors.
+    """Loads a pre-trained model from safetensors.
 
     Parts of the head that the checkpoint does not have are created from `key`: normal
     kernels of deviation `initializer_range`, zero biases. Heads for other tasks in
@@ -44,7 +44,7 @@ def from_pretrained(
 
     Args:
       model: local folder, or the id of a model on the Hugging Face Hub.
-      head: `SequenceClassifier` or `MaskedLM`.
+      head: `SequenceClassifier` or `MaskedLM` of an encoder, `CausalLM` of a decoder.
       num_labels: labels of a classifier, 1 for regression; None takes those of the
         checkpoint.
       dtype: dtype of every parameter.
@@ -61,6 +61,11 @@ def from_pretrained(
     """
     folder = local_folder(model)
     family, config = read_config(folder, num_labels=num_labels)
+    if head.__name__ not in family.architectures:
+        raise InputError(
+            f"`head` must be one of {', '.join(family.architectures)} for the model "
+            f"type {family.name!r} of `{folder}`, got {head.__name__}."
+        )
     pure = PureModel(head, family, config)
     files = open_tensors(folder)
     names = with_full_names(family, files)

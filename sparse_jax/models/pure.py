@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.causal_lm import Cache, CausalLM
 from sparse_jax.models.encoder import Batch
-from sparse_jax.models.family import Family
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
 
 __all__ = ["Head", "Params", "PureModel"]
 
-Head = type[SequenceClassifier] | type[MaskedLM]
+Head = type[SequenceClassifier] | type[MaskedLM] | type[CausalLM]
 Params = dict[str, Any]
 
 
@@ -28,6 +27,7 @@ class PureModel:
 
     Example:
       >>> from sparse_jax.models.bert import BERT
+      >>> from sparse_jax.models.config import EncoderConfig
       >>> config = EncoderConfig(
       ...     vocab_size=100, hidden_size=32, num_layers=2, num_heads=4,
       ...     intermediate_size=64, num_labels=3,
@@ -43,8 +43,8 @@ class PureModel:
     """
 
     head: Head
-    family: Family
-    config: EncoderConfig
+    family: Any  # Family, or DecoderFamily of a CausalLM
+    config: Any  # EncoderConfig, or DecoderConfig
 
     def init(self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
         """Returns new parameters: normal kernels and tables, zero biases."""
@@ -71,9 +71,27 @@ class PureModel:
 
         Returns:
           Logits, `[B, num_labels]` of a `SequenceClassifier`, `[B, T, V]` of a
-          `MaskedLM`.
+          `MaskedLM` or a `CausalLM`.
         """
         return self.bind(params)(batch, **options)
+
+    def hidden(self, params: Params, batch: Batch, **options: Any) -> jax.Array:
+        """Calls `CausalLM.hidden`."""
+        return self.bind(params).hidden(batch, **options)
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Calls `CausalLM.logits`."""
+        return self.bind(params).logits(hidden)
+
+    def cache(self, params: Params, batch_size: int, length: int) -> Cache:
+        """Calls `CausalLM.cache`."""
+        return self.bind(params).cache(batch_size, length)
+
+    def extend(
+        self, params: Params, batch: Batch, cache: Cache, **options: Any
+    ) -> tuple[jax.Array, Cache]:
+        """Calls `CausalLM.extend`."""
+        return self.bind(params).extend(batch, cache, **options)
 
 
 def _create(model: PureModel, key: jax.Array) -> nnx.Module:

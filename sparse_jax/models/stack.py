@@ -11,7 +11,7 @@ from sparse_jax.sites import Attachment, Slots
 
 _METHOD = 0x6D  # any number; the layer splits its key and folds nothing in
 
-__all__ = ["default_unroll", "run_layers", "stack_layers"]
+__all__ = ["default_unroll", "run_cached_layers", "run_layers", "stack_layers"]
 
 
 def stack_layers(
@@ -25,7 +25,7 @@ def stack_layers(
 def run_layers(
     layers: nnx.Module,
     x: jax.Array,
-    *context: jax.Array,
+    *context: Any,
     key: jax.Array | None,
     attachment: Attachment,
     unroll: int | None,
@@ -71,6 +71,43 @@ def run_layers(
         # Inside a real loop the compiler cannot merge the two forward passes.
         body = jax.checkpoint(body, prevent_cse=unroll > 1)
     return jax.lax.scan(body, x, stacked, unroll=unroll)[0]
+
+
+def run_cached_layers(
+    layers: nnx.Module,
+    x: jax.Array,
+    cached: Any,
+    *context: Any,
+    attachment: Attachment,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs `x` through a stack of layers that remember keys and values.
+
+    A layer is called as `layer.extend(x, *context, None, respond, cached)`.
+
+    Args:
+      layers: module made by `stack_layers`.
+      x: input of the first layer, `[B, T, D]`.
+      cached: `Cached` with keys and values of all layers, `[L, B, S, G, K]`.
+      *context: arrays that every layer sees.
+      attachment: what a method adds to the layers.
+
+    Returns:
+      Output of the last layer, and the keys and values with the new ones.
+    """
+    graphdef, state = nnx.split(layers)
+    params = nnx.to_pure_dict(state)
+
+    def body(x: jax.Array, one: tuple) -> tuple[jax.Array, tuple]:
+        layer_params, trained, k, v = one
+        layer: Any = nnx.merge(graphdef, attachment.weights(layer_params, trained))
+        respond = lambda site, f, x: attachment.response(site, f, x, trained, None)
+        here = cached._replace(k=k, v=v)
+        y, after = layer.extend(x, *context, None, respond, here)
+        return y.astype(x.dtype), (after.k, after.v)
+
+    stacked = (params, attachment.trained, cached.k, cached.v)
+    x, (k, v) = jax.lax.scan(body, x, stacked)
+    return x, k, v
 
 
 def _run_with_slots(

@@ -1,0 +1,190 @@
+"""A decoder that scores the next word."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_jax.models.decoder import Cached, DecoderLayer
+from sparse_jax.models.decoder_config import DecoderConfig
+from sparse_jax.models.linear import embed, linear
+from sparse_jax.models.rms_norm import RmsNorm
+from sparse_jax.models.rope import turn_of
+from sparse_jax.models.stack import run_cached_layers, run_layers, stack_layers
+from sparse_jax.sites import Attachment
+
+__all__ = ["Cache", "CausalLM"]
+
+_NOTHING = Attachment()
+
+Batch = Mapping[str, jax.Array]
+
+
+class Cache(NamedTuple):
+    """What a model remembers of the tokens it has read; S columns of room."""
+
+    k: jax.Array  # shape=(L, B, S, G, K)
+    v: jax.Array  # shape=(L, B, S, G, K)
+    is_token: jax.Array  # shape=(B, S), bool: False at padding and in front of the end
+    positions: jax.Array  # shape=(B,), int32: tokens read, which number the next one
+    length: jax.Array  # shape=(), int32: columns in use
+
+
+class Words(nnx.Module):
+    """The word table."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.word = embed(config, config.vocab_size, rngs)
+
+
+class CausalLM(nnx.Module):
+    """A decoder with a score for every next word.
+
+    Leaves are `embeddings/word/embedding`, `layers/...` (stacked, with the layer as
+    leading axis `[L]`), `norm/scale`, and `lm_head/kernel` unless it is tied.
+    """
+
+    def __init__(self, family: Any, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.family = family
+        self.config = config
+        self.embeddings = Words(config, rngs)
+        self.layers = stack_layers(
+            lambda rngs: DecoderLayer(config, rngs), config.num_layers, rngs
+        )
+        self.norm = RmsNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+        sizes = (config.hidden_size, config.vocab_size)
+        head = lambda: linear(config, *sizes, rngs, use_bias=False)
+        self.lm_head = None if config.tied else head()
+
+    def __call__(self, batch: Batch, **options: Any) -> jax.Array:
+        """Returns float32 logits `[B, T, V]`; the arguments are those of `hidden`."""
+        return self.logits(self.hidden(batch, **options))
+
+    def hidden(
+        self,
+        batch: Batch,
+        *,
+        key: jax.Array | None = None,
+        attachment: Attachment = _NOTHING,
+        unroll: int | None = None,
+        checkpoint: bool = False,
+    ) -> jax.Array:
+        """Returns the last hidden states, normed, `[B, T, D]`.
+
+        Args:
+          batch: int32 `[B, T]` arrays `input_ids`, `attention_mask` (1 at tokens, 0 at
+            padding on either side) and, optionally, `positions` (from the mask if
+            absent) and `segment_ids` (attention never crosses from one to another).
+          key: source of the dropout; None turns it off.
+          attachment: what a method adds to the layers.
+          unroll: layers in one pass of the loop; None chooses by backend.
+          checkpoint: whether the backward pass computes each layer again.
+        """
+        is_token = batch["attention_mask"].astype(bool)
+        positions = batch.get("positions", _positions(is_token))
+        x = self._embed(batch["input_ids"])
+        x = run_layers(
+            self.layers,
+            x,
+            turn_of(self.config, positions),
+            self._mask(is_token, batch.get("segment_ids")),
+            key=key,
+            attachment=attachment,
+            unroll=unroll,
+            checkpoint=checkpoint,
+        )
+        return self.norm(x)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits `[..., V]` of normed hidden states `[..., D]`."""
+        if self.lm_head is not None:
+            kernel = self.lm_head.kernel[...]
+        else:
+            kernel = self.embeddings.word.embedding[...].T
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+    def cache(self, batch_size: int, length: int) -> Cache:
+        """Returns an empty cache for `length` columns of tokens and padding."""
+        config = self.config
+        dtype = self.embeddings.word.embedding[...].dtype
+        shape = (
+            config.num_layers, batch_size, length, config.num_kv_heads, config.head_size
+        )  # fmt: skip
+        return Cache(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            is_token=jnp.zeros((batch_size, length), bool),
+            positions=jnp.zeros(batch_size, jnp.int32),
+            length=jnp.zeros([], jnp.int32),
+        )
+
+    def extend(
+        self,
+        batch: Batch,
+        cache: Cache,
+        *,
+        attachment: Attachment = _NOTHING,
+    ) -> tuple[jax.Array, Cache]:
+        """Reads more tokens, after those of a cache.
+
+        Args:
+          batch: int32 `[B, T]` arrays `input_ids` and `attention_mask`: prompts, padded
+            on the left, or one token a row.
+          cache: with room for T columns more.
+          attachment: what a method adds to the layers.
+
+        Returns:
+          Normed hidden states of the new columns `[B, T, D]`, and the cache with them.
+        """
+        is_new = batch["attention_mask"].astype(bool)
+        num_new = is_new.shape[1]
+        start = cache.length
+        is_token = jax.lax.dynamic_update_slice_in_dim(cache.is_token, is_new, start, 1)
+        positions = cache.positions[:, None] + _positions(is_new)
+        columns = start + jnp.arange(num_new)
+        mask = self._seen(columns, is_token)
+        x, k, v = run_cached_layers(
+            self.layers,
+            self._embed(batch["input_ids"]),
+            Cached(cache.k, cache.v, start),
+            turn_of(self.config, positions),
+            mask,
+            attachment=attachment,
+        )
+        cache = Cache(
+            k=k,
+            v=v,
+            is_token=is_token,
+            positions=cache.positions + jnp.sum(is_new, axis=1, dtype=jnp.int32),
+            length=start + num_new,
+        )
+        return self.norm(x), cache
+
+    def _embed(self, input_ids: jax.Array) -> jax.Array:
+        """Looks up word vectors `[B, T, D]`."""
+        x = self.embeddings.word(input_ids)
+        if not self.config.scales_words:
+            return x
+        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+
+    def _mask(self, is_token: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        """Returns which keys every token sees, bool `[B, 1, T, T]`."""
+        mask = self._seen(jnp.arange(is_token.shape[1]), is_token)
+        if segment_ids is None:
+            return mask
+        return mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+
+    def _seen(self, columns: jax.Array, is_token: jax.Array) -> jax.Array:
+        """Returns which of S keys the tokens in some columns see, `[B, 1, T, S]`."""
+        distance = columns[:, None] - jnp.arange(is_token.shape[1])[None]
+        is_near = distance >= 0
+        if self.config.sliding_window is not None:
+            is_near &= distance < self.config.sliding_window
+        return is_near[None, None] & is_token[:, None, None, :]
+
+
+def _positions(is_token: jax.Array) -> jax.Array:
+    """Counts the tokens of every row from zero, padding not among them."""
+    return jnp.maximum(jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1, 0)

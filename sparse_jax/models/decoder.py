@@ -1,0 +1,163 @@
+"""The decoder that Llama and its relatives share: gated layers, normed before."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.models.decoder_config import DecoderConfig
+from sparse_jax.models.dropout import dropout
+from sparse_jax.models.linear import linear
+from sparse_jax.models.memory import no_memory, remember
+from sparse_jax.models.rms_norm import RmsNorm
+from sparse_jax.models.rope import Turn, rotate
+from sparse_jax.sites import MEMORY, Respond
+
+__all__ = ["Cached", "DecoderLayer"]
+
+
+class Cached(NamedTuple):
+    """Keys and values of the tokens before, and where to put the next ones."""
+
+    k: jax.Array  # shape=(B, S, G, K)
+    v: jax.Array  # shape=(B, S, G, K)
+    start: jax.Array  # shape=(), int32: columns in use
+
+    def put(self, k: jax.Array, v: jax.Array) -> "Cached":
+        """Returns the cache with T more columns, `[B, T, G, K]`."""
+        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+            old, new.astype(old.dtype), self.start, axis=1
+        )
+        return self._replace(k=write(self.k, k), v=write(self.v, v))
+
+
+class DecoderAttention(nnx.Module):
+    """Causal self-attention with grouped queries: `[B, T, D]`, no residual."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        size, width = config.hidden_size, config.head_size
+        heads, groups = config.num_heads * width, config.num_kv_heads * width
+        self.head_size = width
+        self.rate = config.attention_dropout
+        make = lambda num_in, num_out, bias: linear(
+            config, num_in, num_out, rngs, use_bias=bias
+        )
+        self.norm = _norm(config, size)
+        self.query = make(size, heads, config.qkv_bias)
+        self.key = make(size, groups, config.qkv_bias)
+        self.value = make(size, groups, config.qkv_bias)
+        self.output = make(heads, size, config.output_bias)
+        self.query_norm = _norm(config, width) if config.norms_heads else None
+        self.key_norm = _norm(config, width) if config.norms_heads else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        turn: Turn,
+        mask: jax.Array,
+        key: jax.Array | None,
+        respond: Respond,
+        cached: Cached | None,
+    ) -> tuple[jax.Array, Cached | None]:
+        """Attends; `mask` is True where a key is seen, `[B, 1, T, S]`."""
+        x = respond("attention/norm", self.norm, x)
+        heads = (*x.shape[:-1], -1, self.head_size)
+        q = respond("attention/query", self.query, x).reshape(heads)
+        k = respond("attention/key", self.key, x).reshape(heads)
+        v = respond("attention/value", self.value, x).reshape(heads)
+        if self.query_norm is not None and self.key_norm is not None:
+            q = respond("attention/query_norm", self.query_norm, q)
+            k = respond("attention/key_norm", self.key_norm, k)
+        q, k = rotate(q, turn), rotate(k, turn)
+        if cached is not None:
+            cached = cached.put(k, v)
+            k, v = cached.k.astype(q.dtype), cached.v.astype(q.dtype)
+        memory: Any = respond(MEMORY, no_memory, x)
+        seen = remember(memory, k, v, mask)
+        mixed = _attend(q, seen.k, seen.v, seen.bias, seen.mask, self.rate, key)
+        mixed = mixed.reshape(*x.shape[:-1], -1)
+        return respond("attention/output", self.output, mixed), cached
+
+
+class GatedMlp(nnx.Module):
+    """A gated pair of linear maps, and one back: `[B, T, D]`, no residual."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        size, hidden = config.hidden_size, config.intermediate_size
+        self.activation = config.hidden_act
+        make = lambda num_in, num_out: linear(
+            config, num_in, num_out, rngs, use_bias=config.mlp_bias
+        )
+        self.norm = _norm(config, size)
+        self.gate = make(size, hidden)
+        self.up = make(size, hidden)
+        self.down = make(hidden, size)
+
+    def __call__(self, x: jax.Array, respond: Respond) -> jax.Array:
+        """Maps every token on its own."""
+        x = respond("mlp/norm", self.norm, x)
+        gate = ACTIVATIONS[self.activation](respond("mlp/gate", self.gate, x))
+        hidden = gate * respond("mlp/up", self.up, x)
+        return respond("mlp/down", self.down, hidden)
+
+
+class DecoderLayer(nnx.Module):
+    """One Transformer block, normed before attention and MLP: `[B, T, D]`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.attention = DecoderAttention(config, rngs)
+        self.mlp = GatedMlp(config, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        turn: Turn,
+        mask: jax.Array,
+        key: jax.Array | None,
+        respond: Respond,
+    ) -> jax.Array:
+        """Attends, then maps every token."""
+        return self.extend(x, turn, mask, key, respond, None)[0]
+
+    def extend(
+        self,
+        x: jax.Array,
+        turn: Turn,
+        mask: jax.Array,
+        key: jax.Array | None,
+        respond: Respond,
+        cached: Cached | None,
+    ) -> tuple[jax.Array, Cached | None]:
+        """Does the same after the tokens of a cache, and adds to it."""
+        y, cached = self.attention(x, turn, mask, key, respond, cached)
+        x = x + y
+        return x + self.mlp(x, respond), cached
+
+
+def _norm(config: DecoderConfig, size: int) -> RmsNorm:
+    """Creates a norm."""
+    return RmsNorm(size, config.norm_eps, config.norm_offset)
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array,
+    rate: float,
+    key: jax.Array | None,
+) -> jax.Array:
+    """Mixes the values `[B, T, H, K]`; the softmax is taken in float32."""
+    if key is None or rate == 0:
+        return jax.nn.dot_product_attention(q, k, v, bias, mask=mask)
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+    scores = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5
+    scores = scores if bias is None else scores + bias
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = dropout(jax.nn.softmax(scores), rate, key).astype(v.dtype)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights, v)

@@ -1,0 +1,112 @@
+"""The configuration of a decoder in Hugging Face's words, in and out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sparse_jax.errors import InputError
+from sparse_jax.models.decoder_config import DecoderConfig, RopeScaling
+from sparse_jax.models.decoder_family import DecoderFamily
+
+__all__ = ["decoder_config", "their_decoder_fields"]
+
+# Ours -> theirs, where the meaning is the same.
+_FIELDS = MappingProxyType(
+    {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "intermediate_size": "intermediate_size",
+        "max_positions": "max_position_embeddings",
+        "norm_eps": "rms_norm_eps",
+        "hidden_act": "hidden_act",
+        "tied": "tie_word_embeddings",
+        "attention_dropout": "attention_dropout",
+        "initializer_range": "initializer_range",
+        "pad_id": "pad_token_id",
+        "bos_id": "bos_token_id",
+    }
+)
+_ROPES = ("default", "linear", "llama3")
+
+
+def decoder_config(family: DecoderFamily, theirs: Any, path: Path) -> DecoderConfig:
+    """Translates a transformers configuration.
+
+    Raises:
+      InputError: if its rotary positions are of a kind that is not supported.
+    """
+    rope = _rope(theirs)
+    heads = theirs.num_attention_heads
+    groups = getattr(theirs, "num_key_value_heads", None) or heads
+    width = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
+    stop = theirs.eos_token_id
+    return DecoderConfig(
+        **{ours: getattr(theirs, name) for ours, name in _FIELDS.items()},
+        num_kv_heads=groups,
+        head_size=width,
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=_scaling(rope, path),
+        eos_ids=tuple(stop) if isinstance(stop, list) else (stop,) * (stop is not None),
+        **family.fields(theirs),
+    )
+
+
+def their_decoder_fields(
+    family: DecoderFamily, config: DecoderConfig
+) -> dict[str, Any]:
+    """Returns the fields of a transformers configuration."""
+    fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
+    stop = config.eos_ids
+    return {
+        **fields,
+        "num_key_value_heads": config.num_kv_heads,
+        "rope_parameters": _their_rope(config),
+        "eos_token_id": list(stop) if len(stop) > 1 else (stop[0] if stop else None),
+        **family.their_fields(config),
+    }
+
+
+def _rope(theirs: Any) -> Mapping[str, Any]:
+    """Returns the rotary settings under the names of transformers 5."""
+    # Its configuration class also reads `rope_theta` and `rope_scaling` of older files.
+    return {"rope_theta": 10000.0, "rope_type": "default", **theirs.rope_parameters}
+
+
+def _scaling(rope: Mapping[str, Any], path: Path) -> RopeScaling | None:
+    """Returns how frequencies are stretched."""
+    kind = rope["rope_type"]
+    if kind not in _ROPES:
+        raise InputError(
+            f"`rope_type` in `{path}` must be one of {', '.join(_ROPES)}, got {kind!r}."
+        )
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling(factor=rope["factor"])
+    return RopeScaling(
+        factor=rope["factor"],
+        low=rope["low_freq_factor"],
+        high=rope["high_freq_factor"],
+        original_positions=rope["original_max_position_embeddings"],
+    )
+
+
+def _their_rope(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the rotary settings under the names of transformers 5."""
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if scaling is None:
+        return rope
+    if scaling.low is None:
+        return {**rope, "rope_type": "linear", "factor": scaling.factor}
+    return {
+        **rope,
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low,
+        "high_freq_factor": scaling.high,
+        "original_max_position_embeddings": scaling.original_positions,
+    }

@@ -1,0 +1,56 @@
+"""Qwen2, whose queries, keys and values have biases, and Qwen3, which norms heads.
+
+References:
+  Yang et al., 2024. https://arxiv.org/abs/2407.10671
+  Yang et al., 2025. https://arxiv.org/abs/2505.09388
+"""
+
+from types import MappingProxyType
+from typing import Any
+
+from sparse_jax.errors import InputError
+from sparse_jax.models.decoder_family import NAMES, DecoderFamily
+
+__all__ = ["QWEN2", "QWEN3"]
+
+
+def _require_full_attention(theirs: Any) -> None:
+    """Raises if some layers have a sliding window and others have none."""
+    if theirs.use_sliding_window and "sliding_attention" in theirs.layer_types:
+        raise InputError(
+            "`use_sliding_window` must be false, got true. Windows in some layers only "
+            "are not supported."
+        )
+
+
+def _fields2(theirs: Any) -> dict[str, Any]:
+    """Returns what a configuration of Qwen2 says."""
+    _require_full_attention(theirs)
+    return {"qkv_bias": True}
+
+
+def _fields3(theirs: Any) -> dict[str, Any]:
+    """Returns what a configuration of Qwen3 says."""
+    _require_full_attention(theirs)
+    bias = theirs.attention_bias
+    return {"norms_heads": True, "qkv_bias": bias, "output_bias": bias}
+
+
+QWEN2 = DecoderFamily(
+    name="qwen2",
+    fields=_fields2,
+    their_fields=lambda config: {},
+    architectures=MappingProxyType({"CausalLM": "Qwen2ForCausalLM"}),
+    names=NAMES,
+)
+
+QWEN3 = DecoderFamily(
+    name="qwen3",
+    fields=_fields3,
+    their_fields=lambda config: {
+        "attention_bias": config.qkv_bias,
+        "head_dim": config.head_size,
+    },
+    architectures=MappingProxyType({"CausalLM": "Qwen3ForCausalLM"}),
+    names=NAMES,
+)

@@ -1,0 +1,211 @@
+"""Decoders give the logits of PyTorch, both ways, on tiny random models."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_jax import from_pretrained, save_pretrained
+from sparse_jax.errors import InputError
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.heads import SequenceClassifier
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+CASES = {
+    "llama": ("llama", {}),
+    "llama, one head a group": ("llama", {"num_key_value_heads": 4}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama 3.1": ("llama", {"rope_parameters": LLAMA3}),
+    "llama, linear": ("llama", {"rope_parameters": LINEAR}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "mistral, no window": ("mistral", {"sliding_window": None, "head_dim": 12}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 12}),
+    "gemma": ("gemma", {"head_dim": 12}),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def torch_model(case, folder):
+    """Writes a tiny PyTorch model and returns it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, changes = CASES[case]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **changes})
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, leaf in model.named_parameters():
+            if name.endswith(("norm.weight", "bias")):
+                leaf.add_(0.1 * torch.randn_like(leaf))
+    model.save_pretrained(folder)
+    return model
+
+
+def torch_logits(model, ids, mask):
+    import torch
+
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    with torch.no_grad():
+        return model(
+            torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            position_ids=torch.tensor(positions),
+        ).logits.numpy()
+
+
+def padded(side):
+    """Returns ids and a mask of 11, 7 and 4 tokens."""
+    ids = np.random.default_rng(1).integers(3, 61, (3, 11))
+    mask = np.zeros((3, 11), np.int64)
+    for row, length in enumerate((11, 7, 4)):
+        mask[row, slice(0, length) if side == "right" else slice(11 - length, 11)] = 1
+    return np.where(mask, ids, 0), mask
+
+
+def batch_of(ids, mask):
+    return {
+        "input_ids": jnp.asarray(ids, jnp.int32),
+        "attention_mask": jnp.asarray(mask, jnp.int32),
+    }
+
+
+@every_case
+def test_logits_equal_those_of_pytorch(case, tmp_path):
+    theirs = torch_model(case, tmp_path)
+    model, params = from_pretrained(tmp_path, head=CausalLM)
+    logits = jax.jit(model)
+    for side in ("left", "right"):
+        ids, mask = padded(side)
+        ours = np.array(logits(params, batch_of(ids, mask)))
+        expected = torch_logits(theirs, ids, mask)
+        is_token = mask.astype(bool)
+        np.testing.assert_allclose(
+            ours[is_token], expected[is_token], rtol=0, atol=1e-4
+        )
+
+
+@every_case
+def test_pytorch_reads_what_is_saved(case, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    theirs = torch_model(case, tmp_path / "theirs")
+    model, params = from_pretrained(tmp_path / "theirs", head=CausalLM)
+    save_pretrained(model, params, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    again.config._attn_implementation = "eager"
+    ids, mask = padded("left")
+    np.testing.assert_array_equal(
+        torch_logits(again.eval(), ids, mask), torch_logits(theirs, ids, mask)
+    )
+    assert from_pretrained(tmp_path / "ours", head=CausalLM)[0] == model
+
+
+@pytest.mark.parametrize("case", ["llama 3.1", "mistral", "qwen3"])
+def test_reading_on_from_a_cache_equals_reading_at_once(case, tmp_path):
+    torch_model(case, tmp_path)
+    model, params = from_pretrained(tmp_path, head=CausalLM)
+    ids, mask = padded("left")
+    expected = np.array(model(params, batch_of(ids, mask)))
+    extend = jax.jit(model.extend)
+    cache = model.cache(params, 3, 16)
+    hidden, cache = extend(params, batch_of(ids[:, :8], mask[:, :8]), cache)
+    found = [hidden]
+    for column in range(8, 11):
+        part = batch_of(ids[:, [column]], mask[:, [column]])
+        hidden, cache = extend(params, part, cache)
+        found.append(hidden)
+    logits = np.array(model.logits(params, jnp.concatenate(found, axis=1)))
+    is_token = mask.astype(bool)
+    np.testing.assert_allclose(logits[is_token], expected[is_token], atol=1e-5)
+    assert cache.positions.tolist() == [11, 7, 4] and int(cache.length) == 11
+
+
+def test_packed_segments_do_not_see_each_other(tmp_path):
+    torch_model("llama", tmp_path)
+    model, params = from_pretrained(tmp_path, head=CausalLM)
+    ids = np.random.default_rng(1).integers(3, 61, (1, 10))
+    alone = [np.array(model(params, batch_of(part, np.ones_like(part))))
+             for part in (ids[:, :6], ids[:, 6:])]  # fmt: skip
+    batch = batch_of(ids, np.ones_like(ids)) | {
+        "segment_ids": jnp.array([[1] * 6 + [2] * 4]),
+        "positions": jnp.array([[*range(6), *range(4)]]),
+    }
+    together = np.array(model(params, batch))
+    np.testing.assert_allclose(together, np.concatenate(alone, axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("folder", ["babyllama-1m", "tinystories-656k"])
+def test_genuine_models_give_the_logits_of_pytorch(folder, shared_data):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = shared_data / "models" / folder
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model, params = from_pretrained(path, head=CausalLM)
+    ids = np.random.default_rng(0).integers(3, 100, (2, 40))
+    mask = np.ones_like(ids)
+    ours = np.array(model(params, batch_of(ids, mask)))
+    np.testing.assert_allclose(ours, torch_logits(theirs, ids, mask), atol=1e-4)
+
+
+def test_a_long_context_needs_no_table(tmp_path):
+    torch_model("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["max_position_embeddings"] = 1_000_000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, params = from_pretrained(tmp_path, head=CausalLM)
+    ids, mask = padded("right")
+    assert model(params, batch_of(ids, mask)).shape == (3, 11, 61)
+
+
+def test_half_precision_stays_half(tmp_path):
+    torch_model("llama", tmp_path)
+    model, params = from_pretrained(tmp_path, head=CausalLM, dtype=jnp.bfloat16)
+    ids, mask = padded("right")
+    assert model.hidden(params, batch_of(ids, mask)).dtype == jnp.bfloat16
+    assert model(params, batch_of(ids, mask)).dtype == jnp.float32
+
+
+def test_a_rope_that_we_lack_is_named(tmp_path):
+    torch_model("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="`rope_type` in .* default, linear, llama3, "):
+        from_pretrained(tmp_path, head=CausalLM)
+
+
+def test_a_head_that_a_decoder_lacks_is_named(tmp_path):
+    torch_model("llama", tmp_path)
+    with pytest.raises(InputError, match="`head` must be one of CausalLM for the"):
+        from_pretrained(tmp_path, head=SequenceClassifier)
+
+
+@pytest.mark.parametrize("is_truncated", [False, True])
+def test_a_shard_that_is_missing_or_cut_is_named(is_truncated, tmp_path):
+    torch_model("llama", tmp_path).save_pretrained(tmp_path, max_shard_size="20kB")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    from_pretrained(tmp_path, head=CausalLM)
+    shard = sorted(tmp_path.glob("model-00002*"))[0]
+    if is_truncated:
+        shard.write_bytes(shard.read_bytes()[:-10])
+    else:
+        shard.unlink()
+    with pytest.raises(InputError, match=shard.name):
+        from_pretrained(tmp_path, head=CausalLM)
