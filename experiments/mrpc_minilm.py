@@ -37,6 +37,9 @@ METHODS = {
     "sift-0.01": replace(BASE, method="sift", density=0.01),
     "sift-0.001": replace(BASE, method="sift", density=0.001),
     "random-0.001": replace(BASE, method="random", density=0.001),
+    # Two of the six layers at a time, chosen by their importance or at random.
+    "lora-8-ist": replace(BASE, method="lora", rank=8, sampler="ist", active=0.34),
+    "lora-8-rst": replace(BASE, method="lora", rank=8, sampler="uniform", active=0.34),
     "bitfit": replace(BASE, method="bitfit"),
     "head": replace(BASE, method="head"),
 }
