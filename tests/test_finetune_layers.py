@@ -99,6 +99,14 @@ def test_settings_that_contradict_each_other_are_named(options, message):
         Settings(model="m", task="mrpc", output="o", **options)
 
 
+def test_weights_that_are_not_one_a_layer_are_refused():
+    options = Settings(
+        model="m", task="mrpc", output="o", sampler="fixed", layer_weights=(1.0, 2.0)
+    )
+    with pytest.raises(InputError, match="`layer_weights` .* 4 layers .* got 2"):
+        sampler_of(options, 4)
+
+
 def test_a_layer_that_the_model_lacks_is_named():
     options = Settings(
         model="m", task="mrpc", output="o", sampler="static", layers=(1, 7)

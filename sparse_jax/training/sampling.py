@@ -66,6 +66,17 @@ def _static(settings: Settings, sizes: dict[str, int]) -> Sampler:
     return Static.of(*layers, num_layers=num_layers)
 
 
+def _fixed(settings: Settings, sizes: dict[str, Any]) -> Sampler:
+    """Returns the sampler with the weights that were listed."""
+    weights, num_layers = settings.layer_weights or (), sizes["num_layers"]
+    if len(weights) != num_layers:
+        raise InputError(
+            f"`layer_weights` must be given once for each of the {num_layers} layers "
+            f"of the model, got {len(weights)}."
+        )
+    return Fixed(**sizes, proportions=weights)
+
+
 def _importance(settings: Settings, sizes: dict[str, int]) -> Sampler:
     """Returns the sampler of IST."""
     num_layers = sizes["num_layers"]
@@ -83,9 +94,7 @@ _SAMPLERS: dict[str, _Make] = {
     "ist": _importance,
     "uniform": lambda settings, sizes: Uniform(**sizes),
     "cyclic": lambda settings, sizes: Cyclic(**sizes),
-    "fixed": lambda settings, sizes: Fixed(
-        **sizes, proportions=settings.layer_weights or ()
-    ),
+    "fixed": _fixed,
     "static": _static,
     "norm": lambda settings, sizes: GradientNorm(**sizes),
 }
