@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_decoders import batch_of, padded, random_model, torch_logits
 
 from sparse_jax import from_pretrained, save_pretrained
 from sparse_jax.errors import InputError
@@ -41,48 +42,8 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 def torch_model(case, folder):
     """Writes a tiny PyTorch model and returns it."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     family, changes = CASES[case]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **changes})
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, leaf in model.named_parameters():
-            if name.endswith(("norm.weight", "bias")):
-                leaf.add_(0.1 * torch.randn_like(leaf))
-    model.save_pretrained(folder)
-    return model
-
-
-def torch_logits(model, ids, mask):
-    import torch
-
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    with torch.no_grad():
-        return model(
-            torch.tensor(ids),
-            attention_mask=torch.tensor(mask),
-            position_ids=torch.tensor(positions),
-        ).logits.numpy()
-
-
-def padded(side):
-    """Returns ids and a mask of 11, 7 and 4 tokens."""
-    ids = np.random.default_rng(1).integers(3, 61, (3, 11))
-    mask = np.zeros((3, 11), np.int64)
-    for row, length in enumerate((11, 7, 4)):
-        mask[row, slice(0, length) if side == "right" else slice(11 - length, 11)] = 1
-    return np.where(mask, ids, 0), mask
-
-
-def batch_of(ids, mask):
-    return {
-        "input_ids": jnp.asarray(ids, jnp.int32),
-        "attention_mask": jnp.asarray(mask, jnp.int32),
-    }
+    return random_model(family, {**SIZES, **changes}, folder)
 
 
 @every_case

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_jax.models.decoder import Cached, DecoderLayer
+from sparse_jax.models.classic_config import ClassicConfig
+from sparse_jax.models.decoder import Cached
 from sparse_jax.models.decoder_config import DecoderConfig
-from sparse_jax.models.linear import embed, linear
-from sparse_jax.models.rms_norm import RmsNorm
-from sparse_jax.models.rope import turn_of
+from sparse_jax.models.decoder_family import DecoderFamily
+from sparse_jax.models.linear import linear
 from sparse_jax.models.stack import run_cached_layers, run_layers, stack_layers
 from sparse_jax.sites import Attachment
 
@@ -32,30 +32,31 @@ class Cache(NamedTuple):
     length: jax.Array  # shape=(), int32: columns in use
 
 
-class Words(nnx.Module):
-    """The word table."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.word = embed(config, config.vocab_size, rngs)
-
-
 class CausalLM(nnx.Module):
     """A decoder with a score for every next word.
 
-    Leaves are `embeddings/word/embedding`, `layers/...` (stacked, with the layer as
-    leading axis `[L]`), `norm/scale`, and `lm_head/kernel` unless it is tied.
+    Its parts are those of the family. Leaves are `embeddings/...`, among them
+    `embeddings/word/embedding`, `layers/...` (stacked, with the layer as leading axis
+    `[L]`), `norm/...`, and `lm_head/...` unless that is tied to the words.
     """
 
-    def __init__(self, family: Any, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        family: DecoderFamily,
+        config: DecoderConfig | ClassicConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        parts = family.parts
         self.family = family
         self.config = config
-        self.embeddings = Words(config, rngs)
+        self.embeddings = parts.embeddings(config, rngs)
         self.layers = stack_layers(
-            lambda rngs: DecoderLayer(config, rngs), config.num_layers, rngs
+            lambda rngs: parts.layer(config, rngs), config.num_layers, rngs
         )
-        self.norm = RmsNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+        self.norm = parts.norm(config, rngs)
         sizes = (config.hidden_size, config.vocab_size)
-        head = lambda: linear(config, *sizes, rngs, use_bias=False)
+        head = lambda: linear(config, *sizes, rngs, use_bias=parts.has_head_bias)
         self.lm_head = None if config.tied else head()
 
     def __call__(self, batch: Batch, **options: Any) -> jax.Array:
@@ -84,11 +85,10 @@ class CausalLM(nnx.Module):
         """
         is_token = batch["attention_mask"].astype(bool)
         positions = batch.get("positions", _positions(is_token))
-        x = self._embed(batch["input_ids"])
         x = run_layers(
             self.layers,
-            x,
-            turn_of(self.config, positions),
+            self.embeddings(batch["input_ids"], positions, key),
+            self.family.parts.place(self.config, positions, positions),
             self._mask(is_token, batch.get("segment_ids")),
             key=key,
             attachment=attachment,
@@ -99,11 +99,13 @@ class CausalLM(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits `[..., V]` of normed hidden states `[..., D]`."""
-        if self.lm_head is not None:
-            kernel = self.lm_head.kernel[...]
-        else:
-            kernel = self.embeddings.word.embedding[...].T
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        head = self.lm_head
+        words = self.embeddings.word.embedding
+        kernel = words[...].T if head is None else head.kernel[...]
+        scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        if head is None or head.bias is None:
+            return scores
+        return scores + head.bias[...].reshape(*[1] * (scores.ndim - 1), -1)
 
     def cache(self, batch_size: int, length: int) -> Cache:
         """Returns an empty cache for `length` columns of tokens and padding."""
@@ -147,9 +149,9 @@ class CausalLM(nnx.Module):
         mask = self._seen(columns, is_token)
         x, k, v = run_cached_layers(
             self.layers,
-            self._embed(batch["input_ids"]),
+            self.embeddings(batch["input_ids"], positions, None),
             Cached(cache.k, cache.v, start),
-            turn_of(self.config, positions),
+            self.family.parts.place(self.config, positions, _positions(is_token)),
             mask,
             attachment=attachment,
         )
@@ -161,13 +163,6 @@ class CausalLM(nnx.Module):
             length=start + num_new,
         )
         return self.norm(x), cache
-
-    def _embed(self, input_ids: jax.Array) -> jax.Array:
-        """Looks up word vectors `[B, T, D]`."""
-        x = self.embeddings.word(input_ids)
-        if not self.config.scales_words:
-            return x
-        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
 
     def _mask(self, is_token: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         """Returns which keys every token sees, bool `[B, 1, T, T]`."""

@@ -3,12 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.models.attend import attend
 from sparse_jax.models.decoder_config import DecoderConfig
-from sparse_jax.models.dropout import dropout
 from sparse_jax.models.linear import linear
 from sparse_jax.models.memory import no_memory, remember
 from sparse_jax.models.rms_norm import RmsNorm
@@ -76,7 +75,7 @@ class DecoderAttention(nnx.Module):
             k, v = cached.k.astype(q.dtype), cached.v.astype(q.dtype)
         memory: Any = respond(MEMORY, no_memory, x)
         seen = remember(memory, k, v, mask)
-        mixed = _attend(q, seen.k, seen.v, seen.bias, seen.mask, self.rate, key)
+        mixed = attend(q, seen.k, seen.v, seen.bias, seen.mask, self.rate, key)
         mixed = mixed.reshape(*x.shape[:-1], -1)
         return respond("attention/output", self.output, mixed), cached
 
@@ -139,25 +138,3 @@ class DecoderLayer(nnx.Module):
 def _norm(config: DecoderConfig, size: int) -> RmsNorm:
     """Creates a norm."""
     return RmsNorm(size, config.norm_eps, config.norm_offset)
-
-
-def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array,
-    rate: float,
-    key: jax.Array | None,
-) -> jax.Array:
-    """Mixes the values `[B, T, H, K]`; the softmax is taken in float32."""
-    if key is None or rate == 0:
-        return jax.nn.dot_product_attention(q, k, v, bias, mask=mask)
-    repeats = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
-    scores = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
-    scores = scores if bias is None else scores + bias
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores), rate, key).astype(v.dtype)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights, v)

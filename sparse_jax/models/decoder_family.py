@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["DecoderFamily", "NAMES"]
+from sparse_jax.models.decoder import DecoderLayer
+from sparse_jax.models.layout import PLAIN, Layout
+from sparse_jax.models.parts import Parts
+from sparse_jax.models.rms_norm import RmsNorm
+from sparse_jax.models.rope import turn_of
+from sparse_jax.models.words import Words
+
+__all__ = ["GATED", "NAMES", "DecoderFamily"]
 
 NAMES = MappingProxyType(
     {
@@ -26,11 +33,20 @@ NAMES = MappingProxyType(
     }
 )
 
+GATED = Parts(
+    embeddings=Words,
+    layer=DecoderLayer,
+    norm=lambda config, rngs: RmsNorm(
+        config.hidden_size, config.norm_eps, config.norm_offset
+    ),
+    place=lambda config, positions, seen: turn_of(config, positions),
+)
+
 
 # Families are compared by identity, which also makes them hashable.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecoderFamily:
-    """The differences between two decoders of the same layers."""
+    """The differences between two decoders."""
 
     name: str  # `model_type` in a Hugging Face configuration
     # Fields of our configuration that depend on the family, from a Hugging Face one.
@@ -39,5 +55,7 @@ class DecoderFamily:
     their_fields: Callable[[Any], Mapping[str, Any]]
     architectures: Mapping[str, str]  # our module -> Hugging Face class
     names: Mapping[str, str]  # our module path -> Hugging Face module path
+    parts: Parts = GATED
+    layout: Layout = PLAIN
     prefix: str = "model"  # what a bare model's tensors lack in front
     bare: str = r"(embed_tokens|layers|norm)\."  # how the names of such tensors begin

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.layout import PLAIN, Layout
 
 __all__ = ["Create", "Family"]
 
@@ -27,6 +28,7 @@ class Family:
     lm_activation: str | None  # None is the activation of the layers
     architectures: Mapping[str, str]  # our module -> Hugging Face class
     names: Mapping[str, str]  # our module path -> Hugging Face module path
+    layout: Layout = PLAIN
     bare: str = r"(embeddings|encoder|pooler)\."  # how names without a prefix begin
 
     @property

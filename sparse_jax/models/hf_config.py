@@ -10,11 +10,17 @@ import jax.typing
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.bert import BERT
+from sparse_jax.models.bloom import BLOOM
+from sparse_jax.models.classic_config import ClassicConfig
+from sparse_jax.models.classic_family import ClassicFamily
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.decoder_config import DecoderConfig
 from sparse_jax.models.decoder_family import DecoderFamily
 from sparse_jax.models.family import Family
 from sparse_jax.models.gemma import GEMMA
+from sparse_jax.models.gpt2 import GPT2
+from sparse_jax.models.gptj import GPTJ
+from sparse_jax.models.hf_classic_config import classic_config, their_classic_fields
 from sparse_jax.models.hf_decoder_config import decoder_config, their_decoder_fields
 from sparse_jax.models.llama import LLAMA
 from sparse_jax.models.mistral import MISTRAL
@@ -27,7 +33,18 @@ __all__ = ["FAMILIES", "read_config", "write_config"]
 FAMILIES = MappingProxyType(
     {
         family.name: family
-        for family in (BERT, ROBERTA, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)
+        for family in (
+            BERT,
+            ROBERTA,
+            LLAMA,
+            MISTRAL,
+            QWEN2,
+            QWEN3,
+            GEMMA,
+            GPT2,
+            GPTJ,
+            BLOOM,
+        )  # fmt: skip
     }
 )
 
@@ -51,7 +68,7 @@ _FIELDS = MappingProxyType(
 
 def read_config(
     folder: str | Path, *, num_labels: int | None = None
-) -> tuple[Family | DecoderFamily, EncoderConfig | DecoderConfig]:
+) -> tuple[Family | DecoderFamily, EncoderConfig | DecoderConfig | ClassicConfig]:
     """Reads the family and the sizes of the model in a folder.
 
     Args:
@@ -76,6 +93,8 @@ def read_config(
         raise InputError(
             f"`{path}` must be a valid {family.name} configuration: {reason}."
         ) from error
+    if isinstance(family, ClassicFamily):
+        return family, classic_config(family, theirs, path)
     if isinstance(family, DecoderFamily):
         return family, decoder_config(family, theirs, path)
     _require_encoder(path, theirs)
@@ -94,7 +113,10 @@ def write_config(
         "dtype": jnp.dtype(dtype).name,
     }
     if isinstance(family, DecoderFamily):
-        fields = their_decoder_fields(family, config)
+        if isinstance(family, ClassicFamily):
+            fields = their_classic_fields(family, config)
+        else:
+            fields = their_decoder_fields(family, config)
         AutoConfig.for_model(family.name, **fields, **shared).save_pretrained(folder)
         return
     fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}

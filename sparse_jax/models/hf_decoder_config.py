@@ -9,7 +9,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.models.decoder_config import DecoderConfig, RopeScaling
 from sparse_jax.models.decoder_family import DecoderFamily
 
-__all__ = ["decoder_config", "their_decoder_fields"]
+__all__ = ["decoder_config", "stop_ids", "their_decoder_fields", "their_stop_ids"]
 
 # Ours -> theirs, where the meaning is the same.
 _FIELDS = MappingProxyType(
@@ -42,14 +42,13 @@ def decoder_config(family: DecoderFamily, theirs: Any, path: Path) -> DecoderCon
     heads = theirs.num_attention_heads
     groups = getattr(theirs, "num_key_value_heads", None) or heads
     width = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
-    stop = theirs.eos_token_id
     return DecoderConfig(
         **{ours: getattr(theirs, name) for ours, name in _FIELDS.items()},
         num_kv_heads=groups,
         head_size=width,
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=_scaling(rope, path),
-        eos_ids=tuple(stop) if isinstance(stop, list) else (stop,) * (stop is not None),
+        eos_ids=stop_ids(theirs),
         **family.fields(theirs),
     )
 
@@ -59,14 +58,24 @@ def their_decoder_fields(
 ) -> dict[str, Any]:
     """Returns the fields of a transformers configuration."""
     fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
-    stop = config.eos_ids
     return {
         **fields,
         "num_key_value_heads": config.num_kv_heads,
         "rope_parameters": _their_rope(config),
-        "eos_token_id": list(stop) if len(stop) > 1 else (stop[0] if stop else None),
+        "eos_token_id": their_stop_ids(config.eos_ids),
         **family.their_fields(config),
     }
+
+
+def stop_ids(theirs: Any) -> tuple[int, ...]:
+    """Returns the ids that end a text: none, one or several."""
+    stop = theirs.eos_token_id
+    return tuple(stop) if isinstance(stop, list) else (stop,) * (stop is not None)
+
+
+def their_stop_ids(stop: tuple[int, ...]) -> int | list[int] | None:
+    """Returns the ids that end a text as transformers writes them."""
+    return list(stop) if len(stop) > 1 else (stop[0] if stop else None)
 
 
 def _rope(theirs: Any) -> Mapping[str, Any]:

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparse_jax.models.classic_config import ClassicConfig
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.decoder_config import DecoderConfig
 
 __all__ = ["embed", "layer_norm", "linear"]
 
-Config = EncoderConfig | DecoderConfig
+Config = EncoderConfig | DecoderConfig | ClassicConfig
 
 
 def linear(
@@ -29,7 +30,7 @@ def embed(config: Config, num_rows: int, rngs: nnx.Rngs) -> nnx.Embed:
     return table
 
 
-def layer_norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: EncoderConfig | ClassicConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Creates a layer norm over the hidden size, with statistics in float32."""
     # The fast variance E[x^2] - E[x]^2 loses digits that PyTorch keeps.
     return nnx.LayerNorm(

@@ -15,7 +15,6 @@ from sparse_jax.models.hf_config import read_config, write_config
 from sparse_jax.models.hf_names import (
     is_stacked,
     tensor_name,
-    to_tensor_layout,
     with_full_names,
 )
 from sparse_jax.models.hub import local_folder
@@ -100,16 +99,7 @@ def save_pretrained(model: PureModel, params: Params, folder: str | Path) -> Non
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-
-    def collect(leaf: str, array: jax.Array) -> None:
-        parts = np.asarray(array) if is_stacked(leaf) else np.asarray(array)[None]
-        for layer, part in enumerate(parts):
-            name = tensor_name(model.family, leaf, layer)
-            tensors[name] = to_tensor_layout(leaf, part)
-
-    map_named(collect, params)
-    write_tensors(tensors, folder)
+    write_tensors(_tensors(model, params), folder)
     write_config(model, folder, jax.tree.leaves(params)[0].dtype)
 
 
@@ -122,6 +112,25 @@ def new_leaves(model: PureModel, folder: str | Path) -> tuple[str, ...]:
     """
     names = with_full_names(model.family, open_tensors(folder))
     return _missing_head(model, model.abstract(), names)
+
+
+def _tensors(model: PureModel, params: Params) -> dict[str, np.ndarray]:
+    """Returns the tensors of a checkpoint, those fused that are one there."""
+    layout, parts = model.family.layout, {}
+
+    def collect(leaf: str, array: jax.Array) -> None:
+        layers = np.asarray(array) if is_stacked(leaf) else np.asarray(array)[None]
+        for layer, one in enumerate(layers):
+            name = tensor_name(model.family, leaf, layer)
+            parts.setdefault(name, []).append((layout.part_of(leaf) or 0, leaf, one))
+
+    map_named(collect, params)
+    heads = model.config.num_heads
+    tensors = {}
+    for name, found in parts.items():
+        found.sort(key=lambda part: part[0])
+        tensors[name] = layout.fuse(found[0][1], [one for *_, one in found], heads)
+    return tensors
 
 
 def _missing_head(
@@ -144,7 +153,9 @@ def _read(
     files: Mapping[str, Any],
 ) -> np.ndarray:
     """Reads one leaf, stacked over the layers if it belongs to one."""
+    layout = model.family.layout
     num_layers, shape = (shape[0], shape[1:]) if is_stacked(leaf) else (1, shape)
+    expected = layout.tensor_shape(leaf, shape)
     parts = []
     for layer in range(num_layers):
         name = tensor_name(model.family, leaf, layer)
@@ -155,10 +166,10 @@ def _read(
             )
         file = files[names[name]]
         found = tuple(file.get_slice(names[name]).get_shape())
-        expected = shape[::-1] if leaf.endswith("/kernel") else shape
         if found != expected:
             raise InputError(_wrong_shape(leaf, name, expected, found))
-        parts.append(to_tensor_layout(leaf, file.get_tensor(names[name])))
+        tensor = file.get_tensor(names[name])
+        parts.append(layout.split(leaf, tensor, model.config.num_heads))
     return np.stack(parts) if is_stacked(leaf) else parts[0]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sparse_jax.models.decoder_config import DecoderConfig, RopeScaling
 
-__all__ = ["Turn", "rotate", "turn_of"]
+__all__ = ["Turn", "angles", "base_frequencies", "rotate", "turn_of"]
 
 
 class Turn(NamedTuple):
@@ -21,9 +21,28 @@ class Turn(NamedTuple):
 
 def turn_of(config: DecoderConfig, positions: jax.Array) -> Turn:
     """Returns the angles of tokens at int32 positions `[B, T]`."""
-    frequencies = jnp.asarray(_frequencies(config), jnp.float32)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None]
-    return Turn(jnp.cos(angles), jnp.sin(angles))
+    frequencies = base_frequencies(config.head_size, config.rope_theta)
+    if config.rope_scaling is not None:
+        frequencies = _stretched(frequencies, config.rope_scaling)
+    return angles(positions, frequencies)
+
+
+def angles(positions: jax.Array, frequencies: np.ndarray) -> Turn:
+    """Returns position times frequency, of int32 `[B, T]` and float32 `[K / 2]`."""
+    pace = jnp.asarray(frequencies, jnp.float32).reshape(1, 1, 1, -1)
+    turned = positions[:, :, None, None].astype(jnp.float32) * pace
+    return Turn(jnp.cos(turned), jnp.sin(turned))
+
+
+def base_frequencies(size: int, theta: float) -> np.ndarray:
+    """Returns the angles per position, shape=(size / 2,), in float32 as PyTorch does.
+
+    Example:
+      >>> base_frequencies(4, 10000.0).tolist()
+      [1.0, 0.009999999776482582]
+    """
+    exponents = np.arange(0, size, 2, dtype=np.float32) / size
+    return (1.0 / np.float32(theta) ** exponents).astype(np.float32)
 
 
 def rotate(x: jax.Array, turn: Turn) -> jax.Array:
@@ -37,15 +56,6 @@ def rotate(x: jax.Array, turn: Turn) -> jax.Array:
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def _frequencies(config: DecoderConfig) -> np.ndarray:
-    """Returns the angles per position, shape=(1, K / 2), in float32 as PyTorch does."""
-    exponents = np.arange(0, config.head_size, 2, dtype=np.float32) / config.head_size
-    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
-    if config.rope_scaling is not None:
-        frequencies = _stretched(frequencies, config.rope_scaling)
-    return frequencies[None]
 
 
 def _stretched(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:

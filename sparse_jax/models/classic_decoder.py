@@ -1,0 +1,139 @@
+"""The decoders with layer norms: GPT-2 and its relatives."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.models.attend import attend
+from sparse_jax.models.classic_config import ClassicConfig
+from sparse_jax.models.decoder import Cached
+from sparse_jax.models.dropout import dropout, split_key
+from sparse_jax.models.linear import layer_norm, linear
+from sparse_jax.models.memory import Attended, no_memory, remember
+from sparse_jax.models.rope import Turn
+from sparse_jax.models.rope_pairs import rotate_pairs
+from sparse_jax.sites import MEMORY, Respond
+
+__all__ = ["ClassicLayer", "Place"]
+
+
+class Place(NamedTuple):
+    """What a layer knows of where its tokens are."""
+
+    turn: Turn | None = None  # of queries and keys
+    bias: jax.Array | None = None  # of the scores, float32, shape=(B, H, 1, S)
+
+
+class ClassicAttention(nnx.Module):
+    """Causal self-attention with as many keys as queries, no residual."""
+
+    def __init__(self, config: ClassicConfig, rngs: nnx.Rngs):
+        size = config.hidden_size
+        self.num_heads = config.num_heads
+        self.rate = config.attention_dropout
+        make = lambda: linear(config, size, size, rngs, use_bias=config.attention_bias)
+        self.norm = layer_norm(config, rngs)
+        self.query = make()
+        self.key = make()
+        self.value = make()
+        self.output = make()
+
+    def __call__(
+        self,
+        x: jax.Array,
+        place: Place,
+        mask: jax.Array,
+        key: jax.Array | None,
+        respond: Respond,
+        cached: Cached | None,
+    ) -> tuple[jax.Array, Cached | None]:
+        """Attends in normed `x`, `[B, T, D]`; `mask` is True where a key is seen."""
+        heads = (*x.shape[:-1], self.num_heads, -1)
+        q = respond("attention/query", self.query, x).reshape(heads)
+        k = respond("attention/key", self.key, x).reshape(heads)
+        v = respond("attention/value", self.value, x).reshape(heads)
+        if place.turn is not None:
+            q, k = rotate_pairs(q, place.turn), rotate_pairs(k, place.turn)
+        if cached is not None:
+            cached = cached.put(k, v)
+            k, v = cached.k.astype(q.dtype), cached.v.astype(q.dtype)
+        memory: Any = respond(MEMORY, no_memory, x)
+        seen = remember(memory, k, v, mask)
+        bias = _with_memory(place.bias, seen)
+        mixed = attend(q, seen.k, seen.v, bias, seen.mask, self.rate, key)
+        mixed = mixed.reshape(x.shape)
+        return respond("attention/output", self.output, mixed), cached
+
+
+class ClassicMlp(nnx.Module):
+    """Two linear maps with an activation between them, no residual."""
+
+    def __init__(self, config: ClassicConfig, rngs: nnx.Rngs, *, has_norm: bool):
+        size, hidden = config.hidden_size, config.intermediate_size
+        self.activation = config.hidden_act
+        self.norm = layer_norm(config, rngs) if has_norm else None
+        self.up = linear(config, size, hidden, rngs)
+        self.down = linear(config, hidden, size, rngs)
+
+    def __call__(self, x: jax.Array, respond: Respond) -> jax.Array:
+        """Maps every token `[B, T, D]` on its own."""
+        if self.norm is not None:
+            x = respond("mlp/norm", self.norm, x)
+        hidden = ACTIVATIONS[self.activation](respond("mlp/up", self.up, x))
+        return respond("mlp/down", self.down, hidden)
+
+
+class ClassicLayer(nnx.Module):
+    """One Transformer block: `[B, T, D]`.
+
+    The MLP maps what the attention returns, normed once more; in a parallel block it
+    maps what the attention sees, and the two have one norm.
+    """
+
+    def __init__(
+        self, config: ClassicConfig, rngs: nnx.Rngs, *, is_parallel: bool = False
+    ):
+        self.is_parallel = is_parallel
+        self.rate = config.hidden_dropout
+        self.attention = ClassicAttention(config, rngs)
+        self.mlp = ClassicMlp(config, rngs, has_norm=not is_parallel)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        place: Place,
+        mask: jax.Array,
+        key: jax.Array | None,
+        respond: Respond,
+    ) -> jax.Array:
+        """Attends, and maps every token."""
+        return self.extend(x, place, mask, key, respond, None)[0]
+
+    def extend(
+        self,
+        x: jax.Array,
+        place: Place,
+        mask: jax.Array,
+        key: jax.Array | None,
+        respond: Respond,
+        cached: Cached | None,
+    ) -> tuple[jax.Array, Cached | None]:
+        """Does the same after the tokens of a cache, and adds to it."""
+        weights_key, attention_key, mlp_key = split_key(key, 3)
+        normed = respond("attention/norm", self.attention.norm, x)
+        y, cached = self.attention(normed, place, mask, weights_key, respond, cached)
+        y = x + dropout(y, self.rate, attention_key)
+        z = self.mlp(normed if self.is_parallel else y, respond)
+        return y + dropout(z, self.rate, mlp_key), cached
+
+
+def _with_memory(bias: jax.Array | None, seen: Attended) -> jax.Array | None:
+    """Returns the bias of all scores; a memory lies where the first token does."""
+    if bias is None:
+        return seen.bias
+    length = seen.k.shape[1] - bias.shape[-1]
+    bias = jnp.pad(bias, ((0, 0),) * 3 + ((length, 0),))
+    return bias if seen.bias is None else bias + seen.bias
