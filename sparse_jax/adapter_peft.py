@@ -16,6 +16,7 @@ from sparse_jax.adapters.dora import DoRA
 from sparse_jax.adapters.ia3 import IA3
 from sparse_jax.adapters.lora import LoRA
 from sparse_jax.errors import InputError
+from sparse_jax.models.decoder_family import DecoderFamily
 from sparse_jax.models.family import Family
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf_names import is_stacked, tensor_name, to_tensor_layout
@@ -53,8 +54,8 @@ def save_peft(folder: str | Path, adapter: Adapter, model: PureModel) -> None:
       model: model that the adapter belongs to.
 
     Raises:
-      InputError: if PEFT has no method with the same equation, or saves more than what
-        was trained in full.
+      InputError: if PEFT has no method with the same equation, saves more than what
+        was trained in full, or knows a module only as a part of a larger one.
     """
     method = method_of_adapter(adapter)
     if adapter.support or not isinstance(method, LoRA | IA3):
@@ -63,6 +64,7 @@ def save_peft(folder: str | Path, adapter: Adapter, model: PureModel) -> None:
             f"{adapter.method!r}. Merge it with `merge_adapter` and write the model "
             "with `save_pretrained`, if the method allows it."
         )
+    _require_plain_tensors(adapter, model.family)
     _require_whole_modules(adapter, model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +157,21 @@ def _saved_modules(leaves: Iterable[str], family: Family) -> dict[str, str]:
         leaf: "classifier" if leaf.startswith("classifier/") else module
         for leaf, module in modules.items()
     }
+
+
+def _require_plain_tensors(adapter: Adapter, family: Family | DecoderFamily) -> None:
+    """Raises unless every module is one in PyTorch, with kernels [out, in]."""
+    layout = family.layout
+    leaves = [*(f"layers/{site}/kernel" for site in adapter.added), *adapter.dense]
+    for leaf in leaves:
+        is_odd = layout.is_upright and is_stacked(leaf) and leaf.endswith("/kernel")
+        if is_odd or layout.part_of(leaf) is not None:
+            raise InputError(
+                f"`adapter` must be at modules that are linear maps of their own in "
+                f"PyTorch to be written for PEFT, got one for `{leaf}` of a "
+                f"{family.name!r}. Merge it with `merge_adapter` and write the model "
+                "with `save_pretrained`."
+            )
 
 
 def _require_whole_modules(adapter: Adapter, model: PureModel) -> None:

@@ -10,7 +10,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_decoders import batch_of, padded, random_model, torch_logits
 
-from sparse_jax import Compact, LoRA, from_pretrained, save_pretrained
+from sparse_jax import (
+    Adapter,
+    Compact,
+    Layerwise,
+    LoRA,
+    Prefix,
+    Uniform,
+    from_pretrained,
+    save_pretrained,
+)
+from sparse_jax.adapter_peft import save_peft
 from sparse_jax.errors import InputError
 from sparse_jax.models.alibi import slopes
 from sparse_jax.models.causal_lm import CausalLM
@@ -95,7 +105,7 @@ def test_reading_on_from_a_cache_equals_reading_at_once(case, tmp_path):
     assert cache.positions.tolist() == [11, 7, 4] and int(cache.length) == 11
 
 
-@every_family
+@pytest.mark.parametrize("case", ["gpt2", "bloom"])
 def test_packed_segments_do_not_see_each_other(case, tmp_path):
     torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)
@@ -192,18 +202,36 @@ def test_dropout_needs_a_key_and_changes_the_logits(tmp_path):
     torch_model("gpt2", tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)
     batch = batch_of(*padded("right"))
+    hidden = jax.jit(lambda key: model.hidden(params, batch, key=key, unroll=1))
     without, once, again = (
-        model.hidden(params, batch, key=key, unroll=1)
-        for key in (None, jax.random.key(1), jax.random.key(1))
+        hidden(key) for key in (None, jax.random.key(1), jax.random.key(1))
     )
     np.testing.assert_array_equal(once, again)
     assert not np.allclose(once, without)
 
 
-def test_lora_on_queries_trains_gpt2(tmp_path):
-    torch_model("gpt2", tmp_path)
+def losses_of(tuner, params, batch):
+    """Returns the losses of three steps on one batch."""
+    state = jax.jit(tuner.init)(params, jax.random.key(0))
+    step = jax.jit(tuner.step)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        ("gpt2", LoRA(rank=2, where="attention/query")),
+        ("bloom", Prefix(length=3)),
+    ],
+)
+@pytest.mark.parametrize("few_layers", [False, True])
+def test_methods_train_through_the_sites(case, method, few_layers, tmp_path):
+    torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)
-    ids, mask = padded("right")
 
     def loss(params, batch, key, attachment):
         logits = model(params, batch, attachment=attachment, unroll=1)[:, :-1]
@@ -213,12 +241,19 @@ def test_lora_on_queries_trains_gpt2(tmp_path):
         is_target = batch["attention_mask"][:, 1:]
         return (losses * is_target).sum(), is_target.sum()
 
-    method = LoRA(rank=2, where="attention/query")
-    tuner = Compact(loss, method, optax.adam(1e-2))
-    state = jax.jit(tuner.init)(params, jax.random.key(0))
-    step = jax.jit(tuner.step)
-    losses = []
-    for _ in range(3):
-        state, metrics = step(state, batch_of(ids, mask), jax.random.key(0))
-        losses.append(float(metrics["loss"]))
+    parts = (loss, method, optax.adam(1e-2))
+    sampler = Uniform(num_layers=2, num_active=1)
+    tuner = Layerwise(*parts, sampler=sampler) if few_layers else Compact(*parts)
+    losses = losses_of(tuner, params, batch_of(*padded("right")))
     assert losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("case", ["gpt2", "bloom"])
+def test_an_adapter_of_a_fused_tensor_is_not_written_for_peft(case, tmp_path):
+    torch_model(case, tmp_path)
+    model, _ = from_pretrained(tmp_path, head=CausalLM)
+    factors = {"a": np.zeros((2, 32, 2)), "b": np.zeros((2, 2, 32))}
+    adapter = Adapter(method="lora", added={"attention/query": factors}, dense={},
+                      base_model="tiny")  # fmt: skip
+    with pytest.raises(InputError, match="of their own .* `layers/attention/query"):
+        save_peft(tmp_path / "peft", adapter, model)

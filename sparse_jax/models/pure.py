@@ -44,7 +44,7 @@ class PureModel:
 
     head: Head
     family: Any  # Family, or DecoderFamily of a CausalLM
-    config: Any  # EncoderConfig, or DecoderConfig
+    config: Any  # EncoderConfig, DecoderConfig or ClassicConfig
 
     def init(self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
         """Returns new parameters: normal kernels and tables, zero biases."""
