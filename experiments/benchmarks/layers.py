@@ -107,6 +107,9 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     states = {name: state for name, (_, state) in steps.items()}
     key = jax.random.key(1)
+    # The first update has no probe; after it, every ten updates have one.
+    for name, (step, _) in steps.items():
+        states[name], _ = step(states[name], batch, key)
     for _ in range(rounds):
         total = dict.fromkeys(steps, 0.0)
         for _ in range(10):
