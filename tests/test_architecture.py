@@ -23,6 +23,7 @@ ROOMS = (
     ("adapter_file",),
     ("adapter_method",),
     ("adapter_use", "adapter_peft"),
+    ("generation",),
     ("training",),
     ("cli",),
 )

@@ -1,0 +1,146 @@
+"""How the next token is chosen: the likeliest one, or at random."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax.errors import InputError
+from sparse_jax.generation.decode import decode
+from sparse_jax.generation.prompts import Prompts
+from sparse_jax.generation.reader import Reader
+
+__all__ = ["Choice", "Greedy", "Sample"]
+
+
+class Choice(Protocol):
+    """A way to choose tokens; hashable, because a program is compiled for each."""
+
+    is_random: ClassVar[bool]  # whether it needs a key
+
+    def decode(
+        self,
+        reader: Reader,
+        prompts: Prompts,
+        keys: jax.Array,
+        stop: jax.Array,
+        max_new_tokens: int,
+    ) -> jax.Array:
+        """Returns new tokens, int32 `[B, max_new_tokens]`, up to a stop token."""
+        ...
+
+
+class _TokenByToken(Protocol):
+    """A choice that looks at the scores of the next token only."""
+
+    def choose(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        """Returns tokens, int32 `[B]`, for logits `[B, V]` and keys `[B]`."""
+        ...
+
+    def decode(
+        self,
+        reader: Reader,
+        prompts: Prompts,
+        keys: jax.Array,
+        stop: jax.Array,
+        max_new_tokens: int,
+    ) -> jax.Array:
+        """Returns new tokens, int32 `[B, max_new_tokens]`, up to a stop token."""
+        return decode(reader, prompts, keys, stop, max_new_tokens, self.choose)
+
+
+@dataclass(frozen=True)
+class Greedy(_TokenByToken):
+    """Always the likeliest token.
+
+    Example:
+      >>> Greedy().choose(jnp.array([[0.0, 2.0, 1.0]]), jax.random.key(0))
+      Array([1], dtype=int32)
+    """
+
+    is_random: ClassVar[bool] = False
+
+    def choose(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        """Returns the tokens of the largest logits."""
+        del keys
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@dataclass(frozen=True)
+class Sample(_TokenByToken):
+    """A token drawn at random.
+
+        p = softmax(logits / temperature), restricted and scaled to sum to one
+
+    Restricted first to the `top_k` likeliest tokens and those as likely as the last of
+    them, then to the fewest likeliest tokens whose p, after the first restriction,
+    add up to `top_p`; as `transformers` does.
+
+    Args:
+      temperature: positive; below 1 prefers likely tokens.
+      top_k: at least 1; None keeps all.
+      top_p: in (0, 1]; None keeps all.
+
+    Raises:
+      InputError: if a number is out of range.
+
+    Example:
+      >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+      >>> jax.nn.softmax(Sample(top_p=0.4).restricted(logits))
+      Array([[1., 0., 0.]], dtype=float32)
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    is_random: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(
+                f"`temperature` must be positive, got {self.temperature}. Use "
+                "`Greedy()` for the likeliest token."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(
+                f"`top_k` must be at least 1, got {self.top_k}. Leave it out to keep "
+                "all tokens."
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(
+                f"`top_p` must be in (0, 1], got {self.top_p}. Leave it out to keep "
+                "all tokens."
+            )
+
+    def restricted(self, logits: jax.Array) -> jax.Array:
+        """Returns the logits that are drawn from, -inf for tokens that are not kept."""
+        logits = logits / self.temperature
+        if self.top_k is not None:
+            logits = _keep_top_k(logits, min(self.top_k, logits.shape[-1]))
+        if self.top_p is not None and self.top_p < 1:
+            logits = _keep_top_p(logits, self.top_p)
+        return logits
+
+    def choose(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        """Returns tokens drawn from what is kept."""
+        draw = jax.vmap(jax.random.categorical)
+        return draw(keys, self.restricted(logits)).astype(jnp.int32)
+
+
+def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
+    """Removes all below the k-th largest of every row."""
+    least = jax.lax.top_k(logits, k)[0][..., -1:]
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
+    """Removes the least likely tokens that together have at most 1 - p."""
+    order = jnp.argsort(logits, axis=-1)
+    ascending = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+    is_removed = jnp.cumsum(ascending, axis=-1) <= 1 - p
+    # Rounding must not remove the likeliest one.
+    is_removed = is_removed.at[..., -1].set(False)
+    place = jnp.argsort(order, axis=-1)
+    return jnp.where(jnp.take_along_axis(is_removed, place, axis=-1), -jnp.inf, logits)

@@ -1,0 +1,196 @@
+"""Text generation: what a decoder writes after prompts."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax.errors import InputError
+from sparse_jax.generation.choice import Choice, Greedy
+from sparse_jax.generation.prompts import Prompts, padded_batches
+from sparse_jax.generation.reader import Reader
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.config import max_length_of
+from sparse_jax.models.pure import PureModel
+from sparse_jax.sites import Attachment
+
+__all__ = ["generate"]
+
+# Rows at a time unless the caller says otherwise.
+_ROWS = 32
+
+
+def generate(
+    model: PureModel,
+    params: Any,
+    prompts: Sequence[Any],
+    *,
+    max_new_tokens: int = 128,
+    choice: Choice = Greedy(),  # noqa: B008 - frozen
+    stop: Sequence[int] = (),
+    pad_id: int = 0,
+    attachment: Attachment = Attachment(),  # noqa: B008 - a tuple
+    key: jax.Array | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+) -> list[np.ndarray]:
+    """Writes after each prompt until a stop token or `max_new_tokens`.
+
+    One program serves all prompts between two powers of two in length. What is written
+    after a prompt does not depend on the others, beyond the rounding of sums; what is
+    drawn depends on the key and on the prompt's place among all.
+
+    Args:
+      model: a model with the head `CausalLM`.
+      params: its parameters.
+      prompts: token ids, each prompt of its own length.
+      max_new_tokens: most tokens to write after a prompt.
+      choice: how tokens are chosen: `Greedy`, `Sample` or `Beams`.
+      stop: tokens that end a text.
+      pad_id: token that fills the rows up; nothing depends on it.
+      attachment: what a method adds to the layers, as `apply_adapter` returns it.
+      key: needed where the choice is random.
+      batch_size: prompts at a time; None takes all, up to 32.
+      max_length: tokens that every prompt is padded to, and the most it may have; None
+        takes a power of two for each batch.
+
+    Returns:
+      The new tokens of each prompt, int32, without the stop token.
+
+    Raises:
+      InputError: if a prompt is empty, has a token that the model lacks or leaves no
+        room for the new ones, or if a number is out of range.
+    """
+    _check(model, choice, attachment, key)
+    _check_numbers(model, max_new_tokens, batch_size, max_length, pad_id)
+    limit = max_length_of(model.config) - max_new_tokens
+    limit = limit if max_length is None else min(limit, max_length)
+    rows = [np.asarray(prompt) for prompt in prompts]
+    for number, row in enumerate(rows):
+        _check_prompt(number, row, limit, max_new_tokens, model)
+    batches = padded_batches(
+        rows,
+        batch_size=batch_size or min(_ROWS, 1 << (len(rows) - 1).bit_length()),
+        most=limit,
+        pad_id=pad_id,
+        columns=None if max_length is None else limit,
+    )
+    key = jax.random.key(0) if key is None else key
+    found: dict[int, np.ndarray] = {}
+    for batch in batches:
+        tokens = _decode(
+            params, attachment.trained, batch, key, jnp.array(stop, jnp.int32),
+            model=model,
+            attached=attachment._replace(trained=None),
+            choice=choice,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        written = zip(np.asarray(batch.numbers), np.asarray(tokens), strict=True)
+        found |= {int(number): _until(row, stop) for number, row in written}
+    return [found[number] for number in range(len(rows))]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "attached", "choice", "max_new_tokens")
+)
+def _decode(
+    params: Any,
+    trained: Any,
+    prompts: Prompts,
+    key: jax.Array,
+    stop: jax.Array,
+    *,
+    model: PureModel,
+    attached: Attachment,
+    choice: Choice,
+    max_new_tokens: int,
+) -> jax.Array:
+    """Returns new tokens, int32 `[B, max_new_tokens]`."""
+    reader = Reader(model, params, attached._replace(trained=trained))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.numbers)
+    return choice.decode(reader, prompts, keys, stop, max_new_tokens)
+
+
+def _until(tokens: np.ndarray, stop: Sequence[int]) -> np.ndarray:
+    """Returns the tokens before the first stop token."""
+    ends = np.flatnonzero(np.isin(tokens, np.array(stop, np.int32)))
+    return tokens[: ends[0]] if len(ends) else tokens
+
+
+def _check(
+    model: PureModel,
+    choice: Choice,
+    attachment: Attachment,
+    key: jax.Array | None,
+) -> None:
+    """Raises if an argument is of another kind than is needed."""
+    if not issubclass(model.head, CausalLM):
+        raise InputError(
+            f"`model` must have the head CausalLM, got {model.head.__name__}. Load a "
+            "decoder with `from_pretrained(model, head=CausalLM)`."
+        )
+    if attachment.slots is not None:
+        raise InputError(
+            "`attachment` must have no slots, got some. They are for training: pass "
+            "what `apply_adapter` returns."
+        )
+    if choice.is_random and key is None:
+        raise InputError(
+            f"`key` must be given for {choice}, got None. Pass `jax.random.key(0)`."
+        )
+
+
+def _check_numbers(
+    model: PureModel,
+    max_new_tokens: int,
+    batch_size: int | None,
+    max_length: int | None,
+    pad_id: int,
+) -> None:
+    """Raises if a number is out of range."""
+    for name, number in (
+        ("max_new_tokens", max_new_tokens),
+        ("batch_size", batch_size),
+        ("max_length", max_length),
+    ):
+        if number is not None and number < 1:
+            raise InputError(f"`{name}` must be at least 1, got {number}.")
+    positions = max_length_of(model.config)
+    if max_new_tokens >= positions:
+        raise InputError(
+            f"`max_new_tokens` must be less than the {positions} positions of the "
+            f"model, got {max_new_tokens}. Leave room for a prompt."
+        )
+    # A token that the model lacks is read as NaN.
+    if not 0 <= pad_id < model.config.vocab_size:
+        raise InputError(
+            f"`pad_id` must be in [0, {model.config.vocab_size}), got {pad_id}. Any "
+            "token will do."
+        )
+
+
+def _check_prompt(
+    number: int, row: np.ndarray, limit: int, max_new_tokens: int, model: PureModel
+) -> None:
+    """Raises unless a prompt can be read."""
+    place = f"prompt {number}"
+    if row.ndim != 1 or not row.size:
+        raise InputError(
+            f"`prompt` must have at least one token, got shape {list(row.shape)} for "
+            f"{place}. Begin it with the token that begins a text."
+        )
+    if row.size > limit:
+        raise InputError(
+            f"`prompt` must have at most {limit} tokens beside {max_new_tokens} new "
+            f"ones, got {row.size} for {place}. Shorten it, or lower "
+            "`max_new_tokens`."
+        )
+    size = model.config.vocab_size
+    if row.dtype.kind not in "iu" or row.min() < 0 or row.max() >= size:
+        raise InputError(
+            f"`prompt` must be token ids in [0, {size}), got {row.min()} to "
+            f"{row.max()} for {place}. Use the tokenizer of the model."
+        )

@@ -1,0 +1,71 @@
+"""Prompts of unequal length as arrays of a few shapes, so that few programs serve all.
+
+A program is compiled for every shape. Rows are padded to a fixed number and columns to
+a power of two, on the left: then the last column is the last token of every prompt.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+__all__ = ["Prompts", "bucket", "padded_batches"]
+
+# Fewer columns cost as much as these.
+_LEAST = 16
+
+
+class Prompts(NamedTuple):
+    """Prompts that are read at once; rows without a token are padding."""
+
+    input_ids: jax.typing.ArrayLike  # shape=(B, T), int32
+    attention_mask: jax.typing.ArrayLike  # shape=(B, T), int32: 1 at tokens
+    numbers: jax.typing.ArrayLike  # shape=(B,), int32: of the rows among all prompts
+
+
+def bucket(length: int, most: int) -> int:
+    """Returns the columns for prompts of this length: a power of two, or `most`.
+
+    Example:
+      >>> [bucket(length, 1000) for length in (1, 16, 17, 600)]
+      [16, 16, 32, 1000]
+    """
+    return min(max(_LEAST, 1 << (length - 1).bit_length()), most)
+
+
+def padded_batches(
+    prompts: Sequence[np.ndarray],
+    *,
+    batch_size: int,
+    most: int,
+    pad_id: int,
+    columns: int | None = None,
+) -> Iterator[Prompts]:
+    """Yields all prompts, those of like length together.
+
+    Args:
+      prompts: arrays of token ids, none of them empty.
+      batch_size: rows of a batch.
+      most: columns beyond which no batch is padded; no prompt is longer.
+      pad_id: any token.
+      columns: of every batch; None takes those of `bucket`.
+
+    Example:
+      >>> prompts = [np.array([5, 6, 7]), np.array([8])]
+      >>> batch, = padded_batches(prompts, batch_size=3, most=4, pad_id=0)
+      >>> batch.input_ids.tolist(), batch.numbers.tolist()
+      ([[0, 0, 0, 8], [0, 5, 6, 7], [0, 0, 0, 0]], [1, 0, 2])
+    """
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        width = columns or bucket(len(prompts[chosen[-1]]), most)
+        ids = np.full((batch_size, width), pad_id, np.int32)
+        mask = np.zeros_like(ids)
+        for row, number in enumerate(chosen):
+            size = len(prompts[number])
+            ids[row, width - size :] = prompts[number]
+            mask[row, width - size :] = 1
+        spare = range(len(prompts), len(prompts) + batch_size - len(chosen))
+        yield Prompts(ids, mask, np.array([*chosen, *spare], np.int32))
