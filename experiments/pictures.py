@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sparse_jax.training.history import updates_of
+
 __all__ = ["draw_comparison", "draw_sweep"]
 
 # Tol's bright palette, which keeps its order in grey and for the colour-blind.
@@ -100,7 +102,7 @@ def draw_sweep(
 def _losses(path: Path, window: int = 15) -> tuple[np.ndarray, np.ndarray]:
     """Returns the updates and the running mean of the losses of a run."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if "loss" in row]
+    rows = updates_of(rows)
     values = np.array([row["loss"] for row in rows])
     total = np.cumsum(np.insert(values, 0, 0.0))
     width = np.minimum(np.arange(1, values.size + 1), window)

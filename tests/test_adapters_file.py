@@ -121,7 +121,7 @@ def test_every_option_reaches_its_method():
         0.1,
         ("^attention/(query|key|value|output)$",),
     )
-    series = method_of(settings_of("series", activation="tanh"), ("classifier/bias",))
+    series = method_of(settings_of("series", activation="tanh"), ("^classifier/",))
     assert (series.size, series.activation) == (64, jnp.tanh)
     assert series.dense == ("^classifier/",)
     assert series.where == ("^attention/output$", "^mlp/down$")

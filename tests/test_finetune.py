@@ -15,7 +15,7 @@ from sparse_jax import InputError, Settings, evaluate_adapter, finetune, load_ad
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.job import make_job
 from sparse_jax.training.loss import make_loss
-from sparse_jax.training.methods import method_of
+from sparse_jax.training.methods import head_rules, method_of
 from sparse_jax.training.optimizer import learning_rate_at
 from sparse_jax.training.tuner import make_tuner
 
@@ -168,11 +168,12 @@ def test_overwriting_replaces_the_files_of_a_run_and_no_others(model, data, tmp_
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 1]
 
 
-def test_the_head_is_the_classifier_and_what_a_checkpoint_lacks():
-    settings = Settings(model="m", task="mrpc", output="o", method="sift")
-    assert method_of(settings, ["classifier/bias"]).dense == ("^classifier/",)
+def test_the_head_is_that_of_the_task_and_what_a_checkpoint_lacks():
+    assert head_rules(["classifier"], []) == ("^classifier/",)
     new = ["classifier/bias", "pooler/kernel"]
-    assert method_of(settings, new).dense == ("^classifier/", "^pooler/")
+    assert head_rules(["classifier"], new) == ("^classifier/", "^pooler/")
+    settings = Settings(model="m", task="mrpc", output="o", method="sift")
+    assert method_of(settings, ("^classifier/",)).dense == ("^classifier/",)
 
 
 def test_the_rate_rises_for_six_percent_and_falls_to_the_end():

@@ -21,12 +21,20 @@ def _flag(name: str, text: str) -> Any:
 
 
 MODEL = _option("Folder of a pre-trained model, or its id on the Hub.")
-TASK = _option("cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, or classification.")
+TASK = _option(
+    "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, classification, or causal: to "
+    "continue texts."
+)
 OUTPUT = _option("Folder to create for everything that comes out.")
 DATA = _option(
-    "Folder with train and dev files (TSV, CSV, JSON, JSON lines).",
+    "Folder with train and dev files (TSV, CSV, JSON, JSON lines); for causal a file "
+    "of instructions, chats (JSON, JSON lines) or text.",
     "GLUE from the Hub",
 )
+LOSS_ON = _option("Tokens that causal trains on: response or all.", "response")
+PACKING = _flag("--packing", "Put several texts in a row, each seeing only itself.")
+TEMPLATE = _option("Prompt around an instruction: alpaca or llm_adapters.", "alpaca")
+HELD_OUT = _option("Share of a file of texts that the run is judged on.", "0.05")
 METHOD = _option(
     "full, head, bitfit, lora, dora, series, parallel, ia3, prefix, sift, random or "
     "magnitude."
@@ -80,7 +88,9 @@ BATCH_SIZE = _option("Examples per update.")
 ACCUMULATE = _option("Parts that a batch is computed in, to save memory.")
 EPOCHS = _option("Passes over the training examples.")
 MAX_STEPS = _option("Updates after which to stop.", "no limit")
-MAX_LENGTH = _option("Most tokens of an example; the rest is cut off.", "128")
+MAX_LENGTH = _option(
+    "Most tokens of an example; the rest is cut off.", "128, for causal 512"
+)
 DTYPE = _option("Of the parameters: float32 or bfloat16.")
 CHECKPOINTING = _flag(
     "--checkpointing", "Compute layers again in the backward pass, to save memory."

@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from sparse_jax.errors import InputError
 
-__all__ = ["TASKS", "Task", "find_task"]
+__all__ = ["CAUSAL", "TASKS", "Task", "find_task"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ _ALL = (
     ),
 )
 
+CAUSAL = "causal"  # has texts without labels, so it is no `Task`
 TASKS = MappingProxyType({task.name: task for task in _ALL})
 
 
@@ -129,5 +130,6 @@ def find_task(name: str) -> Task:
     """
     key = name.lower().replace("-", "").replace("_", "")
     if key not in TASKS:
-        raise InputError(f"`task` must be one of {', '.join(TASKS)}, got {name!r}.")
+        words = ", ".join((*TASKS, CAUSAL))
+        raise InputError(f"`task` must be one of {words}, got {name!r}.")
     return TASKS[key]

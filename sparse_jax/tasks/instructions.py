@@ -12,7 +12,7 @@ from sparse_jax.tasks.prompts import ALPACA, PromptTemplate
 from sparse_jax.tasks.records import read_record
 from sparse_jax.tasks.rows import read_objects, read_text
 
-__all__ = ["load_conversations"]
+__all__ = ["load_conversations", "load_whole"]
 
 _SUFFIXES = (".json", ".jsonl", ".txt")
 _VALIDATION = ("validation", "valid", "val", "dev")
@@ -66,6 +66,16 @@ def load_conversations(
         train, validation = _hold_out(train, held_out, seed, train_file)
     splits = {"train": train, "validation": validation}
     return {name: list(chain(*records)) for name, records in splits.items() if records}
+
+
+def load_whole(
+    data: str | Path, tokenizer: Any, *, template: PromptTemplate = ALPACA
+) -> dict[str, list[Conversation]]:
+    """Returns all conversations of a file as "validation".
+
+    The arguments and errors are those of `load_conversations`.
+    """
+    return {"validation": list(chain(*_records(Path(data), tokenizer, template)))}
 
 
 def _files(data: Path) -> tuple[Path, Path | None]:

@@ -1,8 +1,9 @@
 """Prompts: how an instruction and its input become one text."""
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
-__all__ = ["ALPACA", "LLM_ADAPTERS", "PromptTemplate"]
+__all__ = ["ALPACA", "LLM_ADAPTERS", "PROMPTS", "PromptTemplate"]
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,6 @@ LLM_ADAPTERS = PromptTemplate(
 Its first version had `# noqa: E501` in the text. The evaluation of LLM-Adapters has
 no spaces in blank lines, and one after the first line.
 """
+
+PROMPTS = MappingProxyType({"alpaca": ALPACA, "llm_adapters": LLM_ADAPTERS})
+"""The prompts by their names on the command line."""

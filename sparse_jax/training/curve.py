@@ -1,18 +1,17 @@
 """The picture of a run: its loss, and the metric on the evaluation data."""
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparse_jax.training.history import Rows, evaluations_of, updates_of
+
 __all__ = ["draw_curve"]
 
 _RAW, _SMOOTH = "#b8c4d6", "#1f4e8c"
 _SPLITS = ("#b3541e", "#3b7d4f", "#6a4c93")
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 def draw_curve(
@@ -33,8 +32,8 @@ def draw_curve(
     figure = Figure(figsize=(9.0, 3.8), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=12)
     left, right = figure.subplots(1, 2)
-    _draw_loss(left, [row for row in rows if "loss" in row], loss)
-    _draw_metric(right, [row for row in rows if "split" in row], metric)
+    _draw_loss(left, updates_of(rows), loss)
+    _draw_metric(right, evaluations_of(rows), metric)
     last = max((row["step"] for row in rows), default=1)
     for axes in (left, right):
         axes.set(xlabel="update", xlim=(0, 1.02 * last))

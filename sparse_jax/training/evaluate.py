@@ -6,19 +6,17 @@ from typing import Any
 from sparse_jax.adapter_file import Adapter, load_adapter
 from sparse_jax.adapter_use import apply_adapter
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.examples import Splits
-from sparse_jax.tasks.files import load
-from sparse_jax.tasks.glue import find_task
-from sparse_jax.tasks.tokens import load_tokenizer
-from sparse_jax.training.evaluation import evaluate_splits, flattened
-from sparse_jax.training.feed import make_feed
-from sparse_jax.training.job import load_base
-from sparse_jax.training.loss import make_predict
+from sparse_jax.training.material import load_material
+from sparse_jax.training.objective import flattened
+from sparse_jax.training.settings import Settings
 
 __all__ = ["evaluate_adapter"]
 
-# For adapters that no run has written.
-_DEFAULTS = {"dtype": "float32", "seed": 0, "max_length": None, "batch_size": 32}
+# What the evaluation of an adapter takes from the run that wrote it.
+_KEPT = (
+    "dtype", "seed", "max_length", "batch_size", "loss_on", "packing", "template",
+    "held_out",
+)  # fmt: skip
 
 
 def evaluate_adapter(
@@ -36,7 +34,8 @@ def evaluate_adapter(
       adapter: adapter file or run directory.
       model: the base, folder or id; None is where the adapter was trained.
       task: None is the task of the adapter.
-      data: folder of the task's files; None asks the Hub.
+      data: folder of the task's files; None asks the Hub. Of the file that a causal
+        language model was trained on, the part held out; of others, all.
       batch_size: examples at a time; None is as in training.
       max_length: most tokens of an example; None is as in training.
 
@@ -45,32 +44,35 @@ def evaluate_adapter(
         are wrong or have other labels.
     """
     found = load_adapter(adapter)
-    splits = load(find_task(task or found.task), data)
-    _require_labels(found, splits)
-    trained_with = {**_DEFAULTS, **found.settings}
-    base = load_base(
-        model or found.base_model,
-        splits.task,
-        trained_with["dtype"],
-        trained_with["seed"],
+    settings = Settings(
+        model=model or found.base_model,
+        task=task or found.task,
+        output="",
+        data=data,
+        **_kept(found, max_length=max_length, batch_size=batch_size),
     )
+    objective, base, feed = load_material(
+        settings, trained_on=found.settings.get("data_hash")
+    )
+    _require_labels(found, objective.labels)
     params, attachment = apply_adapter(base.params, found, base_hash=base.hash)
-    feed = make_feed(
-        splits,
-        load_tokenizer(base.folder),
-        base.model,
-        max_length=max_length or trained_with["max_length"],
-        batch_size=batch_size or trained_with["batch_size"],
-    )
-    predict = make_predict(base.model, attachment)
-    results = evaluate_splits(splits.task, feed, predict, params, attachment.trained)
-    return flattened(results)
+    judge = objective.make_judge(base.model, attachment, feed)
+    return flattened(judge(params, attachment.trained))
 
 
-def _require_labels(adapter: Adapter, splits: Splits) -> None:
+def _kept(adapter: Adapter, **given: int | None) -> dict[str, Any]:
+    """Returns settings of the adapter's run, and those given now."""
+    kept = {name: adapter.settings.get(name) for name in _KEPT}
+    return {
+        name: value
+        for name, value in (kept | {k: v for k, v in given.items() if v}).items()
+        if value is not None
+    }
+
+
+def _require_labels(adapter: Adapter, labels: tuple[str, ...]) -> None:
     """Raises unless the data have the labels that the adapter was trained on."""
-    labels: Any = splits.task.labels or ()
-    if tuple(labels) != adapter.labels:
+    if labels != adapter.labels:
         raise InputError(
             f"`data` must have the labels of the adapter, "
             f"{', '.join(adapter.labels) or 'numbers'}, got "

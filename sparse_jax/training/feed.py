@@ -1,27 +1,66 @@
 """The feed: every batch of a run, in its order."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from sparse_jax.models.config import max_length_of
 from sparse_jax.models.pure import PureModel
-from sparse_jax.tasks.batches import Batches, eval_batches, train_batches
+from sparse_jax.tasks.batches import Batch, Batches, eval_batches, train_batches
 from sparse_jax.tasks.examples import Splits
 from sparse_jax.tasks.tokens import Encoded, encode
 
-__all__ = ["Feed", "make_feed"]
+__all__ = ["Feed", "LabelledFeed", "make_feed"]
 
 _MAX_LENGTH = 128  # tokens, as the paper's runs on GLUE
 
 
+class Feed(Protocol):
+    """The batches of a run. A batch has at least `input_ids` and `attention_mask`."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Examples of every split."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of an example."""
+        ...
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Updates in one pass over the training examples."""
+        ...
+
+    @property
+    def evaluation(self) -> Mapping[str, Iterable[Batch]]:
+        """The batches of the splits that a model is judged on."""
+        ...
+
+    def train(self, epoch: int, start: int = 0) -> Iterable[Batch]:
+        """Returns the training batches of an epoch, after the first `start`."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
-class Feed:
+class LabelledFeed:
     """The encoded examples of a task, cut into batches."""
 
     encoded: dict[str, Encoded]  # by split, "train" first
     batch_size: int
     accumulate: int
     seed: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Examples of every split."""
+        return {name: len(part) for name, part in self.encoded.items()}
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of an example."""
+        return self.encoded["train"].max_length
 
     @property
     def batches_per_epoch(self) -> int:
@@ -55,7 +94,7 @@ def make_feed(
     batch_size: int,
     accumulate: int = 1,
     seed: int = 0,
-) -> Feed:
+) -> LabelledFeed:
     """Encodes all examples.
 
     Args:
@@ -76,4 +115,4 @@ def make_feed(
         name: encode(examples, tokenizer, max_length=length, positions=positions)
         for name, examples in splits.items()
     }
-    return Feed(encoded, batch_size, accumulate, seed)
+    return LabelledFeed(encoded, batch_size, accumulate, seed)

@@ -10,12 +10,12 @@ from sparse_jax.compact import Compact, CompactState
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.counts import count_trained, optimizer_bytes
 from sparse_jax.training.curve import draw_curve
-from sparse_jax.training.evaluation import evaluate_splits, flattened
+from sparse_jax.training.history import evaluations_of, updates_of
 from sparse_jax.training.job import Job, make_job
 from sparse_jax.training.layer_map import draw_layers
 from sparse_jax.training.loop import Loop
-from sparse_jax.training.loss import make_predict
 from sparse_jax.training.memory import peak_bytes
+from sparse_jax.training.objective import flattened
 from sparse_jax.training.optimizer import learning_rate_at
 from sparse_jax.training.progress import Progress, show_progress
 from sparse_jax.training.run_directory import (
@@ -87,11 +87,10 @@ def _loop(
 ) -> Loop:
     """Returns the loop of a job."""
     settings, peak = job.settings, job.settings.resolved_learning_rate
-    predict = make_predict(job.base.model, tuner.attach(state))
+    judge = job.objective.make_judge(job.base.model, tuner.attach(state), job.feed)
 
     def evaluate(state: CompactState) -> dict[str, dict[str, float]]:
-        trained = {"added": state.added}
-        return evaluate_splits(job.task, job.feed, predict, state.params, trained)
+        return judge(state.params, {"added": state.added})
 
     return Loop(
         tuner=tuner,
@@ -112,21 +111,20 @@ def _finish(
 ) -> dict[str, Any]:
     """Writes the adapter, the picture and the metrics."""
     size = save_adapter(directory.path / ADAPTER, adapter_of(job, state))
-    primary, settings = job.task.primary, job.settings
-    loss = "squared error" if job.task.is_regression else "cross-entropy, nats"
+    objective, settings = job.objective, job.settings
     draw_curve(
         directory.path / CURVE,
         directory.rows,
-        title=f"{settings.method} on {job.task.name}, seed {settings.seed}",
-        loss=loss,
-        metric=primary,
+        title=f"{settings.method} on {objective.name}, seed {settings.seed}",
+        loss=objective.loss_name,
+        metric=objective.primary,
     )
     if job.sampler is not None:
         draw_layers(
             directory.path / LAYERS,
             directory.rows,
             num_layers=job.sampler.num_layers,
-            title=f"{settings.method}, layers by {settings.sampler}, {job.task.name}",
+            title=f"{settings.method}, layers by {settings.sampler}, {objective.name}",
         )
     counts = count_trained(job.method, state.params, state.added, job.head)
     results = _last_results(directory.rows)
@@ -150,7 +148,7 @@ def _finish(
 
 def _last_results(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Returns the metrics of the last evaluation, by split."""
-    last = [row for row in rows if "split" in row and row["step"] == rows[-1]["step"]]
+    last = [row for row in evaluations_of(rows) if row["step"] == rows[-1]["step"]]
     place = ("step", "epoch", "split")
     return {
         row["split"]: {k: v for k, v in row.items() if k not in place} for row in last
@@ -159,7 +157,7 @@ def _last_results(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _speed(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Returns the pace of the updates, without those that compile if others exist."""
-    updates = [row for row in rows if "loss" in row]
+    updates = updates_of(rows)
     timed = [row for row in updates if not row["is_compiling"]] or updates
     if not timed:
         return {"seconds_per_step": 0.0, "tokens_per_second": 0.0}

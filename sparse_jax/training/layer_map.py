@@ -1,17 +1,16 @@
 """The picture of a run that trains a few layers at a time: which, and why."""
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparse_jax.training.history import Rows, updates_of
+
 __all__ = ["draw_layers"]
 
 _MOST_COLUMNS = 200
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 def draw_layers(path: str | Path, rows: Rows, *, num_layers: int, title: str) -> None:
@@ -27,7 +26,7 @@ def draw_layers(path: str | Path, rows: Rows, *, num_layers: int, title: str) ->
     # Matplotlib takes seconds to import. A figure of its own needs no backend.
     from matplotlib.figure import Figure
 
-    updates = [row for row in rows if "loss" in row]
+    updates = updates_of(rows)
     importance = _filled(updates, "importance", num_layers)
     figure = Figure(figsize=(9.0, 3.8), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=12)

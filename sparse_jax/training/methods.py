@@ -28,20 +28,21 @@ Rules = tuple[str, ...]
 Make = Callable[[Settings, Rules], Method]
 
 
-def head_rules(new: Sequence[str]) -> Rules:
-    """Returns the rules of a head: the classifier and whatever a checkpoint lacks.
+def head_rules(head: Sequence[str], new: Sequence[str]) -> Rules:
+    """Returns the rules of a head: that of the task, and whatever a checkpoint lacks.
 
     BERT's pooler is part of it only if the checkpoint comes without one, because it
     then starts at random.
 
     Args:
+      head: subtrees of the task.
       new: names of the leaves that the checkpoint does not have.
 
     Example:
-      >>> head_rules(["classifier/bias", "pooler/bias"])
+      >>> head_rules(["classifier"], ["classifier/bias", "pooler/bias"])
       ('^classifier/', '^pooler/')
     """
-    roots = {"classifier", *(name.partition("/")[0] for name in new)}
+    roots = {*head, *(name.partition("/")[0] for name in new)}
     return tuple(f"^{root}/" for root in sorted(roots))
 
 
@@ -101,16 +102,16 @@ METHODS: dict[str, Make] = {
 }
 
 
-def method_of(settings: Settings, new: Sequence[str]) -> Method:
+def method_of(settings: Settings, head: Rules) -> Method:
     """Returns the method that settings ask for.
 
     Args:
       settings: a run's settings; `dense` replaces the rules of the head.
-      new: names of the leaves that the checkpoint does not have.
+      head: rules of the leaves that are trained in full, as from `head_rules`.
 
     Example:
       >>> settings = Settings(model="m", task="cola", output="o", method="bitfit")
-      >>> method_of(settings, ["classifier/bias"]).dense
+      >>> method_of(settings, ("^classifier/",)).dense
       ('bias$', '^classifier/')
     """
-    return METHODS[settings.method](settings, settings.dense or head_rules(new))
+    return METHODS[settings.method](settings, settings.dense or head)

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,8 @@ def _require_same(path: Path, settings: Settings) -> None:
         )
     text = (path / CONFIG).read_text(encoding="utf-8")
     before, now = json.loads(text)["settings"], json.loads(json.dumps(asdict(settings)))
+    # A setting that came with a later version was at its default.
+    before = {field.name: field.default for field in fields(settings)} | before
     changed = [name for name in now if name not in _FREE and now[name] != before[name]]
     if changed:
         name = changed[0]

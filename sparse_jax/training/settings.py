@@ -3,10 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.tasks.causal_tokens import Loss
+from sparse_jax.tasks.glue import CAUSAL
+from sparse_jax.tasks.prompts import PROMPTS
 
 __all__ = ["DTYPES", "LEARNING_RATES", "OPTIONS", "SAMPLER_OPTIONS", "Settings"]
 
@@ -58,6 +61,8 @@ _LAYER_DEFAULTS = {
 _POSITIVE_IF_GIVEN = (
     "max_steps", "max_length", "learning_rate", "alpha", "size", "prefix_length",
 )  # fmt: skip
+# Of the task causal, without a value of their own.
+_TEXT = {"loss_on": None, "packing": False, "template": None, "held_out": None}
 # Options without a value of their own, so that giving them means something.
 _LEFT_OUT = {
     "where": None, "alpha": None, "rslora": False, "dropout": None, "size": None,
@@ -80,7 +85,13 @@ class Settings:
     model: str  # folder in the Hugging Face layout, or id on the Hub
     task: str  # as `sparse_jax.tasks.TASKS`
     output: str  # run directory, to be created
-    data: str | None = None  # folder of the task's files; None asks the Hub
+    data: str | None = None  # file or folder; None asks the Hub for GLUE
+    loss_on: str | None = None  # response or all; None is response; causal
+    packing: bool = False  # whether several texts share a row; causal
+    template: str | None = None  # a word of PROMPTS; None is alpaca; causal
+    held_out: float | None = (
+        None  # share of a file for validation; None is 0.05; causal
+    )
     method: str = "sift"  # a word of LEARNING_RATES
     density: float = 0.008  # fraction of entries trained, in (0, 1]; sparse methods
     rank: int = 8  # of the added products; lora and dora
@@ -106,7 +117,7 @@ class Settings:
     accumulate: int = 1  # micro-batches that an update is computed in
     epochs: int = 3  # passes over the training examples
     max_steps: int | None = None  # updates after which to stop; None is no limit
-    max_length: int | None = None  # tokens; None is 128, or the model's positions
+    max_length: int | None = None  # tokens; None is 128, or 512 of the task causal
     dtype: str = "float32"  # of the parameters
     checkpointing: bool = False  # whether to compute layers again in the backward pass
     seed: int = 0  # of the new head, the order of the examples, and dropout
@@ -123,6 +134,7 @@ class Settings:
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         self._require_consistent()
+        self._require_text()
         self._require_layers()
 
     @property
@@ -131,6 +143,47 @@ class Settings:
         if self.learning_rate is None:
             return LEARNING_RATES[self.method]
         return self.learning_rate
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the task is to continue texts."""
+        return self.task.lower() == CAUSAL
+
+    @property
+    def resolved_loss_on(self) -> Loss:
+        """Tokens that a causal language model is trained on."""
+        return cast(Loss, self.loss_on or "response")
+
+    @property
+    def resolved_template(self) -> str:
+        """Name of the prompt around an instruction."""
+        return self.template or "alpaca"
+
+    @property
+    def resolved_held_out(self) -> float:
+        """Share of a file that is not trained on."""
+        return 0.05 if self.held_out is None else self.held_out
+
+    def _require_text(self) -> None:
+        """Raises if a setting of the task causal breaks a rule."""
+        for name, left_out in _TEXT.items():
+            if not self.is_causal and getattr(self, name) != left_out:
+                raise InputError(
+                    f"`{name}` must be left out with task {self.task!r}, got "
+                    f"{getattr(self, name)!r}. It belongs to {CAUSAL}."
+                )
+        _require_word("loss_on", self.resolved_loss_on, ("response", "all"))
+        _require_word("template", self.resolved_template, tuple(PROMPTS))
+        if not 0 < self.resolved_held_out < 1:
+            raise InputError(
+                f"`held_out` must be in (0, 1), got {self.held_out}. It is the share "
+                "of the examples that a run is judged on, commonly 0.05."
+            )
+        if self.is_causal and self.method == "head":
+            raise InputError(
+                f"`method` must not be 'head' with task {CAUSAL!r}: the model has no "
+                "new head. Use lora or sift, or --dense '^lm_head/' with full."
+            )
 
     def _require_consistent(self) -> None:
         """Raises if two settings contradict each other."""

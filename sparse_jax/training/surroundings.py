@@ -19,9 +19,9 @@ def surroundings(job: Job) -> dict[str, Any]:
     return {
         "learning_rate": job.settings.resolved_learning_rate,
         "base_hash": job.base.hash,
-        "labels": list(job.task.labels or ()),
-        "examples": {name: len(part) for name, part in job.feed.encoded.items()},
-        "max_length": job.feed.encoded["train"].max_length,
+        "labels": list(job.objective.labels),
+        "examples": job.feed.sizes,
+        "max_length": job.feed.max_length,
         "new_parameters": list(job.base.new),
         "dense": list(_rules(job.method.dense)),
         "versions": {name: version(name) for name in _PACKAGES},

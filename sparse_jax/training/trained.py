@@ -40,8 +40,8 @@ def adapter_of(job: Job, state: CompactState) -> Adapter:
         settings=_settings(job),
         base_model=job.settings.model,
         base_hash=job.base.hash,
-        task=job.task.name,
-        labels=job.task.labels or (),
+        task=job.objective.name,
+        labels=job.objective.labels,
     )
 
 
@@ -50,4 +50,4 @@ def _settings(job: Job) -> dict[str, Any]:
     names = OPTIONS[job.settings.method]
     kept = ("learning_rate", "batch_size", "dtype", "seed", "dense", *names)
     given = {name: getattr(job.settings, name) for name in kept}
-    return {**given, "max_length": job.feed.encoded["train"].max_length}
+    return {**given, **job.objective.settings}

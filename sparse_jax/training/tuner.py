@@ -8,7 +8,6 @@ from sparse_jax.compact import Compact
 from sparse_jax.layerwise import Layerwise
 from sparse_jax.sites import Recompute
 from sparse_jax.training.job import Job
-from sparse_jax.training.loss import make_loss
 from sparse_jax.training.optimizer import MAX_NORM, make_optimizer
 
 __all__ = ["make_tuner"]
@@ -17,7 +16,7 @@ __all__ = ["make_tuner"]
 def make_tuner(job: Job, total: int) -> Compact:
     """Returns what makes the updates of a run of so many batches."""
     settings = job.settings
-    loss = make_loss(job.base.model, checkpointing=settings.checkpointing)
+    loss = job.objective.make_loss(job.base.model, checkpointing=settings.checkpointing)
     tx = make_optimizer(settings.resolved_learning_rate, total)
     if job.sampler is None:
         tx = optax.chain(optax.clip_by_global_norm(MAX_NORM), tx)

@@ -1,0 +1,70 @@
+"""The pre-trained model that a run starts from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax.errors import InputError
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.hf_config import FAMILIES, read_config
+from sparse_jax.models.hub import local_folder
+from sparse_jax.models.pretrained import base_hash, from_pretrained, new_leaves
+from sparse_jax.models.pure import Head, PureModel
+
+__all__ = ["Base", "load_classifier", "load_decoder"]
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A pre-trained model with a head for a task."""
+
+    folder: Path
+    hash: str  # SHA-256 of the weights
+    model: PureModel
+    params: Any
+    new: tuple[str, ...]  # leaves that the checkpoint does not have
+
+
+def load_classifier(model: str, *, num_labels: int, dtype: str, seed: int) -> Base:
+    """Loads an encoder; parts of the head that it lacks are drawn from the seed.
+
+    Raises:
+      InputError: if the model cannot be loaded, or is a decoder.
+    """
+    folder = _folder(model, SequenceClassifier, "a task with labels", "encoder")
+    key = jax.random.key(seed)
+    pure, params = from_pretrained(
+        folder, num_labels=num_labels, dtype=jnp.dtype(dtype), key=key
+    )
+    return Base(folder, base_hash(folder), pure, params, new_leaves(pure, folder))
+
+
+def load_decoder(model: str, *, dtype: str, seed: int) -> Base:
+    """Loads a decoder; a head that it lacks is drawn from the seed.
+
+    Raises:
+      InputError: if the model cannot be loaded, or is an encoder.
+    """
+    folder = _folder(model, CausalLM, "the task causal", "decoder")
+    key = jax.random.key(seed)
+    pure, params = from_pretrained(
+        folder, head=CausalLM, dtype=jnp.dtype(dtype), key=key
+    )
+    return Base(folder, base_hash(folder), pure, params, new_leaves(pure, folder))
+
+
+def _folder(model: str, head: Head, task: str, kind: str) -> Path:
+    """Returns the folder of a model after checking that it can have a head."""
+    folder = local_folder(model)
+    family, _ = read_config(folder)
+    if head.__name__ in family.architectures:
+        return folder
+    able = [name for name in FAMILIES if head.__name__ in FAMILIES[name].architectures]
+    raise InputError(
+        f"`model` must be {'an' if kind == 'encoder' else 'a'} {kind} for {task}, one "
+        f"of {', '.join(able)}, got model type {family.name!r} in `{folder}`."
+    )

@@ -1,0 +1,102 @@
+"""The feed of a causal language model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_jax.models.config import max_length_of
+from sparse_jax.models.pure import PureModel
+from sparse_jax.tasks.causal_batches import (
+    CausalBatches,
+    causal_eval_batches,
+    causal_train_batches,
+)
+from sparse_jax.tasks.causal_tokens import Loss, TokenSequences, tokenize
+from sparse_jax.tasks.conversations import Conversation
+
+__all__ = ["CausalFeed", "make_causal_feed"]
+
+_MAX_LENGTH = 512  # tokens, as Alpaca was trained with
+
+
+@dataclass(frozen=True, eq=False)
+class CausalFeed:
+    """Token sequences, cut into batches. The members are those of `Feed`."""
+
+    sequences: dict[str, TokenSequences]  # by split; without "train" to evaluate only
+    batch_size: int
+    accumulate: int
+    seed: int
+    is_packed: bool
+    max_length: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sequences of every split."""
+        return {name: len(part) for name, part in self.sequences.items()}
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Updates in one pass over the training sequences."""
+        return len(self.train(0))
+
+    @property
+    def evaluation(self) -> dict[str, CausalBatches]:
+        """The batches of the splits that a model is judged on."""
+        return {
+            name: causal_eval_batches(part, self.batch_size, is_packed=self.is_packed)
+            for name, part in self.sequences.items()
+            if name != "train"
+        }
+
+    def train(self, epoch: int, start: int = 0) -> CausalBatches:
+        """Returns the training batches of an epoch, after the first `start`."""
+        return causal_train_batches(
+            self.sequences["train"],
+            self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            accumulate=self.accumulate,
+            start=start,
+            is_packed=self.is_packed,
+        )
+
+
+def make_causal_feed(
+    splits: Mapping[str, Sequence[Conversation]],
+    tokenizer: Any,
+    model: PureModel,
+    *,
+    max_length: int | None,
+    batch_size: int,
+    loss: Loss = "response",
+    is_packed: bool = False,
+    accumulate: int = 1,
+    seed: int = 0,
+) -> CausalFeed:
+    """Tokenizes all conversations.
+
+    Args:
+      splits: conversations.
+      tokenizer: of the model.
+      model: says how many tokens it can tell apart.
+      max_length: most tokens of a sequence; None is 512, or the model's positions.
+      batch_size: rows of an update.
+      loss: on the responses or on all tokens.
+      is_packed: whether a row holds as many sequences as fit.
+      accumulate: parts that a training batch is computed in.
+      seed: of the order.
+
+    Raises:
+      InputError: if `max_length` is more than the model's positions or leaves nothing
+        to train on.
+    """
+    positions = max_length_of(model.config)
+    length = min(_MAX_LENGTH, positions) if max_length is None else max_length
+    sequences = {
+        name: tokenize(
+            part, tokenizer, max_length=length, positions=positions, loss=loss
+        )
+        for name, part in splits.items()
+    }
+    return CausalFeed(sequences, batch_size, accumulate, seed, is_packed, length)

@@ -1,0 +1,72 @@
+"""The objective of a run: what it minimises, and how it is judged."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from sparse_jax.compact import Loss
+from sparse_jax.models.pure import PureModel
+from sparse_jax.sites import Attachment
+from sparse_jax.training.feed import Feed
+
+__all__ = ["Judge", "Metrics", "Objective", "flattened"]
+
+Metrics = dict[str, float]
+# (parameters, arrays of the attachment) -> metrics of every evaluation split
+Judge = Callable[[Any, Any], dict[str, Metrics]]
+
+
+class Objective(Protocol):
+    """What distinguishes one kind of task from another."""
+
+    @property
+    def name(self) -> str:
+        """The task, as on the command line."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, none if there are no classes."""
+        ...
+
+    @property
+    def primary(self) -> str:
+        """The metric that pictures show."""
+        ...
+
+    @property
+    def loss_name(self) -> str:
+        """The loss and its unit."""
+        ...
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Subtrees of the parameters that belong to the task, not to the model."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What an adapter has to say for its evaluation to be repeated."""
+        ...
+
+    def make_loss(self, model: PureModel, *, checkpointing: bool) -> Loss:
+        """Returns the loss that training minimises."""
+        ...
+
+    def make_judge(self, model: PureModel, attachment: Attachment, feed: Feed) -> Judge:
+        """Returns the evaluation of a model with an attachment of this structure."""
+        ...
+
+
+def flattened(results: Mapping[str, Metrics]) -> Metrics:
+    """Returns metrics under one name each: those of later splits bear the split's.
+
+    Example:
+      >>> flattened({"validation": {"f1": 0.5}, "test": {"f1": 0.25}})
+      {'f1': 0.5, 'f1_test': 0.25}
+    """
+    first = next(iter(results))
+    return {
+        name if split == first else f"{name}_{split}": value
+        for split, metrics in results.items()
+        for name, value in metrics.items()
+    }
