@@ -19,6 +19,7 @@ from .adapters.tap import tap as tap
 from .compact import Compact as Compact
 from .compact import CompactState as CompactState
 from .errors import InputError as InputError
+from .generation.beams import Beams as Beams
 from .generation.choice import Greedy as Greedy
 from .generation.choice import Sample as Sample
 from .generation.generate import generate as generate

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_decoders import batch_of, random_model
 
-from sparse_jax import CausalLM, Greedy, Sample, from_pretrained, generate
+from sparse_jax import Beams, CausalLM, Greedy, Sample, from_pretrained, generate
 from sparse_jax.adapters.lora import LoRA
 from sparse_jax.adapters.prefix import Prefix
 from sparse_jax.errors import InputError
@@ -105,6 +105,35 @@ def test_greedy_texts_equal_those_of_pytorch(case, load):
     assert stopped == [until(row, stop) for row in free] != free
 
 
+BEAMS = [
+    Beams(2),
+    Beams(4),
+    Beams(4, early_stopping=True),
+    Beams(4, length_penalty=0.6),
+    Beams(3, length_penalty=2.0, early_stopping=True),
+    Beams(2, length_penalty=-1.0),
+]
+
+
+@pytest.mark.parametrize("choice", BEAMS, ids=repr)
+def test_beams_equal_those_of_pytorch(choice, load):
+    theirs, model, params = load("llama")
+    free = texts(model, params, PROMPTS)
+    lengths = []
+    for stop in (frequent(free), free[0][2:4], free[1][3:5], free[2][5:7]):
+        found = texts(model, params, PROMPTS, choice=choice, stop=stop)
+        assert found == torch_texts(theirs, stop, **vars(choice))
+        lengths += map(len, found)
+    assert len(set(lengths)) > 3
+
+
+@pytest.mark.parametrize("case", ["mistral", "bloom"])
+def test_beams_that_never_end_equal_those_of_pytorch(case, load):
+    theirs, model, params = load(case)
+    found = texts(model, params, PROMPTS, choice=Beams(4))
+    assert found == torch_texts(theirs, NEVER, num_beams=4)
+
+
 @pytest.mark.parametrize("case", ["mistral", "bloom"])
 def test_a_cache_changes_nothing(case, load):
     _, model, params = load(case)
@@ -137,7 +166,9 @@ def test_what_is_attached_is_used(method, llama):
     assert jnp.argmax(scores[0, len(PROMPTS[0]) - 1 : -1], -1).tolist() == written[0]
 
 
-@pytest.mark.parametrize("choice", [Greedy(), Sample(temperature=2.0)], ids=str)
+@pytest.mark.parametrize(
+    "choice", [Greedy(), Sample(temperature=2.0), Beams(2)], ids=repr
+)
 def test_a_text_does_not_depend_on_the_others(choice, llama):
     options = {"choice": choice, "key": jax.random.key(3)}
     together = texts(*llama, PROMPTS, **options)
@@ -272,6 +303,8 @@ def test_tokens_are_drawn_as_often_as_is_likely(temperature):
         (lambda: Sample(temperature=float("nan")), "`temperature` must be positive"),
         (lambda: Sample(top_k=0), "`top_k` must be at least 1, got 0"),
         (lambda: Sample(top_p=0.0), r"`top_p` must be in \(0, 1\], got 0.0"),
+        (lambda: Beams(1), "`num_beams` must be at least 2, got 1"),
+        (lambda: Beams(2, float("inf")), "`length_penalty` must be a finite number"),
         (lambda: Sample(top_p=1.1), r"`top_p` must be in \(0, 1\], got 1.1"),
     ],
 )
