@@ -6,6 +6,7 @@ import typer
 
 from sparse_jax.cli.evaluate import evaluate
 from sparse_jax.cli.finetune import finetune
+from sparse_jax.cli.generate import generate
 from sparse_jax.errors import InputError
 
 __all__ = ["app", "main"]
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(finetune)
 app.command()(evaluate)
+app.command()(generate)
 
 
 def main() -> None:

@@ -105,3 +105,25 @@ BASE = _option("Folder or id of the base model.", "where it was trained on")
 ADAPTER_TASK = _option("Task to evaluate on.", "the one it was trained on")
 BATCH = _option("Examples at a time.", "as in training")
 ADAPTER_LENGTH = _option("Most tokens of an example.", "as in training")
+
+DECODER = _option(
+    "Folder of a pre-trained decoder, or its id on the Hub.", "the adapter's"
+)
+PROMPT = _option("Text to continue; may be repeated.", "none", metavar="<str>")
+PROMPT_FILE = _option("File of texts to continue, one a line.", "none")
+CHAT = _flag("--chat", "Put a text as a message, in the tokenizer's chat template.")
+PROMPT_TEMPLATE = _option(
+    "Prompt to put a text in, as an instruction: alpaca or llm_adapters.", "none"
+)
+MAX_NEW_TOKENS = _option("Most tokens to write.")
+TEMPERATURE = _option("Draw tokens at random; below 1 prefers likely ones.", "greedy")
+TOP_K = _option("Draw among this many likeliest tokens.", "all")
+TOP_P = _option("Draw among the likeliest tokens that add up to this.", "all")
+BEAMS = _option("Search for the likeliest text, with this many at a time.", "greedy")
+LENGTH_PENALTY = _option("Exponent of the length in the score of a beam.", "1")
+STOP = _option(
+    "Token, or its id, that also ends a text; may be repeated.",
+    "the model's own",
+    metavar="<str>",
+)
+DRAW_SEED = _option("Of what is drawn.")

@@ -1,0 +1,113 @@
+"""The command `sparse-jax generate`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from sparse_jax.cli import options
+from sparse_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from sparse_jax.generation.choice import Choice
+    from sparse_jax.tasks.prompts import PromptTemplate
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: Annotated[str | None, options.DECODER] = None,
+    adapter: Annotated[str | None, options.ADAPTER] = None,
+    prompt: Annotated[list[str] | None, options.PROMPT] = None,
+    prompts: Annotated[str | None, options.PROMPT_FILE] = None,
+    chat: Annotated[bool, options.CHAT] = False,
+    template: Annotated[str | None, options.PROMPT_TEMPLATE] = None,
+    max_new_tokens: Annotated[int, options.MAX_NEW_TOKENS] = 128,
+    temperature: Annotated[float | None, options.TEMPERATURE] = None,
+    top_k: Annotated[int | None, options.TOP_K] = None,
+    top_p: Annotated[float | None, options.TOP_P] = None,
+    beams: Annotated[int | None, options.BEAMS] = None,
+    length_penalty: Annotated[float | None, options.LENGTH_PENALTY] = None,
+    stop: Annotated[list[str] | None, options.STOP] = None,
+    seed: Annotated[int, options.DRAW_SEED] = 0,
+) -> None:
+    """Continue texts with a decoder, and print what it writes."""
+    if chat and template is not None:
+        raise InputError(
+            f"`template` must be left out with --chat, got {template!r}: the tokenizer "
+            "has a template of its own."
+        )
+    # JAX takes seconds to import, and `--help` has to be quick.
+    from sparse_jax.generation.wording import chat_tokens, stop_token, text_tokens
+    from sparse_jax.generation.writer import load_writer
+
+    prompt_template = _template(template)
+    texts = [*(prompt or ()), *_lines(prompts)]
+    if not texts:
+        raise InputError(
+            "`prompt` must be given, got none. Pass --prompt, or --prompts with a file."
+        )
+    choice = _choice(temperature, top_k, top_p, beams, length_penalty)
+    writer = load_writer(model, adapter)
+    tokens = (
+        (lambda text: chat_tokens(text, writer.tokenizer))
+        if chat
+        else (lambda text: text_tokens(text, writer.tokenizer, prompt_template))
+    )
+    written = writer.write(
+        [tokens(text) for text in texts],
+        choice=choice,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stop=[stop_token(word, writer.tokenizer) for word in stop or ()],
+    )
+    print(*written, sep="\n")
+
+
+def _choice(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    beams: int | None,
+    length_penalty: float | None,
+) -> "Choice":
+    """Returns the choice that the options describe."""
+    from sparse_jax.generation.beams import Beams
+    from sparse_jax.generation.choice import Greedy, Sample
+
+    is_random = any(value is not None for value in (temperature, top_k, top_p))
+    if beams is not None and is_random:
+        raise InputError(
+            f"`beams` must be left out with --temperature, --top-k and --top-p, got "
+            f"{beams}. Beam search draws nothing at random."
+        )
+    if beams is None and length_penalty is not None:
+        raise InputError(
+            f"`length_penalty` must be left out without --beams, got {length_penalty}."
+        )
+    if beams is not None:
+        return Beams(beams, 1.0 if length_penalty is None else length_penalty)
+    if is_random:
+        return Sample(1.0 if temperature is None else temperature, top_k, top_p)
+    return Greedy()
+
+
+def _template(name: str | None) -> "PromptTemplate | None":
+    """Returns the prompt of a name."""
+    from sparse_jax.tasks.prompts import PROMPTS
+
+    if name is not None and name not in PROMPTS:
+        raise InputError(
+            f"`template` must be one of {', '.join(PROMPTS)}, got {name!r}."
+        )
+    return None if name is None else PROMPTS[name]
+
+
+def _lines(path: str | None) -> list[str]:
+    """Returns the lines of a file that are not empty."""
+    from pathlib import Path
+
+    from sparse_jax.tasks.rows import read_text
+
+    if path is None:
+        return []
+    # Not `splitlines`, which also breaks at characters that occur in sentences.
+    lines = (line.removesuffix("\r") for line in read_text(Path(path)).split("\n"))
+    return [line for line in lines if line.strip()]

@@ -1,0 +1,130 @@
+"""A writer: a model, an adapter and a tokenizer that together continue texts."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax.adapter_file import Adapter, load_adapter
+from sparse_jax.adapter_use import apply_adapter
+from sparse_jax.errors import InputError
+from sparse_jax.generation.choice import Choice
+from sparse_jax.generation.generate import generate
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.hub import local_folder
+from sparse_jax.models.pretrained import base_hash, from_pretrained
+from sparse_jax.models.pure import PureModel
+from sparse_jax.sites import Attachment
+from sparse_jax.tasks.glue import TASKS
+from sparse_jax.tasks.tokens import load_tokenizer
+
+__all__ = ["Writer", "load_writer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """Everything that is needed to continue a text."""
+
+    model: PureModel
+    params: Any
+    attachment: Attachment
+    tokenizer: Any
+    stop: tuple[int, ...]  # tokens that end a text
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        choice: Choice,
+        max_new_tokens: int,
+        seed: int = 0,
+        stop: Sequence[int] = (),
+    ) -> list[str]:
+        """Returns what follows each prompt, special tokens left out.
+
+        Args:
+          prompts: token ids.
+          choice: how tokens are chosen.
+          max_new_tokens: most tokens to write after a prompt.
+          seed: of what is drawn at random.
+          stop: tokens that end a text beside those that the model itself ends with.
+
+        Raises:
+          InputError: as `generate`.
+        """
+        rows = generate(
+            self.model,
+            self.params,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            choice=choice,
+            stop=tuple(sorted({*self.stop, *stop})),
+            attachment=self.attachment,
+            key=jax.random.key(seed),
+        )
+        decode = self.tokenizer.decode
+        return [decode(row.tolist(), skip_special_tokens=True) for row in rows]
+
+
+def load_writer(model: str | Path | None, adapter: str | Path | None = None) -> Writer:
+    """Loads a decoder and, perhaps, an adapter for it.
+
+    Args:
+      model: folder or id; None is where the adapter was trained.
+      adapter: adapter file or run directory; None is none.
+
+    Raises:
+      InputError: if neither is given, the model is no decoder, or the adapter cannot
+        be read, is for a classification or belongs to another base.
+    """
+    found = None if adapter is None else _causal_adapter(adapter)
+    folder = local_folder(_base(model, found))
+    dtype = "float32" if found is None else found.settings.get("dtype", "float32")
+    pure, params = from_pretrained(folder, head=CausalLM, dtype=jnp.dtype(dtype))
+    attachment = Attachment()
+    if found is not None:
+        params, attachment = apply_adapter(params, found, base_hash=base_hash(folder))
+    tokenizer = load_tokenizer(folder)
+    stop = {*_ends(folder), tokenizer.eos_token_id} - {None}
+    return Writer(pure, params, attachment, tokenizer, tuple(sorted(stop)))
+
+
+def _causal_adapter(path: str | Path) -> Adapter:
+    """Reads an adapter of a model that writes."""
+    adapter = load_adapter(path)
+    if adapter.labels or adapter.task in TASKS:
+        raise InputError(
+            f"`adapter` must be one of a causal language model, got one for the task "
+            f"{adapter.task}. Use `sparse-jax evaluate` for it."
+        )
+    return adapter
+
+
+def _base(model: str | Path | None, adapter: Adapter | None) -> str | Path:
+    """Returns the base model, named or known to the adapter."""
+    base = model or (adapter and adapter.base_model)
+    if not base:
+        raise InputError(
+            "`model` must be given without an adapter that names its base. Pass a "
+            "folder or an id on the Hub."
+        )
+    return base
+
+
+def _ends(folder: Path) -> list[int]:
+    """Returns the tokens that `generation_config.json` ends a text with, if any."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"`{path}` must be a JSON object: {error}. Copy it again, or remove it."
+        ) from error
+    ends = ends if isinstance(ends, list) else [ends]
+    return [end for end in ends if isinstance(end, int)]
