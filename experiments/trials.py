@@ -1,7 +1,7 @@
 """Trials: runs of one method over learning rates and seeds, each made once."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class Trial:
     Attributes:
       rate: the learning rate of the grid that was best on the first seed.
       size: trained parameters, head excluded.
-      values: the metric of every seed, in [-1, 1].
+      values: the metric of every seed.
     """
 
     rate: float
@@ -32,11 +32,18 @@ class Trial:
     @property
     def cells(self) -> tuple[str, ...]:
         """What a table shows in `COLUMNS`: values in percent."""
-        percent = 100 * np.array(self.values)
-        deviation = np.std(percent, ddof=1) if len(percent) > 1 else np.nan
-        spread = f"{min(percent):.1f} to {max(percent):.1f}"
-        numbers = (f"{np.mean(percent):.1f}", f"{deviation:.1f}", spread)
-        return (f"{self.size:,}", f"{self.rate:g}", *numbers)
+        return self.shown(100, 1)
+
+    def shown(self, scale: float, digits: int) -> tuple[str, ...]:
+        """Returns what a table shows in `COLUMNS`, values times a scale."""
+        values = scale * np.array(self.values)
+        deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
+        texts = [
+            f"{value:.{digits}f}"
+            for value in (np.mean(values), deviation, min(values), max(values))
+        ]
+        spread = f"{texts[2]} to {texts[3]}"
+        return (f"{self.size:,}", f"{self.rate:g}", *texts[:2], spread)
 
 
 def make_trial(
@@ -47,6 +54,7 @@ def make_trial(
     rates: Sequence[float],
     seeds: Sequence[int],
     folder: Path,
+    choose: Callable[..., float] = max,
 ) -> Trial:
     """Chooses a learning rate on the first seed, then runs all seeds with it.
 
@@ -60,6 +68,7 @@ def make_trial(
       rates: the grid of learning rates.
       seeds: not empty.
       folder: where the directories are.
+      choose: `max` if a large metric is good, `min` if a small one is.
     """
 
     def run(rate: float, seed: int) -> dict[str, Any]:
@@ -68,7 +77,7 @@ def make_trial(
             replace(settings, learning_rate=rate, seed=seed, output=str(output))
         )
 
-    best = max(rates, key=lambda rate: run(rate, seeds[0])["eval"][metric])
+    best = choose(rates, key=lambda rate: run(rate, seeds[0])["eval"][metric])
     runs = [run(best, seed) for seed in seeds]
     values = tuple(metrics["eval"][metric] for metrics in runs)
     return Trial(best, runs[0]["trained_parameters_without_head"], values)

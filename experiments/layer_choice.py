@@ -1,0 +1,88 @@
+"""Which layers should an update train?  IST, random layers and all layers, three seeds.
+
+    python -m experiments.layer_choice --model FOLDER --data FILE
+        [--choices all ist random] [--method lora] [--active 0.25] [--max-steps 300]
+        [--seeds 0 1 2] [--learning-rates 5e-4 2e-3 8e-3] [--output runs/layer_choice]
+
+FOLDER is a decoder of many layers, such as `experiments/pretrain_decoder.py` makes;
+FILE a text of another kind than it was trained on. All runs make the same number of
+updates and differ in nothing but the layers; each way has its learning rate from the
+same grid, the best on the first seed. What is compared is the loss on the end of the
+text, which no run trains on. An interrupted run of this file goes on where it was.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.trials import COLUMNS, make_trial
+from sparse_jax import Settings
+
+# The paper's sites: query, key, value, and the two maps of the MLP.
+WHERE = ("^attention/(query|key|value)$", "^mlp/(up|down)$")
+SAMPLERS = {"all": None, "ist": "ist", "random": "uniform"}
+
+
+def settings_of(choice: str, args: argparse.Namespace) -> Settings:
+    """Returns the settings of a choice of layers."""
+    settings = Settings(
+        model=args.model,
+        data=args.data,
+        task="causal",
+        loss_on="all",
+        output="",
+        method=args.method,
+        batch_size=16,  # rows
+        max_length=128,  # tokens
+        epochs=100,
+        max_steps=args.max_steps,
+    )
+    if args.method == "lora":
+        settings = replace(settings, where=WHERE)
+    if args.method == "sift":
+        leaves = tuple(f"^layers/{rule[1:-1]}/" for rule in WHERE)
+        settings = replace(settings, where=leaves, density=0.05)
+    if SAMPLERS[choice] is None:
+        return settings
+    return replace(settings, sampler=SAMPLERS[choice], active=args.active)
+
+
+def main() -> None:
+    """Makes the runs that are missing, then shows all of them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--choices", choices=SAMPLERS, nargs="+", default=[*SAMPLERS])
+    parser.add_argument("--method", choices=("lora", "sift", "full"), default="lora")
+    parser.add_argument("--active", type=float, default=0.25)
+    parser.add_argument("--max-steps", type=int, default=300)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    rates = [5e-4, 2e-3, 8e-3]
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=rates)
+    parser.add_argument("--output", type=Path, default=Path("runs/layer_choice"))
+    args = parser.parse_args()
+    table = Table(
+        title=f"{args.method}: loss on held-out text (nats per token), "
+        f"{args.max_steps} updates, {len(args.seeds)} seeds"
+    )
+    for column in ("layers", *COLUMNS):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    for choice in args.choices:
+        trial = make_trial(
+            f"{args.method}-{choice}",
+            settings_of(choice, args),
+            metric="loss",
+            rates=args.learning_rates,
+            seeds=args.seeds,
+            folder=args.output,
+            choose=min,
+        )
+        table.add_row(choice, *trial.shown(1, 4))
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
