@@ -74,9 +74,10 @@ class Sample(_TokenByToken):
 
         p = softmax(logits / temperature), restricted and scaled to sum to one
 
-    Restricted first to the `top_k` likeliest tokens and those as likely as the last of
-    them, then to the fewest likeliest tokens whose p, after the first restriction,
-    add up to `top_p`; as `transformers` does.
+    Restricted first to the `top_k` likeliest tokens, then to the fewest likeliest whose
+    p, after the first restriction, add up to `top_p`, each time with all that are as
+    likely as the last of them. `transformers` does the same, but for `top_p` it leaves
+    to chance which of several equal ones are kept.
 
     Args:
       temperature: positive; below 1 prefers likely tokens.
@@ -87,9 +88,9 @@ class Sample(_TokenByToken):
       InputError: if a number is out of range.
 
     Example:
-      >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+      >>> logits = jnp.log(jnp.array([[0.25, 0.5, 0.25]]))
       >>> jax.nn.softmax(Sample(top_p=0.4).restricted(logits))
-      Array([[1., 0., 0.]], dtype=float32)
+      Array([[0., 1., 0.]], dtype=float32)
     """
 
     temperature: float = 1.0
@@ -137,10 +138,10 @@ def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
     """Removes the least likely tokens that together have at most 1 - p."""
-    order = jnp.argsort(logits, axis=-1)
-    ascending = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
-    is_removed = jnp.cumsum(ascending, axis=-1) <= 1 - p
+    ascending = jnp.sort(logits, axis=-1)
+    is_kept = jnp.cumsum(jax.nn.softmax(ascending), axis=-1) > 1 - p
     # Rounding must not remove the likeliest one.
-    is_removed = is_removed.at[..., -1].set(False)
-    place = jnp.argsort(order, axis=-1)
-    return jnp.where(jnp.take_along_axis(is_removed, place, axis=-1), -jnp.inf, logits)
+    is_kept = is_kept.at[..., -1].set(True)
+    # Sorting values with their places, twice, made sampling take 1.7 times as long.
+    least = jnp.min(jnp.where(is_kept, ascending, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
