@@ -1,7 +1,8 @@
 """The compact tier: a training step whose gradients are never dense."""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -12,24 +13,28 @@ from jax import lax
 from sparse_jax.adapters.method import Method
 from sparse_jax.adapters.tap import (
     Selection,
+    Wanted,
     empty_selection,
     selecting_tap,
     support_of,
     tap,
 )
+from sparse_jax.axes import inside_replicas
+from sparse_jax.local_support import Cut, LocalSupport, unused_tables
 from sparse_jax.packing import current_values, keep_masters, pack
 from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles
-from sparse_jax.scores import leaf_key, select
+from sparse_jax.scores import leaf_key, select, select_tables
 from sparse_jax.sites import Attachment
-from sparse_jax.support import scatter
+from sparse_jax.support import Support, scatter
 
 __all__ = ["Compact", "CompactState", "Loss"]
 
 # (params, batch, key, attachment) -> (sum of the losses, number they are averaged by)
 Loss = Callable[[Any, Any, Any, Attachment], tuple[jax.Array, jax.typing.ArrayLike]]
 
-# trained values -> parameters and attachment of a forward pass that they depend on
-Place = Callable[[Any], tuple[Any, Attachment]]
+# (whatever it needs of the state, trained values) -> parameters and attachment of a
+# forward pass that depends on the values
+Place = Callable[[Any, Any], tuple[Any, Attachment]]
 
 
 class CompactState(NamedTuple):
@@ -37,7 +42,7 @@ class CompactState(NamedTuple):
 
     count: jax.typing.ArrayLike  # shape=(), int32: updates made
     params: Any  # current parameters, in their own dtypes
-    support: Any  # sparse leaves: shape=(k,) or (L, k), int32
+    support: Any  # sparse leaves: shape=(k,) or (L, k), int32, or `LocalSupport`
     masters: Any  # trained leaves below float32: their float32 values
     added: Any  # arrays that the method adds, float32
     opt_state: optax.OptState  # of the trained values
@@ -61,6 +66,9 @@ class Compact:
       tx: any Optax transformation.
       accumulate: micro-batches per update. Above one, the leaves of a batch are
         [accumulate, ...] and only packed gradients are summed.
+      cuts: how leaves are cut over a mesh, by name; `sparse_jax.sharding` knows.
+      data_axes: mesh axes over which replicas see different examples. They exchange
+        gradients of the trained values, never dense ones.
 
     Example:
       >>> from sparse_jax.adapters.sparse import Sparse
@@ -79,18 +87,30 @@ class Compact:
     method: Method
     tx: optax.GradientTransformation
     accumulate: int = 1
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    data_axes: tuple[str, ...] = ()
 
-    def init(self, params: Any, key: jax.Array) -> CompactState:
-        """Returns the state before the selection, whose supports are all zero."""
+    def init(
+        self, params: Any, key: jax.Array, capacity: Mapping[str, int] | None = None
+    ) -> CompactState:
+        """Returns the state before the selection, whose supports hold nothing.
+
+        Args:
+          params: parameters of the model.
+          key: of the arrays that the method adds.
+          capacity: slots of every shard of a leaf that is cut over a mesh, by name.
+        """
         roles = self.method.roles(params)
 
-        def support(role: Role, leaf: Any) -> jax.Array:
-            k = self.method.support_size(role)
-            return jnp.zeros(role.packed_shape(leaf.shape, k), jnp.int32)
+        def support(role: Role, leaf: Any) -> Support:
+            k, cut = self.method.support_size(role), self.cuts.get(role.name)
+            if cut is None:
+                return jnp.zeros(role.packed_shape(leaf.shape, k), jnp.int32)
+            slots = (capacity or {}).get(role.name, k)
+            return unused_tables(leaf.shape, cut, slots, role.stacked)
 
         empty = map_roles(support, roles, params, only=(SPARSE,))
-        added = self.method.added(params, key)
-        return self._with_support(params, empty, added)
+        return self.begin(params, empty, self.method.added(params, key))
 
     def select(
         self, state: CompactState, batch: Any, key: jax.Array
@@ -107,21 +127,35 @@ class Compact:
           The new state, and whether the gradient was finite. If it was not, the
           state is as before: try another batch.
         """
-        roles = self.method.roles(state.params)
-        if self.method.needs_gradient:
-            if self.accumulate > 1:
-                batch = jax.tree.map(lambda leaf: leaf[0], batch)
-                key = jax.random.split(key, self.accumulate)[0]
-            support, finite = self._select_by_gradient(roles, state, batch, key)
-        else:
-            support, finite = self._select_by_weight(roles, state, key), jnp.array(True)
-        chosen = self._with_support(state.params, support, state.added)
+        support, finite, _ = self.choose(state, batch, key)
+        chosen = self.begin(state.params, support, state.added)
         pick = lambda new, old: jnp.where(finite, new, old)
         # The parameters are the same in both, and must not be copied.
         small = jax.tree.map(
             pick, chosen._replace(params=()), state._replace(params=())
         )
         return small._replace(params=state.params), finite
+
+    def choose(
+        self, state: CompactState, batch: Any, key: jax.Array
+    ) -> tuple[Any, jax.Array, Any]:
+        """Returns supports, as `select` chooses them, without starting anything.
+
+        The arguments are those of `select`.
+
+        Returns:
+          The supports, whether the gradient was finite, and for sparse leaves the
+          number of chosen entries, of every layer and shard: where that is more than
+          the slots of a table, the support lacks entries.
+        """
+        roles = self.method.roles(state.params)
+        if not self.method.needs_gradient:
+            support, counts = self._choose_by_weight(roles, state, key)
+            return support, jnp.array(True), counts
+        if self.accumulate > 1:
+            batch = jax.tree.map(lambda leaf: leaf[0], batch)
+            key = jax.random.split(key, self.accumulate)[0]
+        return self._choose_by_gradient(roles, state, batch, key)
 
     def step(
         self, state: CompactState, batch: Any, key: jax.Array
@@ -139,8 +173,9 @@ class Compact:
         """
         roles = self.method.roles(state.params)
         values = self._values(roles, state)
-        place = lambda values: self._place(roles, state, values)
-        loss, grads = self._gradients(place, values, batch, key)
+        place = lambda state, values: self._place(roles, state, values)
+        lean = state._replace(masters=(), opt_state=())
+        loss, grads = self._gradients(place, lean, values, batch, key)
         updates, opt_state = self.tx.update(grads, state.opt_state, values)
         values: Any = optax.apply_updates(values, updates)
         leaves = values["leaves"]
@@ -160,8 +195,8 @@ class Compact:
         )
         return Attachment(trained={"added": state.added}, response=respond)
 
-    def _with_support(self, params: Any, support: Any, added: Any) -> CompactState:
-        """Returns a state in which nothing has been updated."""
+    def begin(self, params: Any, support: Any, added: Any) -> CompactState:
+        """Returns a state with these supports in which nothing has been updated."""
         roles = self.method.roles(params)
         leaves = pack(roles, support, params)
         return CompactState(
@@ -193,44 +228,84 @@ class Compact:
         return params, self._attachment(tap, stacked, values["added"])
 
     def _gradients(
-        self, place: Place, values: Any, batch: Any, key: jax.Array
+        self, place: Place, context: Any, values: Any, batch: Any, key: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Returns the loss and its gradient with respect to the trained values."""
+        sums = self._sums
+        if self.data_axes:
+            sums = self._exchanged
+        (loss, weight), grads = sums(place, context, values, batch, key)
+        return loss / weight, jax.tree.map(lambda grad: grad / weight, grads)
+
+    def _sums(
+        self, place: Place, context: Any, values: Any, batch: Any, key: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        """Returns loss and weight, and the gradient of the loss, all of them sums."""
 
         def total(values: Any, batch: Any, key: jax.Array) -> Any:
-            params, attachment = place(values)
+            params, attachment = place(context, values)
             loss, weight = self.loss(params, batch, key, attachment)
             return loss, jnp.asarray(weight, jnp.float32)
 
         differentiate = jax.value_and_grad(total, has_aux=True)
         if self.accumulate == 1:
-            (loss, weight), grads = differentiate(values, batch, key)
-        else:
-            zeros = jax.tree.map(jnp.zeros_like, values)
-            start = ((jnp.float32(0), jnp.float32(0)), zeros)
+            return differentiate(values, batch, key)
+        zeros = jax.tree.map(jnp.zeros_like, values)
+        start = ((jnp.float32(0), jnp.float32(0)), zeros)
 
-            def add(sums: Any, one: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, sums, differentiate(values, *one)), None
+        def add(sums: Any, one: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, differentiate(values, *one)), None
 
-            keys = jax.random.split(key, self.accumulate)
-            ((loss, weight), grads), _ = lax.scan(add, start, (batch, keys))
-        return loss / weight, jax.tree.map(lambda grad: grad / weight, grads)
+        keys = jax.random.split(key, self.accumulate)
+        return lax.scan(add, start, (batch, keys))[0]
 
-    def _select_by_gradient(
+    def _exchanged(
+        self, place: Place, context: Any, values: Any, batch: Any, key: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        """Returns the sums over all replicas, each of which sees its own examples.
+
+        Left to the compiler, replicas would add up the dense gradient of a weight
+        before its tap sees it. Mapped over the replicas, the tap comes first, which is
+        the same because gathering is linear, and what is added up is packed.
+        """
+        axes, dim = self.data_axes, int(self.accumulate > 1)
+        mesh = jax.sharding.get_abstract_mesh()
+        count = math.prod(mesh.shape[axis] for axis in axes)
+
+        def split(leaf: jax.Array) -> jax.Array:
+            rows = leaf.shape[dim] // count
+            return leaf.reshape(*leaf.shape[:dim], count, rows, *leaf.shape[dim + 1 :])
+
+        def one(batch: Any, number: jax.Array) -> Any:
+            # Replicas drop out different entries.
+            own = jax.random.fold_in(key, number)
+            return self._sums(place, context, values, batch, own)
+
+        with inside_replicas(axes):
+            sums = jax.vmap(one, in_axes=(dim, 0), spmd_axis_name=axes)(
+                jax.tree.map(split, batch), jnp.arange(count)
+            )
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+
+    def _choose_by_gradient(
         self, roles: Any, state: CompactState, batch: Any, key: jax.Array
-    ) -> tuple[Any, jax.Array]:
+    ) -> tuple[Any, jax.Array, Any]:
         """Returns the supports, found layer by layer in one backward pass."""
-        score = self.method.score
         empty = map_roles(
             lambda role, support: empty_selection(support.shape),
             roles, state.support, only=(SPARSE,),
         )  # fmt: skip
+        wanted = map_roles(self._wanted, roles, only=(SPARSE,))
 
         def total(selections: Any) -> jax.Array:
-            tap_leaf = lambda role, leaf, chosen: selecting_tap(score, leaf, chosen)
+            tap_leaf = lambda role, leaf, chosen: selecting_tap(
+                self._wanted(role), leaf, chosen
+            )
             params, stacked = _route(roles, state.params, tap_leaf, selections)
-            tap_layer = lambda leaf, chosen: selecting_tap(score, leaf, chosen)
-            attachment = self._attachment(tap_layer, stacked, state.added)
+            tap_layer = lambda leaf, chosen, wanted: selecting_tap(wanted, leaf, chosen)
+            attachment = self._attachment(
+                tap_layer, stacked, state.added, self._inside(wanted)
+            )
             loss, weight = self.loss(params, batch, key, attachment)
             return loss / weight
 
@@ -240,29 +315,61 @@ class Compact:
             jnp.any(selection.bad > 0)
             for selection in jax.tree.leaves(selections, is_leaf=is_selection)
         ]
-        positions = lambda role, selection: support_of(selection)
-        support = map_roles(positions, roles, selections, only=(SPARSE,))
-        return support, ~jnp.any(jnp.stack(bad)) if bad else jnp.array(True)
+        only = {"only": (SPARSE,)}
+        positions = lambda role, chosen: support_of(chosen, self.cuts.get(role.name))
+        support = map_roles(positions, roles, selections, **only)
+        count = lambda role, chosen: chosen.count.astype(jnp.int32)
+        counts = map_roles(count, roles, selections, **only)
+        finite = ~jnp.any(jnp.stack(bad)) if bad else jnp.array(True)
+        return support, finite, counts
 
-    def _select_by_weight(self, roles: Any, state: CompactState, key: jax.Array) -> Any:
-        """Returns the supports of a score that looks at no gradient."""
+    def _choose_by_weight(
+        self, roles: Any, state: CompactState, key: jax.Array
+    ) -> tuple[Any, Any]:
+        """Returns the supports of a score that looks at no gradient, and counts."""
 
-        def positions(role: Role, leaf: jax.Array) -> jax.Array:
-            k, draw = self.method.support_size(role), leaf_key(key, role.name)
-            # Nothing reads the second argument.
-            return select(self.method.score, leaf, leaf, k, draw, stacked=role.stacked)
+        def chosen(role: Role, leaf: jax.Array, support: Any) -> tuple[Support, Any]:
+            score, k, cut = self._wanted(role)
+            draw = leaf_key(key, role.name)
+            # Nothing reads the gradient.
+            args = (score, leaf, leaf, k, draw)
+            if cut is None:
+                support = select(*args, stacked=role.stacked)
+                return support, jnp.full(support.shape[:-1], k)
+            tables, count = select_tables(
+                *args, cut=cut, capacity=support.shape[-1], stacked=role.stacked
+            )
+            return LocalSupport(tables, cut), count
 
-        return map_roles(positions, roles, state.params, only=(SPARSE,))
+        both = map_roles(chosen, roles, state.params, state.support, only=(SPARSE,))
+        first, second = (
+            map_roles(lambda role, pair, i=i: pair[i], roles, both, only=(SPARSE,))
+            for i in (0, 1)
+        )
+        return first, second
+
+    def _wanted(self, role: Role) -> Wanted:
+        """Returns what to select in a leaf, or in each layer of it."""
+        k = self.method.support_size(role)
+        return Wanted(self.method.score, k, self.cuts.get(role.name))
+
+    def _inside(self, tree: Any) -> Any:
+        """Returns the subtree of the layers, empty if there is none."""
+        name = self.method.stack
+        return tree[name] if isinstance(tree, Mapping) and name in tree else {}
 
     def _attachment(
-        self, tap_leaf: Callable[..., Any], stacked: tuple, added: Any
+        self, tap_leaf: Callable[..., Any], stacked: tuple, added: Any, *static: Any
     ) -> Attachment:
-        """Returns the attachment that taps the layers of the stack."""
-        name = self.method.stack
-        inside = tuple(
-            tree[name] if isinstance(tree, Mapping) and name in tree else {}
-            for tree in stacked
-        )
+        """Returns the attachment that taps the layers of the stack.
+
+        Args:
+          tap_leaf: (leaf, a value of every tree, a value of every static tree) -> leaf.
+          stacked: trees of arrays, of which a layer gets its slices.
+          added: what the method adds.
+          *static: trees of the layers that hold no arrays.
+        """
+        inside = tuple(map(self._inside, stacked))
 
         def weights(layer_params: Any, trained: Any) -> Any:
             def one(leaf: jax.Array, *values: Any) -> jax.Array:
@@ -271,7 +378,7 @@ class Compact:
 
             if not trained["tapped"][0]:
                 return layer_params
-            return jax.tree.map(one, layer_params, *trained["tapped"])
+            return jax.tree.map(one, layer_params, *trained["tapped"], *static)
 
         respond = lambda site, module, x, trained, key: self.method.response(
             site, module, x, trained["added"], key=key

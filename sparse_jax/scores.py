@@ -2,14 +2,17 @@
 
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from sparse_jax.errors import InputError
+from sparse_jax.local_support import Cut
 from sparse_jax.support import replicated
 from sparse_jax.top_k import top_k_support
+from sparse_jax.top_k_local import top_k_tables
 
 __all__ = [
     "SCORES",
@@ -21,6 +24,7 @@ __all__ = [
     "random",
     "score_named",
     "select",
+    "select_tables",
 ]
 
 # (gradient, param, key) -> scores of the same shape; the largest magnitudes win.
@@ -122,4 +126,39 @@ def select(
         return select(score, gradient, param, k, jax.random.fold_in(key, index))
 
     # One layer after the other, so that scores exist for one layer at a time.
+    return lax.map(select_layer, (jnp.arange(param.shape[0]), gradient, param))
+
+
+def select_tables(
+    score: Score,
+    gradient: jax.Array,
+    param: jax.Array,
+    k: int,
+    key: jax.Array,
+    *,
+    cut: Cut,
+    capacity: int,
+    stacked: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the support of `select` for an array that is cut over a mesh.
+
+    Args:
+      score, gradient, param, k, key, stacked: as for `select`.
+      cut: how the array, or each layer, is cut.
+      capacity: slots of a shard.
+
+    Returns:
+      Tables, shape=(S, c) or (L, S, c), int32, and the chosen entries of every shard,
+      shape=(S,) or (L, S), which may be more than `capacity`.
+    """
+    if not stacked:
+        return top_k_tables(score(gradient, param, key), k, cut, capacity)
+
+    def select_layer(layer: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        index, gradient, param = layer
+        key_of_layer = jax.random.fold_in(key, index)
+        return select_tables(
+            score, gradient, param, k, key_of_layer, cut=cut, capacity=capacity
+        )
+
     return lax.map(select_layer, (jnp.arange(param.shape[0]), gradient, param))

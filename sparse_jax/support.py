@@ -13,8 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparse_jax.errors import InputError
+from sparse_jax.local_support import LocalSupport, gather_local, scatter_local
 
-__all__ = ["gather", "replicated", "require_density", "scatter", "support_size"]
+__all__ = [
+    "Support",
+    "gather",
+    "replicated",
+    "require_density",
+    "scatter",
+    "support_size",
+]
+
+# Positions in an array, or in each shard of an array that is cut over a mesh.
+Support = jax.Array | LocalSupport
 
 # Distinct indices matter beyond speed: float32 scatters that may collide compile to a
 # compare-and-swap loop on GPU in jaxlib 0.10.2 (jax issue 38806).
@@ -56,7 +67,7 @@ def support_size(density: float, size: int) -> int:
 
 
 def gather(
-    x: jax.Array, support: jax.Array, layers: jax.Array | None = None
+    x: jax.Array, support: Support, layers: jax.Array | None = None
 ) -> jax.Array:
     """Returns the entries of an array at a support, in the dtype of the array.
 
@@ -64,7 +75,8 @@ def gather(
 
     Args:
       x: array of any shape, or a stack of layers, shape=(L, ...).
-      support: positions, shape=(k,), or (L, k) for a stack; int32.
+      support: positions, shape=(k,), or (L, k) for a stack; int32. Of an array that
+        is cut over a mesh, a `LocalSupport`.
       layers: numbers of some layers of a stack, shape=(n,), int32; then the support
         is theirs, shape=(n, k). None means all.
 
@@ -75,6 +87,8 @@ def gather(
       >>> gather(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0, 3]))
       Array([1., 4.], dtype=float32)
     """
+    if isinstance(support, LocalSupport):
+        return gather_local(x, support, layers)
     x = replicated(x)
     if support.ndim == 1:
         return x.reshape(-1).at[support].get(**_DISTINCT)
@@ -85,7 +99,7 @@ def gather(
 
 def scatter(
     x: jax.Array,
-    support: jax.Array,
+    support: Support,
     packed: jax.Array,
     layers: jax.Array | None = None,
 ) -> jax.Array:
@@ -99,7 +113,8 @@ def scatter(
 
     Args:
       x: array of any shape, or a stack of layers, shape=(L, ...).
-      support: positions, shape=(k,), or (L, k) for a stack; int32.
+      support: positions, shape=(k,), or (L, k) for a stack; int32; or a
+        `LocalSupport`.
       packed: values in the shape of `support`; cast to the dtype of `x`.
       layers: as for `gather`; the other layers stay as they are.
 
@@ -108,6 +123,8 @@ def scatter(
       Array([[1., 0.],
              [0., 4.]], dtype=float32)
     """
+    if isinstance(support, LocalSupport):
+        return scatter_local(x, support, packed, layers)
     spec = jax.typeof(x).sharding.spec
     x, packed = replicated(x), packed.astype(x.dtype)
     if support.ndim == 1:

@@ -7,13 +7,21 @@ The chosen entries are kept as bits, 32 to a word, so that turning them into pos
 needs neither a sort nor colliding scatters (which are slow on GPU in jaxlib 0.10.2).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["top_k_support"]
+__all__ = [
+    "bits_of",
+    "count_from",
+    "key_of",
+    "positions_of",
+    "search",
+    "top_k_support",
+]
 
 _WORD = 32
 # One above the key of the largest finite float32.
@@ -54,16 +62,16 @@ def top_k_support(x: jax.Array, k: int) -> jax.Array:
       >>> top_k_support(jnp.array([[1.0, -3.0], [jnp.nan, 2.0]]), 2)
       Array([1, 3], dtype=int32)
     """
-    return _positions(_chosen_words(x, k), k)
+    return positions_of(_chosen_words(x, k), k)
 
 
-def _key(x: jax.Array) -> jax.Array:
+def key_of(x: jax.Array) -> jax.Array:
     """Returns int32 keys that order like |x|; 0 for what is not finite."""
     bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
     return jnp.where(bits < 0x7F800000, bits + 1, 0)
 
 
-def _pack(mask: jax.Array) -> jax.Array:
+def bits_of(mask: jax.Array) -> jax.Array:
     """Packs a flat mask into uint32 words, lowest bit first."""
     padded = jnp.pad(mask, (0, -mask.size % _WORD)).reshape(-1, _WORD)
     lanes = lax.broadcasted_iota(jnp.uint32, padded.shape, 1)
@@ -76,7 +84,7 @@ def _population(words: jax.Array) -> jax.Array:
     return lax.population_count(words).astype(jnp.int32)
 
 
-def _count(x: jax.Array, key: jax.Array) -> jax.Array:
+def count_from(x: jax.Array, key: jax.Array) -> jax.Array:
     """Returns how many entries have at least this key, int32."""
     # XLA:CPU reduces a mask to a scalar one element at a time; through packed words
     # the same pass takes 5 ms instead of 30 (16.8 M entries). Other backends fuse the
@@ -84,13 +92,21 @@ def _count(x: jax.Array, key: jax.Array) -> jax.Array:
     return lax.platform_dependent(
         x,
         key,
-        cpu=lambda x, key: jnp.sum(_population(_pack((_key(x) >= key).reshape(-1)))),
-        default=lambda x, key: jnp.sum(_key(x) >= key, dtype=jnp.int32),
+        cpu=lambda x, key: jnp.sum(
+            _population(bits_of((key_of(x) >= key).reshape(-1)))
+        ),
+        default=lambda x, key: jnp.sum(key_of(x) >= key, dtype=jnp.int32),
     )
 
 
-def _search(x: jax.Array, k: int) -> _Bracket:
-    """Narrows the bracket until count(low) is k or one key is left in it."""
+def search(count_at: Callable[[jax.Array], jax.Array], size: int, k: int) -> _Bracket:
+    """Narrows the bracket until count(low) is k or one key is left in it.
+
+    Args:
+      count_at: key -> how many of the entries have at least this key, int32.
+      size: entries in all.
+      k: entries wanted.
+    """
     gap = lambda count: jnp.log((count.astype(jnp.float32) + 1.0) / (k + 0.5))
 
     def unfinished(bracket: _Bracket) -> jax.Array:
@@ -105,7 +121,7 @@ def _search(x: jax.Array, k: int) -> _Bracket:
         # has left the empty exponents: three halvings first.
         halve = (passes < 3) | (passes >= _LAST_GUESS)
         key = low + jnp.where(halve, width // 2, jnp.clip(step, 1, width - 1))
-        count = _count(x, key)
+        count = count_at(key)
         up = count >= k
         # The Illinois rule: an end that stays twice in a row loses half its weight,
         # or the other end would crawl.
@@ -127,10 +143,10 @@ def _search(x: jax.Array, k: int) -> _Bracket:
     start = _Bracket(
         low=jnp.int32(0),
         high=jnp.int32(_TOP),
-        low_gap=gap(jnp.int32(x.size)),
+        low_gap=gap(jnp.int32(size)),
         high_gap=gap(jnp.int32(0)),
         above=jnp.int32(0),
-        found=jnp.array(x.size == k),
+        found=jnp.array(size == k),
         side=jnp.int32(0),
         passes=jnp.int32(0),
     )
@@ -139,10 +155,10 @@ def _search(x: jax.Array, k: int) -> _Bracket:
 
 def _chosen_words(x: jax.Array, k: int) -> jax.Array:
     """Returns the chosen entries as bits, shape=(ceil(size / 32),), uint32."""
-    bracket = _search(x, k)
-    key = _key(x).reshape(-1)
-    above = _pack(key >= bracket.high)
-    tied = _pack((key >= bracket.low) & (key < bracket.high))
+    bracket = search(lambda key: count_from(x, key), x.size, k)
+    key = key_of(x).reshape(-1)
+    above = bits_of(key >= bracket.high)
+    tied = bits_of((key >= bracket.low) & (key < bracket.high))
     # All of `tied` is wanted if count(low) is k; else it is one key, shared by more
     # entries than are wanted, and the lowest positions win.
     return above | _lowest_bits(tied, k - bracket.above)
@@ -171,7 +187,7 @@ def _bit_position(words: jax.Array, rank: jax.Array) -> jax.Array:
     return position
 
 
-def _positions(words: jax.Array, k: int) -> jax.Array:
+def positions_of(words: jax.Array, k: int) -> jax.Array:
     """Returns the positions of the k bits set in a sequence of words."""
     count = _population(words)
     start = jnp.cumsum(count) - count

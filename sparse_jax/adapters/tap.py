@@ -12,14 +12,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.scores import Score, select
-from sparse_jax.support import gather
+from sparse_jax.local_support import Cut, LocalSupport
+from sparse_jax.scores import Score, select, select_tables
+from sparse_jax.support import Support, gather
 
-__all__ = ["Selection", "empty_selection", "selecting_tap", "support_of", "tap"]
+__all__ = [
+    "Selection",
+    "Wanted",
+    "empty_selection",
+    "selecting_tap",
+    "support_of",
+    "tap",
+]
 
 
 @jax.custom_vjp
-def tap(param: jax.Array, packed: jax.Array, support: jax.Array) -> jax.Array:
+def tap(param: jax.Array, packed: jax.Array, support: Support) -> jax.Array:
     """Returns `param`, so that the gradient at `support` belongs to `packed`.
 
         forward:  w           backward:  d loss / d packed = (d loss / d w)[support]
@@ -30,7 +38,7 @@ def tap(param: jax.Array, packed: jax.Array, support: jax.Array) -> jax.Array:
     Args:
       param: weight of any shape, of one layer.
       packed: shape=(k,), float32; what to differentiate with respect to.
-      support: positions, shape=(k,), int32.
+      support: positions, shape=(k,), int32; or a `LocalSupport`.
 
     Example:
       >>> w, support = jnp.array([1.0, 2.0, 3.0]), jnp.array([0, 2])
@@ -57,11 +65,16 @@ tap.defvjp(_tap_forward, _tap_backward)
 
 
 class Selection(NamedTuple):
-    """A support on its way out of a backward pass, as float32 cotangents."""
+    """A support on its way out of a backward pass, as float32 cotangents.
+
+    Of an array that is cut over a mesh, k stands for (S, c), tables of S shards, and
+    the other arrays have S at their end too.
+    """
 
     high: jax.Array  # shape=(..., k): positions divided by 2**16
     low: jax.Array  # shape=(..., k): the remainder
     bad: jax.Array  # shape=(...): 1 where the gradient was not finite
+    count: jax.Array  # shape=(...): chosen entries, which a table may have no room for
 
 
 # Both halves of an int32 position are exact in float32.
@@ -71,50 +84,69 @@ _HALF = 1 << 16
 def empty_selection(shape: tuple[int, ...]) -> Selection:
     """Returns what `selecting_tap` is differentiated by, for supports of a shape."""
     zeros = jnp.zeros(shape, jnp.float32)
-    return Selection(zeros, zeros, zeros[..., 0])
+    return Selection(zeros, zeros, zeros[..., 0], zeros[..., 0])
 
 
-def support_of(selection: Selection) -> jax.Array:
+def support_of(selection: Selection, cut: Cut | None = None) -> Support:
     """Returns the positions that a selection carries, int32."""
-    return selection.high.astype(jnp.int32) * _HALF + selection.low.astype(jnp.int32)
+    positions = selection.high.astype(jnp.int32) * _HALF
+    positions += selection.low.astype(jnp.int32)
+    return positions if cut is None else LocalSupport(positions, cut)
+
+
+class Wanted(NamedTuple):
+    """What to select in an array."""
+
+    score: Score  # ranks the entries; the k best are selected
+    k: int
+    cut: Cut | None  # how the array, or each layer of the stack, is cut over a mesh
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def selecting_tap(score: Score, param: jax.Array, selection: Selection) -> jax.Array:
+def selecting_tap(wanted: Wanted, param: jax.Array, selection: Selection) -> jax.Array:
     """Returns `param`; the "gradient" of `selection` is the support of its gradient.
 
     This selects in the backward pass itself, so that choosing the support of a large
     model needs no more memory than training it.
 
     Args:
-      score: ranks the entries of one array; the k best are selected.
+      wanted: what to select.
       param: weight of any shape, of one layer.
-      selection: `empty_selection((k,))`.
+      selection: `empty_selection((k,))`, or `empty_selection((S, c))` if cut.
 
     Example:
       >>> from sparse_jax.scores import gradient
       >>> w = jnp.array([1.0, -3.0, 2.0])
-      >>> loss = lambda s: jnp.sum(selecting_tap(gradient, w, s) ** 2)
+      >>> wanted = Wanted(gradient, 2, None)
+      >>> loss = lambda s: jnp.sum(selecting_tap(wanted, w, s) ** 2)
       >>> support_of(jax.grad(loss)(empty_selection((2,))))
       Array([1, 2], dtype=int32)
     """
-    del score, selection
+    del wanted, selection
     return param
 
 
-def _select_forward(score, param, selection):
+def _select_forward(wanted, param, selection):
     """Keeps what the score may want to see."""
-    del score
+    del wanted
     return param, (param, selection.high)
 
 
-def _select_backward(score, kept, cotangent):
+def _select_backward(wanted, kept, cotangent):
     """Selects from the dense gradient."""
-    param, high = kept
+    (score, k, cut), (param, high) = wanted, kept
     # A score that looks at a gradient draws nothing.
-    support = select(score, cotangent, param, high.shape[-1], jax.random.key(0))
-    halves = (support // _HALF, support % _HALF, ~jnp.isfinite(cotangent).all())
-    return None, Selection(*(half.astype(jnp.float32) for half in halves))
+    key = jax.random.key(0)
+    bad = ~jnp.isfinite(cotangent).all()
+    if cut is None:
+        support, count = select(score, cotangent, param, k, key), jnp.int32(k)
+    else:
+        support, count = select_tables(
+            score, cotangent, param, k, key, cut=cut, capacity=high.shape[-1]
+        )
+        bad = jnp.broadcast_to(bad, count.shape)
+    parts = (support // _HALF, support % _HALF, bad, count)
+    return None, Selection(*(part.astype(jnp.float32) for part in parts))
 
 
 selecting_tap.defvjp(_select_forward, _select_backward)

@@ -33,6 +33,16 @@ class Layout:
         is_kept = self.is_upright and leaf.startswith("layers/")
         return array.T if leaf.endswith("/kernel") and not is_kept else array
 
+    def turned_index(self, leaf: str, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Returns where a part of a leaf lies in its tensor.
+
+        Example:
+          >>> PLAIN.turned_index("lm_head/kernel", (slice(0, 2), slice(4, 8)))
+          (slice(4, 8, None), slice(0, 2, None))
+        """
+        is_kept = self.is_upright and leaf.startswith("layers/")
+        return index[::-1] if leaf.endswith("/kernel") and not is_kept else index
+
     def part_of(self, leaf: str) -> int | None:
         """Returns which part of a fused tensor a leaf is; None is no part."""
         module = leaf.rpartition("/")[0]

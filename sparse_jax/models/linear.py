@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparse_jax.axes import keep_rows_whole
 from sparse_jax.models.classic_config import ClassicConfig
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.decoder_config import DecoderConfig
@@ -21,12 +22,18 @@ def linear(
     return nnx.Linear(num_in, num_out, use_bias=use_bias, kernel_init=init, rngs=rngs)
 
 
-def embed(config: Config, num_rows: int, rngs: nnx.Rngs) -> nnx.Embed:
+class Table(nnx.Embed):
+    """A table of vectors, of which a lookup sees whole ones on a mesh."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Returns the vectors `[..., D]` of some rows."""
+        return jnp.take(keep_rows_whole(self.embedding[...]), inputs, axis=0)
+
+
+def embed(config: Config, num_rows: int, rngs: nnx.Rngs) -> Table:
     """Creates a table of normal vectors of the hidden size."""
     init = _normal(config)
-    table = nnx.Embed(num_rows, config.hidden_size, embedding_init=init, rngs=rngs)
-    # Flax would turn every table to the dtype that it was created in.
-    table.dtype = None
+    table = Table(num_rows, config.hidden_size, embedding_init=init, rngs=rngs)
     return table
 
 

@@ -1,7 +1,7 @@
 """Pre-trained weights: load from, and save to, the Hugging Face layout."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from sparse_jax.names import leaf_names, map_named
 
 __all__ = ["base_hash", "from_pretrained", "new_leaves", "save_pretrained"]
 
+# shapes of the parameters -> their shardings
+Place = Callable[[Params], Any]
+
 _HEADS = ("classifier/", "lm_head/", "pooler/")
 
 
@@ -34,6 +37,7 @@ def from_pretrained(
     num_labels: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     key: jax.Array | None = None,
+    place: Place | None = None,
 ) -> tuple[PureModel, Params]:
     """Loads a pre-trained model from safetensors.
 
@@ -48,6 +52,8 @@ def from_pretrained(
         checkpoint.
       dtype: dtype of every parameter.
       key: key for the missing parts of the head; needed only if there are any.
+      place: shapes of the parameters -> shardings; None puts all on one device. Of
+        what is sharded, a process reads its own parts only.
 
     Returns:
       The model, and its parameters as a nested dictionary of arrays: logits are
@@ -84,9 +90,23 @@ def from_pretrained(
     def load(leaf: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf in created:
             return created[leaf]
-        return jnp.asarray(_read(pure, leaf, like.shape, names, files), like.dtype)
+        whole = tuple(slice(0, size) for size in like.shape)
+        found = _read(pure, leaf, like.shape, whole, names, files)
+        return jnp.asarray(found, like.dtype)
 
-    return pure, map_named(load, abstract)
+    def load_parts(leaf: str, like: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        if leaf in created:
+            return jax.device_put(created[leaf], sharding)
+
+        def part(index: Any) -> np.ndarray:
+            found = _read(pure, leaf, like.shape, index, names, files)
+            return found.astype(like.dtype)
+
+        return jax.make_array_from_callback(like.shape, sharding, part)
+
+    if place is None:
+        return pure, map_named(load, abstract)
+    return pure, map_named(load_parts, abstract, place(abstract))
 
 
 def save_pretrained(model: PureModel, params: Params, folder: str | Path) -> None:
@@ -149,15 +169,18 @@ def _read(
     model: PureModel,
     leaf: str,
     shape: tuple[int, ...],
+    index: tuple[slice, ...],
     names: Mapping[str, str],
     files: Mapping[str, Any],
 ) -> np.ndarray:
-    """Reads one leaf, stacked over the layers if it belongs to one."""
+    """Reads a part of one leaf, stacked over the layers if it belongs to one."""
     layout = model.family.layout
-    num_layers, shape = (shape[0], shape[1:]) if is_stacked(leaf) else (1, shape)
+    layers = range(1)
+    if is_stacked(leaf):
+        layers, shape, index = range(shape[0])[index[0]], shape[1:], index[1:]
     expected = layout.tensor_shape(leaf, shape)
     parts = []
-    for layer in range(num_layers):
+    for layer in layers:
         name = tensor_name(model.family, leaf, layer)
         if name not in names:
             raise InputError(
@@ -165,11 +188,15 @@ def _read(
                 f"Check that the weights belong to the `config.json` beside them."
             )
         file = files[names[name]]
-        found = tuple(file.get_slice(names[name]).get_shape())
+        lazy = file.get_slice(names[name])
+        found = tuple(lazy.get_shape())
         if found != expected:
             raise InputError(_wrong_shape(leaf, name, expected, found))
-        tensor = file.get_tensor(names[name])
-        parts.append(layout.split(leaf, tensor, model.config.num_heads))
+        if layout.part_of(leaf) is None:
+            parts.append(layout.turned(leaf, lazy[layout.turned_index(leaf, index)]))
+        else:
+            tensor = file.get_tensor(names[name])
+            parts.append(layout.split(leaf, tensor, model.config.num_heads)[index])
     return np.stack(parts) if is_stacked(leaf) else parts[0]
 
 

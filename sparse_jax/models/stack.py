@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from sparse_jax.axes import keep_batch_cut
 from sparse_jax.models.slots import run_slots
 from sparse_jax.sites import Attachment, Slots
 
@@ -60,9 +61,11 @@ def run_layers(
         # Another key than those that the layer itself draws from.
         key = None if layer_key is None else jax.random.fold_in(layer_key, _METHOD)
         respond = lambda site, f, x: attachment.response(site, f, x, trained, key)
-        return layer(x, *context, layer_key, respond).astype(x.dtype)
+        y = layer(x, *context, layer_key, respond).astype(x.dtype)
+        return keep_batch_cut(y)
 
     stacked = (params, attachment.trained, keys)
+    x = keep_batch_cut(x)
     if attachment.slots is not None:
         return _run_with_slots(call, x, stacked, context, attachment.slots, checkpoint)
     body = lambda x, one: (call(x, one, context), None)
@@ -103,7 +106,7 @@ def run_cached_layers(
         respond = lambda site, f, x: attachment.response(site, f, x, trained, None)
         here = cached._replace(k=k, v=v)
         y, after = layer.extend(x, *context, None, respond, here)
-        return y.astype(x.dtype), (after.k, after.v)
+        return keep_batch_cut(y.astype(x.dtype)), (after.k, after.v)
 
     stacked = (params, attachment.trained, cached.k, cached.v)
     x, (k, v) = jax.lax.scan(body, x, stacked)

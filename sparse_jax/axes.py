@@ -1,0 +1,76 @@
+"""The axes of a mesh, and what a model has to know of them."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import AxisType
+
+__all__ = [
+    "BATCH_AXES",
+    "DATA",
+    "FSDP",
+    "TENSOR",
+    "inside_replicas",
+    "keep_batch_cut",
+    "keep_rows_whole",
+]
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+# Devices along these axes see different examples.
+BATCH_AXES = (DATA, FSDP)
+
+# Axes that an enclosing map over replicas has taken.
+_MAPPED: ContextVar[tuple[str, ...]] = ContextVar("mapped", default=())
+
+
+@contextmanager
+def inside_replicas(axes: tuple[str, ...]) -> Iterator[None]:
+    """Marks what is traced as mapped over some axes, with `spmd_axis_name`."""
+    token = _MAPPED.set((*_MAPPED.get(), *axes))
+    try:
+        yield
+    finally:
+        _MAPPED.reset(token)
+
+
+def keep_batch_cut(x: jax.Array) -> jax.Array:
+    """Says that an array `[B, ...]` has its examples on the batch axes, and no more.
+
+    Left alone, the compiler may cut the width of activations like that of the weights,
+    and then move activations where it should gather a weight. Without a mesh, and for
+    batches that the devices do not divide, nothing is said.
+    """
+    sizes = _automatic(BATCH_AXES)
+    if not sizes or x.shape[0] % math.prod(sizes.values()):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(tuple(sizes)))
+
+
+def keep_rows_whole(table: jax.Array) -> jax.Array:
+    """Puts the rows of a table `[V, D]` together, where a mesh has them in parts.
+
+    A lookup then moves the table along "fsdp" as every other weight moves when it is
+    used, instead of moving activations.
+    """
+    sizes = _automatic((FSDP, TENSOR))
+    if not sizes:
+        return table
+    tensor = sizes.get(TENSOR, 1)
+    rows = TENSOR if tensor > 1 and table.shape[0] % tensor == 0 else None
+    return jax.lax.with_sharding_constraint(table, jax.P(rows))
+
+
+def _automatic(axes: tuple[str, ...]) -> dict[str, int]:
+    """Returns the sizes of axes that are the compiler's, empty without a real mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if math.prod(mesh.shape.values()) == 1:
+        return {}
+    return {
+        axis: mesh.shape[axis]
+        for axis in axes
+        if kinds.get(axis) == AxisType.Auto and axis not in _MAPPED.get()
+    }

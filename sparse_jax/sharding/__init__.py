@@ -1,0 +1,1 @@
+"""Sharding: one model over many devices, and a step for them."""

@@ -1,0 +1,91 @@
+"""The mesh: devices in a box with the axes data, fsdp and tensor."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType
+
+from sparse_jax.errors import InputError
+
+__all__ = ["MeshShape", "make_mesh", "parse_mesh"]
+
+
+class MeshShape(NamedTuple):
+    """The number of devices along every axis.
+
+    Replicas along `data` hold the same weights and exchange gradients of what is
+    trained. Along `fsdp` every weight is cut, and put together when it is used. Along
+    `tensor` the heads and the width of the layers are cut, and never put together.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return math.prod(self)
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis}={size}" for axis, size in self._asdict().items())
+
+
+def parse_mesh(text: str) -> MeshShape:
+    """Returns the shape written as `axis=size,...`; axes left out have size 1.
+
+    Raises:
+      InputError: if an axis is unknown or named twice, or a size is not positive.
+
+    Example:
+      >>> parse_mesh("data=2,fsdp=4")
+      MeshShape(data=2, fsdp=4, tensor=1)
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        known = axis in MeshShape._fields and axis not in sizes
+        if not known or not size.isdecimal() or int(size) < 1:
+            raise InputError(
+                f"`mesh` must be sizes of {', '.join(MeshShape._fields)}, such as "
+                f"data=2,fsdp=4, got {text!r}."
+            )
+        sizes[axis] = int(size)
+    return MeshShape(**sizes)
+
+
+def make_mesh(
+    shape: MeshShape,
+    *,
+    devices: Sequence[Any] | None = None,
+    axis_type: AxisType = AxisType.Auto,
+) -> jax.sharding.Mesh:
+    """Returns the mesh of a shape over all devices of all processes.
+
+    Args:
+      shape: its size is the number of devices.
+      devices: None is `jax.devices()`; others may be those of a topology that is only
+        compiled for.
+      axis_type: under `Explicit` axes the types of a program's arrays have their
+        shardings; the step runs the same either way.
+
+    Raises:
+      InputError: if the product of the axes is not the number of devices.
+
+    Example:
+      >>> make_mesh(MeshShape(), devices=jax.devices()[:1]).axis_names
+      ('data', 'fsdp', 'tensor')
+    """
+    devices = jax.devices() if devices is None else devices
+    if shape.size != len(devices):
+        remedy = "Change the sizes"
+        if devices[0].platform == "cpu":
+            remedy += f", or simulate with --devices {shape.size}"
+        raise InputError(
+            f"`mesh` must have as many devices as there are, {len(devices)}, got "
+            f"{shape}, which is {shape.size}. {remedy}."
+        )
+    types = (axis_type,) * len(shape)
+    return jax.make_mesh(shape, shape._fields, axis_types=types, devices=devices)

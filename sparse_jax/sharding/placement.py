@@ -1,0 +1,142 @@
+"""The placement of a run on a mesh: where parameters, batches and state lie."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_jax.axes import BATCH_AXES, DATA
+from sparse_jax.compact import CompactState
+from sparse_jax.errors import InputError
+from sparse_jax.local_support import Cut, LocalSupport, map_supports
+from sparse_jax.names import leaf_names, map_named
+from sparse_jax.sharding.rules import RULES, Rules, cuts_of, specs_of
+
+__all__ = ["Placement"]
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where the arrays of a run lie.
+
+    Attributes:
+      mesh: devices with the axes data, fsdp and tensor.
+      specs: tree of the partitions of the parameters.
+      whole: leaves that an axis does not divide, and the bytes that each device holds
+        more than if it did.
+    """
+
+    mesh: jax.sharding.Mesh
+    specs: Any
+    whole: Mapping[str, int]
+
+    @classmethod
+    def of(
+        cls, params: Any, mesh: jax.sharding.Mesh, rules: Rules = RULES
+    ) -> "Placement":
+        """Returns the placement of a model, from its parameters or their shapes.
+
+        Raises:
+          InputError: if an axis of the mesh divides no leaf.
+        """
+        specs, whole = specs_of(params, dict(mesh.shape), rules)
+        return cls(mesh, specs, whole)
+
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        """The axes of replicas, none if there is one only."""
+        return (DATA,) if self.mesh.shape[DATA] > 1 else ()
+
+    @property
+    def shards_of_batch(self) -> int:
+        """The parts that a batch is cut in."""
+        return int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
+
+    @cached_property
+    def params(self) -> Any:
+        """The shardings of the parameters."""
+        return jax.tree.map(self.at, self.specs)
+
+    def cuts(self, stack: str | None) -> dict[str, Cut]:
+        """Returns how leaves are cut, for `Compact`."""
+        return cuts_of(self.specs, dict(self.mesh.shape), stack)
+
+    def at(self, spec: jax.P) -> jax.NamedSharding:
+        """Returns a sharding on this mesh."""
+        return jax.NamedSharding(self.mesh, spec)
+
+    def require_batch(self, batch_size: int, accumulate: int = 1) -> None:
+        """Raises unless the devices divide a batch.
+
+        Raises:
+          InputError: naming the numbers.
+        """
+        rows = batch_size // accumulate
+        if rows % self.shards_of_batch:
+            sizes = " * ".join(f"{axis}={self.mesh.shape[axis]}" for axis in BATCH_AXES)
+            parts = f" / {accumulate}" if accumulate > 1 else ""
+            raise InputError(
+                f"`batch_size`{parts} must be a multiple of {self.shards_of_batch}, "
+                f"the devices that share a batch ({sizes}), got {rows}. Change it, or "
+                "the mesh."
+            )
+
+    def put(self, batch: Mapping[str, np.ndarray], accumulate: int = 1) -> Any:
+        """Returns a batch, the same on every process, on the devices of the mesh."""
+        spec = jax.P(None, BATCH_AXES) if accumulate > 1 else jax.P(BATCH_AXES)
+        # Evaluation may have a batch that the devices do not divide.
+        if next(iter(batch.values())).shape[accumulate > 1] % self.shards_of_batch:
+            spec = jax.P()
+
+        def one(array: np.ndarray) -> jax.Array:
+            array = np.asarray(array)
+            return jax.make_array_from_callback(
+                array.shape, self.at(spec), lambda index: array[index]
+            )
+
+        return jax.tree.map(one, dict(batch))
+
+    def supports(self, support: Any) -> Any:
+        """Returns the shardings of supports: tables lie where their leaves do."""
+
+        def one(name: str, node: Any) -> Any:
+            del name
+            if not isinstance(node, LocalSupport):
+                return self.at(jax.P())
+            return replace(node, positions=self.at(node.spec))
+
+        return map_supports(one, support)
+
+    def state(self, state: CompactState) -> CompactState:
+        """Returns the shardings of a state, from the state or its shapes.
+
+        What belongs to a leaf, wherever it is, lies where the leaf lies; the rest is
+        on every device.
+        """
+        names = jax.tree.leaves(leaf_names(state.params))
+        packed = dict(zip(names, jax.tree.leaves(self.specs), strict=True))
+
+        def note(name: str, node: Any) -> None:
+            if isinstance(node, LocalSupport):
+                packed[name] = node.spec
+
+        map_supports(note, state.support)
+
+        def owned(name: str, leaf: Any) -> jax.NamedSharding:
+            spec = _spec_of(name, packed)
+            fits = len(spec) <= len(leaf.shape)
+            return self.at(spec if fits else jax.P())
+
+        rest = map_named(owned, state._replace(params=(), support=()))
+        support = self.supports(state.support)
+        return rest._replace(params=self.params, support=support)
+
+
+def _spec_of(name: str, packed: Mapping[str, jax.P]) -> jax.P:
+    """Returns the partition of the leaf whose name ends a name; of others, none."""
+    parts = name.split("/")
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((packed[end] for end in ends if end in packed), jax.P())

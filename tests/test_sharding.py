@@ -1,0 +1,320 @@
+"""Runs on a mesh of eight simulated devices: the numbers of one device."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from tiny_text import CONFIG, tiny_decoder
+
+from sparse_jax import Compact, Importance, Layerwise, LoRA
+from sparse_jax.adapters.dense import Dense
+from sparse_jax.adapters.sparse import Sparse
+from sparse_jax.errors import InputError
+from sparse_jax.local_support import LocalSupport, global_positions, map_supports
+from sparse_jax.scores import SCORES
+from sparse_jax.sharding.mesh import MeshShape, make_mesh, parse_mesh
+from sparse_jax.sharding.placement import Placement
+from sparse_jax.sharding.rules import specs_of
+from sparse_jax.sharding.runner import MeshRunner, SingleRunner
+from sparse_jax.training.token_loss import make_token_loss
+
+MESHES = {
+    "data": MeshShape(data=8),
+    "fsdp": MeshShape(fsdp=8),
+    "fsdp, tensor": MeshShape(fsdp=4, tensor=2),
+    "all": MeshShape(data=2, fsdp=2, tensor=2),
+}
+WHERE = "^layers/.*kernel"
+METHODS = {
+    "sift": Sparse(density=0.1, where=WHERE),
+    "sift with words": Sparse(density=0.05, where="kernel|embedding", dense="norm"),
+    "magnitude": Sparse(density=0.1, where=WHERE, rank_by=SCORES["magnitude"]),
+    "random": Sparse(density=0.1, where=WHERE, rank_by=SCORES["random"]),
+    "lora": LoRA(rank=2, where="^attention/(query|value)$"),
+    "full": Dense(dense=".*"),
+}
+
+
+def random_batch(accumulate=1):
+    random = np.random.default_rng(0)
+    ids = random.integers(0, CONFIG.vocab_size, (16, 12)).astype(np.int32)
+    lengths = random.integers(6, 13, 16)[:, None]
+    mask = (np.arange(12) < lengths).astype(np.int32)
+    weights = (mask * (np.arange(12) > 2)).astype(np.float32)
+    batch = {"input_ids": ids, "attention_mask": mask, "weights": weights}
+    if accumulate > 1:
+        batch = {k: v.reshape(accumulate, -1, 12) for k, v in batch.items()}
+    return batch
+
+
+def tuner_of(method, placement=None, dtype=jnp.float32, sampler=None, accumulate=1):
+    model, params = tiny_decoder()
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    loss, tx = make_token_loss(model), optax.adamw(1e-2)
+    options = {"accumulate": accumulate}
+    if placement is not None:
+        options["cuts"] = placement.cuts("layers")
+        options["data_axes"] = placement.data_axes
+    if sampler is None:
+        return Compact(loss, method, tx, **options), params
+    return Layerwise(loss, method, tx, sampler=sampler, **options), params
+
+
+@functools.cache
+def on_one(method, steps, **options):
+    """Returns losses and the last state of one device."""
+    tuner, params = tuner_of(method, **options)
+    return run(SingleRunner(tuner), params, lambda batch: batch, steps, options)
+
+
+def on_mesh(method, steps, shape, kind=AxisType.Auto, **options):
+    """Returns losses and the last state of a mesh."""
+    mesh = make_mesh(shape, axis_type=kind)
+    placement = Placement.of(tiny_decoder()[0].abstract(), mesh)
+    tuner, params = tuner_of(method, placement, **options)
+    params = jax.device_put(params, placement.params)
+    accumulate = options.get("accumulate", 1)
+    put = lambda batch: placement.put(batch, accumulate)
+    return run(MeshRunner(tuner, placement), params, put, steps, options)
+
+
+def run(runner, params, put, steps, options):
+    batch = put(random_batch(options.get("accumulate", 1)))
+    state = runner.init(params, jax.random.key(0))
+    state, finite = runner.select(state, batch, jax.random.key(1))
+    assert finite
+    losses = []
+    for step in range(steps):
+        state, metrics = runner.step(state, batch, jax.random.key(step))
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+def supports_of(state):
+    """Returns the positions in whole leaves, by name."""
+    shapes = {}
+    jax.tree_util.tree_map_with_path(
+        lambda path, leaf: shapes.update(
+            {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape}
+        ),
+        state.params,
+    )
+    found = {}
+
+    def add(name, node):
+        if not isinstance(node, LocalSupport):
+            found[name] = np.asarray(node)
+            return
+        tables = np.asarray(node.positions)
+        if tables.ndim == 2:
+            found[name] = global_positions(tables, node.cut, shapes[name])[0]
+            return
+        found[name] = np.stack(
+            [global_positions(row, node.cut, shapes[name][1:])[0] for row in tables]
+        )
+
+    map_supports(add, state.support)
+    return found
+
+
+def assert_same(one, other, tolerance=1e-5):
+    np.testing.assert_allclose(one[0], other[0], rtol=tolerance, atol=tolerance)
+    first, second = supports_of(one[1]), supports_of(other[1])
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), atol=30 * tolerance
+        ),
+        one[1].params,
+        other[1].params,
+    )
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_sift_on_a_mesh_has_the_numbers_of_one_device(mesh, kind):
+    method = METHODS["sift"]
+    one, many = on_one(method, 5), on_mesh(method, 5, MESHES[mesh], kind)
+    assert_same(one, many)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "sift"])
+def test_every_method_on_a_mesh_has_the_numbers_of_one_device(name):
+    one, many = on_one(METHODS[name], 5), on_mesh(METHODS[name], 5, MESHES["all"])
+    assert_same(one, many)
+
+
+SAMPLERS = {
+    "sift, ist": METHODS["sift"],
+    "lora, ist": METHODS["lora"],
+}
+
+
+@pytest.mark.parametrize("mesh", ["data", "all"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_layers_on_a_mesh_are_those_of_one_device(name, mesh):
+    sampler = Importance(num_layers=4, num_active=2, num_probes=3, probe_every=2)
+    method = SAMPLERS[name]
+    one = on_one(method, 5, sampler=sampler)
+    many = on_mesh(method, 5, MESHES[mesh], sampler=sampler)
+    assert_same(one, many)
+    for first, second in zip(
+        jax.tree.leaves(one[1].opt_state.sampler),
+        jax.tree.leaves(many[1].opt_state.sampler),
+        strict=True,
+    ):
+        if jnp.issubdtype(first.dtype, jax.dtypes.prng_key):
+            first, second = map(jax.random.key_data, (first, second))
+        np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+def test_coarse_weights_keep_masters_on_the_mesh():
+    options = {"dtype": jnp.bfloat16}
+    one = on_one(METHODS["sift"], 3, **options)
+    many = on_mesh(METHODS["sift"], 3, MESHES["all"], **options)
+    # Gradients are rounded to bfloat16 before they are summed.
+    np.testing.assert_allclose(one[0], many[0], rtol=2e-2)
+    masters = many[1].masters["layers"]["mlp"]["up"]["kernel"]
+    support = many[1].support["layers"]["mlp"]["up"]["kernel"]
+    assert masters.dtype == jnp.float32
+    assert masters.sharding.spec == support.positions.sharding.spec
+
+
+def test_micro_batches_are_cut_over_the_mesh():
+    one = on_one(METHODS["sift"], 3, accumulate=2)
+    many = on_mesh(METHODS["sift"], 3, MESHES["all"], accumulate=2)
+    assert_same(one, many)
+
+
+# Bytes of an entry in the text of a program.
+BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
+
+
+def collectives(text):
+    """Returns (kind, bytes of what comes out) of every collective of a program."""
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = []
+    for shapes, kind in re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", text):
+        size = 0
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            size += BYTES[dtype] * int(np.prod([int(d) for d in dims.split(",") if d]))
+        found.append((kind, size))
+    return found
+
+
+def compiled_step(method, shape):
+    """Returns the compiled step of a method on a mesh, and a state."""
+    mesh = make_mesh(shape)
+    placement = Placement.of(tiny_decoder()[0].abstract(), mesh)
+    tuner, params = tuner_of(method, placement)
+    runner = MeshRunner(tuner, placement)
+    batch, key = placement.put(random_batch()), jax.random.key(0)
+    state = runner.init(jax.device_put(params, placement.params), key)
+    state, _ = runner.select(state, batch, key)
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            tuner.step,
+            donate_argnums=0,
+            out_shardings=(placement.state(state), placement.at(jax.P())),
+        )
+        return step.lower(state, batch, key).compile(), state
+
+
+@pytest.mark.parametrize("name", ["sift", "lora", "full"])
+def test_replicas_exchange_what_is_trained_and_no_more(name):
+    program, state = compiled_step(METHODS[name], MESHES["data"])
+    trained = {
+        "sift": sum(leaf.size for leaf in jax.tree.leaves(state.support)),
+        "lora": sum(leaf.size for leaf in jax.tree.leaves(state.added)),
+        "full": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    }[name]
+    found = collectives(program.as_text())
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    payload = sum(size for _, size in found)
+    assert 4 * trained <= payload < 1.1 * 4 * trained
+
+
+def test_no_weight_has_a_second_copy_on_the_mesh():
+    program, state = compiled_step(METHODS["sift"], MESHES["fsdp, tensor"])
+    shard = sum(
+        leaf.addressable_shards[0].data.nbytes
+        for leaf in jax.tree.leaves((state.params, state.opt_state))
+    )
+    assert program.memory_analysis().alias_size_in_bytes >= shard
+    for leaf in jax.tree.leaves(state.opt_state):
+        if leaf.ndim == 3:
+            assert leaf.sharding.spec[1] in (("fsdp", "tensor"), ("tensor", "fsdp"))
+
+
+def test_tables_that_are_too_short_are_made_again(monkeypatch):
+    monkeypatch.setattr("sparse_jax.sharding.runner._HEADROOM", 0.01)
+    monkeypatch.setattr("sparse_jax.sharding.runner._LANES", 1)
+    one, many = on_one(METHODS["sift"], 2), on_mesh(METHODS["sift"], 2, MESHES["fsdp"])
+    assert_same(one, many)
+
+
+def test_a_gradient_that_is_not_finite_selects_nothing():
+    mesh = make_mesh(MESHES["all"])
+    placement = Placement.of(tiny_decoder()[0].abstract(), mesh)
+    tuner, params = tuner_of(METHODS["sift"], placement)
+    runner, key = MeshRunner(tuner, placement), jax.random.key(0)
+    params["norm"]["scale"] = params["norm"]["scale"].at[0].set(jnp.nan)
+    state = runner.init(jax.device_put(params, placement.params), key)
+    _, finite = runner.select(state, placement.put(random_batch()), key)
+    assert not finite
+
+
+def test_leaves_that_an_axis_does_not_divide_are_whole():
+    shapes = {
+        "layers": {
+            "up": {"kernel": jax.ShapeDtypeStruct((2, 8, 6), np.float32)},
+            "down": {"kernel": jax.ShapeDtypeStruct((2, 6, 8), np.float32)},
+        },
+        "lm_head": {"kernel": jax.ShapeDtypeStruct((8, 8), np.float32)},
+        "norm": {"scale": jax.ShapeDtypeStruct((), np.float32)},
+    }
+    specs, whole = specs_of(shapes, {"fsdp": 4, "tensor": 2})
+    assert specs["layers"]["up"]["kernel"] == jax.P(None, "fsdp", "tensor")
+    assert specs["norm"]["scale"] == jax.P()
+    assert whole == {}
+    specs, whole = specs_of(shapes, {"fsdp": 4, "tensor": 4})
+    assert specs["layers"]["up"]["kernel"] == jax.P(None, "fsdp", None)
+    assert specs["lm_head"]["kernel"] == jax.P("fsdp", "tensor")
+    # 384 bytes in 4 parts of 96, where 16 parts of 24 would do.
+    assert whole == {"layers/up/kernel": 72, "layers/down/kernel": 72}
+
+
+def test_an_axis_that_divides_nothing_is_refused():
+    shapes = {"layers": {"up": {"kernel": jax.ShapeDtypeStruct((2, 6, 6), np.int8)}}}
+    with pytest.raises(InputError, match="got fsdp=4, which divides no leaf"):
+        specs_of(shapes, {"fsdp": 4, "tensor": 1})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "data", "data=0", "data=2,data=2", "x=2", "data=-1"]
+)
+def test_a_mesh_is_written_as_sizes_of_its_axes(text):
+    assert parse_mesh(" tensor=2, data=3") == MeshShape(data=3, tensor=2)
+    with pytest.raises(InputError, match="`mesh` must be sizes of data, fsdp, tensor"):
+        parse_mesh(text)
+
+
+def test_a_mesh_has_all_devices():
+    with pytest.raises(InputError, match="as many devices as there are, 8, got data=2"):
+        make_mesh(MeshShape(data=2))
+
+
+def test_a_batch_is_divided_by_the_devices_that_share_it():
+    placement = Placement.of(tiny_decoder()[0].abstract(), make_mesh(MESHES["all"]))
+    placement.require_batch(8)
+    with pytest.raises(InputError, match="must be a multiple of 4, the devices that"):
+        placement.require_batch(6)
+    with pytest.raises(InputError, match="`batch_size` / 4 must be a multiple of 4"):
+        placement.require_batch(8, accumulate=4)
