@@ -1,14 +1,16 @@
 """Which layers should an update train?  IST, random layers and all layers, three seeds.
 
-    python -m experiments.layer_choice --model FOLDER --data FILE
+    python -m experiments.layer_choice --model FOLDER --data FILE [--task causal]
         [--choices all ist random] [--method lora] [--active 0.25] [--max-steps 300]
         [--seeds 0 1 2] [--learning-rates 5e-4 2e-3 8e-3] [--output runs/layer_choice]
 
-FOLDER is a decoder of many layers, such as `experiments/pretrain_decoder.py` makes;
-FILE a text of another kind than it was trained on. All runs make the same number of
-updates and differ in nothing but the layers; each way has its learning rate from the
-same grid, the best on the first seed. What is compared is the loss on the end of the
-text, which no run trains on. An interrupted run of this file goes on where it was.
+With the task causal FOLDER is a decoder of many layers, such as the one that
+`experiments/pretrain_decoder.py` makes, and FILE a text of another kind than it was
+trained on: what is compared is the loss on the end of the text, which no run trains on.
+With a task of GLUE FOLDER is an encoder, and its metric on the evaluation data is
+compared. All runs make the same number of updates and differ in nothing but the layers;
+each way has its learning rate from the same grid, the best on the first seed. An
+interrupted run of this file goes on where it was.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from rich.table import Table
 
 from experiments.trials import COLUMNS, make_trial
 from sparse_jax import Settings
+from sparse_jax.tasks.glue import find_task
 
 # The paper's sites: query, key, value, and the two maps of the MLP.
 WHERE = ("^attention/(query|key|value)$", "^mlp/(up|down)$")
@@ -31,20 +34,19 @@ def settings_of(choice: str, args: argparse.Namespace) -> Settings:
     settings = Settings(
         model=args.model,
         data=args.data,
-        task="causal",
-        loss_on="all",
+        task=args.task,
         output="",
         method=args.method,
-        batch_size=16,  # rows
-        max_length=128,  # tokens
         epochs=100,
         max_steps=args.max_steps,
     )
-    if args.method == "lora":
-        settings = replace(settings, where=WHERE)
+    if settings.is_causal:
+        settings = replace(settings, loss_on="all", batch_size=16, max_length=128)
     if args.method == "sift":
         leaves = tuple(f"^layers/{rule[1:-1]}/" for rule in WHERE)
         settings = replace(settings, where=leaves, density=0.05)
+    if args.method == "lora" and settings.is_causal:
+        settings = replace(settings, where=WHERE)
     if SAMPLERS[choice] is None:
         return settings
     return replace(settings, sampler=SAMPLERS[choice], active=args.active)
@@ -55,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--task", default="causal")
     parser.add_argument("--choices", choices=SAMPLERS, nargs="+", default=[*SAMPLERS])
     parser.add_argument("--method", choices=("lora", "sift", "full"), default="lora")
     parser.add_argument("--active", type=float, default=0.25)
@@ -64,9 +67,12 @@ def main() -> None:
     parser.add_argument("--learning-rates", nargs="+", type=float, default=rates)
     parser.add_argument("--output", type=Path, default=Path("runs/layer_choice"))
     args = parser.parse_args()
+    is_loss = args.task == "causal"
+    metric = "loss" if is_loss else find_task(args.task).primary
+    unit = "loss, nats per token" if is_loss else f"{metric}, %"
     table = Table(
-        title=f"{args.method}: loss on held-out text (nats per token), "
-        f"{args.max_steps} updates, {len(args.seeds)} seeds"
+        title=f"{args.method} on {args.task}: {unit}, {args.max_steps} updates, "
+        f"{len(args.seeds)} seeds"
     )
     for column in ("layers", *COLUMNS):
         table.add_column(column, justify="left" if column == "layers" else "right")
@@ -74,13 +80,13 @@ def main() -> None:
         trial = make_trial(
             f"{args.method}-{choice}",
             settings_of(choice, args),
-            metric="loss",
+            metric=metric,
             rates=args.learning_rates,
             seeds=args.seeds,
             folder=args.output,
-            choose=min,
+            choose=min if is_loss else max,
         )
-        table.add_row(choice, *trial.shown(1, 4))
+        table.add_row(choice, *(trial.shown(1, 4) if is_loss else trial.cells))
     Console(width=100).print(table)
 
 
