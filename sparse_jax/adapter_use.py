@@ -8,10 +8,10 @@ import numpy as np
 
 from sparse_jax.adapter_file import Adapter
 from sparse_jax.adapter_method import method_of_adapter
+from sparse_jax.entries import fetch, read_entries, write_entries
 from sparse_jax.errors import InputError
 from sparse_jax.names import leaf_names, map_named
 from sparse_jax.sites import Attachment
-from sparse_jax.support import gather, scatter
 
 __all__ = ["apply_adapter", "merge_adapter", "swap"]
 
@@ -80,14 +80,15 @@ def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
 
     def exchange(name: str, leaf: jax.Array) -> jax.Array:
         if name in adapter.dense:
-            old_dense[name] = np.asarray(leaf)
-            return jnp.asarray(_fitting(name, adapter.dense[name], leaf, leaf.shape))
+            old_dense[name] = fetch(leaf)
+            values = _fitting(name, adapter.dense[name], leaf, leaf.shape)
+            return jax.device_put(values, leaf.sharding)
         if name not in adapter.support:
             return leaf
         values = _fitting(name, adapter.values[name], leaf, adapter.values[name].shape)
-        support = jnp.asarray(_inside(name, adapter.support[name], leaf))
-        old_values[name] = np.asarray(gather(leaf, support))
-        return scatter(leaf, support, jnp.asarray(values))
+        support = _inside(name, adapter.support[name], leaf)
+        old_values[name] = read_entries(leaf, support)
+        return write_entries(leaf, support, values)
 
     changed = map_named(exchange, params)
     return changed, Adapter(dict(adapter.support), old_values, old_dense)

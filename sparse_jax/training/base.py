@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
@@ -14,6 +15,8 @@ from sparse_jax.models.hf_config import FAMILIES, read_config
 from sparse_jax.models.hub import local_folder
 from sparse_jax.models.pretrained import base_hash, from_pretrained, new_leaves
 from sparse_jax.models.pure import Head, PureModel
+from sparse_jax.sharding.devices import Devices, MeshDevices, OneDevice
+from sparse_jax.sharding.placement import Placement
 
 __all__ = ["Base", "load_classifier", "load_decoder"]
 
@@ -27,34 +30,46 @@ class Base:
     model: PureModel
     params: Any
     new: tuple[str, ...]  # leaves that the checkpoint does not have
+    devices: Devices  # where the parameters lie
 
 
-def load_classifier(model: str, *, num_labels: int, dtype: str, seed: int) -> Base:
+def load_classifier(
+    model: str, *, num_labels: int, dtype: str, seed: int, mesh: Mesh | None = None
+) -> Base:
     """Loads an encoder; parts of the head that it lacks are drawn from the seed.
 
     Raises:
       InputError: if the model cannot be loaded, or is a decoder.
     """
     folder = _folder(model, SequenceClassifier, "a task with labels", "encoder")
-    key = jax.random.key(seed)
-    pure, params = from_pretrained(
-        folder, num_labels=num_labels, dtype=jnp.dtype(dtype), key=key
-    )
-    return Base(folder, base_hash(folder), pure, params, new_leaves(pure, folder))
+    return _load(folder, dtype, seed, mesh, num_labels=num_labels)
 
 
-def load_decoder(model: str, *, dtype: str, seed: int) -> Base:
+def load_decoder(
+    model: str, *, dtype: str, seed: int, mesh: Mesh | None = None
+) -> Base:
     """Loads a decoder; a head that it lacks is drawn from the seed.
 
     Raises:
       InputError: if the model cannot be loaded, or is an encoder.
     """
     folder = _folder(model, CausalLM, "the task causal", "decoder")
-    key = jax.random.key(seed)
-    pure, params = from_pretrained(
-        folder, head=CausalLM, dtype=jnp.dtype(dtype), key=key
-    )
-    return Base(folder, base_hash(folder), pure, params, new_leaves(pure, folder))
+    return _load(folder, dtype, seed, mesh, head=CausalLM)
+
+
+def _load(
+    folder: Path, dtype: str, seed: int, mesh: Mesh | None, **options: Any
+) -> Base:
+    """Loads a model onto one device, or its parts onto those of a mesh."""
+    options |= {"dtype": jnp.dtype(dtype), "key": jax.random.key(seed)}
+    devices: Devices = OneDevice()
+    if mesh is not None:
+        options["place"] = lambda shapes: Placement.of(shapes, mesh).params
+    pure, params = from_pretrained(folder, **options)
+    if mesh is not None:
+        devices = MeshDevices(Placement.of(params, mesh))
+    new = new_leaves(pure, folder)
+    return Base(folder, base_hash(folder), pure, params, new, devices)
 
 
 def _folder(model: str, head: Head, task: str, kind: str) -> Path:

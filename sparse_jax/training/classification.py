@@ -8,6 +8,7 @@ import numpy as np
 
 from sparse_jax.compact import Loss
 from sparse_jax.models.pure import PureModel
+from sparse_jax.sharding.devices import Devices
 from sparse_jax.sites import Attachment
 from sparse_jax.tasks.glue import Task
 from sparse_jax.tasks.metrics import evaluate
@@ -53,9 +54,11 @@ class Classification:
         """Returns the loss that training minimises."""
         return make_loss(model, checkpointing=checkpointing)
 
-    def make_judge(self, model: PureModel, attachment: Attachment, feed: Feed) -> Judge:
+    def make_judge(
+        self, model: PureModel, attachment: Attachment, feed: Feed, devices: Devices
+    ) -> Judge:
         """Returns the metrics of the task on every evaluation split."""
-        predict = make_predict(model, attachment)
+        predict = make_predict(model, attachment, devices)
 
         def judge(params: Any, trained: Any) -> dict[str, dict[str, float]]:
             results = {}

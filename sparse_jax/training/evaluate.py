@@ -27,6 +27,7 @@ def evaluate_adapter(
     data: str | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
+    mesh: str | None = None,
 ) -> dict[str, float]:
     """Returns the metrics of an adapter, those that its run reported.
 
@@ -38,6 +39,7 @@ def evaluate_adapter(
         language model was trained on, the part held out; of others, all.
       batch_size: examples at a time; None is as in training.
       max_length: most tokens of an example; None is as in training.
+      mesh: devices to share the work, such as "data=4"; None is one device.
 
     Raises:
       InputError: if the adapter cannot be read, the base is another one, or the data
@@ -49,6 +51,7 @@ def evaluate_adapter(
         task=task or found.task,
         output="",
         data=data,
+        mesh=mesh,
         **_kept(found, max_length=max_length, batch_size=batch_size),
     )
     objective, base, feed = load_material(
@@ -56,7 +59,7 @@ def evaluate_adapter(
     )
     _require_labels(found, objective.labels)
     params, attachment = apply_adapter(base.params, found, base_hash=base.hash)
-    judge = objective.make_judge(base.model, attachment, feed)
+    judge = objective.make_judge(base.model, attachment, feed, base.devices)
     return flattened(judge(params, attachment.trained))
 
 

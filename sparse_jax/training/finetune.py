@@ -1,12 +1,14 @@
 """Fine-tuning, from settings to a run directory."""
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from sparse_jax.adapter_file import ADAPTER, save_adapter
 from sparse_jax.compact import Compact, CompactState
+from sparse_jax.sharding.runner import Runner
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.counts import count_trained, optimizer_bytes
 from sparse_jax.training.curve import draw_curve
@@ -55,16 +57,22 @@ def finetune(settings: Settings) -> dict[str, Any]:
     directory = RunDirectory.create(settings, surroundings(job))
     if settings.resume and (metrics := directory.finished()):
         return metrics
+    with job.base.devices.active():
+        return _run(job, directory)
+
+
+def _run(job: Job, directory: RunDirectory) -> dict[str, Any]:
+    """Trains, from the last checkpoint if there is one, and returns the metrics."""
     total = _total(job)
     tuner = make_tuner(job, total)
     checkpoints = Checkpoints(directory.checkpoints, tuner)
-    # The loaded weights become those of the state: there is one copy of them.
-    start = jax.jit(tuner.init, donate_argnums=0)
-    state = start(job.base.params, jax.random.key(settings.seed))
+    runner = job.base.devices.runner(tuner)
+    state = runner.init(job.base.params, jax.random.key(job.settings.seed))
     state, at = checkpoints.restore(state)
     directory.rewind(at.batches)
     with show_progress(total, at.batches) as progress:
-        loop = _loop(job, tuner, state, total, directory, checkpoints, progress)
+        judge = _judge(job, tuner, state)
+        loop = _loop(job, runner, judge, total, directory, checkpoints, progress)
         state, at = loop.run(state, at)
     checkpoints.close()
     return _finish(job, state, at, directory)
@@ -76,10 +84,20 @@ def _total(job: Job) -> int:
     return min(batches, job.settings.max_steps or batches)
 
 
+def _judge(
+    job: Job, tuner: Compact, state: CompactState
+) -> Callable[[CompactState], dict[str, dict[str, float]]]:
+    """Returns the evaluation of a state."""
+    judge = job.objective.make_judge(
+        job.base.model, tuner.attach(state), job.feed, job.base.devices
+    )
+    return lambda state: judge(state.params, {"added": state.added})
+
+
 def _loop(
     job: Job,
-    tuner: Compact,
-    state: CompactState,
+    runner: Runner,
+    evaluate: Callable[[CompactState], dict[str, dict[str, float]]],
     total: int,
     directory: RunDirectory,
     checkpoints: Checkpoints,
@@ -87,13 +105,9 @@ def _loop(
 ) -> Loop:
     """Returns the loop of a job."""
     settings, peak = job.settings, job.settings.resolved_learning_rate
-    judge = job.objective.make_judge(job.base.model, tuner.attach(state), job.feed)
-
-    def evaluate(state: CompactState) -> dict[str, dict[str, float]]:
-        return judge(state.params, {"added": state.added})
-
     return Loop(
-        tuner=tuner,
+        runner=runner,
+        put=lambda batch: job.base.devices.put(batch, settings.accumulate),
         feed=job.feed,
         seed=settings.seed,
         total=total,

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from sparse_jax.compact import Loss
 from sparse_jax.models.pure import PureModel
+from sparse_jax.sharding.devices import Devices
 from sparse_jax.sites import Attachment
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.objective import Judge
@@ -39,11 +38,13 @@ class LanguageModelling:
         """Returns the loss that training minimises."""
         return make_token_loss(model, checkpointing=checkpointing)
 
-    def make_judge(self, model: PureModel, attachment: Attachment, feed: Feed) -> Judge:
+    def make_judge(
+        self, model: PureModel, attachment: Attachment, feed: Feed, devices: Devices
+    ) -> Judge:
         """Returns loss and perplexity of every evaluation split."""
         loss = make_token_loss(model)
 
-        @jax.jit
+        @devices.compiled
         def sums(params: Any, trained: Any, batch: Mapping[str, Any]) -> Any:
             return loss(params, batch, None, attachment._replace(trained=trained))
 
@@ -53,7 +54,7 @@ class LanguageModelling:
                 # Python adds in float64: a split may have millions of tokens.
                 total = weight = 0.0
                 for batch in batches:
-                    part, part_weight = sums(params, trained, batch)
+                    part, part_weight = sums(params, trained, devices.put(batch))
                     total, weight = total + float(part), weight + float(part_weight)
                 results[split] = _metrics(total / weight)
             return results

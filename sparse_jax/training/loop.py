@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_jax.compact import Compact, CompactState
+from sparse_jax.compact import CompactState
+from sparse_jax.sharding.runner import Runner
 from sparse_jax.tasks.batches import Batch
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.feed import Feed
@@ -28,7 +29,8 @@ class Loop:
     run continued from a checkpoint gives the numbers of one that was not interrupted.
 
     Attributes:
-      tuner: makes the updates.
+      runner: makes the updates.
+      put: batch -> the same where it is used.
       feed: the batches.
       seed: of dropout and of random supports.
       total: batches of the run.
@@ -37,7 +39,8 @@ class Loop:
       save_every: batches between two checkpoints, beside the end of every epoch.
     """
 
-    tuner: Compact
+    runner: Runner
+    put: Callable[[Batch], Any]
     feed: Feed
     seed: int
     total: int
@@ -49,10 +52,6 @@ class Loop:
     progress: Progress
     _shapes: set[tuple[int, ...]] = field(default_factory=set)
     _known: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self._select = jax.jit(self.tuner.select, donate_argnums=0)
-        self._step = jax.jit(self.tuner.step, donate_argnums=0)
 
     def run(self, state: CompactState, at: Position) -> tuple[CompactState, Position]:
         """Trains from a position to the end; the state is given away."""
@@ -85,13 +84,13 @@ class Loop:
         key = jax.random.fold_in(jax.random.key(self.seed), at.batches)
         step = at.batches + 1
         if not at.is_selected:
-            state, finite = self._select(state, batch, key)
-            if not bool(finite):
+            state, finite = self.runner.select(state, self.put(batch), key)
+            if not finite:
                 self.directory.add_row({"step": step, "is_skipped": True})
                 return state, at._replace(batches=step, skipped=at.skipped + 1)
         is_first = self._is_first(batch)
         began = time.perf_counter()
-        state, metrics = self._step(state, batch, key)
+        state, metrics = self.runner.step(state, self.put(batch), key)
         metrics = self._news(metrics)
         seconds = time.perf_counter() - began
         tokens = int(np.sum(batch["attention_mask"]))

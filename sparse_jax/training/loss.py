@@ -9,6 +9,7 @@ import optax
 
 from sparse_jax.compact import Loss
 from sparse_jax.models.pure import PureModel
+from sparse_jax.sharding.devices import Devices
 from sparse_jax.sites import Attachment
 
 __all__ = ["Predict", "make_loss", "make_predict", "model_inputs"]
@@ -43,19 +44,21 @@ def make_loss(model: PureModel, *, checkpointing: bool = False) -> Loss:
     return loss
 
 
-def make_predict(model: PureModel, attachment: Attachment) -> Predict:
+def make_predict(model: PureModel, attachment: Attachment, devices: Devices) -> Predict:
     """Returns a compiled function of logits, without dropout.
 
     The arrays of the attachment are its argument, so that training and a loaded
     adapter run the same program and give the same bits.
     """
 
-    @jax.jit
+    @devices.compiled
     def predict(params: Any, trained: Any, inputs: Mapping[str, Any]) -> jax.Array:
         attached = attachment._replace(trained=trained)
         return model(params, inputs, attachment=attached)
 
-    return lambda params, trained, batch: predict(params, trained, model_inputs(batch))
+    return lambda params, trained, batch: predict(
+        params, trained, devices.put(model_inputs(batch))
+    )
 
 
 def _losses(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -4,8 +4,11 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from sparse_jax.errors import InputError
 from sparse_jax.models.hub import local_folder
+from sparse_jax.sharding.mesh import make_mesh, parse_mesh
 from sparse_jax.tasks.files import load
 from sparse_jax.tasks.glue import CAUSAL, find_task
 from sparse_jax.tasks.instructions import load_conversations, load_whole
@@ -44,12 +47,17 @@ def load_material(settings: Settings, *, trained_on: str | None = None) -> Mater
     """
     # The folder first: data from the Hub takes minutes to arrive, or to fail.
     local_folder(settings.model)
+    mesh = None if settings.mesh is None else make_mesh(parse_mesh(settings.mesh))
     if settings.is_causal:
-        return _causal(settings, trained_on)
-    return _labelled(settings)
+        material = _causal(settings, trained_on, mesh)
+    else:
+        material = _labelled(settings, mesh)
+    devices = material.base.devices
+    devices.require_batch(settings.batch_size, settings.accumulate)
+    return material
 
 
-def _labelled(settings: Settings) -> Material:
+def _labelled(settings: Settings, mesh: Mesh | None) -> Material:
     """Returns classes, or numbers, and a model that predicts them."""
     splits = load(find_task(settings.task), settings.data)
     base = load_classifier(
@@ -57,6 +65,7 @@ def _labelled(settings: Settings) -> Material:
         num_labels=splits.task.num_outputs,
         dtype=settings.dtype,
         seed=settings.seed,
+        mesh=mesh,
     )
     feed = make_feed(
         splits,
@@ -71,14 +80,16 @@ def _labelled(settings: Settings) -> Material:
     return Material(Classification(splits.task, kept), base, feed)
 
 
-def _causal(settings: Settings, trained_on: str | None) -> Material:
+def _causal(settings: Settings, trained_on: str | None, mesh: Mesh | None) -> Material:
     """Returns texts, and a model that continues them."""
     if settings.data is None:
         raise InputError(
             f"`data` must be given for the task {CAUSAL}, got nothing. Pass a file of "
             "instructions, chats or text, `.json`, `.jsonl` or `.txt`."
         )
-    base = load_decoder(settings.model, dtype=settings.dtype, seed=settings.seed)
+    base = load_decoder(
+        settings.model, dtype=settings.dtype, seed=settings.seed, mesh=mesh
+    )
     tokenizer = load_tokenizer(base.folder)
     options = {"template": PROMPTS[settings.resolved_template]}
     found = _file_hash(Path(settings.data))

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from sparse_jax.compact import Loss
 from sparse_jax.models.pure import PureModel
+from sparse_jax.sharding.devices import Devices
 from sparse_jax.sites import Attachment
 from sparse_jax.training.feed import Feed
 
@@ -52,7 +53,9 @@ class Objective(Protocol):
         """Returns the loss that training minimises."""
         ...
 
-    def make_judge(self, model: PureModel, attachment: Attachment, feed: Feed) -> Judge:
+    def make_judge(
+        self, model: PureModel, attachment: Attachment, feed: Feed, devices: Devices
+    ) -> Judge:
         """Returns the evaluation of a model with an attachment of this structure."""
         ...
 

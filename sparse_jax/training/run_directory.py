@@ -20,7 +20,7 @@ CURVE, LAYERS = "curve.png", "layers.png"
 _ROWS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
 _FILES = (CONFIG, METRICS, CURVE, LAYERS, _ROWS, ADAPTER)
 # What may differ between a run and its continuation.
-_FREE = ("output", "overwrite", "resume", "save_every")
+_FREE = ("output", "overwrite", "resume", "save_every", "mesh")
 
 
 def require_usable(settings: Settings) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.sharding.mesh import parse_mesh
 from sparse_jax.tasks.causal_tokens import Loss
 from sparse_jax.tasks.glue import CAUSAL
 from sparse_jax.tasks.prompts import PROMPTS
@@ -120,6 +121,7 @@ class Settings:
     max_length: int | None = None  # tokens; None is 128, or 512 of the task causal
     dtype: str = "float32"  # of the parameters
     checkpointing: bool = False  # whether to compute layers again in the backward pass
+    mesh: str | None = None  # such as data=2,fsdp=4; None is one device
     seed: int = 0  # of the new head, the order of the examples, and dropout
     save_every: int = 500  # updates between two checkpoints, beside every epoch's
     overwrite: bool = False  # whether to replace an earlier run
@@ -134,6 +136,8 @@ class Settings:
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         self._require_consistent()
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
         self._require_text()
         self._require_layers()
 

@@ -3,12 +3,11 @@
 from typing import Any
 
 import jax
-import numpy as np
 
 from sparse_jax.adapter_file import Adapter
 from sparse_jax.compact import CompactState
+from sparse_jax.entries import canonical, fetch, read_entries
 from sparse_jax.roles import DENSE, SPARSE, Role, map_roles
-from sparse_jax.support import gather
 from sparse_jax.training.job import Job
 from sparse_jax.training.settings import OPTIONS
 
@@ -25,17 +24,17 @@ def adapter_of(job: Job, state: CompactState) -> Adapter:
 
     def collect(role: Role, leaf: jax.Array, positions: Any) -> None:
         if role.kind == SPARSE:
-            support[role.name] = np.asarray(positions)
-            values[role.name] = np.asarray(gather(leaf, positions))
+            (support[role.name],) = canonical(positions, leaf.shape)
+            values[role.name] = read_entries(leaf, support[role.name])
         elif role.kind == DENSE or role.name in job.base.new:
-            dense[role.name] = np.asarray(leaf)
+            dense[role.name] = fetch(leaf)
 
     map_roles(collect, job.method.roles(state.params), state.params, state.support)
     return Adapter(
         support=support,
         values=values,
         dense=dense,
-        added=jax.tree.map(np.asarray, state.added),
+        added=jax.tree.map(fetch, state.added),
         method=job.settings.method,
         settings=_settings(job),
         base_model=job.settings.model,

@@ -1,6 +1,6 @@
 """The tuner of a run: what makes its updates."""
 
-from typing import cast
+from typing import Any, cast
 
 import optax
 
@@ -18,9 +18,14 @@ def make_tuner(job: Job, total: int) -> Compact:
     settings = job.settings
     loss = job.objective.make_loss(job.base.model, checkpointing=settings.checkpointing)
     tx = make_optimizer(settings.resolved_learning_rate, total)
+    devices = job.base.devices
+    placed: dict[str, Any] = {
+        "cuts": devices.cuts(job.method.stack),
+        "data_axes": devices.data_axes,
+    }
     if job.sampler is None:
         tx = optax.chain(optax.clip_by_global_norm(MAX_NORM), tx)
-        return Compact(loss, job.method, tx, settings.accumulate)
+        return Compact(loss, job.method, tx, settings.accumulate, **placed)
     return Layerwise(
         loss,
         job.method,
@@ -31,4 +36,5 @@ def make_tuner(job: Job, total: int) -> Compact:
         max_norm=MAX_NORM,
         restart=settings.restart_layers,
         recompute=cast(Recompute, settings.recompute),
+        **placed,
     )
