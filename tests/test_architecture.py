@@ -13,13 +13,15 @@ PACKAGE = Path(sparse_jax.__file__).parent
 
 # From the ground up. A file may import from its own folder and from lower rooms.
 ROOMS = (
-    ("errors",),
-    ("names", "sites", "top_k", "support", "rows"),
-    ("roles", "scores", "layers", "samplers"),
+    ("errors", "axes"),
+    ("names", "sites", "top_k", "rows"),
+    ("local_support",),
+    ("support", "top_k_local"),
+    ("roles", "scores", "layers", "samplers", "entries"),
     ("packing",),
     ("transforms", "adapters", "models"),
     ("compact", "tasks"),
-    ("layerwise",),
+    ("layerwise", "sharding"),
     ("adapter_file",),
     ("adapter_method",),
     ("adapter_use", "adapter_peft"),

@@ -4,6 +4,7 @@ import json
 from typing import Annotated
 
 from sparse_jax.cli import options
+from sparse_jax.cli.devices import take_devices
 
 __all__ = ["evaluate"]
 
@@ -15,8 +16,11 @@ def evaluate(
     data: Annotated[str | None, options.DATA] = None,
     batch_size: Annotated[int | None, options.BATCH] = None,
     max_length: Annotated[int | None, options.ADAPTER_LENGTH] = None,
+    mesh: Annotated[str | None, options.MESH] = None,
+    devices: Annotated[int | None, options.DEVICES] = None,
 ) -> None:
     """Evaluate a saved adapter, and print its metrics as JSON."""
+    take_devices(devices)
     # JAX takes seconds to import, and `--help` has to be quick.
     from sparse_jax.training.evaluate import evaluate_adapter
 
@@ -27,5 +31,6 @@ def evaluate(
         data=data,
         batch_size=batch_size,
         max_length=max_length,
+        mesh=mesh,
     )
     print(json.dumps(metrics, indent=2))

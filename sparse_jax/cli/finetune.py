@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sparse_jax.cli import options
+from sparse_jax.cli.devices import take_devices
 
 __all__ = ["finetune"]
 
@@ -49,6 +50,8 @@ def finetune(
     max_length: Annotated[int | None, options.MAX_LENGTH] = None,
     dtype: Annotated[str, options.DTYPE] = "float32",
     checkpointing: Annotated[bool, options.CHECKPOINTING] = False,
+    mesh: Annotated[str | None, options.MESH] = None,
+    devices: Annotated[int | None, options.DEVICES] = None,
     seed: Annotated[int, options.SEED] = 0,
     save_every: Annotated[int, options.SAVE_EVERY] = 500,
     overwrite: Annotated[bool, options.OVERWRITE] = False,
@@ -61,6 +64,7 @@ def finetune(
     for name in ("where", "dense", "layers", "layer_weights"):
         given[name] = tuple(given[name]) if given[name] else None
     _show_log()
+    take_devices(given.pop("devices"))
     # JAX takes seconds to import, and `--help` has to be quick.
     import sparse_jax
     from sparse_jax.cli.summary import print_summary

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated
 
 from sparse_jax.cli import options
+from sparse_jax.cli.devices import take_devices
 from sparse_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def generate(
     beams: Annotated[int | None, options.BEAMS] = None,
     length_penalty: Annotated[float | None, options.LENGTH_PENALTY] = None,
     stop: Annotated[list[str] | None, options.STOP] = None,
+    mesh: Annotated[str | None, options.MESH] = None,
+    devices: Annotated[int | None, options.DEVICES] = None,
     seed: Annotated[int, options.DRAW_SEED] = 0,
 ) -> None:
     """Continue texts with a decoder, and print what it writes."""
@@ -34,6 +37,7 @@ def generate(
             f"`template` must be left out with --chat, got {template!r}: the tokenizer "
             "has a template of its own."
         )
+    take_devices(devices)
     # JAX takes seconds to import, and `--help` has to be quick.
     from sparse_jax.generation.wording import chat_tokens, stop_token, text_tokens
     from sparse_jax.generation.writer import load_writer
@@ -45,7 +49,7 @@ def generate(
             "`prompt` must be given, got none. Pass --prompt, or --prompts with a file."
         )
     choice = _choice(temperature, top_k, top_p, beams, length_penalty)
-    writer = load_writer(model, adapter)
+    writer = load_writer(model, adapter, mesh)
     tokens = (
         (lambda text: chat_tokens(text, writer.tokenizer))
         if chat

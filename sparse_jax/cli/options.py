@@ -95,6 +95,12 @@ DTYPE = _option("Of the parameters: float32 or bfloat16.")
 CHECKPOINTING = _flag(
     "--checkpointing", "Compute layers again in the backward pass, to save memory."
 )
+MESH = _option(
+    "Devices along the axes data (replicas), fsdp (weights in parts) and tensor "
+    "(layers in parts), such as data=2,fsdp=4.",
+    "one device",
+)
+DEVICES = _option("Number of devices to simulate on the CPU, to try a mesh.", "none")
 SEED = _option("Of the new head, the order of the examples, and dropout.")
 SAVE_EVERY = _option("Updates between two checkpoints, beside every epoch's.")
 OVERWRITE = _flag("--overwrite", "Replace the run in the output folder.")

@@ -16,8 +16,11 @@ from sparse_jax.generation.choice import Choice
 from sparse_jax.generation.generate import generate
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.hub import local_folder
-from sparse_jax.models.pretrained import base_hash, from_pretrained
+from sparse_jax.models.pretrained import base_hash
 from sparse_jax.models.pure import PureModel
+from sparse_jax.sharding.devices import Devices, OneDevice
+from sparse_jax.sharding.loading import load_onto
+from sparse_jax.sharding.mesh import make_mesh, parse_mesh
 from sparse_jax.sites import Attachment
 from sparse_jax.tasks.glue import TASKS
 from sparse_jax.tasks.tokens import load_tokenizer
@@ -34,6 +37,7 @@ class Writer:
     attachment: Attachment
     tokenizer: Any
     stop: tuple[int, ...]  # tokens that end a text
+    devices: Devices = OneDevice()
 
     def write(
         self,
@@ -56,26 +60,32 @@ class Writer:
         Raises:
           InputError: as `generate`.
         """
-        rows = generate(
-            self.model,
-            self.params,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            choice=choice,
-            stop=tuple(sorted({*self.stop, *stop})),
-            attachment=self.attachment,
-            key=jax.random.key(seed),
-        )
+        with self.devices.active():
+            rows = generate(
+                self.model,
+                self.params,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                choice=choice,
+                stop=tuple(sorted({*self.stop, *stop})),
+                attachment=self.attachment,
+                key=jax.random.key(seed),
+            )
         decode = self.tokenizer.decode
         return [decode(row.tolist(), skip_special_tokens=True) for row in rows]
 
 
-def load_writer(model: str | Path | None, adapter: str | Path | None = None) -> Writer:
+def load_writer(
+    model: str | Path | None,
+    adapter: str | Path | None = None,
+    mesh: str | None = None,
+) -> Writer:
     """Loads a decoder and, perhaps, an adapter for it.
 
     Args:
       model: folder or id; None is where the adapter was trained.
       adapter: adapter file or run directory; None is none.
+      mesh: devices to share the weights, such as "tensor=2"; None is one device.
 
     Raises:
       InputError: if neither is given, the model is no decoder, or the adapter cannot
@@ -84,13 +94,15 @@ def load_writer(model: str | Path | None, adapter: str | Path | None = None) -> 
     found = None if adapter is None else _causal_adapter(adapter)
     folder = local_folder(_base(model, found))
     dtype = "float32" if found is None else found.settings.get("dtype", "float32")
-    pure, params = from_pretrained(folder, head=CausalLM, dtype=jnp.dtype(dtype))
+    made = None if mesh is None else make_mesh(parse_mesh(mesh))
+    options: dict[str, Any] = {"head": CausalLM, "dtype": jnp.dtype(dtype)}
+    pure, params, devices = load_onto(made, folder, **options)
     attachment = Attachment()
     if found is not None:
         params, attachment = apply_adapter(params, found, base_hash=base_hash(folder))
     tokenizer = load_tokenizer(folder)
     stop = {*_ends(folder), tokenizer.eos_token_id} - {None}
-    return Writer(pure, params, attachment, tokenizer, tuple(sorted(stop)))
+    return Writer(pure, params, attachment, tokenizer, tuple(sorted(stop)), devices)
 
 
 def _causal_adapter(path: str | Path) -> Adapter:

@@ -13,10 +13,10 @@ from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf_config import FAMILIES, read_config
 from sparse_jax.models.hub import local_folder
-from sparse_jax.models.pretrained import base_hash, from_pretrained, new_leaves
+from sparse_jax.models.pretrained import base_hash, new_leaves
 from sparse_jax.models.pure import Head, PureModel
-from sparse_jax.sharding.devices import Devices, MeshDevices, OneDevice
-from sparse_jax.sharding.placement import Placement
+from sparse_jax.sharding.devices import Devices
+from sparse_jax.sharding.loading import load_onto
 
 __all__ = ["Base", "load_classifier", "load_decoder"]
 
@@ -62,12 +62,7 @@ def _load(
 ) -> Base:
     """Loads a model onto one device, or its parts onto those of a mesh."""
     options |= {"dtype": jnp.dtype(dtype), "key": jax.random.key(seed)}
-    devices: Devices = OneDevice()
-    if mesh is not None:
-        options["place"] = lambda shapes: Placement.of(shapes, mesh).params
-    pure, params = from_pretrained(folder, **options)
-    if mesh is not None:
-        devices = MeshDevices(Placement.of(params, mesh))
+    pure, params, devices = load_onto(mesh, folder, **options)
     new = new_leaves(pure, folder)
     return Base(folder, base_hash(folder), pure, params, new, devices)
 
