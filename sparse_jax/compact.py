@@ -1,6 +1,5 @@
 """The compact tier: a training step whose gradients are never dense."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from sparse_jax.adapters.method import Method
 from sparse_jax.adapters.tap import (
@@ -19,7 +17,7 @@ from sparse_jax.adapters.tap import (
     support_of,
     tap,
 )
-from sparse_jax.axes import inside_replicas
+from sparse_jax.gradients import summed_gradients
 from sparse_jax.local_support import Cut, LocalSupport, unused_tables
 from sparse_jax.packing import current_values, keep_masters, pack
 from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles
@@ -32,9 +30,8 @@ __all__ = ["Compact", "CompactState", "Loss"]
 # (params, batch, key, attachment) -> (sum of the losses, number they are averaged by)
 Loss = Callable[[Any, Any, Any, Attachment], tuple[jax.Array, jax.typing.ArrayLike]]
 
-# (whatever it needs of the state, trained values) -> parameters and attachment of a
-# forward pass that depends on the values
-Place = Callable[[Any, Any], tuple[Any, Attachment]]
+# trained values -> parameters and attachment of a forward pass that depends on them
+Place = Callable[[Any], tuple[Any, Attachment]]
 
 
 class CompactState(NamedTuple):
@@ -173,9 +170,8 @@ class Compact:
         """
         roles = self.method.roles(state.params)
         values = self._values(roles, state)
-        place = lambda state, values: self._place(roles, state, values)
-        lean = state._replace(masters=(), opt_state=())
-        loss, grads = self._gradients(place, lean, values, batch, key)
+        place = lambda values: self._place(roles, state, values)
+        loss, grads = self._gradients(place, values, batch, key)
         updates, opt_state = self.tx.update(grads, state.opt_state, values)
         values: Any = optax.apply_updates(values, updates)
         leaves = values["leaves"]
@@ -228,64 +224,18 @@ class Compact:
         return params, self._attachment(tap, stacked, values["added"])
 
     def _gradients(
-        self, place: Place, context: Any, values: Any, batch: Any, key: jax.Array
+        self, place: Place, values: Any, batch: Any, key: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Returns the loss and its gradient with respect to the trained values."""
-        sums = self._sums
-        if self.data_axes:
-            sums = self._exchanged
-        (loss, weight), grads = sums(place, context, values, batch, key)
-        return loss / weight, jax.tree.map(lambda grad: grad / weight, grads)
-
-    def _sums(
-        self, place: Place, context: Any, values: Any, batch: Any, key: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        """Returns loss and weight, and the gradient of the loss, all of them sums."""
 
         def total(values: Any, batch: Any, key: jax.Array) -> Any:
-            params, attachment = place(context, values)
+            params, attachment = place(values)
             loss, weight = self.loss(params, batch, key, attachment)
             return loss, jnp.asarray(weight, jnp.float32)
 
-        differentiate = jax.value_and_grad(total, has_aux=True)
-        if self.accumulate == 1:
-            return differentiate(values, batch, key)
-        zeros = jax.tree.map(jnp.zeros_like, values)
-        start = ((jnp.float32(0), jnp.float32(0)), zeros)
-
-        def add(sums: Any, one: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, differentiate(values, *one)), None
-
-        keys = jax.random.split(key, self.accumulate)
-        return lax.scan(add, start, (batch, keys))[0]
-
-    def _exchanged(
-        self, place: Place, context: Any, values: Any, batch: Any, key: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        """Returns the sums over all replicas, each of which sees its own examples.
-
-        Left to the compiler, replicas would add up the dense gradient of a weight
-        before its tap sees it. Mapped over the replicas, the tap comes first, which is
-        the same because gathering is linear, and what is added up is packed.
-        """
-        axes, dim = self.data_axes, int(self.accumulate > 1)
-        mesh = jax.sharding.get_abstract_mesh()
-        count = math.prod(mesh.shape[axis] for axis in axes)
-
-        def split(leaf: jax.Array) -> jax.Array:
-            rows = leaf.shape[dim] // count
-            return leaf.reshape(*leaf.shape[:dim], count, rows, *leaf.shape[dim + 1 :])
-
-        def one(batch: Any, number: jax.Array) -> Any:
-            # Replicas drop out different entries.
-            own = jax.random.fold_in(key, number)
-            return self._sums(place, context, values, batch, own)
-
-        with inside_replicas(axes):
-            sums = jax.vmap(one, in_axes=(dim, 0), spmd_axis_name=axes)(
-                jax.tree.map(split, batch), jnp.arange(count)
-            )
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+        parts = {"accumulate": self.accumulate, "data_axes": self.data_axes}
+        (loss, weight), grads = summed_gradients(total, values, batch, key, **parts)
+        return loss / weight, jax.tree.map(lambda grad: grad / weight, grads)
 
     def _choose_by_gradient(
         self, roles: Any, state: CompactState, batch: Any, key: jax.Array

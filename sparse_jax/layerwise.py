@@ -112,11 +112,8 @@ class Layerwise(Compact):
         active = chosen.active
 
         values = self._trained(roles, state, active)
-        place = lambda context, values: self._place_rows(
-            roles, context[0], context[1], values
-        )
-        lean = state._replace(masters=(), opt_state=())
-        loss, grads = self._gradients(place, (lean, active), values, batch, key)
+        place = lambda values: self._place_rows(roles, state, values, active)
+        loss, grads = self._gradients(place, values, batch, key)
         norm = optax.tree.norm(grads)
         if self.max_norm is not None:
             grads = optax.tree.scale(jnp.minimum(1.0, self.max_norm / norm), grads)
@@ -188,7 +185,7 @@ class Layerwise(Compact):
         }
 
     def _place_rows(
-        self, roles: Any, state: CompactState, active: jax.Array, values: Any
+        self, roles: Any, state: CompactState, values: Any, active: jax.Array
     ) -> tuple[Any, Attachment]:
         """Returns what the loss needs for a gradient of the active layers' values."""
 

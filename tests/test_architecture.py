@@ -14,7 +14,7 @@ PACKAGE = Path(sparse_jax.__file__).parent
 # From the ground up. A file may import from its own folder and from lower rooms.
 ROOMS = (
     ("errors", "axes"),
-    ("names", "sites", "top_k", "rows"),
+    ("names", "sites", "top_k", "rows", "gradients"),
     ("local_support",),
     ("support", "top_k_local"),
     ("roles", "scores", "layers", "samplers", "entries"),

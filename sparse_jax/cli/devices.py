@@ -1,24 +1,43 @@
-"""The devices of a command: those there are, or simulated ones."""
+"""The devices of a command: those there are, simulated ones, those of other hosts."""
 
 from sparse_jax.errors import InputError
 
 __all__ = ["take_devices"]
 
 
-def take_devices(devices: int | None) -> None:
-    """Simulates some devices on the CPU, if a number is given; comes before all else.
+def take_devices(
+    devices: int | None,
+    *,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> None:
+    """Prepares JAX for a command; comes before all else.
+
+    Args:
+      devices: number to simulate on the CPU of this process; None takes what there is.
+      distributed: whether other processes run the same command.
+      coordinator, processes, process: as for `join_processes`; each implies
+        `distributed`.
 
     Raises:
-      InputError: if the number is not positive, or JAX has another kind of device.
+      InputError: if a number is out of range, or JAX has another kind of device.
     """
-    if devices is None:
-        return
-    if devices < 1:
+    if devices is not None and devices < 1:
         raise InputError(f"`devices` must be positive, got {devices}.")
+    given = (coordinator, processes, process)
+    if devices is None and not distributed and given == (None, None, None):
+        return
     import jax
 
-    jax.config.update("jax_num_cpu_devices", devices)
-    if jax.default_backend() != "cpu":
+    if devices is not None:
+        jax.config.update("jax_num_cpu_devices", devices)
+    if distributed or given != (None, None, None):
+        from sparse_jax.sharding.processes import join_processes
+
+        join_processes(coordinator, processes, process)
+    if devices is not None and jax.default_backend() != "cpu":
         raise InputError(
             f"`devices` must be left out where there are real ones, got {devices} and "
             f"{jax.device_count()} of kind {jax.default_backend()}. Set "

@@ -52,6 +52,10 @@ def finetune(
     checkpointing: Annotated[bool, options.CHECKPOINTING] = False,
     mesh: Annotated[str | None, options.MESH] = None,
     devices: Annotated[int | None, options.DEVICES] = None,
+    distributed: Annotated[bool, options.DISTRIBUTED] = False,
+    coordinator: Annotated[str | None, options.COORDINATOR] = None,
+    processes: Annotated[int | None, options.PROCESSES] = None,
+    process: Annotated[int | None, options.PROCESS] = None,
     seed: Annotated[int, options.SEED] = 0,
     save_every: Annotated[int, options.SAVE_EVERY] = 500,
     overwrite: Annotated[bool, options.OVERWRITE] = False,
@@ -64,10 +68,12 @@ def finetune(
     for name in ("where", "dense", "layers", "layer_weights"):
         given[name] = tuple(given[name]) if given[name] else None
     _show_log()
-    take_devices(given.pop("devices"))
+    surroundings = ("devices", "distributed", "coordinator", "processes", "process")
+    take_devices(**{name: given.pop(name) for name in surroundings})
     # JAX takes seconds to import, and `--help` has to be quick.
     import sparse_jax
     from sparse_jax.cli.summary import print_summary
+    from sparse_jax.sharding.processes import is_first_process
 
     settings = sparse_jax.Settings(**given)
     try:
@@ -75,7 +81,8 @@ def finetune(
     except KeyboardInterrupt:
         print(f"stopped. {_remedy(output)}", file=sys.stderr)
         raise typer.Exit(130) from None
-    print_summary(settings, metrics)
+    if is_first_process():
+        print_summary(settings, metrics)
 
 
 def _remedy(output: str) -> str:

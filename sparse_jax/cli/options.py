@@ -101,6 +101,12 @@ MESH = _option(
     "one device",
 )
 DEVICES = _option("Number of devices to simulate on the CPU, to try a mesh.", "none")
+DISTRIBUTED = _flag(
+    "--distributed", "This is one of several processes, as a TPU pod or SLURM says."
+)
+COORDINATOR = _option("Host and port of the first of several processes.", "none")
+PROCESSES = _option("How many processes there are.", "1")
+PROCESS = _option("Which of them this one is, from 0.", "0")
 SEED = _option("Of the new head, the order of the examples, and dropout.")
 SAVE_EVERY = _option("Updates between two checkpoints, beside every epoch's.")
 OVERWRITE = _flag("--overwrite", "Replace the run in the output folder.")

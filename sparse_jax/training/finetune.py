@@ -2,12 +2,14 @@
 
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import jax
 
 from sparse_jax.adapter_file import ADAPTER, save_adapter
 from sparse_jax.compact import Compact, CompactState
+from sparse_jax.sharding.processes import is_first_process, require_agreement
 from sparse_jax.sharding.runner import Runner
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.counts import count_trained, optimizer_bytes
@@ -53,7 +55,10 @@ def finetune(settings: Settings) -> dict[str, Any]:
       InputError: for anything wrong with the settings or the files they name.
     """
     require_usable(settings)
+    # Also waits until all have looked at the folder, before the first one writes.
+    require_agreement("settings", asdict(settings))
     job = make_job(settings)
+    require_agreement("model and data", [job.base.hash, job.feed.sizes])
     directory = RunDirectory.create(settings, surroundings(job))
     if settings.resume and (metrics := directory.finished()):
         return metrics
@@ -123,23 +128,14 @@ def _loop(
 def _finish(
     job: Job, state: CompactState, at: Position, directory: RunDirectory
 ) -> dict[str, Any]:
-    """Writes the adapter, the picture and the metrics."""
-    size = save_adapter(directory.path / ADAPTER, adapter_of(job, state))
-    objective, settings = job.objective, job.settings
-    draw_curve(
-        directory.path / CURVE,
-        directory.rows,
-        title=f"{settings.method} on {objective.name}, seed {settings.seed}",
-        loss=objective.loss_name,
-        metric=objective.primary,
-    )
-    if job.sampler is not None:
-        draw_layers(
-            directory.path / LAYERS,
-            directory.rows,
-            num_layers=job.sampler.num_layers,
-            title=f"{settings.method}, layers by {settings.sampler}, {objective.name}",
-        )
+    """Writes what came out, and returns the metrics."""
+    # All processes hold parts of it; the first one writes it.
+    adapter = adapter_of(job, state)
+    size = 0
+    if is_first_process():
+        size = save_adapter(directory.path / ADAPTER, adapter)
+        _draw(job, directory)
+    settings = job.settings
     counts = count_trained(job.method, state.params, state.added, job.head)
     results = _last_results(directory.rows)
     metrics = {
@@ -158,6 +154,25 @@ def _finish(
     }
     directory.finish(metrics)
     return metrics
+
+
+def _draw(job: Job, directory: RunDirectory) -> None:
+    """Draws the pictures of a run."""
+    objective, settings = job.objective, job.settings
+    draw_curve(
+        directory.path / CURVE,
+        directory.rows,
+        title=f"{settings.method} on {objective.name}, seed {settings.seed}",
+        loss=objective.loss_name,
+        metric=objective.primary,
+    )
+    if job.sampler is not None:
+        draw_layers(
+            directory.path / LAYERS,
+            directory.rows,
+            num_layers=job.sampler.num_layers,
+            title=f"{settings.method}, layers by {settings.sampler}, {objective.name}",
+        )
 
 
 def _last_results(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

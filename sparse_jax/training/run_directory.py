@@ -11,6 +11,7 @@ from typing import Any
 
 from sparse_jax.adapter_file import ADAPTER
 from sparse_jax.errors import InputError
+from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.training.settings import Settings
 
 __all__ = ["CONFIG", "CURVE", "LAYERS", "METRICS", "RunDirectory", "require_usable"]
@@ -44,6 +45,8 @@ def require_usable(settings: Settings) -> None:
 class RunDirectory:
     """The files of one run, each written under a temporary name and then moved.
 
+    Of several processes the first one writes.
+
     Attributes:
       path: the folder.
       rows: what `metrics.jsonl` holds, one dictionary a line.
@@ -59,7 +62,7 @@ class RunDirectory:
         Overwriting removes the files of a run only, never anything else.
         """
         path = Path(settings.output)
-        if not settings.resume:
+        if not settings.resume and is_first_process():
             for name in _FILES:
                 (path / name).unlink(missing_ok=True)
             shutil.rmtree(path / _CHECKPOINTS, ignore_errors=True)
@@ -81,18 +84,22 @@ class RunDirectory:
         """Forgets the rows after a step: the run continues there."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         lines = "".join(_line(row) for row in self.rows)
-        _write_text(self.path / _ROWS, lines)
+        if is_first_process():
+            _write_text(self.path / _ROWS, lines)
 
     def add_row(self, row: Mapping[str, Any]) -> None:
         """Appends a line to `metrics.jsonl`."""
         self.rows.append(dict(row))
+        if not is_first_process():
+            return
         with (self.path / _ROWS).open("a", encoding="utf-8") as file:
             file.write(_line(row))
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Writes `metrics.json`, the sign of a finished run, and drops checkpoints."""
-        _write_json(self.path / METRICS, metrics)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if is_first_process():
+            _write_json(self.path / METRICS, metrics)
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
 def _require_same(path: Path, settings: Settings) -> None:
