@@ -1,4 +1,4 @@
-"""The loss of a causal language model, without all of its logits at once."""
+"""The loss of a causal language model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.compact import Loss
+from sparse_jax.models.next_token import summed_token_loss
 from sparse_jax.models.pure import PureModel
 from sparse_jax.sites import Attachment
 
-__all__ = ["make_token_loss", "summed_token_loss"]
+__all__ = ["make_token_loss"]
 
 _INPUTS = ("input_ids", "attention_mask", "segment_ids", "positions")
-# Logits held at a time, in entries: 64 MiB of float32. At 32,000 words and 4,096
-# tokens all of them are 500 MiB, more than everything else of a small batch.
-_MOST_LOGITS = 2**24
 
 
 def make_token_loss(model: PureModel, *, checkpointing: bool = False) -> Loss:
@@ -42,62 +40,3 @@ def make_token_loss(model: PureModel, *, checkpointing: bool = False) -> Loss:
         )
 
     return loss
-
-
-def summed_token_loss(
-    model: PureModel,
-    params: Any,
-    hidden: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    *,
-    most_logits: int = _MOST_LOGITS,
-) -> jax.Array:
-    """Returns the weighted sum of the losses of all tokens but the first.
-
-        sum over b and t > 0 of -weights[b, t] log softmax(logits[b, t - 1])[ids[b, t]]
-
-    Logits are computed for a few columns at a time, and again for the gradient.
-
-    Args:
-      model: the decoder.
-      params: its parameters.
-      hidden: normed hidden states `[B, T, D]`.
-      ids: int32 `[B, T]`.
-      weights: float32 `[B, T]`.
-      most_logits: entries of logits to hold at a time.
-    """
-    # The state at t scores the token at t + 1; the last state scores nothing.
-    targets = jnp.roll(ids, -1, axis=1)
-    weights = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
-
-    def part(hidden: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = model.logits(params, hidden)
-        # A comparison instead of a gather: words that are cut over a mesh stay where
-        # they are, and XLA has no gather from them beside manual axes (it aborts).
-        words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        chosen = jnp.sum(jnp.where(words == ids[..., None], logits, 0.0), axis=-1)
-        losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return jnp.sum(weights * losses)
-
-    rows, columns = ids.shape
-    size = max(1, most_logits // (rows * model.config.vocab_size))
-    if size >= columns:
-        return part(hidden, targets, weights)
-    count = -(-columns // size)
-    # Parts of equal size, with little padding.
-    size = -(-columns // count)
-    parts = [
-        _cut(array, count, size) for array in (hidden, targets, weights)
-    ]  # [count, B, size, ...]
-    sums = jax.lax.map(lambda parts: jax.checkpoint(part)(*parts), tuple(parts))
-    return jnp.sum(sums)
-
-
-def _cut(array: jax.Array, count: int, size: int) -> jax.Array:
-    """Returns `[B, T, ...]` as `[count, B, size, ...]`, zeros at the end."""
-    room = count * size - array.shape[1]
-    padding = [(0, 0), (0, room)] + [(0, 0)] * (array.ndim - 2)
-    rows, *rest = array.shape[0], *array.shape[2:]
-    padded = jnp.pad(array, padding).reshape(rows, count, size, *rest)
-    return jnp.moveaxis(padded, 1, 0)

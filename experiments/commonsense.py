@@ -1,0 +1,33 @@
+"""Do a few layers at a time suffice for commonsense?  The paper's eight sets.
+
+    python -m experiments.commonsense --model FOLDER --data commonsense_170k.json
+        --tests FOLDER --output runs/commonsense [--methods lora dora series parallel]
+        [--layers all ist random] [--judge write|rank] [--max-questions N]
+
+Fine-tunes a decoder on the mixed training file of LLM-Adapters by every method, all
+layers at a time, a quarter of them by IST, and a quarter at random, and judges it on
+the test sets `FOLDER/NAME/test.json`. The learning rate of each is the one with the
+lowest loss on held-out training examples on the first seed: no test question chooses
+anything. `write` lets the model write, with four beams, and takes the first answer it
+names; `rank` takes the candidate that is likeliest as the response. An interrupted run
+of this file goes on where it was.
+"""
+
+from experiments.questions import compare, parser_of
+
+SETS = (
+    "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy",
+    "ARC-Challenge", "openbookqa",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Makes the runs that are missing, then shows all of them."""
+    parser = parser_of((__doc__ or "").splitlines()[0], SETS)
+    parser.add_argument("--judge", choices=("write", "rank"), default="write")
+    args = parser.parse_args()
+    compare(args, template="llm_adapters", max_new_tokens=32, judge=args.judge)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""What the experiments on questions share: methods, layers, runs, judging, a table."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments.trials import make_trial
+from sparse_jax import Beams, Greedy, Settings
+from sparse_jax.generation.ranking import rank_candidates
+from sparse_jax.generation.wording import text_tokens
+from sparse_jax.generation.writer import load_writer
+from sparse_jax.tasks.llm_adapters import QUESTION_SETS, accuracy, load_questions
+from sparse_jax.tasks.prompts import PROMPTS
+
+__all__ = ["compare", "parser_of"]
+
+# The maps of the paper: query, key, value, and the two of the MLP.
+_MAPS = ("^attention/(query|key|value)$", "^mlp/(up|down)$")
+SAMPLERS = {"all": None, "ist": "ist", "random": "uniform"}
+# The adapters of LLM-Adapters: rank 32 with alpha 64, bottlenecks of 256.
+METHODS = {
+    "lora": {"method": "lora", "rank": 32, "alpha": 64.0, "where": _MAPS},
+    "dora": {"method": "dora", "rank": 32, "alpha": 64.0, "where": _MAPS},
+    "series": {"method": "series", "size": 256},
+    "parallel": {"method": "parallel", "size": 256},
+}
+
+
+def parser_of(description: str, sets: Sequence[str]) -> argparse.ArgumentParser:
+    """Returns the options that the experiments share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="training file")
+    parser.add_argument("--tests", required=True, type=Path, help="folder of the sets")
+    parser.add_argument("--sets", nargs="+", choices=sets, default=list(sets))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora"])
+    parser.add_argument("--layers", nargs="+", choices=SAMPLERS, default=[*SAMPLERS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    rates = [1e-4, 2e-4, 5e-4]
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=rates)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-questions", type=int, help="of every set")
+    parser.add_argument("--beams", type=int, default=4, help="1 is greedy")
+    parser.add_argument("--output", type=Path, required=True)
+    return parser
+
+
+def compare(
+    args: argparse.Namespace, *, template: str, max_new_tokens: int, judge: str
+) -> None:
+    """Makes the runs that are missing, judges them, and shows a table.
+
+    Args:
+      args: as `parser_of` reads them.
+      template: name of the prompt.
+      max_new_tokens: of a written answer.
+      judge: "write", or "rank" to take the likeliest candidate.
+    """
+    base = Settings(
+        model=args.model,
+        task="causal",
+        data=args.data,
+        output="",
+        template=template,
+        # The released code trains on the prompt too.
+        loss_on="all",
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        max_steps=args.max_steps,
+        max_length=args.max_length,
+    )
+    results = {}
+    for method in args.methods:
+        for layers in args.layers:
+            settings = replace(base, sampler=SAMPLERS[layers], **METHODS[method])
+            name = f"{method}-{layers}"
+            trial = make_trial(
+                name,
+                settings,
+                metric="loss",
+                rates=args.learning_rates,
+                seeds=args.seeds,
+                folder=args.output,
+                choose=min,
+            )
+            runs = [
+                args.output / f"{name}-lr{trial.rate:g}-seed{seed}"
+                for seed in args.seeds
+            ]
+            results[name] = [
+                _judged(run, args, template, max_new_tokens, judge) for run in runs
+            ]
+    path = args.output / f"{judge}.json"
+    path.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    _show(results, args, judge)
+
+
+def _judged(
+    run: Path, args: argparse.Namespace, template: str, max_new_tokens: int, judge: str
+) -> dict[str, float]:
+    """Returns the accuracy of a run on every set, from its folder if it is there."""
+    stored = run / f"{judge}-{args.max_questions or 'all'}.json"
+    known = json.loads(stored.read_text()) if stored.is_file() else {}
+    missing = [name for name in args.sets if name not in known]
+    if not missing:
+        return {name: known[name] for name in args.sets}
+    writer = load_writer(None, run)
+    for name in missing:
+        questions = QUESTION_SETS[name]
+        asked = load_questions(questions, args.tests)[: args.max_questions]
+        if judge == "rank":
+            texts = rank_candidates(
+                writer.model,
+                writer.params,
+                writer.tokenizer,
+                asked,
+                template=PROMPTS[template],
+                attachment=writer.attachment,
+            )
+        else:
+            prompts = [question.prompt(PROMPTS[template]) for question in asked]
+            texts = writer.write(
+                [text_tokens(prompt, writer.tokenizer) for prompt in prompts],
+                choice=Greedy() if args.beams == 1 else Beams(args.beams),
+                max_new_tokens=max_new_tokens,
+            )
+        known[name] = accuracy(questions, asked, texts)
+        stored.write_text(json.dumps(known, indent=2), encoding="utf-8")
+    return {name: known[name] for name in args.sets}
+
+
+def _show(
+    results: Mapping[str, Sequence[Mapping[str, float]]],
+    args: argparse.Namespace,
+    judge: str,
+) -> None:
+    """Prints the mean over seeds of every set, and mean and deviation of all."""
+    table = Table(title=f"accuracy (%) by {judge}, {len(args.seeds)} seeds")
+    for column in ("method-layers", *args.sets, "mean", "sd"):
+        table.add_column(column, justify="left" if column[0] == "m" else "right")
+    for name, runs in results.items():
+        values = 100 * np.array([[run[one] for one in args.sets] for run in runs])
+        means = values.mean(axis=1)
+        deviation = np.std(means, ddof=1) if len(means) > 1 else np.nan
+        cells = [*values.mean(axis=0), means.mean(), deviation]
+        table.add_row(name, *(f"{cell:.1f}" for cell in cells))
+    Console(width=120).print(table)
