@@ -41,10 +41,13 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         (name, "not finite" if value is None else f"{value:.4f}")
         for name, value in metrics["eval"].items()
     ]
+    head = [("without the head", f"{without_head:,} ({without_head / total:.3%})")]
+    if without_head == trained:
+        head = []
     return [
         *scores,
         ("trained parameters", f"{trained:,} ({trained / total:.3%})"),
-        ("without the head", f"{without_head:,} ({without_head / total:.3%})"),
+        *head,
         ("optimiser", _size(metrics["optimizer_bytes"])),
         ("adapter file", _size(metrics["adapter_bytes"])),
         ("peak memory", _size(metrics["peak_memory_bytes"])),
