@@ -1,8 +1,9 @@
 """Which layers should an update train?  IST, random layers and all layers, three seeds.
 
     python -m experiments.layer_choice --model FOLDER --data FILE [--task causal]
-        [--choices all ist ist-fast random] [--method lora] [--active 0.25] [--max-steps 300]
-        [--seeds 0 1 2] [--learning-rates 5e-4 2e-3 8e-3] [--output runs/layer_choice]
+        [--choices all ist ist-fast random] [--method lora] [--active 0.25]
+        [--max-steps 300] [--seeds 0 1 2] [--learning-rates 5e-4 2e-3 8e-3]
+        [--output runs/layer_choice]
 
 With the task causal FOLDER is a decoder of many layers, such as the one that
 `experiments/pretrain_decoder.py` makes, and FILE a text of another kind than it was
