@@ -23,9 +23,9 @@ from sparse_jax.support import gather, scatter
 __all__ = ["canonical", "fetch", "read_entries", "tables_of", "write_entries"]
 
 
-def fetch(x: jax.Array) -> np.ndarray:
+def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
     """Returns all of an array on the host, also what other processes hold of it."""
-    if x.is_fully_addressable:
+    if isinstance(x, np.ndarray) or x.is_fully_addressable:
         return np.asarray(x)
     sharding: Any = x.sharding
     everywhere = jax.NamedSharding(sharding.mesh, jax.P())
@@ -33,7 +33,9 @@ def fetch(x: jax.Array) -> np.ndarray:
 
 
 def canonical(
-    support: jax.Array | LocalSupport, shape: tuple[int, ...], *packed: jax.Array
+    support: jax.Array | np.ndarray | LocalSupport,
+    shape: tuple[int, ...],
+    *packed: jax.Array | np.ndarray,
 ) -> tuple[np.ndarray, ...]:
     """Returns positions in the whole array, and packed values in their order.
 

@@ -1,18 +1,32 @@
 """Eight simulated devices and strict ranks for the whole suite, and real data."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # The programs of the tests run for milliseconds and compile for seconds: without LLVM's
 # optimisations the suite takes 40 % less time.
 _QUICK = "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+# Many runs of the tests are alike: the workers of pytest-xdist, and the processes that
+# tests start, inherit one folder of compiled programs, which goes with the session.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_own_cache = None
+if _CACHE not in os.environ:
+    _own_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix="sparse-jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax  # noqa: E402 - reads the flags
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure():
+    if _own_cache is not None:
+        shutil.rmtree(_own_cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

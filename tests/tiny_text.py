@@ -26,10 +26,10 @@ CONFIG = DecoderConfig(
 )
 
 
-def tiny_decoder():
+def tiny_decoder(seed=0):
     """Returns a Llama of four layers and random parameters."""
     model = PureModel(CausalLM, LLAMA, CONFIG)
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
 
     def draw(name, leaf):
         scale = 1.0 if name.endswith("/scale") else 0.0
@@ -38,11 +38,11 @@ def tiny_decoder():
     return model, map_named(draw, model.abstract())
 
 
-def write_decoder(folder):
+def write_decoder(folder, seed=0):
     """Writes the decoder and a tokenizer of words."""
     from transformers import PreTrainedTokenizerFast
 
-    save_pretrained(*tiny_decoder(), folder)
+    save_pretrained(*tiny_decoder(seed), folder)
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -4,8 +4,6 @@ import logging
 import sys
 from typing import Annotated, Any
 
-import typer
-
 from sparse_jax.cli import options
 from sparse_jax.cli.devices import take_devices
 
@@ -58,6 +56,7 @@ def finetune(
     process: Annotated[int | None, options.PROCESS] = None,
     seed: Annotated[int, options.SEED] = 0,
     save_every: Annotated[int, options.SAVE_EVERY] = 500,
+    keep: Annotated[int, options.KEEP] = 2,
     overwrite: Annotated[bool, options.OVERWRITE] = False,
     resume: Annotated[bool, options.RESUME] = False,
 ) -> None:
@@ -78,9 +77,10 @@ def finetune(
     settings = sparse_jax.Settings(**given)
     try:
         metrics = sparse_jax.finetune(settings)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = stop.code if isinstance(stop, SystemExit) else 130
         print(f"stopped. {_remedy(output)}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise SystemExit(code) from None
     if is_first_process():
         print_summary(settings, metrics)
 

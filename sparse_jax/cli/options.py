@@ -109,6 +109,7 @@ PROCESSES = _option("How many processes there are.", "1")
 PROCESS = _option("Which of them this one is, from 0.", "0")
 SEED = _option("Of the new head, the order of the examples, and dropout.")
 SAVE_EVERY = _option("Updates between two checkpoints, beside every epoch's.")
+KEEP = _option("Checkpoints to keep, the newest ones.")
 OVERWRITE = _flag("--overwrite", "Replace the run in the output folder.")
 RESUME = _flag("--resume", "Continue the interrupted run in the output folder.")
 

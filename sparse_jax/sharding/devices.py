@@ -5,8 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
-from sparse_jax.compact import Compact
+from sparse_jax.compact import Compact, CompactState
 from sparse_jax.local_support import Cut
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner, Runner, SingleRunner
@@ -36,6 +37,10 @@ class Devices(Protocol):
 
     def put(self, batch: Mapping[str, Any], accumulate: int = 1) -> Any:
         """Returns a batch where it is used."""
+        ...
+
+    def hold(self, state: CompactState) -> CompactState:
+        """Returns a state of packed values, read from a file, where it is used."""
         ...
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,6 +74,10 @@ class OneDevice:
         del accumulate
         return batch
 
+    def hold(self, state: CompactState) -> CompactState:
+        """Puts a state on the device."""
+        return jax.tree.map(jnp.asarray, state)
+
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the compiled function."""
         return jax.jit(function)
@@ -100,6 +109,10 @@ class MeshDevices(OneDevice):
     def put(self, batch: Mapping[str, Any], accumulate: int = 1) -> Any:
         """Returns a batch on the mesh."""
         return self.placement.put(batch, accumulate)
+
+    def hold(self, state: CompactState) -> CompactState:
+        """Puts a state on the mesh."""
+        return self.placement.hold(state)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a compiled function whose results are on every device."""

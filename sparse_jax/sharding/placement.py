@@ -116,7 +116,11 @@ class Placement:
         What belongs to a leaf, wherever it is, lies where the leaf lies; the rest is
         on every device.
         """
-        names = jax.tree.leaves(leaf_names(state.params))
+        return self.trained(state._replace(params=()))._replace(params=self.params)
+
+    def trained(self, state: CompactState) -> CompactState:
+        """Returns the shardings of a state that has packed values for parameters."""
+        names = jax.tree.leaves(leaf_names(self.specs))
         packed = dict(zip(names, jax.tree.leaves(self.specs), strict=True))
 
         def note(name: str, node: Any) -> None:
@@ -130,9 +134,20 @@ class Placement:
             fits = len(spec) <= len(leaf.shape)
             return self.at(spec if fits else jax.P())
 
-        rest = map_named(owned, state._replace(params=(), support=()))
-        support = self.supports(state.support)
-        return rest._replace(params=self.params, support=support)
+        rest = map_named(owned, state._replace(support=()))
+        return rest._replace(support=self.supports(state.support))
+
+    def hold(self, state: CompactState) -> CompactState:
+        """Puts such a state from the host, the same on every process, on the mesh."""
+
+        def one(array: Any, sharding: jax.NamedSharding) -> jax.Array:
+            if not isinstance(array, np.ndarray):
+                return jax.device_put(array, sharding)
+            return jax.make_array_from_callback(
+                array.shape, sharding, lambda index: array[index]
+            )
+
+        return jax.tree.map(one, state, self.trained(state))
 
 
 def _spec_of(name: str, packed: Mapping[str, jax.P]) -> jax.P:

@@ -1,5 +1,6 @@
 """The feed of a causal language model."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from sparse_jax.tasks.causal_batches import (
 )
 from sparse_jax.tasks.causal_tokens import Loss, TokenSequences, tokenize
 from sparse_jax.tasks.conversations import Conversation
+from sparse_jax.training.feed import digest_of
 
 __all__ = ["CausalFeed", "make_causal_feed"]
 
@@ -34,6 +36,16 @@ class CausalFeed:
     def sizes(self) -> dict[str, int]:
         """Sequences of every split."""
         return {name: len(part) for name, part in self.sequences.items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all sequences as the model gets them."""
+        parts = self.sequences.values()
+        return digest_of(
+            itertools.chain.from_iterable(
+                itertools.chain(part.input_ids, part.is_target) for part in parts
+            )
+        )
 
     @property
     def batches_per_epoch(self) -> int:

@@ -1,8 +1,12 @@
 """The feed: every batch of a run, in its order."""
 
+import hashlib
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
 
 from sparse_jax.models.config import max_length_of
 from sparse_jax.models.pure import PureModel
@@ -10,7 +14,7 @@ from sparse_jax.tasks.batches import Batch, Batches, eval_batches, train_batches
 from sparse_jax.tasks.examples import Splits
 from sparse_jax.tasks.tokens import Encoded, encode
 
-__all__ = ["Feed", "LabelledFeed", "make_feed"]
+__all__ = ["Feed", "LabelledFeed", "digest_of", "make_feed"]
 
 _MAX_LENGTH = 128  # tokens, as the paper's runs on GLUE
 
@@ -21,6 +25,11 @@ class Feed(Protocol):
     @property
     def sizes(self) -> dict[str, int]:
         """Examples of every split."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all examples as the model gets them."""
         ...
 
     @property
@@ -56,6 +65,13 @@ class LabelledFeed:
     def sizes(self) -> dict[str, int]:
         """Examples of every split."""
         return {name: len(part) for name, part in self.encoded.items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all examples as the model gets them."""
+        parts = self.encoded.values()
+        ids = (array for part in parts for array in part.input_ids)
+        return digest_of(itertools.chain(ids, (part.labels for part in parts)))
 
     @property
     def max_length(self) -> int:
@@ -116,3 +132,12 @@ def make_feed(
         for name, examples in splits.items()
     }
     return LabelledFeed(encoded, batch_size, accumulate, seed)
+
+
+def digest_of(arrays: Iterable[np.ndarray]) -> str:
+    """Returns the SHA-256 of arrays, which tells apart where one ends."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(len(array).to_bytes(8, "little"))
+        found.update(array.tobytes())
+    return found.hexdigest()

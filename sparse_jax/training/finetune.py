@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -29,6 +30,7 @@ from sparse_jax.training.run_directory import (
     require_usable,
 )
 from sparse_jax.training.settings import Settings
+from sparse_jax.training.signals import StopSignals, stop_signals
 from sparse_jax.training.surroundings import surroundings
 from sparse_jax.training.trained import adapter_of
 from sparse_jax.training.tuner import make_tuner
@@ -40,7 +42,8 @@ def finetune(settings: Settings) -> dict[str, Any]:
     """Fine-tunes a model on a task and fills a run directory.
 
     Everything is checked before the directory is made. It then holds `config.json`,
-    `metrics.jsonl`, `metrics.json`, `adapter.safetensors` and `curve.png`.
+    `metrics.jsonl`, `metrics.json`, `adapter.safetensors` and `curve.png`. SIGINT and
+    SIGTERM let it finish the update and save a checkpoint first.
 
     Args:
       settings: what to do.
@@ -53,12 +56,14 @@ def finetune(settings: Settings) -> dict[str, Any]:
 
     Raises:
       InputError: for anything wrong with the settings or the files they name.
+      KeyboardInterrupt: after SIGINT.
+      SystemExit: after SIGTERM.
     """
     require_usable(settings)
     # Also waits until all have looked at the folder, before the first one writes.
     require_agreement("settings", asdict(settings))
     job = make_job(settings)
-    require_agreement("model and data", [job.base.hash, job.feed.sizes])
+    require_agreement("model and data", [job.base.hash, job.feed.digest])
     directory = RunDirectory.create(settings, surroundings(job))
     if settings.resume and (metrics := directory.finished()):
         return metrics
@@ -70,16 +75,20 @@ def _run(job: Job, directory: RunDirectory) -> dict[str, Any]:
     """Trains, from the last checkpoint if there is one, and returns the metrics."""
     total = _total(job)
     tuner = make_tuner(job, total)
-    checkpoints = Checkpoints(directory.checkpoints, tuner)
+    folder, keep = directory.checkpoints, job.settings.keep
+    checkpoints = Checkpoints(folder, tuner, job.base.devices, keep)
     runner = job.base.devices.runner(tuner)
     state = runner.init(job.base.params, jax.random.key(job.settings.seed))
-    state, at = checkpoints.restore(state)
-    directory.rewind(at.batches)
-    with show_progress(total, at.batches) as progress:
-        judge = _judge(job, tuner, state)
-        loop = _loop(job, runner, judge, total, directory, checkpoints, progress)
-        state, at = loop.run(state, at)
-    checkpoints.close()
+    # A run that is stopped still writes the checkpoint it has begun.
+    with closing(checkpoints), stop_signals() as signals:
+        state, at = checkpoints.restore(state)
+        directory.rewind(at.batches)
+        with show_progress(total, at.batches) as progress:
+            judge = _judge(job, tuner, state)
+            loop = _loop(
+                job, runner, judge, total, directory, checkpoints, progress, signals
+            )
+            state, at = loop.run(state, at)
     return _finish(job, state, at, directory)
 
 
@@ -107,6 +116,7 @@ def _loop(
     directory: RunDirectory,
     checkpoints: Checkpoints,
     progress: Progress,
+    signals: StopSignals,
 ) -> Loop:
     """Returns the loop of a job."""
     settings, peak = job.settings, job.settings.resolved_learning_rate
@@ -122,6 +132,7 @@ def _loop(
         directory=directory,
         checkpoints=checkpoints,
         progress=progress,
+        signals=signals,
     )
 
 

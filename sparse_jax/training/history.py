@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Rows", "evaluations_of", "updates_of"]
+__all__ = ["Rows", "evaluations_of", "is_evaluation", "updates_of"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -16,9 +16,14 @@ def updates_of(rows: Rows) -> list[Mapping[str, Any]]:
       >>> updates_of(rows)
       [{'step': 1, 'loss': 2.0}]
     """
-    return [row for row in rows if "loss" in row and "split" not in row]
+    return [row for row in rows if "loss" in row and not is_evaluation(row)]
 
 
 def evaluations_of(rows: Rows) -> list[Mapping[str, Any]]:
     """Returns the rows of evaluations, one for each split."""
-    return [row for row in rows if "split" in row]
+    return [row for row in rows if is_evaluation(row)]
+
+
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Returns whether a row tells how good a model is."""
+    return "split" in row

@@ -17,6 +17,7 @@ from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.progress import Progress
 from sparse_jax.training.run_directory import RunDirectory
+from sparse_jax.training.signals import StopSignals
 
 __all__ = ["Loop"]
 
@@ -37,6 +38,7 @@ class Loop:
       rate: number of updates -> learning rate, for the rows.
       evaluate: state -> metrics of every split.
       save_every: batches between two checkpoints, beside the end of every epoch.
+      signals: ask to stop.
     """
 
     runner: Runner
@@ -50,19 +52,29 @@ class Loop:
     directory: RunDirectory
     checkpoints: Checkpoints
     progress: Progress
+    signals: StopSignals
     _shapes: set[tuple[int, ...]] = field(default_factory=set)
     _known: dict[str, Any] = field(default_factory=dict)
 
     def run(self, state: CompactState, at: Position) -> tuple[CompactState, Position]:
-        """Trains from a position to the end; the state is given away."""
+        """Trains from a position to the end; the state is given away.
+
+        The end of an epoch is saved before it is evaluated: a run that stops between
+        the two evaluates when it is resumed.
+
+        Raises:
+          KeyboardInterrupt: or `SystemExit`, after a signal and a checkpoint.
+        """
         length = self.feed.batches_per_epoch
         for epoch in range(math.ceil(self.total / length)):
             end = min((epoch + 1) * length, self.total)
-            if at.batches >= end:
+            if at.batches > end:
                 continue
-            state, at = self._epoch(epoch, state, at, end)
-            self._evaluate(state, at, epoch)
-            self.checkpoints.save(state, at)
+            if at.batches < end:
+                state, at = self._epoch(epoch, state, at, end)
+                self.checkpoints.save(state, at)
+            with self.signals.at_once():
+                self._evaluate(state, at, epoch)
         return state, at
 
     def _epoch(
@@ -73,8 +85,13 @@ class Loop:
         batches = self.feed.train(epoch, start=at.batches - start)
         for batch in itertools.islice(batches, end - at.batches):
             state, at = self._batch(state, at, batch)
-            if at.batches % self.save_every == 0 and at.batches < end:
+            if at.batches == end:
+                break
+            stopping = self.signals.requested()
+            if stopping or at.batches % self.save_every == 0:
                 self.checkpoints.save(state, at)
+            if stopping:
+                self.signals.stop_if_requested()
         return state, at
 
     def _batch(

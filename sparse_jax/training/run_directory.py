@@ -12,6 +12,7 @@ from typing import Any
 from sparse_jax.adapter_file import ADAPTER
 from sparse_jax.errors import InputError
 from sparse_jax.sharding.processes import is_first_process
+from sparse_jax.training.history import is_evaluation
 from sparse_jax.training.settings import Settings
 
 __all__ = ["CONFIG", "CURVE", "LAYERS", "METRICS", "RunDirectory", "require_usable"]
@@ -21,7 +22,9 @@ CURVE, LAYERS = "curve.png", "layers.png"
 _ROWS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
 _FILES = (CONFIG, METRICS, CURVE, LAYERS, _ROWS, ADAPTER)
 # What may differ between a run and its continuation.
-_FREE = ("output", "overwrite", "resume", "save_every", "mesh")
+_FREE = ("output", "overwrite", "resume", "save_every", "keep", "mesh")
+# What the settings only name, and has to be the same: key -> what it is.
+_NAMED = {"base_hash": "model", "examples_hash": "data"}
 
 
 def require_usable(settings: Settings) -> None:
@@ -60,8 +63,13 @@ class RunDirectory:
         """Returns a directory with a `config.json`; a resumed run keeps its files.
 
         Overwriting removes the files of a run only, never anything else.
+
+        Raises:
+          InputError: if a run is resumed that had another model or other examples.
         """
         path = Path(settings.output)
+        if settings.resume:
+            _require_same_files(path, config)
         if not settings.resume and is_first_process():
             for name in _FILES:
                 (path / name).unlink(missing_ok=True)
@@ -81,8 +89,11 @@ class RunDirectory:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def rewind(self, step: int) -> None:
-        """Forgets the rows after a step: the run continues there."""
-        self.rows = [row for row in self.rows if row["step"] <= step]
+        """Forgets the rows after a step: the run continues there.
+
+        If that is the end of an epoch, it begins with the evaluation.
+        """
+        self.rows = [row for row in self.rows if _is_before(row, step)]
         lines = "".join(_line(row) for row in self.rows)
         if is_first_process():
             _write_text(self.path / _ROWS, lines)
@@ -120,6 +131,24 @@ def _require_same(path: Path, settings: Settings) -> None:
             f"`{name}` must be {before[name]!r} as in the run to resume, got "
             f"{now[name]!r}. Pass the same options, or --overwrite to start anew."
         )
+
+
+def _require_same_files(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises unless the files that the settings name are those of the run."""
+    before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    for key, name in _NAMED.items():
+        # An earlier version did not tell.
+        if before.get(key, config[key]) != config[key]:
+            raise InputError(
+                f"`{name}` must be what it was in the run to resume, got other "
+                f"content under the same name. Put the files back, or pass "
+                "--overwrite to start anew."
+            )
+
+
+def _is_before(row: Mapping[str, Any], step: int) -> bool:
+    """Returns whether a row was written before the checkpoint of a step."""
+    return row["step"] < step or (row["step"] == step and not is_evaluation(row))
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

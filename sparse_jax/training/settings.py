@@ -59,6 +59,7 @@ _LAYER_DEFAULTS = {
     "active": 0.25, "hold": 1, "layers": None, "layer_weights": None, "probe_every": 10,
     "importance_rate": 10.0, "restart_layers": False, "recompute": "none",
 }  # fmt: skip
+_POSITIVE = ("rank", "batch_size", "accumulate", "epochs", "save_every", "keep")
 _POSITIVE_IF_GIVEN = (
     "max_steps", "max_length", "learning_rate", "alpha", "size", "prefix_length",
 )  # fmt: skip
@@ -124,13 +125,21 @@ class Settings:
     mesh: str | None = None  # such as data=2,fsdp=4; None is one device
     seed: int = 0  # of the new head, the order of the examples, and dropout
     save_every: int = 500  # updates between two checkpoints, beside every epoch's
+    keep: int = 2  # checkpoints, the newest ones
     overwrite: bool = False  # whether to replace an earlier run
     resume: bool = False  # whether to continue an interrupted run
 
     def __post_init__(self):
         _require_word("method", self.method, tuple(LEARNING_RATES))
         _require_word("dtype", self.dtype, DTYPES)
-        for name in ("rank", "batch_size", "accumulate", "epochs", "save_every"):
+        for name in (
+            "rank",
+            "batch_size",
+            "accumulate",
+            "epochs",
+            "save_every",
+            "keep",
+        ):
             _require_positive(name, getattr(self, name))
         for name in _POSITIVE_IF_GIVEN:
             if getattr(self, name) is not None:

@@ -21,6 +21,7 @@ def surroundings(job: Job) -> dict[str, Any]:
         "base_hash": job.base.hash,
         "labels": list(job.objective.labels),
         "examples": job.feed.sizes,
+        "examples_hash": job.feed.digest,
         "max_length": job.feed.max_length,
         "new_parameters": list(job.base.new),
         "dense": list(_rules(job.method.dense)),
