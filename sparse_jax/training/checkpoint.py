@@ -60,6 +60,8 @@ class Checkpoints:
             max_to_keep=keep, enable_async_checkpointing=True
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        # Compiled, because on a mesh every operation by itself is a program to compile.
+        self._copied = jax.jit(lambda s: jax.tree.map(jnp.copy, self._trained(s)))
 
     def save(self, state: CompactState, position: Position) -> None:
         """Begins to write the state between two batches, whole or not at all.
@@ -68,7 +70,7 @@ class Checkpoints:
         before stays as it is.
         """
         # The next step overwrites the arrays of the state: these are copies.
-        leaves = [jnp.copy(leaf) for leaf in jax.tree.leaves(self._trained(state))]
+        leaves = jax.tree.leaves(self._copied(state))
         stored = {str(i): _plain(leaf) for i, leaf in enumerate(leaves)}
         cuts = {name: [*cut] for name, cut in self._tuner.cuts.items()}
         told = {
@@ -129,7 +131,7 @@ class Checkpoints:
         args = self._ocp.args
         json = args.Composite(told=args.JsonRestore())
         told = self._manager.restore(step, args=json)["told"]
-        like = self._trained(state)
+        like = jax.eval_shape(self._trained, state)
         tree = jax.tree.structure(like)
         # Templates of the host: the arrays may come from another mesh.
         host = {
@@ -171,7 +173,7 @@ class Checkpoints:
         return state._replace(params=values, masters=())
 
     def _rebuilt(self, state: CompactState, trained: CompactState) -> CompactState:
-        """Returns the state whose reduced form is `trained`."""
+        """Returns the state whose reduced form is `trained`; `state` is given away."""
         roles = self._tuner.method.roles(state.params)
         values: Any = trained.params
 
@@ -183,7 +185,12 @@ class Checkpoints:
             # A copy, because the step gives away what it gets.
             return jnp.array(values, leaf.dtype)
 
-        params = map_roles(write, roles, state.params, trained.support, values)
+        def rebuild(params: Any, trained: CompactState) -> Any:
+            return map_roles(write, roles, params, trained.support, trained.params)
+
+        where = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+        rebuild = jax.jit(rebuild, donate_argnums=0, out_shardings=where)
+        params = rebuild(state.params, trained)
         only = {"only": TRAINED}
         masters = keep_masters(
             roles, map_roles(lambda _, v: v, roles, values, **only), params
