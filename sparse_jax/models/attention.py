@@ -3,13 +3,13 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from sparse_jax.models.attend import attend, split_heads
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.dropout import dropout, split_key
 from sparse_jax.models.linear import layer_norm, linear
-from sparse_jax.models.memory import Attended, no_memory, remember
+from sparse_jax.models.memory import no_memory, remember
 from sparse_jax.sites import MEMORY, Respond
 
 __all__ = ["Attention"]
@@ -34,29 +34,15 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Attends within each sequence; `mask` is True at tokens, `[B, 1, 1, T]`."""
         attention_key, output_key = split_key(key, 2)
-        heads = (*x.shape[:-1], self.num_heads, -1)
-        q = respond("attention/query", self.query, x).reshape(heads)
-        k = respond("attention/key", self.key, x).reshape(heads)
-        v = respond("attention/value", self.value, x).reshape(heads)
+        width = x.shape[-1] // self.num_heads
+        q = split_heads(respond("attention/query", self.query, x), width)
+        k = split_heads(respond("attention/key", self.key, x), width)
+        v = split_heads(respond("attention/value", self.value, x), width)
         memory: Any = respond(MEMORY, no_memory, x)
         seen = remember(memory, k, v, mask)
-        mixed = _attend(q, seen, self.attention_dropout, attention_key)
+        rate = self.attention_dropout
+        mixed = attend(q, seen.k, seen.v, seen.bias, seen.mask, rate, attention_key)
         mixed = mixed.reshape(x.shape)
         y = respond("attention/output", self.output, mixed)
         x = x + dropout(y, self.hidden_dropout, output_key)
         return respond("attention/norm", self.norm, x)
-
-
-def _attend(
-    q: jax.Array, seen: Attended, rate: float, key: jax.Array | None
-) -> jax.Array:
-    """Mixes the values `[B, T, H, K]`; the softmax is taken in float32."""
-    k, v, mask, bias = seen
-    if key is None or rate == 0:
-        return jax.nn.dot_product_attention(q, k, v, bias, mask=mask)
-    scores = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
-    scores = scores if bias is None else scores + bias
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores), rate, key).astype(v.dtype)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights, v)

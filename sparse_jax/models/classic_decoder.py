@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.attend import attend
+from sparse_jax.models.attend import attend, split_heads
 from sparse_jax.models.classic_config import ClassicConfig
 from sparse_jax.models.decoder import Cached
 from sparse_jax.models.dropout import dropout, split_key
@@ -51,10 +51,10 @@ class ClassicAttention(nnx.Module):
         cached: Cached | None,
     ) -> tuple[jax.Array, Cached | None]:
         """Attends in normed `x`, `[B, T, D]`; `mask` is True where a key is seen."""
-        heads = (*x.shape[:-1], self.num_heads, -1)
-        q = respond("attention/query", self.query, x).reshape(heads)
-        k = respond("attention/key", self.key, x).reshape(heads)
-        v = respond("attention/value", self.value, x).reshape(heads)
+        width = x.shape[-1] // self.num_heads
+        q = split_heads(respond("attention/query", self.query, x), width)
+        k = split_heads(respond("attention/key", self.key, x), width)
+        v = split_heads(respond("attention/value", self.value, x), width)
         if place.turn is not None:
             q, k = rotate_pairs(q, place.turn), rotate_pairs(k, place.turn)
         if cached is not None:

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.attend import attend
+from sparse_jax.models.attend import attend, split_heads
 from sparse_jax.models.decoder_config import DecoderConfig
 from sparse_jax.models.linear import linear
 from sparse_jax.models.memory import no_memory, remember
@@ -62,10 +62,9 @@ class DecoderAttention(nnx.Module):
     ) -> tuple[jax.Array, Cached | None]:
         """Attends; `mask` is True where a key is seen, `[B, 1, T, S]`."""
         x = respond("attention/norm", self.norm, x)
-        heads = (*x.shape[:-1], -1, self.head_size)
-        q = respond("attention/query", self.query, x).reshape(heads)
-        k = respond("attention/key", self.key, x).reshape(heads)
-        v = respond("attention/value", self.value, x).reshape(heads)
+        q = split_heads(respond("attention/query", self.query, x), self.head_size)
+        k = split_heads(respond("attention/key", self.key, x), self.head_size)
+        v = split_heads(respond("attention/value", self.value, x), self.head_size)
         if self.query_norm is not None and self.key_norm is not None:
             q = respond("attention/query_norm", self.query_norm, q)
             k = respond("attention/key_norm", self.key_norm, k)
