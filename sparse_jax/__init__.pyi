@@ -23,6 +23,8 @@ from .generation.beams import Beams as Beams
 from .generation.choice import Greedy as Greedy
 from .generation.choice import Sample as Sample
 from .generation.generate import generate as generate
+from .granularity import ENTRY as ENTRY
+from .granularity import LANE as LANE
 from .layerwise import Layerwise as Layerwise
 from .layerwise import LayerwiseState as LayerwiseState
 from .models.causal_lm import CausalLM as CausalLM

@@ -18,10 +18,10 @@ from sparse_jax.adapters.tap import (
     tap,
 )
 from sparse_jax.gradients import summed_gradients
-from sparse_jax.local_support import Cut, LocalSupport, unused_tables
+from sparse_jax.local_support import Cut
 from sparse_jax.packing import current_values, keep_masters, pack
 from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles
-from sparse_jax.scores import leaf_key, select, select_tables
+from sparse_jax.scores import leaf_key
 from sparse_jax.sites import Attachment
 from sparse_jax.support import Support, scatter
 
@@ -39,7 +39,7 @@ class CompactState(NamedTuple):
 
     count: jax.typing.ArrayLike  # shape=(), int32: updates made
     params: Any  # current parameters, in their own dtypes
-    support: Any  # sparse leaves: shape=(k,) or (L, k), int32, or `LocalSupport`
+    support: Any  # sparse leaves: shape=(k,) or (L, k), int32, or tables
     masters: Any  # trained leaves below float32: their float32 values
     added: Any  # arrays that the method adds, float32
     opt_state: optax.OptState  # of the trained values
@@ -101,10 +101,8 @@ class Compact:
 
         def support(role: Role, leaf: Any) -> Support:
             k, cut = self.method.support_size(role), self.cuts.get(role.name)
-            if cut is None:
-                return jnp.zeros(role.packed_shape(leaf.shape, k), jnp.int32)
             slots = (capacity or {}).get(role.name, k)
-            return unused_tables(leaf.shape, cut, slots, role.stacked)
+            return self.method.unit.empty(role, leaf.shape, k, cut, slots)
 
         empty = map_roles(support, roles, params, only=(SPARSE,))
         return self.begin(params, empty, self.method.added(params, key))
@@ -266,7 +264,9 @@ class Compact:
             for selection in jax.tree.leaves(selections, is_leaf=is_selection)
         ]
         only = {"only": (SPARSE,)}
-        positions = lambda role, chosen: support_of(chosen, self.cuts.get(role.name))
+        positions = lambda role, chosen: support_of(
+            chosen, self.cuts.get(role.name), self.method.unit
+        )
         support = map_roles(positions, roles, selections, **only)
         count = lambda role, chosen: chosen.count.astype(jnp.int32)
         counts = map_roles(count, roles, selections, **only)
@@ -279,17 +279,11 @@ class Compact:
         """Returns the supports of a score that looks at no gradient, and counts."""
 
         def chosen(role: Role, leaf: jax.Array, support: Any) -> tuple[Support, Any]:
-            score, k, cut = self._wanted(role)
-            draw = leaf_key(key, role.name)
+            score, k, cut, unit = self._wanted(role)
+            options = {"cut": cut, "slots": support.shape[-1], "stacked": role.stacked}
             # Nothing reads the gradient.
-            args = (score, leaf, leaf, k, draw)
-            if cut is None:
-                support = select(*args, stacked=role.stacked)
-                return support, jnp.full(support.shape[:-1], k)
-            tables, count = select_tables(
-                *args, cut=cut, capacity=support.shape[-1], stacked=role.stacked
-            )
-            return LocalSupport(tables, cut), count
+            args = (score, leaf, leaf, k, leaf_key(key, role.name))
+            return unit.choose(*args, **options)
 
         both = map_roles(chosen, roles, state.params, state.support, only=(SPARSE,))
         first, second = (
@@ -301,7 +295,8 @@ class Compact:
     def _wanted(self, role: Role) -> Wanted:
         """Returns what to select in a leaf, or in each layer of it."""
         k = self.method.support_size(role)
-        return Wanted(self.method.score, k, self.cuts.get(role.name))
+        cut = self.cuts.get(role.name)
+        return Wanted(self.method.score, k, cut, self.method.unit)
 
     def _inside(self, tree: Any) -> Any:
         """Returns the subtree of the layers, empty if there is none."""

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparse_jax.lanes import LaneSupport, positions_of_lanes
 from sparse_jax.local_support import (
     Cut,
     LocalSupport,
@@ -33,20 +34,22 @@ def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def canonical(
-    support: jax.Array | np.ndarray | LocalSupport,
+    support: jax.Array | np.ndarray | LocalSupport | LaneSupport,
     shape: tuple[int, ...],
     *packed: jax.Array | np.ndarray,
 ) -> tuple[np.ndarray, ...]:
     """Returns positions in the whole array, and packed values in their order.
 
     Args:
-      support: shape=(k,), or (L, k) for a stack; or local tables.
+      support: shape=(k,), or (L, k) for a stack; or tables.
       shape: of the array, or of the stack.
       *packed: arrays in the shape of the support.
 
     Returns:
       Positions, shape=(k,) or (L, k), int32, ascending, and the values at them.
     """
+    if isinstance(support, LaneSupport):
+        return positions_of_lanes(*map(fetch, (support.positions, *packed)))
     if not isinstance(support, LocalSupport):
         return tuple(fetch(array) for array in (support, *packed))
     tables = fetch(support.positions)

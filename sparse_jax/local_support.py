@@ -21,6 +21,7 @@ from sparse_jax.names import name_of
 __all__ = [
     "Cut",
     "LocalSupport",
+    "Tables",
     "gather_local",
     "get_in_layers",
     "global_positions",
@@ -67,17 +68,10 @@ class Cut(NamedTuple):
         return tuple(n // parts for n, parts in zip(shape, self.counts, strict=True))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LocalSupport:
-    """The positions of chosen entries within each shard.
+class Tables:
+    """A support that is no list of positions in the whole array."""
 
-    Packed values have the shape of `positions`; the dimension of the shards lies on
-    the same mesh axes as the array.
-    """
-
-    positions: jax.Array  # shape=(S, c), or (L, S, c) for a stack; int32
-    cut: Cut = field(metadata={"static": True})
+    positions: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,6 +82,24 @@ class LocalSupport:
     def ndim(self) -> int:
         """The dimensions of the packed values."""
         return self.positions.ndim
+
+    @property
+    def spec(self) -> jax.P:
+        """The partition of positions and packed values."""
+        raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LocalSupport(Tables):
+    """The positions of chosen entries within each shard.
+
+    Packed values have the shape of `positions`; the dimension of the shards lies on
+    the same mesh axes as the array.
+    """
+
+    positions: jax.Array  # shape=(S, c), or (L, S, c) for a stack; int32
+    cut: Cut = field(metadata={"static": True})
 
     @property
     def spec(self) -> jax.P:
@@ -248,11 +260,11 @@ def unused_tables(
 
 
 def map_supports(function: Callable[[str, Any], Any], support: Any) -> Any:
-    """Maps `function(name, support)` over the supports of a tree, local or not."""
+    """Maps `function(name, support)` over the supports of a tree, tables or not."""
     return jax.tree_util.tree_map_with_path(
         lambda path, node: function(name_of(path), node),
         support,
-        is_leaf=lambda node: isinstance(node, LocalSupport),
+        is_leaf=lambda node: isinstance(node, Tables),
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparse_jax.errors import InputError
+from sparse_jax.lanes import LaneSupport, top_lanes
 from sparse_jax.local_support import Cut
 from sparse_jax.support import replicated
 from sparse_jax.top_k import top_k_support
@@ -24,6 +25,7 @@ __all__ = [
     "random",
     "score_named",
     "select",
+    "select_lanes",
     "select_tables",
 ]
 
@@ -160,5 +162,35 @@ def select_tables(
         return select_tables(
             score, gradient, param, k, key_of_layer, cut=cut, capacity=capacity
         )
+
+    return lax.map(select_layer, (jnp.arange(param.shape[0]), gradient, param))
+
+
+def select_lanes(
+    score: Score,
+    gradient: jax.Array,
+    param: jax.Array,
+    count: int,
+    key: jax.Array,
+    *,
+    cut: Cut | None = None,
+    stacked: bool = False,
+) -> LaneSupport:
+    """Returns the best entries of every group of 128.
+
+    Args:
+      score, gradient, param, key, stacked: as for `select`.
+      count: entries chosen in every group.
+      cut: how the array, or each layer, is cut over a mesh.
+    """
+    if not stacked:
+        if cut is None:
+            gradient, param = replicated(gradient), replicated(param)
+        return top_lanes(score(gradient, param, key), count, cut)
+
+    def select_layer(layer: tuple[jax.Array, jax.Array, jax.Array]) -> LaneSupport:
+        index, gradient, param = layer
+        key_of_layer = jax.random.fold_in(key, index)
+        return select_lanes(score, gradient, param, count, key_of_layer, cut=cut)
 
     return lax.map(select_layer, (jnp.arange(param.shape[0]), gradient, param))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparse_jax.errors import InputError
+from sparse_jax.lanes import LaneSupport, gather_lanes, scatter_lanes
 from sparse_jax.local_support import (
     LocalSupport,
     gather_local,
@@ -30,8 +31,9 @@ __all__ = [
     "support_size",
 ]
 
-# Positions in an array, or in each shard of an array that is cut over a mesh.
-Support = jax.Array | LocalSupport
+# Positions in an array, in each shard of an array that is cut over a mesh, or rows in
+# groups of 128.
+Support = jax.Array | LocalSupport | LaneSupport
 
 # Distinct indices matter beyond speed: float32 scatters that may collide compile to a
 # compare-and-swap loop on GPU in jaxlib 0.10.2 (jax issue 38806).
@@ -82,7 +84,7 @@ def gather(
     Args:
       x: array of any shape, or a stack of layers, shape=(L, ...).
       support: positions, shape=(k,), or (L, k) for a stack; int32. Of an array that
-        is cut over a mesh, a `LocalSupport`.
+        is cut over a mesh, a `LocalSupport`; of groups, a `LaneSupport`.
       layers: numbers of some layers of a stack, shape=(n,), int32; then the support
         is theirs, shape=(n, k). None means all.
 
@@ -95,6 +97,8 @@ def gather(
     """
     if isinstance(support, LocalSupport):
         return gather_local(x, support, layers)
+    if isinstance(support, LaneSupport):
+        return gather_lanes(x, support, layers)
     x = replicated(x)
     if support.ndim == 1:
         return x.reshape(-1).at[support].get(**_DISTINCT)
@@ -120,7 +124,7 @@ def scatter(
     Args:
       x: array of any shape, or a stack of layers, shape=(L, ...).
       support: positions, shape=(k,), or (L, k) for a stack; int32; or a
-        `LocalSupport`.
+        `LocalSupport` or `LaneSupport`.
       packed: values in the shape of `support`; cast to the dtype of `x`.
       layers: as for `gather`; the other layers stay as they are.
 
@@ -131,6 +135,8 @@ def scatter(
     """
     if isinstance(support, LocalSupport):
         return scatter_local(x, support, packed, layers)
+    if isinstance(support, LaneSupport):
+        return scatter_lanes(x, support, packed, layers)
     spec = jax.typeof(x).sharding.spec
     x, packed = replicated(x), packed.astype(x.dtype)
     if support.ndim == 1:

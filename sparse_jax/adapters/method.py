@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from sparse_jax.errors import InputError
+from sparse_jax.granularity import ENTRY, Granularity
 from sparse_jax.names import Rule
 from sparse_jax.roles import Role, roles_of
 from sparse_jax.scores import Score, gradient
@@ -31,6 +32,11 @@ class Method:
     def score(self) -> Score:
         """What the sparse leaves are selected by."""
         return gradient
+
+    @property
+    def unit(self) -> Granularity:
+        """What is chosen in the sparse leaves."""
+        return ENTRY
 
     @property
     def needs_gradient(self) -> bool:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.local_support import Cut, LocalSupport
-from sparse_jax.scores import Score, select, select_tables
+from sparse_jax.granularity import ENTRY, Granularity
+from sparse_jax.local_support import Cut, Tables
+from sparse_jax.scores import Score
 from sparse_jax.support import Support, gather
 
 __all__ = [
@@ -38,7 +39,7 @@ def tap(param: jax.Array, packed: jax.Array, support: Support) -> jax.Array:
     Args:
       param: weight of any shape, of one layer.
       packed: shape=(k,), float32; what to differentiate with respect to.
-      support: positions, shape=(k,), int32; or a `LocalSupport`.
+      support: positions, shape=(k,), int32; or tables, and `packed` in their shape.
 
     Example:
       >>> w, support = jnp.array([1.0, 2.0, 3.0]), jnp.array([0, 2])
@@ -68,7 +69,7 @@ class Selection(NamedTuple):
     """A support on its way out of a backward pass, as float32 cotangents.
 
     Of an array that is cut over a mesh, k stands for (S, c), tables of S shards, and
-    the other arrays have S at their end too.
+    the other arrays have S at their end too; of lanes, for (m, G, C).
     """
 
     high: jax.Array  # shape=(..., k): positions divided by 2**16
@@ -87,11 +88,13 @@ def empty_selection(shape: tuple[int, ...]) -> Selection:
     return Selection(zeros, zeros, zeros[..., 0], zeros[..., 0])
 
 
-def support_of(selection: Selection, cut: Cut | None = None) -> Support:
-    """Returns the positions that a selection carries, int32."""
+def support_of(
+    selection: Selection, cut: Cut | None = None, unit: Granularity = ENTRY
+) -> Support:
+    """Returns the support that a selection carries."""
     positions = selection.high.astype(jnp.int32) * _HALF
     positions += selection.low.astype(jnp.int32)
-    return positions if cut is None else LocalSupport(positions, cut)
+    return unit.restored(positions, cut)
 
 
 class Wanted(NamedTuple):
@@ -100,6 +103,7 @@ class Wanted(NamedTuple):
     score: Score  # ranks the entries; the k best are selected
     k: int
     cut: Cut | None  # how the array, or each layer of the stack, is cut over a mesh
+    unit: Granularity = ENTRY
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -134,18 +138,16 @@ def _select_forward(wanted, param, selection):
 
 def _select_backward(wanted, kept, cotangent):
     """Selects from the dense gradient."""
-    (score, k, cut), (param, high) = wanted, kept
+    (score, k, cut, unit), (param, high) = wanted, kept
     # A score that looks at a gradient draws nothing.
     key = jax.random.key(0)
-    bad = ~jnp.isfinite(cotangent).all()
-    if cut is None:
-        support, count = select(score, cotangent, param, k, key), jnp.int32(k)
-    else:
-        support, count = select_tables(
-            score, cotangent, param, k, key, cut=cut, capacity=high.shape[-1]
-        )
-        bad = jnp.broadcast_to(bad, count.shape)
-    parts = (support // _HALF, support % _HALF, bad, count)
+    support, count = unit.choose(
+        score, cotangent, param, k, key, cut=cut, slots=high.shape[-1]
+    )
+    numbers = support.positions if isinstance(support, Tables) else support
+    numbers = numbers.astype(jnp.int32)
+    bad = jnp.broadcast_to(~jnp.isfinite(cotangent).all(), count.shape)
+    parts = (numbers // _HALF, numbers % _HALF, bad, count)
     return None, Selection(*(part.astype(jnp.float32) for part in parts))
 
 

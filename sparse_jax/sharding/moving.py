@@ -8,6 +8,7 @@ import numpy as np
 
 from sparse_jax.compact import CompactState
 from sparse_jax.entries import canonical, tables_of
+from sparse_jax.lanes import LaneSupport
 from sparse_jax.local_support import Cut, LocalSupport, map_supports
 from sparse_jax.names import leaf_names
 
@@ -34,6 +35,9 @@ def moved(
     supports: dict[str, Any] = {}
 
     def note(name: str, node: Any) -> None:
+        # Lanes are the same on every mesh.
+        if isinstance(node, LaneSupport):
+            return
         positions = node.positions if isinstance(node, LocalSupport) else node
         cut = old.get(name)
         supports[name] = LocalSupport(positions, cut) if cut else positions
@@ -57,7 +61,8 @@ def moved(
             leaves[i] = leaf
 
     def support_of(name: str, node: Any) -> Any:
-        del node
+        if isinstance(node, LaneSupport):
+            return node
         positions: Any = found[name]
         return LocalSupport(positions, new[name]) if name in new else positions
 

@@ -11,7 +11,7 @@ import numpy as np
 from sparse_jax.axes import BATCH_AXES, DATA
 from sparse_jax.compact import CompactState
 from sparse_jax.errors import InputError
-from sparse_jax.local_support import Cut, LocalSupport, map_supports
+from sparse_jax.local_support import Cut, Tables, map_supports
 from sparse_jax.names import leaf_names, map_named
 from sparse_jax.sharding.rules import RULES, Rules, cuts_of, specs_of
 
@@ -104,7 +104,7 @@ class Placement:
 
         def one(name: str, node: Any) -> Any:
             del name
-            if not isinstance(node, LocalSupport):
+            if not isinstance(node, Tables):
                 return self.at(jax.P())
             return replace(node, positions=self.at(node.spec))
 
@@ -124,7 +124,7 @@ class Placement:
         packed = dict(zip(names, jax.tree.leaves(self.specs), strict=True))
 
         def note(name: str, node: Any) -> None:
-            if isinstance(node, LocalSupport):
+            if isinstance(node, Tables):
                 packed[name] = node.spec
 
         map_supports(note, state.support)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from sparse_jax.compact import Compact, CompactState
+from sparse_jax.granularity import ENTRY
 from sparse_jax.local_support import LocalSupport, map_supports
 from sparse_jax.roles import SPARSE, Role, map_roles
 from sparse_jax.sharding.placement import Placement
@@ -159,7 +160,7 @@ class MeshRunner:
 
         def add(role: Role, leaf: Any) -> None:
             cut = self.tuner.cuts.get(role.name)
-            if cut is not None:
+            if cut is not None and self.tuner.method.unit == ENTRY:
                 block = role.size // cut.shards
                 found[role.name] = _rounded(entries(role, leaf), block)
 

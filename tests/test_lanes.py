@@ -1,0 +1,294 @@
+"""As many entries of every 128 rows of a column: chosen, read and written exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sparse_jax import (
+    Attachment,
+    Compact,
+    InputError,
+    Layerwise,
+    Sparse,
+    Static,
+    gather,
+    scatter,
+)
+from sparse_jax.entries import canonical
+from sparse_jax.granularity import LANE
+from sparse_jax.lanes import LaneSupport, empty_lanes, top_lanes
+from sparse_jax.lanes_tpu import get_rows, has_kernel, set_rows
+from sparse_jax.local_support import map_supports
+from sparse_jax.models.bert import BERT
+from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.pure import PureModel
+from sparse_jax.names import map_named
+from sparse_jax.scores import SCORES
+
+CONFIG = EncoderConfig(
+    vocab_size=50,
+    hidden_size=128,
+    num_layers=2,
+    num_heads=2,
+    intermediate_size=256,
+    num_labels=2,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
+MODEL = PureModel(SequenceClassifier, BERT, CONFIG)
+WHERE, HEAD = "query/(kernel|bias)|(up|down)/kernel", "^classifier/"
+METHOD = Sparse(density=0.05, where=WHERE, dense=HEAD, granularity=LANE)
+EDGES = [0.0, -0.0, 1.0, -1.0, 2.0, np.nan, np.inf]
+
+
+def groups_of(x):
+    """Returns the entries of an array, group by group: shape=(G, 128, C)."""
+    x = np.array(x, np.float32)
+    return x.reshape(-1, 128, x.shape[1] if x.ndim == 2 else 1)
+
+
+def some_rows(shape, seed=0):
+    """Returns distinct rows in every group, ascending: shape=(..., m, G, C)."""
+    *lead, count, groups, columns = shape
+    draws = np.random.default_rng(seed).random((*lead, 128, groups, columns))
+    rows = np.sort(np.argsort(draws, axis=-3)[..., :count, :, :], axis=-3)
+    return rows.astype(np.uint8)
+
+
+def with_edges(shape, seed=0):
+    """Returns numbers, some of which are not finite."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=shape).astype(np.float32)
+    return np.where(random.random(shape) < 0.2, random.choice(EDGES, shape), x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("count", [1, 7, 128])
+@pytest.mark.parametrize("shape", [(256, 5), (384,)])
+def test_every_group_has_its_best_entries(shape, count, dtype):
+    random = np.random.default_rng(count)
+    x = jnp.asarray(random.choice(EDGES, shape, p=[0.1] * 3 + [0.2] * 3 + [0.1]), dtype)
+    entries = groups_of(x)
+    size = np.where(np.isfinite(entries), np.abs(entries), -1)
+    best = np.argsort(-size, axis=1, kind="stable")[:, :count]
+    wanted = np.sort(best, axis=1).transpose(1, 0, 2)
+    np.testing.assert_array_equal(top_lanes(x, count).positions, wanted)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(256, 5), (384,)])
+def test_entries_are_read_and_written_exactly(shape, dtype):
+    x = jnp.asarray(with_edges(shape), dtype)
+    count, columns = 4, shape[1] if len(shape) == 2 else 1
+    rows = some_rows((count, shape[0] // 128, columns))
+    support = LaneSupport(jnp.asarray(rows))
+    places = rows.transpose(1, 0, 2).astype(int)
+    entries = groups_of(x)
+    wanted = np.take_along_axis(entries, places, 1).transpose(1, 0, 2)
+    packed = jax.jit(gather)(x, support)
+    assert packed.dtype == dtype
+    np.testing.assert_array_equal(packed.astype(jnp.float32), wanted)
+    new = jnp.asarray(with_edges(rows.shape, seed=1))
+    values = np.asarray(new.astype(dtype).astype(jnp.float32)).transpose(1, 0, 2)
+    np.put_along_axis(entries, places, values, 1)
+    written = jax.jit(scatter)(x, support, new)
+    assert written.dtype == dtype
+    np.testing.assert_array_equal(groups_of(written), entries)
+
+
+@pytest.mark.parametrize("layers", [None, (0, 2)])
+@pytest.mark.parametrize("shape", [(256, 5), (384,)])
+def test_a_stack_is_its_layers(shape, layers):
+    x = jnp.asarray(with_edges((3, *shape)))
+    numbers = layers or (0, 1, 2)
+    columns = shape[1] if len(shape) == 2 else 1
+    rows = some_rows((len(numbers), 4, shape[0] // 128, columns))
+    support = LaneSupport(jnp.asarray(rows))
+    given = None if layers is None else jnp.array(layers, jnp.int32)
+    alone = [LaneSupport(jnp.asarray(row)) for row in rows]
+    packed = jax.jit(gather)(x, support, given)
+    for i, layer in enumerate(numbers):
+        np.testing.assert_array_equal(packed[i], gather(x[layer], alone[i]))
+    values = jnp.asarray(with_edges(rows.shape, seed=1))
+    written = jax.jit(scatter)(x, support, values, given)
+    for i, layer in enumerate(numbers):
+        one = scatter(x[layer], alone[i], values[i])
+        np.testing.assert_array_equal(written[layer], one)
+    if layers:
+        np.testing.assert_array_equal(written[1], x[1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(128, 16), (33 * 128, 300)])
+def test_the_kernels_of_tpus_do_the_same(shape, dtype):
+    x = jnp.asarray(with_edges((3, *shape)), dtype)
+    layers = jnp.array([0, 2], jnp.int32)
+    support = LaneSupport(jnp.asarray(some_rows((2, 3, shape[0] // 128, shape[1]))))
+    args = (x, layers, support.positions)
+    bits = lambda x: np.asarray(x).view(f"uint{8 * x.dtype.itemsize}")
+    ours = get_rows(*args, interpret=True)
+    np.testing.assert_array_equal(bits(ours), bits(gather(x, support, layers)))
+    values = jnp.asarray(with_edges(support.shape, seed=1), dtype)
+    ours = set_rows(*args, values, interpret=True)
+    theirs = scatter(x, support, values, layers)
+    np.testing.assert_array_equal(bits(ours), bits(theirs))
+
+
+def test_kernels_are_for_few_rows_of_common_types():
+    assert has_kernel(jnp.bfloat16, 7) and has_kernel(jnp.dtype("float32"), 16)
+    assert not has_kernel(jnp.float32, 17) and not has_kernel(jnp.float16, 7)
+
+
+def test_positions_in_the_whole_array_say_the_same():
+    x = jnp.asarray(with_edges((2, 256, 5)))
+    support = LaneSupport(jnp.asarray(some_rows((2, 4, 2, 5))))
+    positions, values = canonical(support, x.shape, gather(x, support))
+    assert positions.dtype == np.int32 and positions.shape == (2, 40)
+    assert (np.diff(positions) > 0).all()
+    np.testing.assert_array_equal(values, gather(x, jnp.asarray(positions)))
+
+
+def test_an_empty_support_has_distinct_entries():
+    support = empty_lanes((2, 256, 5), 3, stacked=True)
+    assert support.shape == (2, 3, 2, 5)
+    assert support.positions[1, :, 1, 4].tolist() == [0, 1, 2]
+
+
+def loss(params, batch, key, attachment):
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = MODEL(params, inputs, key=None, attachment=attachment, unroll=1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    return losses.sum(), losses.size
+
+
+def make_batch(seed, parts=()):
+    ids = jax.random.randint(jax.random.key(seed), (*parts, 4, 6), 1, 50)
+    labels = jax.random.randint(jax.random.key(seed + 9), (*parts, 4), 0, 2)
+    return {"input_ids": ids, "attention_mask": jnp.ones_like(ids), "labels": labels}
+
+
+def run(tuner, params, steps=3, parts=()):
+    state = jax.jit(tuner.init)(params, jax.random.key(0))
+    batch = make_batch(0, parts)
+    state, finite = jax.jit(tuner.select)(state, batch, jax.random.key(0))
+    assert finite
+    state = jax.tree.map(jnp.copy, state)
+    step = jax.jit(tuner.step, donate_argnums=0)
+    for i in range(steps):
+        state, _ = step(state, make_batch(i, parts), jax.random.key(i))
+    return state
+
+
+def masks_of(state):
+    """Returns which entries of every leaf are trained, from the support."""
+    supports = {}
+    map_supports(lambda name, node: supports.update({name: node}), state.support)
+
+    def mask(name, leaf):
+        found = np.full(leaf.shape, "classifier" in name)
+        if name in supports:
+            positions = canonical(supports[name], leaf.shape)[0]
+            np.put_along_axis(found.reshape(len(found), -1), positions, True, 1)
+        return found
+
+    return map_named(mask, state.params)
+
+
+def test_the_numbers_are_those_of_masked_gradients():
+    params = MODEL.init(jax.random.key(0), jnp.float32)
+    state = run(Compact(loss, METHOD, optax.sgd(0.3)), params)
+    masks = masks_of(state)
+    query = masks["layers"]["attention"]["query"]["kernel"]
+    assert (query.sum(axis=1) == 7).all()  # ceil(0.05 * 128) rows of every column
+
+    @jax.jit
+    def step(params, batch):
+        grads = jax.grad(lambda p: loss(p, batch, None, Attachment())[0] / 4)(params)
+        return jax.tree.map(lambda p, g, m: p - 0.3 * g * m, params, grads, masks)
+
+    dense = params
+    for i in range(3):
+        dense = step(dense, make_batch(i))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+        state.params,
+        dense,
+    )
+    moved = jax.tree.map(lambda a, b: np.asarray(a != b), state.params, params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda m, k: (m <= k).all(), moved, masks)))
+
+
+def test_the_gradient_decides_what_is_trained():
+    params = MODEL.init(jax.random.key(0), jnp.float32)
+    state = run(Compact(loss, METHOD, optax.sgd(0.3)), params, steps=0)
+    mean = lambda p: loss(p, make_batch(0), None, Attachment())[0] / 4
+    grads = jax.jit(jax.grad(mean))(params)
+    up = lambda tree: tree["layers"]["mlp"]["up"]["kernel"]
+    for layer in range(2):
+        wanted = top_lanes(up(grads)[layer], 7).positions
+        np.testing.assert_array_equal(up(state.support).positions[layer], wanted)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "random"])
+def test_other_scores_choose_by_group(score):
+    method = Sparse(density=0.05, where=WHERE, granularity=LANE, rank_by=SCORES[score])
+    params = MODEL.init(jax.random.key(0), jnp.float32)
+    tuner = Compact(loss, method, optax.sgd(0.1))
+    state = jax.jit(tuner.init)(params, jax.random.key(0))
+    state, _ = jax.jit(tuner.select)(state, make_batch(0), jax.random.key(0))
+    query = state.support["layers"]["attention"]["query"]["kernel"].positions
+    assert query.shape == (2, 7, 1, 128) and query.dtype == jnp.uint8
+    assert (np.diff(np.asarray(query, int), axis=1) > 0).all()
+    assert (query[0] != query[1]).any()
+
+
+def test_micro_batches_and_masters_below_float32():
+    params = MODEL.init(jax.random.key(0), jnp.bfloat16)
+    tuner = Compact(loss, METHOD, optax.sgd(1e-4), accumulate=2)
+    state = run(tuner, params, parts=(2,))
+    query = lambda tree: tree["layers"]["attention"]["query"]["kernel"]
+    masters = query(state.masters)
+    assert masters.dtype == jnp.float32 and masters.shape == (2, 7, 1, 128)
+    entries = gather(query(state.params), query(state.support))
+    np.testing.assert_array_equal(entries, masters.astype(jnp.bfloat16))
+    # The steps are too small for bfloat16, and are not lost.
+    before = gather(query(params), query(state.support)).astype(jnp.float32)
+    assert (np.asarray(masters) != np.asarray(before)).mean() > 0.3
+
+
+def test_a_few_layers_at_a_time():
+    params = MODEL.init(jax.random.key(0), jnp.float32)
+    sampler = Static.of(1, num_layers=2)
+    tuner = Layerwise(loss, METHOD, optax.sgd(0.3), sampler=sampler)
+    state = run(tuner, params)
+    whole = run(Compact(loss, METHOD, optax.sgd(0.3)), params, steps=1)
+    up = lambda tree: tree["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(up(state.params)[0], up(params)[0])
+    once = run(tuner, params, steps=1)
+    np.testing.assert_allclose(up(once.params)[1], up(whole.params)[1], atol=1e-7)
+    assert (up(state.params)[1] != up(once.params)[1]).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_holds_no_second_copy_of_a_weight(dtype):
+    tuner = Compact(loss, METHOD, optax.adam(1e-3))
+    params = MODEL.init(jax.random.key(0), dtype)
+    state = jax.eval_shape(tuner.init, params, jax.random.key(0))
+    step = jax.jit(tuner.step, donate_argnums=0)
+    lowered = step.lower(state, make_batch(0), jax.random.key(0))
+    memory = lowered.compile().memory_analysis()
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    # Of the head there are masters, and nothing reads it in bfloat16.
+    assert memory.alias_size_in_bytes >= held - 1024
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4096
+
+
+def test_an_array_without_groups_is_named():
+    method = Sparse(density=0.1, granularity=LANE, stack=None)
+    with pytest.raises(
+        InputError, match=r"`w` must be a matrix .*got shape \[100, 2\]"
+    ):
+        method.roles({"w": jnp.zeros((100, 2))})
