@@ -196,12 +196,13 @@ def gather_local(
     stacked = support.ndim == 3
 
     def gather(x: jax.Array, positions: jax.Array, layers: Any) -> jax.Array:
-        stack = x if stacked else x[None]
-        rows = positions.reshape(len(stack) if layers is None else len(layers), -1)
-        numbers = jnp.arange(len(rows)) if layers is None else layers
         options = {"mode": "fill", "fill_value": 0, **_DISTINCT}
-        taken = get_in_layers(stack, numbers, rows, **options)
-        return taken.reshape(positions.shape)
+        if not stacked:
+            taken = x.reshape(-1).at[positions.reshape(-1)].get(**options)
+            return taken.reshape(positions.shape)
+        rows = positions.reshape(len(positions), -1)
+        numbers = jnp.arange(len(rows)) if layers is None else layers
+        return get_in_layers(x, numbers, rows, **options).reshape(positions.shape)
 
     table = support.spec
     return _mapped(

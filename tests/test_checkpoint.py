@@ -249,8 +249,10 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("after", MESHES)
-@pytest.mark.parametrize("before", ["one device", "all"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("one device", "fsdp"), ("all", "fsdp"), ("all", "one device")],
+)
 def test_a_run_goes_on_on_another_mesh(
     before, after, files, whole, tmp_path, monkeypatch
 ):

@@ -7,7 +7,6 @@ from tiny_run import tiny_settings, write_data, write_model
 
 from sparse_jax import Settings, evaluate_adapter, finetune
 from sparse_jax.errors import InputError
-from sparse_jax.training.loop import Loop
 from sparse_jax.training.sampling import num_active, sampler_of
 
 METHODS = ["lora", "sift", "full", "bitfit"]
@@ -47,28 +46,6 @@ def test_what_is_computed_again_changes_no_loss(recompute, files, tmp_path):
     finetune(tiny_settings(*files, tmp_path / "b", **options, recompute=recompute))
     a, b = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
     assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b])
-
-
-def test_an_interrupted_run_draws_the_same_layers(files, tmp_path, monkeypatch):
-    options = {
-        "method": "sift", "sampler": "ist", "probe_every": 2, "save_every": 2,
-        "epochs": 3, "max_steps": 8,
-    }  # fmt: skip
-    finetune(tiny_settings(*files, tmp_path / "whole", **options))
-    make_update = Loop._batch
-
-    def interrupt(self, state, at, batch):
-        if at.batches == 5:
-            raise KeyboardInterrupt
-        return make_update(self, state, at, batch)
-
-    monkeypatch.setattr(Loop, "_batch", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(tiny_settings(*files, tmp_path / "cut", **options))
-    monkeypatch.undo()
-    finetune(tiny_settings(*files, tmp_path / "cut", **options, resume=True))
-    whole, cut = rows_of(tmp_path / "whole"), rows_of(tmp_path / "cut")
-    assert [row["loss"] for row in whole] == [row["loss"] for row in cut]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ def losses_of(folder):
 CASES = {
     "sift": {"method": "sift", "density": 0.1},
     "lora, ist": {"sampler": "ist", "probe_every": 2, "active": 0.5},
-    "full": {"method": "full", "learning_rate": 3e-3},
 }
 
 

@@ -137,18 +137,22 @@ def assert_same(one, other, tolerance=1e-5):
     )
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("mesh", "kind"),
+    [*((mesh, AxisType.Auto) for mesh in MESHES), ("all", AxisType.Explicit)],
+)
 def test_sift_on_a_mesh_has_the_numbers_of_one_device(mesh, kind):
     method = METHODS["sift"]
-    one, many = on_one(method, 5), on_mesh(method, 5, MESHES[mesh], kind)
+    one, many = on_one(method, 50), on_mesh(method, 50, MESHES[mesh], kind)
     assert_same(one, many)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "sift"])
 def test_every_method_on_a_mesh_has_the_numbers_of_one_device(name):
-    one, many = on_one(METHODS[name], 5), on_mesh(METHODS[name], 5, MESHES["all"])
-    assert_same(one, many)
+    # Trained words amplify rounding: after 44 updates it reaches the fourth digit.
+    steps = 20 if name == "sift with words" else 50
+    method = METHODS[name]
+    assert_same(on_one(method, steps), on_mesh(method, steps, MESHES["all"]))
 
 
 SAMPLERS = {
@@ -157,13 +161,12 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("mesh", ["data", "all"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_layers_on_a_mesh_are_those_of_one_device(name, mesh):
+def test_layers_on_a_mesh_are_those_of_one_device(name):
     sampler = Importance(num_layers=4, num_active=2, num_probes=3, probe_every=2)
     method = SAMPLERS[name]
-    one = on_one(method, 5, sampler=sampler)
-    many = on_mesh(method, 5, MESHES[mesh], sampler=sampler)
+    one = on_one(method, 50, sampler=sampler)
+    many = on_mesh(method, 50, MESHES["all"], sampler=sampler)
     assert_same(one, many)
     for first, second in zip(
         jax.tree.leaves(one[1].opt_state.sampler),
