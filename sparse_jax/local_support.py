@@ -68,6 +68,7 @@ class Cut(NamedTuple):
         return tuple(n // parts for n, parts in zip(shape, self.counts, strict=True))
 
 
+@dataclass(frozen=True)
 class Tables:
     """A support that is no list of positions in the whole array."""
 

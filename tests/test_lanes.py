@@ -1,19 +1,26 @@
 """As many entries of every 128 rows of a column: chosen, read and written exactly."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_run
 
 from sparse_jax import (
     Attachment,
     Compact,
     InputError,
     Layerwise,
+    Settings,
     Sparse,
     Static,
+    evaluate_adapter,
+    finetune,
     gather,
+    load_adapter,
     scatter,
 )
 from sparse_jax.entries import canonical
@@ -292,3 +299,52 @@ def test_an_array_without_groups_is_named():
         InputError, match=r"`w` must be a matrix .*got shape \[100, 2\]"
     ):
         method.roles({"w": jnp.zeros((100, 2))})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Returns a folder with a model of 128 columns and with data."""
+    folder = tmp_path_factory.mktemp("lanes")
+    config = replace(tiny_run.CONFIG, hidden_size=128, intermediate_size=128)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_run, "CONFIG", config)
+        tiny_run.write_model(folder / "model")
+    tiny_run.write_data(folder / "data")
+    return folder
+
+
+def test_an_adapter_is_that_of_any_sparse_method(folder):
+    settings = tiny_run.tiny_settings(
+        folder / "model", folder / "data", folder / "run", granularity="lane"
+    )
+    metrics = finetune(settings)
+    # Thirteen of 128 rows, in four maps of two layers and in their biases.
+    assert metrics["trained_parameters_without_head"] == 2 * 4 * 13 * (128 + 1)
+    adapter = load_adapter(folder / "run")
+    assert adapter.settings["granularity"] == "lane"
+    positions = adapter.support["layers/attention/query/kernel"]
+    assert positions.shape == (2, 13 * 128) and positions.dtype == np.int32
+    again = evaluate_adapter(folder / "run", data=str(folder / "data"))
+    assert again == metrics["eval"]
+
+
+def test_a_run_says_what_does_not_fit_before_it_begins(folder, tmp_path):
+    tiny_run.write_model(tmp_path / "model")
+    settings = tiny_run.tiny_settings(
+        tmp_path / "model", folder / "data", tmp_path / "run", granularity="lane"
+    )
+    with pytest.raises(InputError, match="`layers/attention/.*multiple of 128 rows"):
+        finetune(settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"granularity": "row"}, "`granularity` must be one of entry, lane, got 'row'"),
+        ({"granularity": "lane", "method": "lora"}, "It belongs to sift, random, magn"),
+    ],
+)
+def test_words_of_the_command_line_are_checked(options, message):
+    with pytest.raises(InputError, match=message):
+        Settings(model="m", task="sst2", output="o", **options)

@@ -21,6 +21,7 @@ def finetune(
     held_out: Annotated[float | None, options.HELD_OUT] = None,
     method: Annotated[str, options.METHOD] = "sift",
     density: Annotated[float, options.DENSITY] = 0.008,
+    granularity: Annotated[str, options.GRANULARITY] = "entry",
     rank: Annotated[int, options.RANK] = 8,
     alpha: Annotated[float | None, options.ALPHA] = None,
     rslora: Annotated[bool, options.RSLORA] = False,

@@ -40,6 +40,10 @@ METHOD = _option(
     "magnitude."
 )
 DENSITY = _option("Fraction of entries that sift, random and magnitude train.")
+GRANULARITY = _option(
+    "What these choose from: entry (all of a matrix) or lane (every 128 rows of a "
+    "column, for TPUs)."
+)
 RANK = _option("Rank of the matrices that lora and dora add.")
 ALPHA = _option(
     "What lora and dora add is scaled by alpha divided by the rank.", "twice the rank"

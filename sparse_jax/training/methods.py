@@ -14,7 +14,7 @@ from sparse_jax.adapters.series import Series
 from sparse_jax.adapters.sparse import Sparse
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.scores import SCORES
-from sparse_jax.training.settings import Settings
+from sparse_jax.training.settings import GRANULARITIES, Settings
 
 __all__ = ["METHODS", "head_rules", "method_of"]
 
@@ -53,6 +53,7 @@ def _sparse(score: str) -> Make:
         where=settings.where or SPARSE_WHERE,
         dense=head,
         rank_by=SCORES[score],
+        granularity=GRANULARITIES[settings.granularity],
     )
 
 

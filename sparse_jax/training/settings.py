@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from sparse_jax.errors import InputError
+from sparse_jax.granularity import ENTRY, LANE
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.sharding.mesh import parse_mesh
 from sparse_jax.tasks.causal_tokens import Loss
@@ -31,6 +32,7 @@ LEARNING_RATES = {
 }
 DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "frozen", "all")
+GRANULARITIES = {"entry": ENTRY, "lane": LANE}
 # method -> the options that belong to it
 OPTIONS = {
     "full": (),
@@ -42,9 +44,9 @@ OPTIONS = {
     "parallel": ("where", "size", "activation"),
     "ia3": ("where",),
     "prefix": ("prefix_length",),
-    "sift": ("where", "density"),
-    "random": ("where", "density"),
-    "magnitude": ("where", "density"),
+    "sift": ("where", "density", "granularity"),
+    "random": ("where", "density", "granularity"),
+    "magnitude": ("where", "density", "granularity"),
 }
 # sampler -> the options that belong to it, beside those of all samplers
 SAMPLER_OPTIONS = {
@@ -68,7 +70,7 @@ _TEXT = {"loss_on": None, "packing": False, "template": None, "held_out": None}
 # Options without a value of their own, so that giving them means something.
 _LEFT_OUT = {
     "where": None, "alpha": None, "rslora": False, "dropout": None, "size": None,
-    "activation": None, "prefix_length": None,
+    "activation": None, "prefix_length": None, "granularity": "entry",
 }  # fmt: skip
 
 
@@ -96,6 +98,7 @@ class Settings:
     )
     method: str = "sift"  # a word of LEARNING_RATES
     density: float = 0.008  # fraction of entries trained, in (0, 1]; sparse methods
+    granularity: str = "entry"  # or lane: of every 128 rows of a column
     rank: int = 8  # of the added products; lora and dora
     alpha: float | None = None  # products are scaled by alpha / rank; None is 2 * rank
     rslora: bool = False  # whether alpha is divided by the root of the rank
@@ -132,6 +135,7 @@ class Settings:
     def __post_init__(self):
         _require_word("method", self.method, tuple(LEARNING_RATES))
         _require_word("dtype", self.dtype, DTYPES)
+        _require_word("granularity", self.granularity, tuple(GRANULARITIES))
         for name in (
             "rank",
             "batch_size",
