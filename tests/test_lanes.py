@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_run
+import tiny_text
 
 from sparse_jax import (
     Attachment,
@@ -29,11 +30,18 @@ from sparse_jax.lanes import LaneSupport, empty_lanes, top_lanes
 from sparse_jax.lanes_tpu import get_rows, has_kernel, set_rows
 from sparse_jax.local_support import map_supports
 from sparse_jax.models.bert import BERT
+from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.llama import LLAMA
 from sparse_jax.models.pure import PureModel
 from sparse_jax.names import map_named
 from sparse_jax.scores import SCORES
+from sparse_jax.sharding.mesh import MeshShape, make_mesh
+from sparse_jax.sharding.placement import Placement
+from sparse_jax.sharding.runner import MeshRunner, SingleRunner
+from sparse_jax.training.checkpoint import Checkpoints
+from sparse_jax.training.token_loss import make_token_loss
 
 CONFIG = EncoderConfig(
     vocab_size=50,
@@ -348,3 +356,78 @@ def test_a_run_says_what_does_not_fit_before_it_begins(folder, tmp_path):
 def test_words_of_the_command_line_are_checked(options, message):
     with pytest.raises(InputError, match=message):
         Settings(model="m", task="sst2", output="o", **options)
+
+
+def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
+    options = {"granularity": "lane", "where": ("query/kernel",), "save_every": 1}
+    make = lambda name, **more: tiny_run.tiny_settings(
+        folder / "model", folder / "data", tmp_path / name, **options, **more
+    )
+    whole = finetune(make("whole"))
+    save = Checkpoints.save
+
+    def die_at_two(self, state, at):
+        save(self, state, at)
+        if at.batches == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", die_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(make("broken"))
+    monkeypatch.undo()
+    assert finetune(make("broken", resume=True))["eval"] == whole["eval"]
+    ours, theirs = (load_adapter(tmp_path / name) for name in ("broken", "whole"))
+    for name, values in theirs.values.items():
+        np.testing.assert_array_equal(ours.support[name], theirs.support[name])
+        np.testing.assert_array_equal(ours.values[name], values)
+
+
+DECODER = replace(
+    tiny_text.CONFIG, hidden_size=256, num_layers=2, head_size=64, intermediate_size=256
+)
+
+
+def run_decoder(shape=None, method=None):
+    """Returns losses and the last state of a decoder, on a mesh if there is one."""
+    model = PureModel(CausalLM, LLAMA, DECODER)
+    params = model.init(jax.random.key(0), jnp.float32)
+    loss, tx = make_token_loss(model), optax.sgd(0.3)
+    method = method or Sparse(density=0.05, where="layers/.*kernel", granularity=LANE)
+    ids = np.random.default_rng(0).integers(0, 10, (8, 6)).astype(np.int32)
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    batch["weights"] = np.ones(ids.shape, np.float32)
+    if shape is None:
+        runner = SingleRunner(Compact(loss, method, tx))
+    else:
+        placement = Placement.of(model.abstract(), make_mesh(shape))
+        cuts, axes = placement.cuts("layers"), placement.data_axes
+        runner = MeshRunner(Compact(loss, method, tx, 1, cuts, axes), placement)
+        params, batch = jax.device_put(params, placement.params), placement.put(batch)
+    state = runner.init(params, jax.random.key(0))
+    state, finite = runner.select(state, batch, jax.random.key(1))
+    assert finite
+    losses = []
+    for i in range(3):
+        state, metrics = runner.step(state, batch, jax.random.key(i))
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+def test_a_mesh_has_the_numbers_of_one_device():
+    (one, first), (many, second) = run_decoder(), run_decoder(MeshShape(2, 2, 2))
+    np.testing.assert_allclose(one, many, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, *_positions(first, second))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        first.params,
+        second.params,
+    )
+
+
+def _positions(*states):
+    return [jax.tree.map(np.asarray, jax.tree.leaves(s.support)) for s in states]
+
+
+def test_a_mesh_that_cuts_groups_is_refused():
+    with pytest.raises(InputError, match="`layers/.* 256 rows in 8 parts"):
+        run_decoder(MeshShape(fsdp=8))
