@@ -321,13 +321,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_an_adapter_is_that_of_any_sparse_method(folder):
-    settings = tiny_run.tiny_settings(
-        folder / "model", folder / "data", folder / "run", granularity="lane"
-    )
-    metrics = finetune(settings)
-    # Thirteen of 128 rows, in four maps of two layers and in their biases.
-    assert metrics["trained_parameters_without_head"] == 2 * 4 * 13 * (128 + 1)
+def settings_of(folder, output, **more):
+    options = {"granularity": "lane", "where": ("query",), "save_every": 1, **more}
+    return tiny_run.tiny_settings(folder / "model", folder / "data", output, **options)
+
+
+@pytest.fixture(scope="module")
+def metrics(folder):
+    """Returns what came out of a run."""
+    return finetune(settings_of(folder, folder / "run"))
+
+
+def test_an_adapter_is_that_of_any_sparse_method(folder, metrics):
+    # Thirteen of 128 rows, in a map of two layers and in its bias.
+    assert metrics["trained_parameters_without_head"] == 2 * 13 * (128 + 1)
     adapter = load_adapter(folder / "run")
     assert adapter.settings["granularity"] == "lane"
     positions = adapter.support["layers/attention/query/kernel"]
@@ -338,9 +345,8 @@ def test_an_adapter_is_that_of_any_sparse_method(folder):
 
 def test_a_run_says_what_does_not_fit_before_it_begins(folder, tmp_path):
     tiny_run.write_model(tmp_path / "model")
-    settings = tiny_run.tiny_settings(
-        tmp_path / "model", folder / "data", tmp_path / "run", granularity="lane"
-    )
+    model = str(tmp_path / "model")
+    settings = replace(settings_of(folder, tmp_path / "run"), model=model)
     with pytest.raises(InputError, match="`layers/attention/.*multiple of 128 rows"):
         finetune(settings)
     assert not (tmp_path / "run").exists()
@@ -358,12 +364,7 @@ def test_words_of_the_command_line_are_checked(options, message):
         Settings(model="m", task="sst2", output="o", **options)
 
 
-def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
-    options = {"granularity": "lane", "where": ("query/kernel",), "save_every": 1}
-    make = lambda name, **more: tiny_run.tiny_settings(
-        folder / "model", folder / "data", tmp_path / name, **options, **more
-    )
-    whole = finetune(make("whole"))
+def test_an_interrupted_run_goes_on(folder, metrics, tmp_path, monkeypatch):
     save = Checkpoints.save
 
     def die_at_two(self, state, at):
@@ -373,10 +374,11 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "save", die_at_two)
     with pytest.raises(KeyboardInterrupt):
-        finetune(make("broken"))
+        finetune(settings_of(folder, tmp_path / "run"))
     monkeypatch.undo()
-    assert finetune(make("broken", resume=True))["eval"] == whole["eval"]
-    ours, theirs = (load_adapter(tmp_path / name) for name in ("broken", "whole"))
+    again = finetune(settings_of(folder, tmp_path / "run", resume=True))
+    assert again["eval"] == metrics["eval"]
+    ours, theirs = (load_adapter(path / "run") for path in (tmp_path, folder))
     for name, values in theirs.values.items():
         np.testing.assert_array_equal(ours.support[name], theirs.support[name])
         np.testing.assert_array_equal(ours.values[name], values)
