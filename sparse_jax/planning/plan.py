@@ -1,6 +1,7 @@
 """The plan of a step: what the compiler says that it needs."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -157,8 +158,12 @@ def with_largest_batch(
 
 def _compiled(plan: Plan, run: AbstractRun, chip: Chip | None) -> Plan:
     """Returns a plan with what the compiler says."""
+    lowered = run.runner.lower(run.state, run.batch, run.key)
     try:
-        compiled = run.runner.lower(run.state, run.batch, run.key).compile()
+        with warnings.catch_warnings():
+            # A cache of compiled programs holds none for devices that are absent.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation")
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return _too_large(plan, error)
     found: Any = compiled.memory_analysis()
