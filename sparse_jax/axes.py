@@ -16,6 +16,7 @@ __all__ = [
     "inside_replicas",
     "keep_batch_cut",
     "keep_rows_whole",
+    "rows_here",
 ]
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
@@ -47,6 +48,17 @@ def keep_batch_cut(x: jax.Array) -> jax.Array:
     if not sizes or x.shape[0] % math.prod(sizes.values()):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(tuple(sizes)))
+
+
+def rows_here(rows: int) -> int:
+    """Returns the examples of a batch that one device sees.
+
+    Example:
+      >>> rows_here(8)  # without a mesh
+      8
+    """
+    shards = math.prod(_automatic(BATCH_AXES).values())
+    return rows // shards if rows % shards == 0 else rows
 
 
 def keep_rows_whole(table: jax.Array) -> jax.Array:

@@ -234,13 +234,14 @@ def scatter_local(
         def set_layer(i: jax.Array, stack: jax.Array) -> jax.Array:
             layer = i if layers is None else layers[i]
             options = {"mode": "drop", **_DISTINCT}
-            return set_in_layer(stack, layer, rows[i], values[i], **options)
+            coarse = values[i].astype(x.dtype)
+            return set_in_layer(stack, layer, rows[i], coarse, **options)
 
         return lax.fori_loop(0, count, set_layer, stack).reshape(x.shape)
 
     array, table = _array_spec(support.cut, stacked), support.spec
     return _mapped(scatter, support.cut, (array, table, table), array)(
-        x, support.positions, packed.astype(x.dtype), layers
+        x, support.positions, packed, layers
     )
 
 

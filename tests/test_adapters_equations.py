@@ -11,9 +11,13 @@ from sparse_jax.adapters.lora import LoRA
 from sparse_jax.adapters.parallel import Parallel
 from sparse_jax.adapters.prefix import Prefix
 from sparse_jax.adapters.series import Series
-from sparse_jax.models.attention import _attend
+from sparse_jax.models.attend import attend
 from sparse_jax.models.memory import no_memory, remember
 from sparse_jax.sites import MEMORY, Memory
+
+
+def attend_to(q, seen, rate=0.0, key=None):
+    return attend(q, seen.k, seen.v, seen.bias, seen.mask, rate, key)
 
 
 class Linear:
@@ -174,15 +178,15 @@ def test_a_prefix_joins_the_attention():
     mask = jnp.ones((1, 1, 1, 1), bool)
     q = jnp.array([[[[2**0.5 * np.log(3.0), 0.0]]]])
 
-    def attend(strength):
+    def mixed(strength):
         ask = (MEMORY, no_memory, x, added, strength)
         seen = remember(Prefix(length=1).response(*ask), k, v, mask)
-        return _attend(q, seen, 0.0, None)[0, 0, 0]
+        return attend_to(q, seen)[0, 0, 0]
 
     # The scores are log 3 and 0, the weights 3/4 and 1/4; a third of 3 is 1.
-    np.testing.assert_allclose(attend(1.0), [6, 0], rtol=1e-6)
-    np.testing.assert_allclose(attend(1 / 3), [4, 0], rtol=1e-6)
-    np.testing.assert_array_equal(attend(0.0), [0, 0])
+    np.testing.assert_allclose(mixed(1.0), [6, 0], rtol=1e-6)
+    np.testing.assert_allclose(mixed(1 / 3), [4, 0], rtol=1e-6)
+    np.testing.assert_array_equal(mixed(0.0), [0, 0])
 
 
 def test_a_prefix_is_the_same_with_dropout_in_the_attention():
@@ -192,10 +196,8 @@ def test_a_prefix_is_the_same_with_dropout_in_the_attention():
     mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)[:, None, None]
     seen = remember(memory, k, v, mask)
     # So small a rate drops nothing of these few weights.
-    dropped = _attend(q, seen, 1e-9, jax.random.key(0))
-    np.testing.assert_allclose(dropped, _attend(q, seen, 0.0, None), atol=1e-5)
+    dropped = attend_to(q, seen, 1e-9, jax.random.key(0))
+    np.testing.assert_allclose(dropped, attend_to(q, seen), atol=1e-5)
     # A query does not see padding, with a memory or without.
     other = remember(memory, k.at[0, 3:].set(9.0), v.at[0, 3:].set(9.0), mask)
-    np.testing.assert_array_equal(
-        _attend(q, other, 0.0, None), _attend(q, seen, 0.0, None)
-    )
+    np.testing.assert_array_equal(attend_to(q, other), attend_to(q, seen))

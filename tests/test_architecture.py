@@ -28,6 +28,7 @@ ROOMS = (
     ("adapter_use", "adapter_peft"),
     ("generation",),
     ("training",),
+    ("planning",),
     ("cli",),
 )
 LEVEL = {name: level for level, room in enumerate(ROOMS) for name in room}

@@ -251,7 +251,11 @@ MESHES = {
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("one device", "fsdp"), ("all", "fsdp"), ("all", "one device")],
+    [
+        pytest.param("one device", "fsdp", marks=pytest.mark.slow),
+        pytest.param("all", "fsdp", marks=pytest.mark.slow),
+        ("all", "one device"),
+    ],
 )
 def test_a_run_goes_on_on_another_mesh(
     before, after, files, whole, tmp_path, monkeypatch

@@ -91,7 +91,7 @@ def assert_close(a, b, atol):
     [
         ("gradient", jnp.float32),
         ("gradient", jnp.bfloat16),
-        ("gradient/magnitude", jnp.float32),
+        pytest.param("gradient/magnitude", jnp.float32, marks=pytest.mark.slow),
         ("magnitude", jnp.float32),
     ],
 )

@@ -185,9 +185,12 @@ def test_the_rate_rises_for_six_percent_and_falls_to_the_end():
 
 
 def test_the_norm_of_the_gradient_is_clipped_to_one(model, data, tmp_path):
-    make = lambda **more: make_tuner(
-        make_job(tiny_settings(model, data, tmp_path / "run", **more)), 10
-    )
+    def make(**more):
+        settings = tiny_settings(model, data, tmp_path / "run", **more)
+        job = make_job(settings)
+        parts = (job.method, job.sampler, job.base.devices, 10)
+        return make_tuner(settings, make_loss(job.base.model), *parts)
+
     tx, params = make().tx, {"w": jnp.zeros(2)}
     _, state = tx.update({"w": jnp.array([30.0, 40.0])}, tx.init(params), params)
     mean = optax.tree.get(state, "mu")["w"]

@@ -175,6 +175,7 @@ GENUINE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GENUINE)
 def test_a_genuine_llama_learns_from_genuine_instructions(name, shared_data, tmp_path):
     settings = Settings(

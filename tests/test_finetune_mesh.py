@@ -30,7 +30,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["sift", pytest.param("lora, ist", marks=pytest.mark.slow)]
+)
 def test_a_run_on_a_mesh_is_that_of_one_device(name, texts, tmp_path):
     one = finetune(text_settings(*texts, tmp_path / "one", **CASES[name]))
     mesh = "data=2,fsdp=2,tensor=2"

@@ -55,7 +55,14 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
 
 
 @every_method
-@pytest.mark.parametrize("recompute", ["none", "frozen", "all"])
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        "none",
+        pytest.param("frozen", marks=pytest.mark.slow),
+        pytest.param("all", marks=pytest.mark.slow),
+    ],
+)
 def test_all_layers_active_is_the_compact_tier(method, recompute):
     every = Static.of(0, 1, 2, num_layers=LAYERS)
     tuner = tuner_of(method, sampler=every, recompute=recompute)

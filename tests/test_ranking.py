@@ -79,6 +79,7 @@ def run(monkeypatch, capsys, main, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank", "write", "arithmetic"])
 def test_genuine_questions_are_asked_and_a_finished_run_is_not_made_again(
     name, shared_data, tmp_path, monkeypatch, capsys

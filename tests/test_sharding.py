@@ -139,7 +139,13 @@ def assert_same(one, other, tolerance=1e-5):
 
 @pytest.mark.parametrize(
     ("mesh", "kind"),
-    [*((mesh, AxisType.Auto) for mesh in MESHES), ("all", AxisType.Explicit)],
+    [
+        pytest.param("data", AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param("fsdp", AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param("fsdp, tensor", AxisType.Auto, marks=pytest.mark.slow),
+        ("all", AxisType.Auto),
+        ("all", AxisType.Explicit),
+    ],
 )
 def test_sift_on_a_mesh_has_the_numbers_of_one_device(mesh, kind):
     method = METHODS["sift"]
@@ -147,7 +153,16 @@ def test_sift_on_a_mesh_has_the_numbers_of_one_device(mesh, kind):
     assert_same(one, many)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "sift"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("sift with words", marks=pytest.mark.slow),
+        pytest.param("magnitude", marks=pytest.mark.slow),
+        "random",
+        "lora",
+        "full",
+    ],
+)
 def test_every_method_on_a_mesh_has_the_numbers_of_one_device(name):
     # Trained words amplify rounding: after 44 updates it reaches the fourth digit.
     steps = 20 if name == "sift with words" else 50

@@ -7,6 +7,7 @@ import typer
 from sparse_jax.cli.evaluate import evaluate
 from sparse_jax.cli.finetune import finetune
 from sparse_jax.cli.generate import generate
+from sparse_jax.cli.plan import plan
 from sparse_jax.errors import InputError
 
 __all__ = ["app", "main"]
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(finetune)
 app.command()(evaluate)
 app.command()(generate)
+app.command()(plan)
 
 
 def main() -> None:

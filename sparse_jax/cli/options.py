@@ -117,6 +117,26 @@ KEEP = _option("Checkpoints to keep, the newest ones.")
 OVERWRITE = _flag("--overwrite", "Replace the run in the output folder.")
 RESUME = _flag("--resume", "Continue the interrupted run in the output folder.")
 
+PLANNED_MODEL = _option("Folder or id of a model, or its config.json: no weights.")
+COMPARE = _option(
+    "Methods to show side by side, such as full,lora,sift,sift+ist.", "--method alone"
+)
+PLANNED_WHERE = _option(
+    "Parameters that a sparse method trains, or sites that others add to; may be "
+    "repeated. In a comparison for the sparse methods only.",
+    "query, key, value and output of the attention",
+    metavar="<regex>",
+)
+LENGTH = _option("Tokens of every example.")
+TARGET = _option(
+    "What to compile for: cpu, gpu, or TPUs such as v5e:4x4, v6e:8x8 or v5p:2x2x1, "
+    "which need not be here."
+)
+LARGEST_BATCH = _flag(
+    "--largest-batch/--no-largest-batch", "Compile again to find the largest batch."
+)
+JSON = _option("File to write the plan to, in bytes and seconds.", "none")
+
 ADAPTER = _option("Adapter file, or the folder of a run.")
 BASE = _option("Folder or id of the base model.", "where it was trained on")
 ADAPTER_TASK = _option("Task to evaluate on.", "the one it was trained on")

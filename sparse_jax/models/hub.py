@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sparse_jax.errors import InputError
 
-__all__ = ["local_folder"]
+__all__ = ["config_folder", "local_folder"]
 
 # No pickles: loading one runs the code in it.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -19,13 +19,26 @@ def local_folder(model: str | Path) -> Path:
     Raises:
       InputError: if `model` is neither a folder nor an id that can be fetched.
     """
+    return _folder(model, _FILES)
+
+
+def config_folder(model: str | Path) -> Path:
+    """Returns a folder with the `config.json` of a model, fetching no weights.
+
+    The argument and the error are those of `local_folder`.
+    """
+    return _folder(model, ["config.json"])
+
+
+def _folder(model: str | Path, files: list[str]) -> Path:
+    """Returns the folder of a model that has some of its files."""
     if Path(model).is_dir():
         return Path(model)
     # huggingface_hub is slow to import, so it is imported where it is used.
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=_FILES))
+        return Path(snapshot_download(str(model), allow_patterns=files))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparse_jax.axes import rows_here
 from sparse_jax.models.pure import PureModel
 
 __all__ = ["summed_token_loss"]
@@ -35,7 +36,7 @@ def summed_token_loss(
       hidden: normed hidden states `[B, T, D]`.
       ids: int32 `[B, T]`.
       weights: float32 `[B, T]`.
-      most_logits: entries of logits to hold at a time.
+      most_logits: entries of logits to hold at a time, on one device.
     """
     # The state at t scores the token at t + 1; the last state scores nothing.
     targets = jnp.roll(ids, -1, axis=1)
@@ -51,7 +52,8 @@ def summed_token_loss(
         return jnp.sum(weights * losses)
 
     rows, columns = ids.shape
-    size = max(1, most_logits // (rows * model.config.vocab_size))
+    # A weight that is cut over a mesh is gathered for every part: the fewer the better.
+    size = max(1, most_logits // (rows_here(rows) * model.config.vocab_size))
     if size >= columns:
         return part(hidden, targets, weights)
     count = -(-columns // size)

@@ -84,17 +84,21 @@ class Placement:
                 "the mesh."
             )
 
+    def batch(self, accumulate: int = 1) -> jax.NamedSharding:
+        """Returns the sharding of every array of a batch."""
+        return self.at(jax.P(None, BATCH_AXES) if accumulate > 1 else jax.P(BATCH_AXES))
+
     def put(self, batch: Mapping[str, np.ndarray], accumulate: int = 1) -> Any:
         """Returns a batch, the same on every process, on the devices of the mesh."""
-        spec = jax.P(None, BATCH_AXES) if accumulate > 1 else jax.P(BATCH_AXES)
+        sharding = self.batch(accumulate)
         # Evaluation may have a batch that the devices do not divide.
         if next(iter(batch.values())).shape[accumulate > 1] % self.shards_of_batch:
-            spec = jax.P()
+            sharding = self.at(jax.P())
 
         def one(array: np.ndarray) -> jax.Array:
             array = np.asarray(array)
             return jax.make_array_from_callback(
-                array.shape, self.at(spec), lambda index: array[index]
+                array.shape, sharding, lambda index: array[index]
             )
 
         return jax.tree.map(one, dict(batch))

@@ -76,6 +76,10 @@ class MeshRunner:
     def __init__(self, tuner: Compact, placement: Placement):
         self.tuner, self.placement = tuner, placement
         self._mesh = placement.mesh
+        names = self._mesh.axis_names
+        self._automatic = jax.sharding.Mesh(
+            self._mesh.devices, names, axis_types=(AxisType.Auto,) * len(names)
+        )
         self._compiled: dict[Any, Any] = {}
 
     def init(self, params: Any, key: jax.Array) -> CompactState:
@@ -111,6 +115,21 @@ class MeshRunner:
         """Makes one update."""
         shardings = lambda out: (self.placement.state(out[0]), self._whole(out[1]))
         return self._run(self.tuner.step, shardings, (0,), state, batch, key)
+
+    def abstract(self, params: Any, key: Any) -> CompactState:
+        """Returns the shapes of the state, as of `init`, and where they lie."""
+        slots = self._first_slots(params)
+        init = lambda params, key: self.tuner.init(params, key, slots)
+        with jax.set_mesh(self._automatic):
+            shapes = jax.eval_shape(init, params, key)
+        return jax.tree.map(_placed, shapes, self.placement.state(shapes))
+
+    def lower(self, state: CompactState, batch: Any, key: Any) -> jax.stages.Lowered:
+        """Returns the program of `step` for shapes, for devices that may be absent."""
+        shardings = lambda out: (self.placement.state(out[0]), self._whole(out[1]))
+        args = (state, batch, key)
+        with jax.set_mesh(self._mesh):
+            return self._compile(self.tuner.step, shardings, (0,), args).lower(*args)
 
     def _init(
         self, params: Any, key: jax.Array, slots: Mapping[str, int]
@@ -204,19 +223,21 @@ class MeshRunner:
         args: tuple,
     ) -> Any:
         """Returns the compiled function."""
-        names, automatic = self._mesh.axis_names, AxisType.Auto
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args
         )
-        plain = jax.sharding.Mesh(
-            self._mesh.devices, names, axis_types=(automatic,) * len(names)
-        )
-        with jax.set_mesh(plain):
+        with jax.set_mesh(self._automatic):
             out = shardings(jax.eval_shape(function, *shapes))
-        if any(kind != automatic for kind in self._mesh.axis_types):
+        if any(kind != AxisType.Auto for kind in self._mesh.axis_types):
             # Models leave the sharding of what is in between to the compiler.
-            function = jax.sharding.auto_axes(function, axes=names, out_sharding=out)
+            axes = self._mesh.axis_names
+            function = jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
         return jax.jit(function, out_shardings=out, donate_argnums=donated)
+
+
+def _placed(shape: Any, sharding: jax.NamedSharding) -> jax.ShapeDtypeStruct:
+    """Returns a shape with its sharding."""
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def _rounded(entries: float, block: int) -> int:

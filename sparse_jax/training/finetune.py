@@ -74,7 +74,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
 def _run(job: Job, directory: RunDirectory) -> dict[str, Any]:
     """Trains, from the last checkpoint if there is one, and returns the metrics."""
     total = _total(job)
-    tuner = make_tuner(job, total)
+    tuner = _tuner(job, total)
     folder, keep = directory.checkpoints, job.settings.keep
     checkpoints = Checkpoints(folder, tuner, job.base.devices, keep)
     runner = job.base.devices.runner(tuner)
@@ -96,6 +96,13 @@ def _total(job: Job) -> int:
     """Returns the batches of a run."""
     batches = job.settings.epochs * job.feed.batches_per_epoch
     return min(batches, job.settings.max_steps or batches)
+
+
+def _tuner(job: Job, total: int) -> Compact:
+    """Returns what makes the updates of a job."""
+    checkpointing, devices = job.settings.checkpointing, job.base.devices
+    loss = job.objective.make_loss(job.base.model, checkpointing=checkpointing)
+    return make_tuner(job.settings, loss, job.method, job.sampler, devices, total)
 
 
 def _judge(

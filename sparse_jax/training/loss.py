@@ -25,17 +25,27 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in _INPUTS if name in batch}
 
 
-def make_loss(model: PureModel, *, checkpointing: bool = False) -> Loss:
+def make_loss(
+    model: PureModel, *, checkpointing: bool = False, unroll: int | None = None
+) -> Loss:
     """Returns the loss of `Compact`: cross-entropy, or squared error for one label.
 
     Examples count by their weight, which is zero for padding rows.
+
+    Args:
+      model: a classifier.
+      checkpointing: whether layers run again in the backward pass.
+      unroll: layers in one pass of the loop; None chooses by backend.
     """
 
     def loss(
         params: Any, batch: Any, key: jax.Array, attachment: Attachment
     ) -> tuple[jax.Array, jax.Array]:
         # Unrolled code would undo the checkpoint; the loop is what saves memory.
-        options = {"checkpoint": True, "unroll": 1} if checkpointing else {}
+        options = {
+            "checkpoint": checkpointing,
+            "unroll": 1 if checkpointing else unroll,
+        }
         inputs = model_inputs(batch)
         logits = model(params, inputs, key=key, attachment=attachment, **options)
         labels, weights = batch["labels"], batch["weights"]

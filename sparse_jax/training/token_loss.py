@@ -16,10 +16,17 @@ __all__ = ["make_token_loss"]
 _INPUTS = ("input_ids", "attention_mask", "segment_ids", "positions")
 
 
-def make_token_loss(model: PureModel, *, checkpointing: bool = False) -> Loss:
+def make_token_loss(
+    model: PureModel, *, checkpointing: bool = False, unroll: int | None = None
+) -> Loss:
     """Returns the loss of `Compact` for batches of `CausalBatches`.
 
     It is the sum of the cross-entropies of the targets, in nats, and their number.
+
+    Args:
+      model: a causal language model.
+      checkpointing: whether layers run again in the backward pass.
+      unroll: layers in one pass of the loop; None chooses by backend.
     """
 
     def loss(
@@ -29,7 +36,10 @@ def make_token_loss(model: PureModel, *, checkpointing: bool = False) -> Loss:
         attachment: Attachment,
     ) -> tuple[jax.Array, jax.Array]:
         # Unrolled code would undo the checkpoint; the loop is what saves memory.
-        options = {"checkpoint": True, "unroll": 1} if checkpointing else {}
+        options = {
+            "checkpoint": checkpointing,
+            "unroll": 1 if checkpointing else unroll,
+        }
         inputs = {name: batch[name] for name in _INPUTS if name in batch}
         hidden = model.hidden(params, inputs, key=key, attachment=attachment, **options)
         return (

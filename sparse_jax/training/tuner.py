@@ -4,34 +4,50 @@ from typing import Any, cast
 
 import optax
 
-from sparse_jax.compact import Compact
+from sparse_jax.adapters.method import Method
+from sparse_jax.compact import Compact, Loss
 from sparse_jax.layerwise import Layerwise
+from sparse_jax.samplers.sampler import Sampler
+from sparse_jax.sharding.devices import Devices
 from sparse_jax.sites import Recompute
-from sparse_jax.training.job import Job
 from sparse_jax.training.optimizer import MAX_NORM, make_optimizer
+from sparse_jax.training.settings import Settings
 
 __all__ = ["make_tuner"]
 
 
-def make_tuner(job: Job, total: int) -> Compact:
-    """Returns what makes the updates of a run of so many batches."""
-    settings = job.settings
-    loss = job.objective.make_loss(job.base.model, checkpointing=settings.checkpointing)
+def make_tuner(
+    settings: Settings,
+    loss: Loss,
+    method: Method,
+    sampler: Sampler | None,
+    devices: Devices,
+    total: int,
+) -> Compact:
+    """Returns what makes the updates of a run.
+
+    Args:
+      settings: of the run.
+      loss: what it minimises.
+      method: what it trains.
+      sampler: of the layers; None trains all of them at every update.
+      devices: where it takes place.
+      total: its updates.
+    """
     tx = make_optimizer(settings.resolved_learning_rate, total)
-    devices = job.base.devices
     placed: dict[str, Any] = {
-        "cuts": devices.cuts(job.method.stack),
+        "cuts": devices.cuts(method.stack),
         "data_axes": devices.data_axes,
     }
-    if job.sampler is None:
+    if sampler is None:
         tx = optax.chain(optax.clip_by_global_norm(MAX_NORM), tx)
-        return Compact(loss, job.method, tx, settings.accumulate, **placed)
+        return Compact(loss, method, tx, settings.accumulate, **placed)
     return Layerwise(
         loss,
-        job.method,
+        method,
         tx,
         settings.accumulate,
-        sampler=job.sampler,
+        sampler=sampler,
         seed=settings.seed,
         max_norm=MAX_NORM,
         restart=settings.restart_layers,

@@ -1,0 +1,102 @@
+"""The command `sparse-jax plan`."""
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
+
+from sparse_jax.cli import options
+from sparse_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from sparse_jax.training.settings import Settings
+
+__all__ = ["plan"]
+
+
+def plan(
+    model: Annotated[str, options.PLANNED_MODEL],
+    method: Annotated[str, options.METHOD] = "sift",
+    compare: Annotated[str | None, options.COMPARE] = None,
+    density: Annotated[float, options.DENSITY] = 0.008,
+    rank: Annotated[int, options.RANK] = 8,
+    where: Annotated[list[str] | None, options.PLANNED_WHERE] = None,
+    ist: Annotated[bool, options.IST] = False,
+    active: Annotated[float, options.ACTIVE] = 0.25,
+    recompute: Annotated[str, options.RECOMPUTE] = "none",
+    batch_size: Annotated[int, options.BATCH_SIZE] = 1,
+    accumulate: Annotated[int, options.ACCUMULATE] = 1,
+    length: Annotated[int, options.LENGTH] = 2048,
+    dtype: Annotated[str, options.DTYPE] = "bfloat16",
+    checkpointing: Annotated[bool, options.CHECKPOINTING] = False,
+    mesh: Annotated[str | None, options.MESH] = None,
+    target: Annotated[str, options.TARGET] = "cpu",
+    largest_batch: Annotated[bool, options.LARGEST_BATCH] = True,
+    json: Annotated[str | None, options.JSON] = None,
+) -> None:
+    """Compile an update for devices you need not have, and print what it needs."""
+    if target != "gpu":
+        # Nothing runs; looking for accelerators takes long, and may take them.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # JAX takes seconds to import, and `--help` has to be quick.
+    import jax
+
+    from sparse_jax.cli.plan_table import print_plans, write_plans
+    from sparse_jax.planning.abstract import read_model
+    from sparse_jax.planning.plan import make_plan, with_largest_batch
+    from sparse_jax.planning.target import find_target
+    from sparse_jax.sharding.mesh import MeshShape, parse_mesh
+
+    shape = MeshShape() if mesh is None else parse_mesh(mesh)
+    # A JAX that runs already, as in a notebook, has the devices that it has.
+    with suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", shape.size)
+    shared = {
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "dtype": dtype,
+        "checkpointing": checkpointing,
+        "rank": rank,
+        "density": density,
+        "where": tuple(where) if where else None,
+        "active": active,
+        "recompute": recompute,
+    }
+    words = compare.split(",") if compare else [method + ("+ist" if ist else "")]
+    several = [_settings(model, word.strip(), len(words) > 1, shared) for word in words]
+    found = find_target(target, shape.size)
+    pure = read_model(model)
+    place: Any = {"length": length, "shape": shape, "target": found}
+    plans = []
+    for settings in several:
+        one = make_plan(pure, settings, **place)
+        if largest_batch:
+            one = with_largest_batch(pure, settings, one, **place)
+        plans.append(one)
+    print_plans(plans, found, shape)
+    if json is not None:
+        asked = {"model": model, "length": length, **shared}
+        write_plans(json, plans, found, shape, asked)
+
+
+def _settings(
+    model: str, word: str, is_compared: bool, shared: dict[str, Any]
+) -> "Settings":
+    """Returns the settings of a method, with those options that it has."""
+    from sparse_jax.training.settings import OPTIONS, Settings
+
+    method, _, sampler = word.partition("+")
+    if method not in OPTIONS or sampler not in ("", "ist"):
+        raise InputError(
+            f"`compare` must be methods with commas between, such as full,lora,sift or "
+            f"sift+ist, got {word!r}. Methods are {', '.join(OPTIONS)}."
+        )
+    given = dict(shared)
+    # A rule of leaves means nothing to a method that goes by sites.
+    if is_compared and "density" not in OPTIONS[method]:
+        given["where"] = None
+    if not sampler:
+        del given["active"], given["recompute"]
+    return Settings(
+        model=model, task="causal", output="", method=method,
+        sampler=sampler or None, **given,
+    )  # fmt: skip

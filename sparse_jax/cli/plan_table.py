@@ -1,0 +1,135 @@
+"""Plans side by side, for people and for programs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_jax.planning.plan import SECONDS_PER_ENTRY, UTILISATION, Plan
+from sparse_jax.planning.target import Target
+from sparse_jax.sharding.mesh import MeshShape
+
+__all__ = ["print_plans", "write_plans"]
+
+_HELD = {
+    "parameters": "parameters",
+    "added": "added arrays",
+    "masters": "packed float32 values",
+    "supports": "supports",
+    "optimizer": "optimiser",
+}
+
+
+def print_plans(plans: Sequence[Plan], target: Target, shape: MeshShape) -> None:
+    """Prints a table with a column for every plan, and what the estimates assume."""
+    # Rich takes a while to import, so it is imported where it is used.
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"One update on {target.name}, mesh {shape}")
+    table.add_column("on one device", style="bold")
+    for plan in plans:
+        table.add_column(plan.method, justify="right")
+    for what, values in _rows(plans).items():
+        table.add_row(what, *values)
+    console = Console(highlight=False)
+    console.print(table)
+    for line in _words(plans, target):
+        console.print(line)
+
+
+def write_plans(
+    path: str,
+    plans: Sequence[Plan],
+    target: Target,
+    shape: MeshShape,
+    asked: Mapping[str, Any],
+) -> None:
+    """Writes plans as JSON: sizes in bytes, times in seconds."""
+    chip = None if target.chip is None else target.chip._asdict()
+    told = {
+        "asked": dict(asked),
+        "target": {"name": target.name, "devices": shape.size, "chip": chip},
+        "mesh": shape._asdict(),
+        "assumptions": _words(plans, target),
+        "plans": [plan.as_dict() for plan in plans],
+    }
+    Path(path).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:
+    """Returns the rows of the table."""
+    rows: dict[str, list[str]] = {
+        "trained parameters (all devices)": [f"{plan.trained:,}" for plan in plans]
+    }
+    for name, what in _HELD.items():
+        if any(plan.held[name] for plan in plans):
+            rows[what] = [_size(plan.held[name]) for plan in plans]
+    rows["state, between updates"] = [_size(plan.state) for plan in plans]
+    rows["temporaries"] = [_size(plan.temporaries) for plan in plans]
+    rows["  of these, gradients"] = [_size(plan.held["gradients"]) for plan in plans]
+    rows["most alive at a time"] = [_size(plan.peak) for plan in plans]
+    rows["reserved"] = [_size(plan.reserved) for plan in plans]
+    rows["fits"] = [_fits(plan) for plan in plans]
+    rows["largest batch"] = [
+        "not known" if plan.largest_batch is None else f"{plan.largest_batch:,}"
+        for plan in plans
+    ]
+    kinds = sorted({kind for plan in plans for kind in plan.collectives or {}})
+    for kind in kinds:
+        rows[kind] = [_traffic(plan, kind) for plan in plans]
+    rows["operations (all devices)"] = [f"{plan.flops:.3g}" for plan in plans]
+    rows["time of an update"] = [
+        "not known" if plan.seconds is None else f"about {plan.seconds:.2g} s"
+        for plan in plans
+    ]
+    return rows
+
+
+def _words(plans: Sequence[Plan], target: Target) -> list[str]:
+    """Returns what the table does not say."""
+    words = []
+    if target.chip is not None:
+        words.append(
+            f"{target.chip.name}: {_size(int(target.chip.memory))} that programs can "
+            f"use, {target.chip.flops / 1e12:.0f} TFLOP/s in bfloat16."
+        )
+    if any(plan.seconds is not None for plan in plans):
+        words.append(
+            f"The time is an estimate: matrix products at {UTILISATION:.0%} of the "
+            "peak, then what is sent at the speed of all links, then "
+            f"{SECONDS_PER_ENTRY * 1e9:.1f} ns on a TPU for every entry of a support."
+        )
+    if any(plan.reserved is not None for plan in plans):
+        words.append(
+            "Temporaries, what is reserved and what is sent are the compiler's for "
+            "this program. Activations are the temporaries that are no gradients. The "
+            "largest batch follows from the program for twice the batch."
+        )
+    words += dict.fromkeys(f"Note: {plan.note}." for plan in plans if plan.note)
+    return words
+
+
+def _fits(plan: Plan) -> str:
+    """Returns whether a plan fits its chip."""
+    if plan.fits is None:
+        return "not known"
+    return "yes" if plan.fits else "no"
+
+
+def _traffic(plan: Plan, kind: str) -> str:
+    """Returns what a plan sends by one kind of collective."""
+    if plan.collectives is None:
+        return "not known"
+    traffic = plan.collectives.get(kind)
+    return "none" if traffic is None else f"{_size(traffic.bytes)} in {traffic.count:,}"
+
+
+def _size(size: int | None) -> str:
+    """Returns bytes for people."""
+    if size is None:
+        return "not known"
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**power:
+            return f"{size / 2**power:.2f} {unit}"
+    return f"{size} B"

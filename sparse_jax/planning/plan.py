@@ -1,0 +1,213 @@
+"""The plan of a step: what the compiler says that it needs."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+
+from sparse_jax.errors import InputError
+from sparse_jax.models.pure import PureModel
+from sparse_jax.planning.abstract import AbstractRun, abstract_run
+from sparse_jax.planning.bytes import held_bytes
+from sparse_jax.planning.chips import Chip
+from sparse_jax.planning.collectives import Traffic, collectives_of
+from sparse_jax.planning.flops import count_flops
+from sparse_jax.planning.target import Target
+from sparse_jax.sharding.mesh import MeshShape
+from sparse_jax.training.counts import count_trained
+from sparse_jax.training.settings import Settings
+
+__all__ = ["Plan", "make_plan", "with_largest_batch"]
+
+# Share of the peak of its matrix units that a large model commonly reaches.
+UTILISATION = 0.5
+# Of a TPU for one trained entry, gathering its gradient and writing its value: what the
+# compiler of v5e estimates for 839 thousand entries of a 4096 x 4096 matrix.
+SECONDS_PER_ENTRY = 2.8e-9
+_ALL_ACTIVE = "operations and time count every layer as active in its own update"
+_NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available")
+# Compilations to find the largest batch; two were enough for all that was tried.
+_TRIES = 4
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one device needs for one update. Sizes are in bytes.
+
+    Attributes:
+      method: word of the command line, with the sampler of layers if any.
+      trained: parameters that are trained, on all devices together.
+      held: bytes by what they are for, exact, as `held_bytes` says.
+      temporaries: activations, gradients and all else that a step needs beside its
+        arguments, as the compiler lays them out; None without a compiler.
+      peak: most that is alive at any time, as the compiler counts.
+      reserved: arguments and temporaries: what has to fit.
+      collectives: what is sent, by kind.
+      flops: operations of the matrix products, all devices together.
+      seconds: estimate of the time of an update; None without a data sheet.
+      fits: whether `reserved` is less than the memory of the chip.
+      largest_batch: examples of an update that fit.
+      note: what else has to be known.
+    """
+
+    method: str
+    trained: int
+    held: Mapping[str, int]
+    temporaries: int | None = None
+    peak: int | None = None
+    reserved: int | None = None
+    collectives: Mapping[str, Traffic] | None = None
+    flops: int
+    seconds: float | None = None
+    fits: bool | None = None
+    largest_batch: int | None = None
+    note: str | None = None
+
+    @property
+    def state(self) -> int:
+        """Bytes that stay between two updates."""
+        return sum(self.held.values()) - self.held["gradients"] - self.held["batch"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the plan as plain values, for JSON."""
+        told = asdict(self) | {"state": self.state}
+        if self.collectives is not None:
+            told["collectives"] = {k: t._asdict() for k, t in self.collectives.items()}
+        return told
+
+
+def make_plan(
+    model: PureModel,
+    settings: Settings,
+    *,
+    length: int,
+    shape: MeshShape,
+    target: Target,
+) -> Plan:
+    """Compiles one update for devices that may be absent, and tells what it needs.
+
+    Args:
+      model: as from `read_model`.
+      settings: of the run.
+      length: tokens of every example.
+      shape: of the mesh.
+      target: as from `find_target`.
+
+    Raises:
+      InputError: if the settings fit neither the model nor the mesh.
+    """
+    devices = target.devices or jax.devices("cpu")[: shape.size]
+    run = abstract_run(model, settings, length, shape, devices)
+    sampler = "" if settings.sampler is None else f"+{settings.sampler}"
+    state = run.state
+    counts = count_trained(run.tuner.method, state.params, state.added, run.head)
+    with jax.set_mesh(run.placement.mesh):
+        flops = count_flops(run.tuner.step, run.state, run.batch, run.key)
+    plan = Plan(
+        method=f"{settings.method}{sampler}",
+        trained=counts.trained,
+        held=held_bytes(run),
+        flops=flops,
+        note=target.note or (_ALL_ACTIVE if settings.sampler else None),
+    )
+    if not target.devices:
+        return plan
+    return _compiled(plan, run, target.chip)
+
+
+def with_largest_batch(
+    model: PureModel,
+    settings: Settings,
+    plan: Plan,
+    *,
+    length: int,
+    shape: MeshShape,
+    target: Target,
+) -> Plan:
+    """Returns a plan with the examples of an update that fit.
+
+    What a step needs beside its state grows almost evenly with the batch: twice the
+    batch tells by how much, and what follows is compiled to be sure. The number is a
+    multiple of the devices that share a batch, 0 if not even one example for each of
+    them fits, and stays None if the memory is not known.
+
+    Args:
+      plan: as `make_plan` returns it for the other arguments.
+    """
+    if target.chip is None or plan.reserved is None or not target.devices:
+        return plan
+    room, share = target.chip.memory, shape.data * shape.fsdp * settings.accumulate
+    size, needed, fitting = settings.batch_size, plan.reserved, 0
+    other = 2 * size
+    for _ in range(_TRIES):
+        changed = replace(settings, batch_size=other)
+        found = make_plan(model, changed, length=length, shape=shape, target=target)
+        if found.reserved is None:
+            return plan
+        each = max(1, (found.reserved - needed) / (other - size))
+        fitting = int(size + (room - needed) // each) // share * share
+        if fitting == other or fitting < share:
+            break
+        other = fitting
+    return replace(plan, largest_batch=max(0, fitting))
+
+
+def _compiled(plan: Plan, run: AbstractRun, chip: Chip | None) -> Plan:
+    """Returns a plan with what the compiler says."""
+    lowered = run.runner.lower(run.state, run.batch, run.key)
+    try:
+        with warnings.catch_warnings():
+            # A cache of compiled programs holds none for devices that are absent.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation")
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _too_large(plan, error)
+    found: Any = compiled.memory_analysis()
+    collectives = collectives_of(compiled.as_text() or "")
+    extra = found.output_size_in_bytes - found.alias_size_in_bytes
+    reserved = found.argument_size_in_bytes + found.temp_size_in_bytes + extra
+    return replace(
+        plan,
+        temporaries=found.temp_size_in_bytes,
+        peak=found.peak_memory_in_bytes,
+        reserved=reserved,
+        collectives=collectives,
+        seconds=_seconds(plan, run, collectives, chip),
+        fits=None if chip is None else reserved <= chip.memory,
+    )
+
+
+def _too_large(plan: Plan, error: Exception) -> Plan:
+    """Returns the plan of a program that the compiler refuses, being too large."""
+    found = _NEEDED.search(str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
+        raise InputError(
+            "`target` must have a compiler that takes this program, got the error: "
+            f"{str(error).strip().partition(chr(10))[0]}."
+        ) from error
+    # The compiler gives up before it knows what it can overwrite.
+    least = plan.state + plan.held["gradients"]
+    needed = int(float(found[1]) * _UNITS[found[2]])
+    note = (
+        "the compiler refuses a program that is larger than the chip; what is reserved "
+        "is then the least it can be, the state and the gradients"
+    )
+    return replace(plan, reserved=max(least, needed), fits=False, note=note)
+
+
+def _seconds(
+    plan: Plan, run: AbstractRun, collectives: Mapping[str, Traffic], chip: Chip | None
+) -> float | None:
+    """Returns the estimated time of an update: products, transfers, then entries."""
+    if chip is None:
+        return None
+    devices = run.placement.mesh.size
+    products = plan.flops / devices / (UTILISATION * chip.flops)
+    sent = sum(traffic.bytes for traffic in collectives.values()) / chip.links
+    supports = plan.held["supports"] / 4
+    entries = supports * SECONDS_PER_ENTRY if chip.name.startswith("v") else 0.0
+    return products + sent + entries

@@ -1,0 +1,126 @@
+"""Targets: the devices that a plan is for, present or not."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from sparse_jax.errors import InputError
+from sparse_jax.planning.chips import CHIPS, Chip, chip_of_gpu
+
+__all__ = ["Target", "find_target"]
+
+# A compiler for TPUs asks where it is, and waits for an answer, unless told.
+_NOWHERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
+_TOPOLOGY = re.compile(r"(?:tpu )?(\w+):(\d+(?:x\d+)*)")
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Devices to compile for.
+
+    Attributes:
+      name: such as "v5e:4x4".
+      devices: what programs are compiled for; none if their compiler is absent.
+      count: how many devices there are.
+      chip: what is known of one of them; None of a CPU.
+      note: why there are no devices.
+    """
+
+    name: str
+    devices: Sequence[Any]
+    count: int
+    chip: Chip | None
+    note: str | None = None
+
+
+def find_target(name: str, count: int = 1) -> Target:
+    """Returns the target of a name.
+
+    Args:
+      name: "cpu", "gpu", or a topology of TPUs such as "v5e:4x4", with or without
+        "tpu " before it.
+      count: devices that a run would use; a topology may have more.
+
+    Raises:
+      InputError: if the name is not known, or there are fewer devices.
+
+    Example:
+      >>> find_target("cpu").count
+      1
+    """
+    if name in ("cpu", "gpu"):
+        return _present(name, count)
+    found = _TOPOLOGY.fullmatch(name.strip())
+    if found is None or found[1] not in CHIPS:
+        known = ", ".join(f"{chip}:4x4" for chip in ("v5e", "v6e"))
+        raise InputError(
+            f"`target` must be cpu, gpu, or a topology of {', '.join(CHIPS)}, such as "
+            f"{known}, v4:2x2x1 or v5p:2x2x1, got {name!r}."
+        )
+    return _tpu(found[1], f"{found[1]}:{found[2]}", count)
+
+
+def _present(name: str, count: int) -> Target:
+    """Returns devices of this machine."""
+    try:
+        devices = jax.devices(name)
+    except RuntimeError as error:
+        raise InputError(
+            f"`target` must be a kind of device that is here, got {name!r}. Plan for "
+            "cpu, or for TPUs, whose compiler runs anywhere."
+        ) from error
+    _require_enough(name, len(devices), count)
+    chip = None
+    if name == "gpu":
+        stats = devices[0].memory_stats() or {}
+        chip = chip_of_gpu(devices[0].device_kind, stats.get("bytes_limit", 0))
+    return Target(name, devices[:count], count, chip)
+
+
+def _tpu(chip: str, name: str, count: int) -> Target:
+    """Returns the devices of a topology, none if their compiler is absent."""
+    for variable, value in _NOWHERE.items():
+        os.environ.setdefault(variable, value)
+    # Loads the compiler, which nothing else needs.
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:  # the compiler's own, and JAX's if there is none
+        reason = str(error).strip().partition("\n")[0]
+        if _has_compiler():
+            raise InputError(
+                f"`target` must be a topology that {chip} has, got {name!r}: {reason}."
+            ) from error
+        note = (
+            "the compiler of TPUs is absent (pip install libtpu): bytes of the state "
+            "are exact, what the program needs beside it is not known"
+        )
+        return Target(name, (), count, CHIPS[chip], note)
+    _require_enough(name, len(found.devices), count)
+    return Target(name, found.devices[:count], count, CHIPS[chip])
+
+
+def _has_compiler() -> bool:
+    """Returns whether the compiler of TPUs is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("libtpu") is not None
+
+
+def _require_enough(name: str, found: int, count: int) -> None:
+    """Raises unless there are as many devices as a run needs."""
+    if found < count:
+        raise InputError(
+            f"`target` must have the {count} devices of the mesh, got {name!r}, which "
+            f"has {found}."
+        )

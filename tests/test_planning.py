@@ -1,0 +1,297 @@
+"""Plans: what an update needs, before it runs and on devices that are not here."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import write_model
+from tiny_text import CONFIG, write_decoder
+
+from sparse_jax.cli.main import main
+from sparse_jax.errors import InputError
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.llama import LLAMA
+from sparse_jax.models.pure import PureModel
+from sparse_jax.planning import target as targets
+from sparse_jax.planning.abstract import abstract_run, read_model
+from sparse_jax.planning.bytes import held_bytes
+from sparse_jax.planning.chips import CHIPS, Chip
+from sparse_jax.planning.collectives import Traffic, collectives_of
+from sparse_jax.planning.flops import count_flops
+from sparse_jax.planning.plan import make_plan, with_largest_batch
+from sparse_jax.planning.target import Target, find_target
+from sparse_jax.sharding.mesh import MeshShape
+from sparse_jax.training.settings import Settings
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the compiler of TPUs: pip install libtpu",
+)
+ALL = MeshShape(data=2, fsdp=2, tensor=2)
+TINY = PureModel(CausalLM, LLAMA, CONFIG)
+METHODS = {
+    "sift": {"method": "sift", "density": 0.1},
+    "sift+ist": {"method": "sift", "density": 0.1, "sampler": "ist", "active": 0.5},
+    "lora": {"method": "lora", "rank": 2},
+    "full": {"method": "full"},
+}
+
+
+def settings_of(**changes):
+    fields = {"batch_size": 4, "dtype": "bfloat16", "density": 0.1, **changes}
+    return Settings(model="m", task="causal", output="o", **fields)
+
+
+def plan_of(shape=ALL, target=None, length=16, model=TINY, **changes):
+    target = target or find_target("cpu", shape.size)
+    options = {"length": length, "shape": shape, "target": target}
+    return make_plan(model, settings_of(**changes), **options)
+
+
+def test_loops_count_as_often_as_they_run():
+    def chain(x, stack):
+        return jax.lax.scan(lambda x, w: (jax.jit(jnp.matmul)(x, w), None), x, stack)[0]
+
+    x, stack = jnp.ones((2, 8)), jnp.ones((5, 8, 8))
+    forward = 5 * 2 * 2 * 8 * 8
+    assert count_flops(chain, x, stack) == forward
+    total = jax.grad(lambda x, w: jnp.sum(chain(x, w)), argnums=(0, 1))
+    assert count_flops(total, x, stack) == 3 * forward
+
+
+def test_a_gather_in_a_loop_counts_in_every_round():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut = jax.NamedSharding(mesh, jax.P(None, "fsdp"))
+    stack = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=cut)
+    x = jax.ShapeDtypeStruct((64,), jnp.float32)
+    whole = jax.NamedSharding(mesh, jax.P())
+
+    def chain(x, stack):
+        def layer(x, w):
+            return jax.lax.with_sharding_constraint(w, whole) @ x, None
+
+        return jax.lax.scan(layer, x, stack)[0]
+
+    text = jax.jit(chain).lower(x, stack).compile().as_text()
+    assert collectives_of(text)["all-gather"] == Traffic(5, 5 * 64 * 64 * 4)
+
+
+def test_the_pieces_of_one_collective_count_once():
+    gather = "all-gather(%x), channel_id=7, replica_groups={{0,1}}"
+    text = (
+        "%piece (x: f32[2]) -> f32[4] {\n"
+        f"  ROOT %y = f32[4]{{0}} {gather}\n"
+        "}\n"
+        "ENTRY %main (x: f32[2]) -> f32[4] {\n"
+        f"  %a = f32[4]{{0}} {gather}\n"
+        "  ROOT %b = f32[4]{0} fusion(%a), kind=kCustom, calls=%piece\n"
+        "}\n"
+    )
+    assert collectives_of(text) == {"all-gather": Traffic(1, 16)}
+
+
+def test_the_parts_that_are_reduced_and_scattered_count_whole():
+    groups = "replica_groups=mesh['a'=2,'b'=4] {'b'}"
+    text = (
+        "ENTRY %main (x: f32[8]) -> f32[2] {\n"
+        f"  ROOT %y = f32[2]{{0}} reduce-scatter(%x), channel_id=1, {groups}\n"
+        "}\n"
+    )
+    assert collectives_of(text) == {"reduce-scatter": Traffic(1, 32)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_bytes_of_the_state_are_those_of_a_run(name):
+    devices = jax.devices()[: ALL.size]
+    run = abstract_run(TINY, settings_of(**METHODS[name]), 16, ALL, devices)
+    held = held_bytes(run)
+    params = jax.device_put(TINY.init(jax.random.key(0)), run.placement.params)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    state = run.runner.init(params, jax.random.key(0))
+
+    def on_one(tree):
+        arrays = [
+            jax.random.key_data(leaf)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else leaf
+            for leaf in jax.tree.leaves(tree)
+        ]
+        return sum(array.addressable_shards[0].data.nbytes for array in arrays)
+
+    assert held["parameters"] == on_one(state.params)
+    assert held["masters"] == on_one(state.masters)
+    assert held["supports"] == on_one(state.support)
+    assert held["optimizer"] == on_one(state.opt_state)
+    assert held["added"] == on_one(state.added)
+
+
+@pytest.mark.parametrize("name", ["sift", "sift+ist"])
+def test_a_plan_has_what_the_compiler_says(name):
+    plan = plan_of(**METHODS[name])
+    assert plan.method == name
+    # The state is an argument of the program, and the program overwrites it.
+    assert plan.reserved >= plan.state + plan.temporaries
+    assert plan.reserved < plan.state + plan.temporaries + 4096
+    assert plan.collectives["all-gather"].bytes > 0
+    assert (plan.fits, plan.largest_batch, plan.seconds) == (None, None, None)
+    json.dumps(plan.as_dict())
+
+
+def test_only_packed_gradients_are_planned_for():
+    sparse, full = plan_of(MeshShape()), plan_of(MeshShape(), method="full")
+    assert sparse.held["gradients"] < full.held["gradients"] / 4
+
+
+@pytest.mark.slow
+def test_an_encoder_is_planned_for(tmp_path):
+    model = read_model(str(write_model(tmp_path / "model")))
+    plan = plan_of(MeshShape(fsdp=8), model=model, length=8, batch_size=8)
+    assert plan.reserved > plan.state > 0
+
+
+def test_the_largest_batch_fits_and_more_would_not():
+    base = find_target("cpu", 1)
+    shape = MeshShape()
+    options = {"length": 16, "shape": shape}
+    model, settings = TINY, settings_of()
+    plan = make_plan(model, settings, target=base, **options)
+    room = plan.reserved + 3 * plan.temporaries
+    chip = Chip("toy", room, 1e9, 1e9, 1e9)
+    target = Target("toy", base.devices, 1, chip)
+    plan = with_largest_batch(model, settings, plan, target=target, **options)
+    assert plan.largest_batch > 4
+    for size, fits in ((plan.largest_batch, True), (plan.largest_batch + 1, False)):
+        other = dataclasses.replace(settings, batch_size=size)
+        assert make_plan(model, other, target=target, **options).fits is fits
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: find_target("v9:4x4"), "a topology of v4, v5e, v5p, v6e"),
+        (lambda: find_target("v5e"), "a topology of v4, v5e, v5p, v6e"),
+        (lambda: find_target("gpu"), "must be a kind of device that is here"),
+        (lambda: find_target("cpu", 99), "must have the 99 devices of the mesh"),
+        (lambda: plan_of(length=4096), "`length` must be at most 32"),
+        (lambda: plan_of(batch_size=3), "`batch_size` must be a multiple of 4"),
+        (lambda: plan_of(where=("qwery",)), "`where` must match"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_without_the_compiler_the_state_is_exact_all_the_same(monkeypatch):
+    from jax.experimental import topologies
+
+    def absent(**options):
+        raise RuntimeError("no libtpu")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(topologies, "get_topology_desc", absent)
+        patch.setattr(targets, "_has_compiler", lambda: False)
+        target = find_target("v5e:2x4", 8)
+    plan, known = plan_of(target=target), plan_of()
+    assert plan.held == known.held
+    assert (plan.temporaries, plan.reserved, plan.fits) == (None, None, None)
+    assert "pip install libtpu" in plan.note
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["sift+ist", "lora"])
+def test_the_compiler_of_tpus_takes_every_kind_of_step(name):
+    plan = plan_of(target=find_target("v5e:2x4", 8), **METHODS[name])
+    assert plan.fits
+    assert plan.seconds > 0
+    assert plan.collectives["all-gather"].count > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("density", [0.02, 0.1])
+def test_a_tpu_keeps_no_second_copy_of_a_stack(density):
+    config = dataclasses.replace(
+        CONFIG, hidden_size=1024, num_layers=16, num_heads=8, num_kv_heads=8,
+        head_size=128, intermediate_size=1024, max_positions=128,
+    )  # fmt: skip
+    model = PureModel(CausalLM, LLAMA, config)
+    where = ("^layers/.*/kernel$",)
+    options = {"density": density, "where": where, "checkpointing": True}
+    plan = plan_of(
+        MeshShape(), find_target("v5e:2x2"), 128, model, batch_size=1, **options
+    )
+    one_stack = 16 * 1024 * 1024 * 2
+    beside = plan.temporaries - plan.held["gradients"]
+    assert beside < one_stack
+
+
+@needs_compiler
+def test_a_program_that_is_too_large_does_not_fit():
+    config = dataclasses.replace(
+        CONFIG, hidden_size=4096, num_layers=64, num_heads=32, num_kv_heads=32,
+        head_size=128, intermediate_size=11008, max_positions=128,
+    )  # fmt: skip
+    model = PureModel(CausalLM, LLAMA, config)
+    plan = plan_of(
+        MeshShape(), find_target("v5e:2x2"), 128, model, batch_size=1, method="full"
+    )
+    assert plan.fits is False
+    assert plan.reserved > CHIPS["v5e"].memory
+
+
+@needs_compiler
+def test_an_unknown_shape_of_a_known_chip_is_refused():
+    with pytest.raises(InputError, match="must be a topology that v5e has"):
+        find_target("v5e:3x5x7")
+
+
+def run(monkeypatch, capsys, *arguments):
+    words = ["sparse-jax", "plan", *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0, *capsys.readouterr()
+
+
+def test_the_command_compares_methods_and_writes_what_it_found(
+    monkeypatch, capsys, tmp_path
+):
+    folder = write_decoder(tmp_path / "model")
+    # Weights are not needed.
+    (folder / "model.safetensors").unlink()
+    code, out, _ = run(
+        monkeypatch, capsys, "--model", folder / "config.json",
+        "--compare", "full,sift+ist", "--length", 16, "--batch-size", 8,
+        "--mesh", "fsdp=8", "--json", tmp_path / "plan.json",
+    )  # fmt: skip
+    assert code == 0
+    assert "most alive" in out
+    told = json.loads((tmp_path / "plan.json").read_text())
+    full, sparse = told["plans"]
+    assert (full["method"], sparse["method"]) == ("full", "sift+ist")
+    assert full["trained"] == sum(
+        int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(TINY.abstract())
+    )
+    assert told["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--compare", "full,sieve"), "got 'sieve'"),
+        (("--compare", "full,sift+lisa"), "got 'sift+lisa'"),
+        (("--target", "v7:2x2"), "`target` must be cpu, gpu, or a topology of v4"),
+        (("--mesh", "fsdp=3", "--length", 8), "`mesh` must have axes that divide"),
+    ],
+)
+def test_wrong_options_are_one_line(monkeypatch, capsys, tmp_path, options, message):
+    folder = write_decoder(tmp_path / "model")
+    code, out, err = run(monkeypatch, capsys, "--model", folder, *options)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
