@@ -18,6 +18,7 @@ def plan(
     method: Annotated[str, options.METHOD] = "sift",
     compare: Annotated[str | None, options.COMPARE] = None,
     density: Annotated[float, options.DENSITY] = 0.008,
+    granularity: Annotated[str, options.GRANULARITY] = "entry",
     rank: Annotated[int, options.RANK] = 8,
     where: Annotated[list[str] | None, options.PLANNED_WHERE] = None,
     ist: Annotated[bool, options.IST] = False,
@@ -58,6 +59,7 @@ def plan(
         "rank": rank,
         "density": density,
         "where": tuple(where) if where else None,
+        "granularity": granularity,
         "active": active,
         "recompute": recompute,
     }
@@ -93,7 +95,7 @@ def _settings(
     given = dict(shared)
     # A rule of leaves means nothing to a method that goes by sites.
     if is_compared and "density" not in OPTIONS[method]:
-        given["where"] = None
+        given |= {"where": None, "granularity": "entry"}
     if not sampler:
         del given["active"], given["recompute"]
     return Settings(

@@ -97,8 +97,9 @@ def _words(plans: Sequence[Plan], target: Target) -> list[str]:
     if any(plan.seconds is not None for plan in plans):
         words.append(
             f"The time is an estimate: matrix products at {UTILISATION:.0%} of the "
-            "peak, then what is sent at the speed of all links, then "
-            f"{SECONDS_PER_ENTRY * 1e9:.1f} ns on a TPU for every entry of a support."
+            "peak, then what is sent at the speed of all links, then, on a TPU, "
+            f"{SECONDS_PER_ENTRY * 1e9:.1f} ns for every entry of a support; for "
+            "lanes, three times the weight at the speed of the memory."
         )
     if any(plan.reserved is not None for plan in plans):
         words.append(

@@ -16,6 +16,7 @@ from sparse_jax.planning.chips import Chip
 from sparse_jax.planning.collectives import Traffic, collectives_of
 from sparse_jax.planning.flops import count_flops
 from sparse_jax.planning.target import Target
+from sparse_jax.roles import SPARSE, map_roles
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.training.counts import count_trained
 from sparse_jax.training.settings import Settings
@@ -28,6 +29,7 @@ UTILISATION = 0.5
 # compiler of v5e estimates for 839 thousand entries of a 4096 x 4096 matrix.
 SECONDS_PER_ENTRY = 2.8e-9
 _ALL_ACTIVE = "operations and time count every layer as active in its own update"
+_BYTES_OF_A_POSITION = 4
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available")
 # Compilations to find the largest batch; two were enough for all that was tried.
 _TRIES = 4
@@ -208,6 +210,19 @@ def _seconds(
     devices = run.placement.mesh.size
     products = plan.flops / devices / (UTILISATION * chip.flops)
     sent = sum(traffic.bytes for traffic in collectives.values()) / chip.links
-    supports = plan.held["supports"] / 4
-    entries = supports * SECONDS_PER_ENTRY if chip.name.startswith("v") else 0.0
-    return products + sent + entries
+    return products + sent + _reaching(plan, run, chip)
+
+
+def _reaching(plan: Plan, run: AbstractRun, chip: Chip) -> float:
+    """Returns the estimated time of reaching the trained entries of sparse leaves."""
+    if not chip.name.startswith("v"):
+        return 0.0
+    if run.settings.granularity == "entry":
+        return plan.held["supports"] / _BYTES_OF_A_POSITION * SECONDS_PER_ENTRY
+    # Of every weight the gradient is read, and the weight is read and written.
+    sizes: list[int] = []
+    add = lambda role, leaf: sizes.append(leaf.size * leaf.dtype.itemsize)
+    map_roles(
+        add, run.tuner.method.roles(run.state.params), run.state.params, only=(SPARSE,)
+    )
+    return 3 * sum(sizes) / run.placement.mesh.size / chip.bandwidth
