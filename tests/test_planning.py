@@ -200,7 +200,7 @@ def test_without_the_compiler_the_state_is_exact_all_the_same(monkeypatch):
     plan, known = plan_of(target=target), plan_of()
     assert plan.held == known.held
     assert (plan.temporaries, plan.reserved, plan.fits) == (None, None, None)
-    assert "pip install libtpu" in plan.note
+    assert "pip install libtpu" in plan.notes[0]
 
 
 @needs_compiler

@@ -16,7 +16,10 @@ from sparse_jax.adapters.dense import Dense
 from sparse_jax.adapters.sparse import Sparse
 from sparse_jax.errors import InputError
 from sparse_jax.local_support import LocalSupport, global_positions, map_supports
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.pretrained import save_pretrained
 from sparse_jax.scores import SCORES
+from sparse_jax.sharding.loading import load_onto
 from sparse_jax.sharding.mesh import MeshShape, make_mesh, parse_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.rules import specs_of
@@ -307,6 +310,18 @@ def test_leaves_that_an_axis_does_not_divide_are_whole():
     assert specs["lm_head"]["kernel"] == jax.P("fsdp", "tensor")
     # 384 bytes in 4 parts of 96, where 16 parts of 24 would do.
     assert whole == {"layers/up/kernel": 72, "layers/down/kernel": 72}
+
+
+def test_what_is_not_divided_is_told(caplog, tmp_path):
+    model, params = tiny_decoder()
+    save_pretrained(model, params, tmp_path)
+    # Ten words in two parts, but not in four.
+    for tensor, told in ((2, ""), (4, "does not divide embeddings/word/embedding, ")):
+        shape = MeshShape(data=8 // tensor, tensor=tensor)
+        caplog.clear()
+        load_onto(make_mesh(shape), tmp_path, head=CausalLM)
+        assert told in caplog.text
+        assert bool(told) == ("more than its share" in caplog.text)
 
 
 def test_an_axis_that_divides_nothing_is_refused():

@@ -107,7 +107,7 @@ def _words(plans: Sequence[Plan], target: Target) -> list[str]:
             "this program. Activations are the temporaries that are no gradients. The "
             "largest batch follows from the program for twice the batch."
         )
-    words += dict.fromkeys(f"Note: {plan.note}." for plan in plans if plan.note)
+    words += dict.fromkeys(f"Note: {note}." for plan in plans for note in plan.notes)
     return words
 
 

@@ -53,7 +53,7 @@ class Plan:
       seconds: estimate of the time of an update; None without a data sheet.
       fits: whether `reserved` is less than the memory of the chip.
       largest_batch: examples of an update that fit.
-      note: what else has to be known.
+      notes: what else has to be known.
     """
 
     method: str
@@ -67,7 +67,7 @@ class Plan:
     seconds: float | None = None
     fits: bool | None = None
     largest_batch: int | None = None
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def state(self) -> int:
@@ -114,7 +114,15 @@ def make_plan(
         trained=counts.trained,
         held=held_bytes(run),
         flops=flops,
-        note=target.note or (_ALL_ACTIVE if settings.sampler else None),
+        notes=tuple(
+            note
+            for note in (
+                target.note,
+                run.placement.remark,
+                _ALL_ACTIVE if settings.sampler else None,
+            )
+            if note is not None
+        ),
     )
     if not target.devices:
         return plan
@@ -198,7 +206,8 @@ def _too_large(plan: Plan, error: Exception) -> Plan:
         "the compiler refuses a program that is larger than the chip; what is reserved "
         "is then the least it can be, the state and the gradients"
     )
-    return replace(plan, reserved=max(least, needed), fits=False, note=note)
+    notes = (*plan.notes, note)
+    return replace(plan, reserved=max(least, needed), fits=False, notes=notes)
 
 
 def _seconds(

@@ -1,5 +1,6 @@
 """Loading of a model onto the devices of a run."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from sparse_jax.models.pretrained import from_pretrained
 from sparse_jax.models.pure import PureModel
 from sparse_jax.sharding.devices import Devices, MeshDevices, OneDevice
 from sparse_jax.sharding.placement import Placement
+from sparse_jax.sharding.processes import is_first_process
 
 __all__ = ["load_onto"]
+
+_log = logging.getLogger(__name__)
 
 
 def load_onto(
@@ -30,4 +34,7 @@ def load_onto(
         return *from_pretrained(folder, **options), OneDevice()
     place = lambda shapes: Placement.of(shapes, mesh).params
     model, params = from_pretrained(folder, place=place, **options)
-    return model, params, MeshDevices(Placement.of(params, mesh))
+    placement = Placement.of(params, mesh)
+    if placement.remark is not None and is_first_process():
+        _log.warning("%s", placement.remark)
+    return model, params, MeshDevices(placement)

@@ -17,6 +17,9 @@ from sparse_jax.sharding.rules import RULES, Rules, cuts_of, specs_of
 
 __all__ = ["Placement"]
 
+# Leaves that a remark names.
+_NAMED = 3
+
 
 @dataclass(frozen=True, eq=False)
 class Placement:
@@ -44,6 +47,19 @@ class Placement:
         """
         specs, whole = specs_of(params, dict(mesh.shape), rules)
         return cls(mesh, specs, whole)
+
+    @property
+    def remark(self) -> str | None:
+        """What leaves that an axis does not divide cost, None if there are none."""
+        if not self.whole:
+            return None
+        names = [*self.whole][:_NAMED]
+        more = len(self.whole) - len(names)
+        return (
+            f"the mesh does not divide {', '.join(names)}"
+            f"{f' and {more} more leaves' if more else ''}: every device holds "
+            f"{sum(self.whole.values()) / 1e6:.3g} MB more than its share"
+        )
 
     @property
     def data_axes(self) -> tuple[str, ...]:
