@@ -217,7 +217,11 @@ class Compact:
     ) -> tuple[Any, Attachment]:
         """Returns what the loss needs for a gradient of the trained values."""
         tap_leaf = lambda role, leaf, value, support: tap(leaf, value, support)
-        trees = (values["leaves"], state.support)
+        # The backward pass makes gradients in the dtype of their weights: until all
+        # layers have theirs, bfloat16 holds the same numbers in half of the bytes.
+        coarse = lambda role, leaf, value: value.astype(leaf.dtype)
+        leaves = map_roles(coarse, roles, state.params, values["leaves"], only=TRAINED)
+        trees = (leaves, state.support)
         params, stacked = _route(roles, state.params, tap_leaf, *trees)
         return params, self._attachment(tap, stacked, values["added"])
 

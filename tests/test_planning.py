@@ -147,6 +147,14 @@ def test_only_packed_gradients_are_planned_for():
     assert sparse.held["gradients"] < full.held["gradients"] / 4
 
 
+def test_gradients_wait_in_the_dtype_of_their_weights():
+    plain, summed = (
+        plan_of(MeshShape(), method="sift", accumulate=n, dtype="bfloat16").held
+        for n in (1, 2)
+    )
+    assert plain["gradients"] == summed["gradients"] / 2
+
+
 @pytest.mark.slow
 def test_an_encoder_is_planned_for(tmp_path):
     model = read_model(str(write_model(tmp_path / "model")))
@@ -177,7 +185,7 @@ def test_the_largest_batch_fits_and_more_would_not():
         (lambda: find_target("v5e"), "a topology of v4, v5e, v5p, v6e"),
         (lambda: find_target("gpu"), "must be a kind of device that is here"),
         (lambda: find_target("cpu", 99), "must have the 99 devices of the mesh"),
-        (lambda: plan_of(length=4096), "`length` must be at most 32"),
+        (lambda: plan_of(length=4096), "`length` must be at least 1 and at most 32"),
         (lambda: plan_of(batch_size=3), "`batch_size` must be a multiple of 4"),
         (lambda: plan_of(where=("qwery",)), "`where` must match"),
     ],

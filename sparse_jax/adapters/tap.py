@@ -38,7 +38,8 @@ def tap(param: jax.Array, packed: jax.Array, support: Support) -> jax.Array:
 
     Args:
       param: weight of any shape, of one layer.
-      packed: shape=(k,), float32; what to differentiate with respect to.
+      packed: shape=(k,), float32 or the dtype of `param`; what to differentiate with
+        respect to. The gradient has its dtype.
       support: positions, shape=(k,), int32; or tables, and `packed` in their shape.
 
     Example:
@@ -52,14 +53,14 @@ def tap(param: jax.Array, packed: jax.Array, support: Support) -> jax.Array:
 
 
 def _tap_forward(param, packed, support):
-    """Keeps the support only."""
-    del packed
-    return param, support
+    """Keeps the support, and a dtype."""
+    return param, (support, jnp.empty(0, packed.dtype))
 
 
-def _tap_backward(support, cotangent):
+def _tap_backward(kept, cotangent):
     """Gathers the wanted entries of the dense gradient."""
-    return None, gather(cotangent, support).astype(jnp.float32), None
+    support, like = kept
+    return None, gather(cotangent, support).astype(like.dtype), None
 
 
 tap.defvjp(_tap_forward, _tap_backward)

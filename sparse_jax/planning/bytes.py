@@ -36,7 +36,7 @@ def held_bytes(run: AbstractRun) -> Mapping[str, int]:
 
 
 def _gradients(run: AbstractRun) -> int:
-    """Returns the bytes of the gradients of what is trained, float32."""
+    """Returns the bytes of the gradients of what is trained."""
     roles = run.tuner.method.roles(run.state.params)
 
     def values(state: Any) -> Any:
@@ -46,12 +46,26 @@ def _gradients(run: AbstractRun) -> int:
     with jax.set_mesh(run.placement.mesh):
         shapes = jax.eval_shape(values, run.state)
     placed = run.placement.trained(shapes)
+    trees = (
+        (shapes.params, placed.params, _gradient_dtypes(run)),
+        (shapes.added, placed.added, {}),
+    )
     total = 0
-    for tree, where in ((shapes.params, placed.params), (shapes.added, placed.added)):
+    for tree, where, dtypes in trees:
         for shape, sharding in zip(*map(_with_names, (tree, where)), strict=True):
             share = _active(run) if shape[0].startswith("layers/") else 1.0
-            total += int(share * _size(shape[1].shape, np.float32, sharding[1]))
+            dtype = dtypes.get(shape[0], np.float32)
+            total += int(share * _size(shape[1].shape, dtype, sharding[1]))
     return total
+
+
+def _gradient_dtypes(run: AbstractRun) -> dict[str, Any]:
+    """Returns the dtypes of the gradients of leaves that are not float32."""
+    # What is added up, over micro-batches or replicas, and rows of layers are float32.
+    sums = run.tuner.accumulate > 1 or run.tuner.data_axes
+    if sums or isinstance(run.tuner, Layerwise):
+        return {}
+    return {name: leaf.dtype for name, leaf in _with_names(run.state.params)}
 
 
 def _active(run: AbstractRun) -> float:
