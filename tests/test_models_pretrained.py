@@ -20,6 +20,7 @@ from tiny_models import (
 from sparse_jax.errors import InputError
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
 from sparse_jax.models.hf_config import read_config
+from sparse_jax.models.hub import local_folder
 from sparse_jax.models.pretrained import base_hash, from_pretrained, save_pretrained
 from sparse_jax.models.pure import PureModel
 
@@ -203,6 +204,7 @@ def test_a_configuration_that_is_not_json_is_named(save):
         ({"model_type": "t5"}, "must be one of bert, .*roberta, got 't5'"),
         ({"model_type": None}, "must be one of bert, .*roberta, got None"),
         ({"hidden_size": "wide"}, "must be a valid bert configuration"),
+        ({"hidden_size": 0}, "`hidden_size` in .* must be positive, got 0"),
         ({"position_embedding_type": "relative_key"}, "must be 'absolute'"),
         ({"is_decoder": True}, "must be false"),
     ],
@@ -212,6 +214,45 @@ def test_a_model_that_is_not_supported_says_why(changes, message, save):
     rewrite_config(folder, **changes)
     with pytest.raises(InputError, match=message):
         from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size", "vocab_size"])
+def test_a_size_that_is_absent_is_not_taken_from_defaults(name, save):
+    folder, _, _ = save("bert")
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    del fields[name]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=f"`{name}` must be in .*config.json`"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+        ("bloom", {"n_embed": 64, "n_layer": 2, "num_attention_heads": 4}),
+    ],
+)
+def test_sizes_may_have_the_names_of_a_family(family, fields, tmp_path):
+    written = {"model_type": family, "vocab_size": 9, **fields}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert read_config(tmp_path)[1].hidden_size == 64
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}'])
+def test_an_index_that_is_none_is_named(text, save):
+    folder, _, _ = save("bert")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match="index.json` must be JSON with a `weight_map"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c"])
+def test_what_is_no_id_is_not_asked_of_the_hub(name):
+    with pytest.raises(InputError, match="which is neither. Check the spelling"):
+        local_folder(name)
 
 
 def test_a_folder_without_weights_is_named(save):
@@ -266,7 +307,7 @@ def test_another_number_of_labels_says_how_many_there_are(name, save):
         from_pretrained(folder, num_labels=2)
 
 
-@pytest.mark.parametrize("model", ["no/such/folder", "someone/some-model"])
+@pytest.mark.parametrize("model", ["some-model", "someone/some-model"])
 def test_what_is_no_folder_and_cannot_be_fetched_is_named(model, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("Cannot reach the host.\nMore lines.")

@@ -1,6 +1,7 @@
 """Hugging Face `config.json`, in and out."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -64,6 +65,10 @@ _FIELDS = MappingProxyType(
         "initializer_range": "initializer_range",
     }
 )
+# Sizes that all files have, under these or the family's own names.
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+# Of BLOOM, which no map of names has.
+_OLD_NAMES = {"hidden_size": ("n_embed",)}
 
 
 def read_config(
@@ -76,20 +81,22 @@ def read_config(
       num_labels: labels of the head; None takes those of the file.
 
     Raises:
-      InputError: if the file is absent, is not JSON, names a model type that is not
-        supported, or describes something other than an encoder with absolute
-        positions.
+      InputError: if the file is absent, is not JSON, lacks a size, names a model type
+        that is not supported, or describes something other than an encoder with
+        absolute positions.
     """
     # transformers takes seconds to import, so it is imported where it is used.
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = Path(folder) / "config.json"
     family = _family_in(path)
+    more = () if isinstance(family, ClassicFamily) else ("intermediate_size",)
+    _require_sizes(path, (*_SIZES, *more), CONFIG_MAPPING[family.name].attribute_map)
     try:
         theirs = AutoConfig.from_pretrained(path.parent)
     except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(
             f"`{path}` must be a valid {family.name} configuration: {reason}."
         ) from error
@@ -149,6 +156,25 @@ def _family_in(path: Path) -> Family | DecoderFamily:
             f"got {model_type!r}."
         )
     return FAMILIES[model_type]
+
+
+def _require_sizes(
+    path: Path, sizes: Sequence[str], own_names: Mapping[str, str]
+) -> None:
+    """Raises unless a file has the sizes, for which transformers has defaults."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    for name in sizes:
+        words = (own_names.get(name, name), name, *_OLD_NAMES.get(name, ()))
+        found = next((word for word in words if word in fields), None)
+        if found is None:
+            raise InputError(
+                f"`{words[0]}` must be in `{path}`, and is not. Copy the file that "
+                "belongs to the model again."
+            )
+        if isinstance(fields[found], int) and fields[found] < 1:
+            raise InputError(
+                f"`{found}` in `{path}` must be positive, got {fields[found]}."
+            )
 
 
 def _require_encoder(path: Path, theirs: Any) -> None:

@@ -1,11 +1,14 @@
 """Where the files of a model are."""
 
+import re
 from pathlib import Path
 
 from sparse_jax.errors import InputError
 
 __all__ = ["config_folder", "local_folder"]
 
+# An id is a name, or an owner and a name.
+_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # No pickles: loading one runs the code in it.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -34,6 +37,11 @@ def _folder(model: str | Path, files: list[str]) -> Path:
     """Returns the folder of a model that has some of its files."""
     if Path(model).is_dir():
         return Path(model)
+    if not _ID.fullmatch(str(model)):
+        raise InputError(
+            "`model` must be a local folder or the id of a model on the Hugging Face "
+            f"Hub, got {str(model)!r}, which is neither. Check the spelling."
+        )
     # huggingface_hub is slow to import, so it is imported where it is used.
     from huggingface_hub import snapshot_download
 

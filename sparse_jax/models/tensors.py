@@ -24,7 +24,7 @@ def open_tensors(folder: str | Path) -> dict[str, Any]:
 
     Raises:
       InputError: if the folder has no safetensors file, misses one that its index
-        names, or has one that is truncated.
+        names, or has one, or an index, that is damaged.
     """
     files = [_open(path) for path in _weight_files(Path(folder))]
     return {name: file for file in files for name in sorted(file.keys())}
@@ -71,8 +71,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         raise InputError(_no_weights(folder))
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    paths = [folder / name for name in sorted(names)]
+    paths = [folder / name for name in _indexed(index)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise InputError(
@@ -80,6 +79,18 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{', '.join(missing)}. Copy the folder again."
         )
     return paths
+
+
+def _indexed(index: Path) -> list[str]:
+    """Returns the names of the files in an index, sorted."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted(set(names))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"`{index}` must be JSON with a `weight_map` from tensors to files: "
+            f"{error}. Copy it again."
+        ) from error
 
 
 def _no_weights(folder: Path) -> str:
