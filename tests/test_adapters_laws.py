@@ -216,6 +216,13 @@ def test_wrong_numbers_are_refused_at_once(make, message):
         make()
 
 
+@pytest.mark.parametrize("kind", [LoRA, DoRA])
+def test_a_rank_above_the_sides_of_a_kernel_is_refused(kind, params):
+    method = kind(rank=33, where="query")
+    with pytest.raises(InputError, match="at most 32, .* `attention/query`, got 33"):
+        method.added(params, jax.random.key(0))
+
+
 def test_a_site_is_not_scaled_twice(params):
     with pytest.raises(InputError, match="`feedforward` must match no site .*mlp/down"):
         IA3(where="down").added(params, jax.random.key(0))

@@ -31,7 +31,7 @@ class LoRA(Method):
 
     Raises:
       InputError: if `rank` or `alpha` is not positive, `dropout` is outside [0, 1), or
-        (on `added`) nothing matches `where`.
+        (on `added`) nothing matches `where` or `rank` is larger than a kernel there.
 
     Example:
       >>> LoRA(rank=8, where="query|value", dense="classifier").scale
@@ -78,6 +78,7 @@ class LoRA(Method):
 
         def create(site: str, kernel: jax.Array) -> dict[str, jax.Array]:
             layers, width, height = kernel.shape
+            self._require_thin(site, min(width, height))
             zeros = jnp.zeros((layers, self.rank, height), jnp.float32)
             return {"a": uniform(key, site, (layers, width, self.rank)), "b": zeros}
 
@@ -109,6 +110,15 @@ class LoRA(Method):
             return leaf + self.scale * (pair["a"] @ pair["b"])
 
         return map_sites(add, params, added, self.stack)
+
+    def _require_thin(self, site: str, most: int) -> None:
+        """Raises if the two matrices have more entries than they can use."""
+        if self.rank > most:
+            raise InputError(
+                f"`rank` must be at most {most}, the smaller side of the kernel at "
+                f"`{site}`, got {self.rank}. Choose a smaller rank, or other sites by "
+                "`where`."
+            )
 
     def _product(
         self, site: str, x: jax.Array, pair: Any, key: jax.Array | None
