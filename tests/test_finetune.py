@@ -17,6 +17,7 @@ from sparse_jax.training.job import make_job
 from sparse_jax.training.loss import make_loss
 from sparse_jax.training.methods import head_rules, method_of
 from sparse_jax.training.optimizer import learning_rate_at
+from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.tuner import make_tuner
 
 D, L = CONFIG.hidden_size, CONFIG.num_layers
@@ -155,6 +156,40 @@ def test_a_run_resumes_only_with_its_own_settings(model, data, tmp_path):
     finetune(tiny_settings(model, data, output, method="head", max_steps=1))
     with pytest.raises(InputError, match="`method` must be 'head' as in the run"):
         finetune(tiny_settings(model, data, output, max_steps=1, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "config.json` must be a JSON object, which it is not"),
+        ("[]", "config.json` must be a JSON object, got list"),
+        ("{}", "config.json` must have the settings of a run"),
+    ],
+)
+def test_settings_of_a_run_that_are_damaged_are_named(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        finetune(tiny_settings("model", "data", tmp_path, resume=True))
+
+
+def test_results_of_a_run_that_are_damaged_are_named(tmp_path):
+    directory = RunDirectory(tmp_path)
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(InputError, match="metrics.json` must be a JSON object"):
+        directory.finished()
+    # The last line was cut off by the end of a program.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    assert RunDirectory(tmp_path).rows == [{"step": 1}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{}\n')
+    with pytest.raises(InputError, match="metrics.jsonl` line 2 must be a JSON obj"):
+        RunDirectory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_file_is_no_output_folder(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="`output` must be a folder, got the file"):
+        finetune(tiny_settings("model", "data", tmp_path / name))
 
 
 def test_overwriting_replaces_the_files_of_a_run_and_no_others(model, data, tmp_path):

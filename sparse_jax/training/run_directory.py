@@ -34,8 +34,15 @@ def require_usable(settings: Settings) -> None:
       InputError: naming the folder and the remedy.
     """
     path = Path(settings.output)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"`output` must be a folder, got the file `{path}`.")
+    # A loss of hours if it were found out after the training.
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"`output` must be a folder, got the file `{there}`.")
+    if not os.access(there, os.W_OK):
+        raise InputError(
+            f"`output` must be a folder that can be written, got `{path}`. Choose "
+            "another one."
+        )
     if settings.resume:
         _require_same(path, settings)
     elif path.is_dir() and any(path.iterdir()) and not settings.overwrite:
@@ -86,7 +93,7 @@ class RunDirectory:
     def finished(self) -> dict[str, Any] | None:
         """Returns the metrics of a finished run, and None of any other."""
         path = self.path / METRICS
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return _read_json(path) if path.is_file() else None
 
     def rewind(self, step: int) -> None:
         """Forgets the rows after a step: the run continues there.
@@ -120,8 +127,13 @@ def _require_same(path: Path, settings: Settings) -> None:
             f"`output` must hold the `{CONFIG}` of a run to resume, got `{path}`, "
             "which has none. Leave out --resume to start one."
         )
-    text = (path / CONFIG).read_text(encoding="utf-8")
-    before, now = json.loads(text)["settings"], json.loads(json.dumps(asdict(settings)))
+    before = _read_json(path / CONFIG).get("settings")
+    if not isinstance(before, dict) or not {"model", "task"} <= before.keys():
+        raise InputError(
+            f"`{path / CONFIG}` must have the settings of a run, and has none. Put it "
+            "back, or pass --overwrite to start anew."
+        )
+    now = json.loads(json.dumps(asdict(settings)))
     # A setting that came with a later version was at its default.
     before = {field.name: field.default for field in fields(settings)} | before
     changed = [name for name in now if name not in _FREE and now[name] != before[name]]
@@ -135,7 +147,7 @@ def _require_same(path: Path, settings: Settings) -> None:
 
 def _require_same_files(path: Path, config: Mapping[str, Any]) -> None:
     """Raises unless the files that the settings name are those of the run."""
-    before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    before = _read_json(path / CONFIG)
     for key, name in _NAMED.items():
         # An earlier version did not tell.
         if before.get(key, config[key]) != config[key]:
@@ -155,7 +167,28 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Returns the complete lines of a `metrics.jsonl`."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     # What follows the last line break was cut off when the run was killed.
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    lines = text.split("\n")[:-1]
+    return [_parse(f"`{path}` line {i}", line) for i, line in enumerate(lines, 1)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a file of a run."""
+    return _parse(f"`{path}`", path.read_text(encoding="utf-8"))
+
+
+def _parse(place: str, text: str) -> dict[str, Any]:
+    """Returns a JSON object, or raises with its place."""
+    try:
+        value = json.loads(text)
+        reason = f"got {type(value).__name__}"
+    except ValueError as error:
+        value, reason = None, f"which it is not: {error}"
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{place} must be a JSON object, {reason}. Put it back, or pass "
+            "--overwrite to start anew."
+        )
+    return value
 
 
 def _line(row: Mapping[str, Any]) -> str:
