@@ -133,7 +133,9 @@ def test_texts_end_where_the_model_says(command, place):
         ((*SAY, "--prompts", "PLACE/none"), "must be a file, and there is none"),
         ((*SAY, "--beams", "2", "--top-k", "3"), "`beams` must be left out with"),
         ((*SAY, "--length-penalty", "2"), "`length_penalty` must be left out"),
-        ((*SAY, "--beams", "1"), "`num_beams` must be at least 2, got 1"),
+        ((*SAY, "--beams", "1"), "`beams` must be at least 2, got 1"),
+        ((*SAY, "--seed", "-1"), "`seed` must be in [0, 2**32), got -1"),
+        ((*SAY, "--stop", "xyz"), "got 'xyz', which the tokenizer does not know"),
         ((*SAY, "--top-p", "0"), "`top_p` must be in (0, 1], got 0.0"),
         ((*SAY, "--temperature", "0"), "`temperature` must be positive, got 0.0"),
         ((*SAY, "--prompt", ""), "`prompt` must have at least one token"),
@@ -144,7 +146,7 @@ def test_texts_end_where_the_model_says(command, place):
         ((*SAY, "--chat", "--template", "alpaca"), "`template` must be left out with"),
         ((*SAY, "--adapter", "PLACE/labels"), "must be one of a causal language model"),
         ((*SAY, "--adapter", "PLACE/other"), "`model` must be the base of the adapter"),
-        (("--model", "PLACE/encoder", *SAY[2:]), "`head` must be one of"),
+        (("--model", "PLACE/encoder", *SAY[2:]), "`model` must be a decoder, got"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(options, message, command):

@@ -217,10 +217,10 @@ BAD = [
     (
         "train_jsonl",
         lines({"question": "a"}),
-        "line 1 must have a column 'messages', 'conversations', 'instruction', "
-        "'prompt', 'text', got the columns question.",
+        "line 1 must have a column `messages`, `conversations`, `instruction`, "
+        "`prompt` or `text`, got the columns question.",
     ),
-    ("train_jsonl", "{}", "'text', got the columns of an empty object."),
+    ("train_jsonl", "{}", "`text`, got the columns of an empty object."),
     ("train_jsonl", lines({"instruction": "a"}), "line 1 must have a column `output`"),
     ("train_jsonl", lines(ADD | {"output": 3}), "must have a text in `output`, got 3."),
     ("train_jsonl", lines(ADD | {"input": []}), "must have a text in `input`, got []."),

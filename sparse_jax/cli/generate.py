@@ -37,6 +37,8 @@ def generate(
             f"`template` must be left out with --chat, got {template!r}: the tokenizer "
             "has a template of its own."
         )
+    if not 0 <= seed < 2**32:
+        raise InputError(f"`seed` must be in [0, 2**32), got {seed}.")
     take_devices(devices)
     # JAX takes seconds to import, and `--help` has to be quick.
     from sparse_jax.generation.wording import chat_tokens, stop_token, text_tokens
@@ -85,6 +87,11 @@ def _choice(
     if beams is None and length_penalty is not None:
         raise InputError(
             f"`length_penalty` must be left out without --beams, got {length_penalty}."
+        )
+    if beams is not None and beams < 2:
+        raise InputError(
+            f"`beams` must be at least 2, got {beams}. Leave it out for the likeliest "
+            "token at a time."
         )
     if beams is not None:
         return Beams(beams, 1.0 if length_penalty is None else length_penalty)

@@ -101,8 +101,8 @@ class Sample(_TokenByToken):
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InputError(
-                f"`temperature` must be positive, got {self.temperature}. Use "
-                "`Greedy()` for the likeliest token."
+                f"`temperature` must be positive, got {self.temperature}. Leave "
+                "it out, or use `Greedy()`, for the likeliest token."
             )
         if self.top_k is not None and self.top_k < 1:
             raise InputError(

@@ -58,7 +58,8 @@ def stop_token(word: str, tokenizer: Any) -> int:
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return ids[0]
+    why = f"is {len(ids)} tokens" if len(ids) > 1 else "the tokenizer does not know"
     raise InputError(
-        f"`stop` must be one token or its id, got {word!r}, which is {len(ids)} tokens "
-        "or unknown. Pass a token of the model's vocabulary."
+        f"`stop` must be one token or its id, got {word!r}, which {why}. Pass a token "
+        "of the model's vocabulary."
     )

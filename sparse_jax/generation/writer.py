@@ -15,6 +15,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.generation.choice import Choice
 from sparse_jax.generation.generate import generate
 from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.hf_config import read_config
 from sparse_jax.models.hub import local_folder
 from sparse_jax.models.pretrained import base_hash
 from sparse_jax.models.pure import PureModel
@@ -93,6 +94,7 @@ def load_writer(
     """
     found = None if adapter is None else _causal_adapter(adapter)
     folder = local_folder(_base(model, found))
+    _require_decoder(folder)
     dtype = "float32" if found is None else found.settings.get("dtype", "float32")
     made = None if mesh is None else make_mesh(parse_mesh(mesh))
     options: dict[str, Any] = {"head": CausalLM, "dtype": jnp.dtype(dtype)}
@@ -125,6 +127,16 @@ def _base(model: str | Path | None, adapter: Adapter | None) -> str | Path:
             "folder or an id on the Hub."
         )
     return base
+
+
+def _require_decoder(folder: Path) -> None:
+    """Raises if a folder has a model that cannot write."""
+    family, _ = read_config(folder)
+    if CausalLM.__name__ not in family.architectures:
+        raise InputError(
+            f"`model` must be a decoder, got model type {family.name!r} in `{folder}`. "
+            "Encoders do not continue texts."
+        )
 
 
 def _ends(folder: Path) -> list[int]:

@@ -133,8 +133,8 @@ def _hold_out(
         return _hold_out_end(records[0][0].text, share, path)
     if len(records) == 1:
         raise InputError(
-            f"`{path}` must have at least two examples to hold one out, got 1. Add a "
-            "file `validation.jsonl`, or hold out none with `held_out=0`."
+            f"`{path}` must have at least two examples to hold one out, got 1. Pass a "
+            "folder with a file `train.jsonl` and a file `validation.jsonl`."
         )
     # At least one on either side.
     size = min(max(round(share * len(records)), 1), len(records) - 1)
@@ -155,8 +155,8 @@ def _hold_out_end(
     parts = (text[:start], text[start:])
     if not all(part.strip() for part in parts):
         raise InputError(
-            f"`{path}` must have words to hold the last of them out, got one word. Add "
-            "a file `validation.txt`, or hold out none with `held_out=0`."
+            f"`{path}` must have words to hold the last of them out, got one word. "
+            "Pass a folder with a file `train.txt` and a file `validation.txt`."
         )
     train, validation = ([[plain_text(part)]] for part in parts)
     return train, validation

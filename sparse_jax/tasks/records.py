@@ -55,8 +55,9 @@ def read_record(
     for column, reader in _LAYOUTS.items():
         if column in record:
             return reader(place, record, tokenizer, template)
+    *names, last = (f"`{name}`" for name in _LAYOUTS)
     raise InputError(
-        f"{place} must have a column {', '.join(map(repr, _LAYOUTS))}, got the columns "
+        f"{place} must have a column {', '.join(names)} or {last}, got the columns "
         f"{', '.join(record) or 'of an empty object'}."
     )
 
