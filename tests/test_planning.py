@@ -186,6 +186,7 @@ def test_the_largest_batch_fits_and_more_would_not():
         (lambda: find_target("gpu"), "must be a kind of device that is here"),
         (lambda: find_target("cpu", 99), "must have the 99 devices of the mesh"),
         (lambda: plan_of(length=4096), "`length` must be at least 1 and at most 32"),
+        (lambda: plan_of(length=0), "`length` must be at least 1"),
         (lambda: plan_of(batch_size=3), "`batch_size` must be a multiple of 4"),
         (lambda: plan_of(where=("qwery",)), "`where` must match"),
     ],
@@ -258,6 +259,12 @@ def test_an_unknown_shape_of_a_known_chip_is_refused():
         find_target("v5e:3x5x7")
 
 
+@needs_compiler
+def test_devices_that_fill_no_box_are_refused():
+    with pytest.raises(InputError, match="must have a box of the 3 devices"):
+        find_target("v5p:2x2x1", 3)
+
+
 def run(monkeypatch, capsys, *arguments):
     words = ["sparse-jax", "plan", *map(str, arguments)]
     monkeypatch.setattr(sys, "argv", words)
@@ -293,6 +300,11 @@ def test_the_command_compares_methods_and_writes_what_it_found(
     [
         (("--compare", "full,sieve"), "got 'sieve'"),
         (("--compare", "full,sift+lisa"), "got 'sift+lisa'"),
+        (("--compare", "full,sift", "--ist"), "`compare` must be all methods"),
+        (("--compare", "full,sift", "--rank", 4), "`rank` must be left out"),
+        (("--method", "sieve"), "`method` must be one of full"),
+        (("--active", 0.25), "`active` must be left out without a sampler"),
+        (("--json", "nowhere/plan.json"), "`json` must be a file in a folder that"),
         (("--target", "v7:2x2"), "`target` must be cpu, gpu, or a topology of v4"),
         (("--mesh", "fsdp=3", "--length", 8), "`mesh` must have axes that divide"),
     ],

@@ -83,10 +83,10 @@ def abstract_run(
     Raises:
       InputError: if the settings do not fit the model, or the mesh.
     """
-    if length > max_length_of(model.config):
+    if not 1 <= length <= max_length_of(model.config):
         raise InputError(
-            f"`length` must be at most {max_length_of(model.config)}, the positions "
-            f"of the model, got {length}."
+            f"`length` must be at least 1 and at most {max_length_of(model.config)}, "
+            f"the positions of the model, got {length}."
         )
     params = model.abstract(jnp.dtype(settings.dtype))
     head = () if model.head is CausalLM else head_rules(("classifier",), ())

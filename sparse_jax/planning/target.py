@@ -1,5 +1,6 @@
 """Targets: the devices that a plan is for, present or not."""
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from sparse_jax.errors import InputError
 from sparse_jax.planning.chips import CHIPS, Chip, chip_of_gpu
@@ -107,7 +109,18 @@ def _tpu(chip: str, name: str, count: int) -> Target:
         )
         return Target(name, (), count, CHIPS[chip], note)
     _require_enough(name, len(found.devices), count)
+    _require_box(name, found.devices[:count])
     return Target(name, found.devices[:count], count, CHIPS[chip])
+
+
+def _require_box(name: str, devices: Sequence[Any]) -> None:
+    """Raises unless devices fill a box, so that a mesh can be laid on them."""
+    corner = np.max([one.coords for one in devices], axis=0)
+    if math.prod(corner + 1) != len(devices):
+        raise InputError(
+            f"`target` must have a box of the {len(devices)} devices of the mesh, got "
+            f"{name!r}. Plan for a mesh of all its devices, or another topology."
+        )
 
 
 def _has_compiler() -> bool:
