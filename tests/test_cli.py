@@ -122,6 +122,14 @@ nothing = lambda place: None
         (nothing, ("--task", "sst3"), "`task` must be one of cola, sst2"),
         (nothing, ("--max-length", "17"), "`max_length` must be at most"),
         (nothing, ("--data", "PLACE/dta"), "`data` must be a folder"),
+        (nothing, ("--output", "PLACE/data/dev.jsonl/run"), "got the file `"),
+        (nothing, ("--method", "lora", "--density", "0.008"), "`density` must be left"),
+        (nothing, ("--rank", "8"), "`rank` must be left out with method 'sift', got 8"),
+        (nothing, ("--active", "0.25"), "`active` must be left out without a sampler"),
+        (nothing, ("--ist", "--sampler", "norm"), "`sampler` must be left out with"),
+        (nothing, ("--seed", "x"), "'--seed'"),
+        (nothing, ("--densty", "1"), "--densty"),
+        (nothing, ("--density",), "requires an argument"),
         (lambda p: (p / "model" / "config.json").unlink(), (), "with a `config.json`"),
         (lambda p: (p / "model" / "model.safetensors").unlink(), (), "has no weights"),
         (only_pickles, (), "has only the pickle pytorch_model.bin"),
@@ -169,6 +177,8 @@ def truncated(place):
         (truncated, (), "must be a complete safetensors file"),
         (nothing, ("--task", "rte"), "must have a column `sentence1`"),
         (nothing, ("--adapter", "PLACE/none"), "does not exist"),
+        (nothing, ("--batch-size", "0"), "`batch_size` must be positive, got 0"),
+        (nothing, ("--max-length", "0"), "`max_length` must be positive, got 0"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_line(
@@ -191,7 +201,13 @@ def test_an_interrupted_run_says_how_to_go_on(command, monkeypatch):
     assert "with --resume" in err
 
 
-def test_an_unknown_option_is_refused(command):
-    code, _, err = command(*FINETUNE, "--densty", "0.1")
-    assert code == 2
-    assert "No such option" in err
+def test_a_value_that_cannot_be_read_is_told(command):
+    _, _, err = command(*FINETUNE, "--seed", "x")
+    assert "'x'" in err
+    assert "See `sparse-jax finetune --help`." in err
+
+
+def test_no_command_is_help(command):
+    code, out, err = command()
+    assert (code, err) == (0, "")
+    assert "finetune" in out

@@ -59,7 +59,10 @@ def test_a_fraction_of_the_layers_is_rounded_down(active, layers, number):
     ("options", "message"),
     [
         ({"sampler": "best"}, "`sampler` must be one of ist, uniform, cyclic, fixed"),
-        ({"active": 0.5}, "`active` must be left out with sampler None, got 0.5. It "),
+        (
+            {"active": 0.5},
+            "`active` must be left out without a sampler of layers",
+        ),
         ({"sampler": "ist", "active": 0.0}, r"`active` must be in \(0, 1\], got 0.0"),
         ({"sampler": "ist", "layers": (1,)}, "`layers` must be left out .* static"),
         ({"sampler": "static"}, "`layers` must be given with sampler 'static'"),
@@ -67,7 +70,7 @@ def test_a_fraction_of_the_layers_is_rounded_down(active, layers, number):
         ({"sampler": "static", "layers": (1,), "hold": 2}, "`hold` must be left out"),
         ({"sampler": "ist", "method": "head"}, "`sampler` must be left out with meth"),
         ({"sampler": "ist", "recompute": "most"}, "`recompute` must be one of none"),
-        ({"recompute": "all"}, "`recompute` must be left out with sampler None"),
+        ({"recompute": "all"}, "`recompute` must be left out without a sampler"),
         ({"sampler": "ist", "probe_every": 0}, "`probe_every` must be positive"),
     ],
 )
@@ -82,6 +85,21 @@ def test_weights_that_are_not_one_a_layer_are_refused():
     )
     with pytest.raises(InputError, match="`layer_weights` .* 4 layers .* got 2"):
         sampler_of(options, 4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((1.0, -2.0), r"`layer_weights` must not be negative, got \(1.0, -2.0\)"),
+        ((0.0, 0.0), "`layer_weights` must have 1 positive numbers, .* got 0"),
+    ],
+)
+def test_weights_that_draw_no_layer_are_refused(weights, message):
+    options = Settings(
+        model="m", task="mrpc", output="o", sampler="fixed", layer_weights=weights
+    )
+    with pytest.raises(InputError, match=message):
+        sampler_of(options, 2)
 
 
 def test_a_layer_that_the_model_lacks_is_named():

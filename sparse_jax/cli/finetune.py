@@ -4,13 +4,18 @@ import logging
 import sys
 from typing import Annotated, Any
 
+import typer
+
 from sparse_jax.cli import options
 from sparse_jax.cli.devices import take_devices
+from sparse_jax.cli.given import require_used
+from sparse_jax.errors import InputError
 
 __all__ = ["finetune"]
 
 
 def finetune(
+    context: typer.Context,
     model: Annotated[str, options.MODEL],
     task: Annotated[str, options.TASK],
     output: Annotated[str, options.OUTPUT],
@@ -63,8 +68,9 @@ def finetune(
 ) -> None:
     """Fine-tune a model on a task, and save what was trained."""
     given: dict[str, Any] = {**locals()}
-    if given.pop("ist") and sampler is None:
-        given["sampler"] = "ist"
+    del given["context"]
+    if given.pop("ist"):
+        given["sampler"] = sampler = _ist(sampler)
     for name in ("where", "dense", "layers", "layer_weights"):
         given[name] = tuple(given[name]) if given[name] else None
     _show_log()
@@ -76,6 +82,7 @@ def finetune(
     from sparse_jax.sharding.processes import is_first_process
 
     settings = sparse_jax.Settings(**given)
+    require_used(context, [(method, sampler)])
     try:
         metrics = sparse_jax.finetune(settings)
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -84,6 +91,16 @@ def finetune(
         raise SystemExit(code) from None
     if is_first_process():
         print_summary(settings, metrics)
+
+
+def _ist(sampler: str | None) -> str:
+    """Returns the sampler that --ist stands for."""
+    if sampler not in (None, "ist"):
+        raise InputError(
+            f"`sampler` must be left out with --ist, got {sampler!r}. --ist is the "
+            "same as --sampler ist."
+        )
+    return "ist"
 
 
 def _remedy(output: str) -> str:

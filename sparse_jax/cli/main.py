@@ -1,6 +1,7 @@
 """The command `sparse-jax`."""
 
 import sys
+from typing import Any, NoReturn
 
 import typer
 
@@ -12,9 +13,11 @@ from sparse_jax.errors import InputError
 
 __all__ = ["app", "main"]
 
+# Newer versions of Typer keep Click, and the name of this class, to themselves.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
 app = typer.Typer(
     help="Fine-tune pre-trained Transformers by training only what matters.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -28,10 +31,32 @@ app.command()(plan)
 def main() -> None:
     """Runs the command; wrong input is one line on standard error and exit code 2."""
     try:
-        app()
+        words = sys.argv[1:] or ["--help"]
+        code = app(words, prog_name="sparse-jax", standalone_mode=False)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse(str(error))
+    except _UsageError as error:
+        _refuse(_reading(error))
+    except typer.Abort:
+        raise SystemExit(130) from None
+    else:
+        raise SystemExit(code)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Prints what is wrong on one line, and ends with exit code 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def _reading(error: Any) -> str:
+    """Returns what could not be read, and where the options are explained."""
+    message = error.format_message().rstrip(".")
+    # Typer's own words do not have the value.
+    if errors := getattr(error.__cause__, "errors", None):
+        message += f", got {errors()[0]['input']!r}"
+    help_of = error.ctx.command_path if error.ctx else "sparse-jax"
+    return f"{message}{'' if message.endswith('?') else '.'} See `{help_of} --help`."
 
 
 if __name__ == "__main__":

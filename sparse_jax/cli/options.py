@@ -35,29 +35,35 @@ LOSS_ON = _option("Tokens that causal trains on: response or all.", "response")
 PACKING = _flag("--packing", "Put several texts in a row, each seeing only itself.")
 TEMPLATE = _option("Prompt around an instruction: alpaca or llm_adapters.", "alpaca")
 HELD_OUT = _option("Share of a file of texts that the run is judged on.", "0.05")
-METHOD = _option(
+_METHODS = (
     "full, head, bitfit, lora, dora, series, parallel, ia3, prefix, sift, random or "
     "magnitude."
 )
+METHOD = _option(_METHODS)
 DENSITY = _option("Fraction of entries that sift, random and magnitude train.")
 GRANULARITY = _option(
-    "What these choose from: entry (all of a matrix) or lane (every 128 rows of a "
-    "column, for TPUs)."
+    "What sift, random and magnitude choose from: entry (all of a matrix) or lane "
+    "(every 128 rows of a column, for TPUs)."
 )
 RANK = _option("Rank of the matrices that lora and dora add.")
 ALPHA = _option(
     "What lora and dora add is scaled by alpha divided by the rank.", "twice the rank"
 )
 RSLORA = _flag("--rslora", "Divide alpha by the square root of the rank instead.")
-DROPOUT = _option("Fraction of the input of these matrices that is left out.", "0")
+DROPOUT = _option("Fraction of the input of lora and dora that is left out.", "0")
 SIZE = _option("Width of the bottlenecks that series and parallel add.", "64")
-ACTIVATION = _option("In these bottlenecks: relu, gelu, silu or tanh.", "relu")
+ACTIVATION = _option(
+    "In the bottlenecks of series and parallel: relu, gelu, silu or tanh.", "relu"
+)
 PREFIX_LENGTH = _option("Keys and values that prefix adds to a layer.", "16")
+_WHERE = (
+    "query, key, value and output of the attention; for series attention/output and "
+    "mlp/down; for parallel mlp/down; for ia3 key and value"
+)
 WHERE = _option(
     "Parameters that a sparse method trains, or sites that others add to; may be "
     "repeated.",
-    "query, key, value and output of the attention; for series attention/output and "
-    "mlp/down; for parallel mlp/down; for ia3 key and value",
+    _WHERE,
     metavar="<regex>",
 )
 DENSE = _option(
@@ -71,9 +77,15 @@ SAMPLER = _option(
 )
 ACTIVE = _option("Fraction of the layers that an update trains.")
 HOLD = _option("Updates that a choice of layers is kept for.")
-LAYERS = _option("Layers of the sampler static; may be repeated.", "none")
+LAYERS = _option(
+    "Layer, from 0, that the sampler static trains; may be repeated.",
+    "none",
+    metavar="<int>",
+)
 LAYER_WEIGHTS = _option(
-    "Weights of all layers, for the sampler fixed; may be repeated.", "none"
+    "How often the sampler fixed draws a layer; once for every layer.",
+    "none",
+    metavar="<float>",
 )
 PROBE_EVERY = _option("Updates between two probes of ist.")
 IMPORTANCE_RATE = _option("How far a probe moves the importance.")
@@ -84,7 +96,7 @@ RECOMPUTE = _option(
     "Layers that run again in the backward pass, to save memory: none, frozen or all."
 )
 LEARNING_RATE = _option(
-    "Peak of the learning rate.",
+    "Peak of the learning rate, reached after 6 % of the updates; it then falls to 0.",
     "3e-5 for full, 7e-4 for sift, random and magnitude, 3e-3 for ia3, 1e-2 for "
     "prefix, 1e-3 for others",
 )
@@ -95,7 +107,7 @@ MAX_STEPS = _option("Updates after which to stop.", "no limit")
 MAX_LENGTH = _option(
     "Most tokens of an example; the rest is cut off.", "128, for causal 512"
 )
-DTYPE = _option("Of the parameters: float32 or bfloat16.")
+DTYPE = _option("Type of the parameters: float32 or bfloat16.")
 CHECKPOINTING = _flag(
     "--checkpointing", "Compute layers again in the backward pass, to save memory."
 )
@@ -111,23 +123,24 @@ DISTRIBUTED = _flag(
 COORDINATOR = _option("Host and port of the first of several processes.", "none")
 PROCESSES = _option("How many processes there are.", "1")
 PROCESS = _option("Which of them this one is, from 0.", "0")
-SEED = _option("Of the new head, the order of the examples, and dropout.")
+SEED = _option("Seed of the new head, the order of the examples, and dropout.")
 SAVE_EVERY = _option("Updates between two checkpoints, beside every epoch's.")
 KEEP = _option("Checkpoints to keep, the newest ones.")
 OVERWRITE = _flag("--overwrite", "Replace the run in the output folder.")
 RESUME = _flag("--resume", "Continue the interrupted run in the output folder.")
 
 PLANNED_MODEL = _option("Folder or id of a model, or its config.json: no weights.")
+PLANNED_METHOD = _option(_METHODS, "sift")
 COMPARE = _option(
     "Methods to show side by side, such as full,lora,sift,sift+ist.", "--method alone"
 )
 PLANNED_WHERE = _option(
     "Parameters that a sparse method trains, or sites that others add to; may be "
     "repeated. In a comparison for the sparse methods only.",
-    "query, key, value and output of the attention",
+    _WHERE,
     metavar="<regex>",
 )
-LENGTH = _option("Tokens of every example.")
+LENGTH = _option("Tokens of every example.", "2048, or the positions if fewer")
 TARGET = _option(
     "What to compile for: cpu, gpu, or TPUs such as v5e:4x4, v6e:8x8 or v5p:2x2x1, "
     "which need not be here."
@@ -163,4 +176,4 @@ STOP = _option(
     "the model's own",
     metavar="<str>",
 )
-DRAW_SEED = _option("Of what is drawn.")
+DRAW_SEED = _option("Seed of the tokens that are drawn at random.")

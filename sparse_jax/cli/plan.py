@@ -2,9 +2,13 @@
 
 import os
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from sparse_jax.cli import options
+from sparse_jax.cli.given import require_used
 from sparse_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,8 +18,9 @@ __all__ = ["plan"]
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[str, options.PLANNED_MODEL],
-    method: Annotated[str, options.METHOD] = "sift",
+    method: Annotated[str | None, options.PLANNED_METHOD] = None,
     compare: Annotated[str | None, options.COMPARE] = None,
     density: Annotated[float, options.DENSITY] = 0.008,
     granularity: Annotated[str, options.GRANULARITY] = "entry",
@@ -26,7 +31,7 @@ def plan(
     recompute: Annotated[str, options.RECOMPUTE] = "none",
     batch_size: Annotated[int, options.BATCH_SIZE] = 1,
     accumulate: Annotated[int, options.ACCUMULATE] = 1,
-    length: Annotated[int, options.LENGTH] = 2048,
+    length: Annotated[int | None, options.LENGTH] = None,
     dtype: Annotated[str, options.DTYPE] = "bfloat16",
     checkpointing: Annotated[bool, options.CHECKPOINTING] = False,
     mesh: Annotated[str | None, options.MESH] = None,
@@ -34,7 +39,7 @@ def plan(
     largest_batch: Annotated[bool, options.LARGEST_BATCH] = True,
     json: Annotated[str | None, options.JSON] = None,
 ) -> None:
-    """Compile an update for devices you need not have, and print what it needs."""
+    """Print what an update needs, on devices you need not have."""
     if target != "gpu":
         # Nothing runs; looking for accelerators takes long, and may take them.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -42,6 +47,7 @@ def plan(
     import jax
 
     from sparse_jax.cli.plan_table import print_plans, write_plans
+    from sparse_jax.models.config import max_length_of
     from sparse_jax.planning.abstract import read_model
     from sparse_jax.planning.plan import make_plan, with_largest_batch
     from sparse_jax.planning.target import find_target
@@ -63,10 +69,15 @@ def plan(
         "active": active,
         "recompute": recompute,
     }
-    words = compare.split(",") if compare else [method + ("+ist" if ist else "")]
-    several = [_settings(model, word.strip(), len(words) > 1, shared) for word in words]
+    if json is not None:
+        _require_writable(json)
+    words = _words(method, ist, compare)
+    several = [_settings(model, word, len(words) > 1, shared) for word in words]
+    require_used(context, [(one.method, one.sampler) for one in several])
     found = find_target(target, shape.size)
     pure = read_model(model)
+    if length is None:
+        length = min(2048, max_length_of(pure.config))
     place: Any = {"length": length, "shape": shape, "target": found}
     plans = []
     for settings in several:
@@ -78,6 +89,30 @@ def plan(
     if json is not None:
         asked = {"model": model, "length": length, **shared}
         write_plans(json, plans, found, shape, asked)
+
+
+def _words(method: str | None, ist: bool, compare: str | None) -> list[str]:
+    """Returns the methods to plan for."""
+    from sparse_jax.training.settings import OPTIONS, require_word
+
+    if compare is None:
+        method = method or "sift"
+        require_word("method", method, tuple(OPTIONS))
+        return [method + ("+ist" if ist else "")]
+    if method is not None or ist:
+        raise InputError(
+            f"`compare` must be all methods, such as lora,sift+ist, got {compare!r} "
+            "beside --method or --ist. Leave these out."
+        )
+    return [word.strip() for word in compare.split(",")]
+
+
+def _require_writable(path: str) -> None:
+    """Raises if a plan, which may take minutes, could not be written."""
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise InputError(
+            f"`json` must be a file in a folder that exists, got {path!r}."
+        )
 
 
 def _settings(

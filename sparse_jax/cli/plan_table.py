@@ -104,9 +104,10 @@ def _words(plans: Sequence[Plan], target: Target) -> list[str]:
     if any(plan.reserved is not None for plan in plans):
         words.append(
             "Temporaries, what is reserved and what is sent are the compiler's for "
-            "this program. Activations are the temporaries that are no gradients. The "
-            "largest batch follows from the program for twice the batch."
+            "this program. Activations are the temporaries that are no gradients."
         )
+    if any(plan.largest_batch is not None for plan in plans):
+        words.append("The largest batch follows from the program for twice the batch.")
     words += dict.fromkeys(f"Note: {note}." for plan in plans for note in plan.notes)
     return words
 

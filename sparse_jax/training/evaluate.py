@@ -68,7 +68,9 @@ def _kept(adapter: Adapter, **given: int | None) -> dict[str, Any]:
     kept = {name: adapter.settings.get(name) for name in _KEPT}
     return {
         name: value
-        for name, value in (kept | {k: v for k, v in given.items() if v}).items()
+        for name, value in (
+            kept | {name: one for name, one in given.items() if one is not None}
+        ).items()
         if value is not None
     }
 

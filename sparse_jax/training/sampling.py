@@ -74,6 +74,14 @@ def _fixed(settings: Settings, sizes: dict[str, Any]) -> Sampler:
             f"`layer_weights` must be given once for each of the {num_layers} layers "
             f"of the model, got {len(weights)}."
         )
+    positive = sum(weight > 0 for weight in weights)
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise InputError(f"`layer_weights` must not be negative, got {weights}.")
+    if positive < sizes["num_active"]:
+        raise InputError(
+            f"`layer_weights` must have {sizes['num_active']} positive numbers, the "
+            f"layers of an update, got {positive}. A layer of weight 0 is never drawn."
+        )
     return Fixed(**sizes, proportions=weights)
 
 

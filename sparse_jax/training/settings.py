@@ -13,7 +13,17 @@ from sparse_jax.tasks.causal_tokens import Loss
 from sparse_jax.tasks.glue import CAUSAL
 from sparse_jax.tasks.prompts import PROMPTS
 
-__all__ = ["DTYPES", "LEARNING_RATES", "OPTIONS", "SAMPLER_OPTIONS", "Settings"]
+__all__ = [
+    "DTYPES",
+    "LAYER_DEFAULTS",
+    "LEARNING_RATES",
+    "OPTIONS",
+    "SAMPLER_OPTIONS",
+    "Settings",
+    "require_method",
+    "require_sampler",
+    "require_word",
+]
 
 # Found by nobody's grid but usual; a few sparse entries want larger steps than all.
 LEARNING_RATES = {
@@ -57,7 +67,7 @@ SAMPLER_OPTIONS = {
     "static": ("layers",),
     "norm": ("active", "hold"),
 }
-_LAYER_DEFAULTS = {
+LAYER_DEFAULTS = {
     "active": 0.25, "hold": 1, "layers": None, "layer_weights": None, "probe_every": 10,
     "importance_rate": 10.0, "restart_layers": False, "recompute": "none",
 }  # fmt: skip
@@ -133,9 +143,9 @@ class Settings:
     resume: bool = False  # whether to continue an interrupted run
 
     def __post_init__(self):
-        _require_word("method", self.method, tuple(LEARNING_RATES))
-        _require_word("dtype", self.dtype, DTYPES)
-        _require_word("granularity", self.granularity, tuple(GRANULARITIES))
+        require_word("method", self.method, tuple(LEARNING_RATES))
+        require_word("dtype", self.dtype, DTYPES)
+        require_word("granularity", self.granularity, tuple(GRANULARITIES))
         for name in (
             "rank",
             "batch_size",
@@ -189,8 +199,8 @@ class Settings:
                     f"`{name}` must be left out with task {self.task!r}, got "
                     f"{getattr(self, name)!r}. It belongs to {CAUSAL}."
                 )
-        _require_word("loss_on", self.resolved_loss_on, ("response", "all"))
-        _require_word("template", self.resolved_template, tuple(PROMPTS))
+        require_word("loss_on", self.resolved_loss_on, ("response", "all"))
+        require_word("template", self.resolved_template, tuple(PROMPTS))
         if not 0 < self.resolved_held_out < 1:
             raise InputError(
                 f"`held_out` must be in (0, 1), got {self.held_out}. It is the share "
@@ -217,9 +227,10 @@ class Settings:
                 "of entries left out, commonly 0.05."
             )
         if self.activation is not None:
-            _require_word("activation", self.activation, tuple(ACTIVATIONS))
+            require_word("activation", self.activation, tuple(ACTIVATIONS))
         for name, left_out in _LEFT_OUT.items():
-            self._require_belongs(name, left_out)
+            if getattr(self, name) != left_out:
+                require_method(name, getattr(self, name), self.method)
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"`accumulate` must divide `batch_size`={self.batch_size}, got "
@@ -234,8 +245,8 @@ class Settings:
     def _require_layers(self) -> None:
         """Raises if the choice of layers breaks a rule."""
         if self.sampler is not None:
-            _require_word("sampler", self.sampler, tuple(SAMPLER_OPTIONS))
-        _require_word("recompute", self.recompute, RECOMPUTE)
+            require_word("sampler", self.sampler, tuple(SAMPLER_OPTIONS))
+        require_word("recompute", self.recompute, RECOMPUTE)
         for name in ("hold", "probe_every", "importance_rate"):
             _require_positive(name, getattr(self, name))
         if not 0 < self.active <= 1:
@@ -243,14 +254,9 @@ class Settings:
                 f"`active` must be in (0, 1], got {self.active}. It is the fraction of "
                 "the layers that an update trains, commonly 0.25."
             )
-        allowed = ("restart_layers", "recompute") if self.sampler else ()
-        allowed += SAMPLER_OPTIONS.get(self.sampler or "", ())
-        for name, left_out in _LAYER_DEFAULTS.items():
-            if name not in allowed and getattr(self, name) != left_out:
-                raise InputError(
-                    f"`{name}` must be left out with sampler {self.sampler}, got "
-                    f"{getattr(self, name)!r}. {_owners(name)}"
-                )
+        for name, left_out in LAYER_DEFAULTS.items():
+            if getattr(self, name) != left_out:
+                require_sampler(name, getattr(self, name), self.sampler)
         for sampler, name in (("static", "layers"), ("fixed", "layer_weights")):
             if self.sampler == sampler and not getattr(self, name):
                 raise InputError(
@@ -262,26 +268,34 @@ class Settings:
                 f"got {self.sampler!r}."
             )
 
-    def _require_belongs(self, name: str, left_out: Any) -> None:
-        """Raises if an option is given that the method does not have."""
-        if getattr(self, name) == left_out or name in OPTIONS[self.method]:
-            return
-        owners = [method for method, names in OPTIONS.items() if name in names]
-        remedy = "; use `dense` to choose whole parameters" if name == "where" else ""
-        raise InputError(
-            f"`{name}` must be left out with method {self.method!r}, got "
-            f"{getattr(self, name)!r}. It belongs to {', '.join(owners)}{remedy}."
-        )
+
+def require_method(name: str, value: Any, method: str) -> None:
+    """Raises `InputError` unless a method has an option."""
+    if name in OPTIONS[method]:
+        return
+    owners = [method for method, names in OPTIONS.items() if name in names]
+    remedy = "; use `dense` to choose whole parameters" if name == "where" else ""
+    raise InputError(
+        f"`{name}` must be left out with method {method!r}, got {value!r}. It belongs "
+        f"to {', '.join(owners)}{remedy}."
+    )
 
 
-def _owners(name: str) -> str:
-    """Says which samplers an option belongs to."""
+def require_sampler(name: str, value: Any, sampler: str | None) -> None:
+    """Raises `InputError` unless a sampler of layers, None for none, has an option."""
+    of_all = ("restart_layers", "recompute") if sampler else ()
+    if name in (*of_all, *SAMPLER_OPTIONS.get(sampler or "", ())):
+        return
     owners = [word for word, names in SAMPLER_OPTIONS.items() if name in names]
-    return f"It belongs to {', '.join(owners or SAMPLER_OPTIONS)}."
+    place = f"with sampler {sampler!r}" if sampler else "without a sampler of layers"
+    raise InputError(
+        f"`{name}` must be left out {place}, got {value!r}. It belongs to the samplers "
+        f"{', '.join(owners or SAMPLER_OPTIONS)}."
+    )
 
 
-def _require_word(name: str, word: str, words: Sequence[str]) -> None:
-    """Raises unless a setting is one of some words."""
+def require_word(name: str, word: str, words: Sequence[str]) -> None:
+    """Raises `InputError` unless a setting is one of some words."""
     if word not in words:
         raise InputError(f"`{name}` must be one of {', '.join(words)}, got {word!r}.")
 
