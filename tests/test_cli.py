@@ -9,8 +9,9 @@ import time
 import pytest
 from tiny_run import tiny_settings, write_data, write_model
 
-from sparse_jax import finetune
+from sparse_jax import Settings, finetune
 from sparse_jax.cli.main import main
+from sparse_jax.cli.summary import print_summary
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,11 @@ def fill_output(place):
     (place / "run" / "thesis.tex").write_text("the only copy")
 
 
+def more_tokens(place):
+    path = place / "model" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"film": 11', '"film": 99'))
+
+
 nothing = lambda place: None
 
 
@@ -136,6 +142,7 @@ nothing = lambda place: None
         (drop_column, (), "line 1 must have a column `sentence`"),
         (unknown_label, (), "line 23 must have one of the labels"),
         (empty_file, (), "must have examples"),
+        (more_tokens, (), "`model` must have an embedding of every token"),
         (broken_utf8, (), "line 14 must be UTF-8, got the byte 0xff"),
     ],
 )  # fmt: skip
@@ -211,3 +218,13 @@ def test_no_command_is_help(command):
     code, out, err = command()
     assert (code, err) == (0, "")
     assert "finetune" in out
+
+
+@pytest.mark.parametrize(("skipped", "is_told"), [(0, False), (3, True)])
+def test_skipped_batches_are_told(skipped, is_told, capsys):
+    counts = ("trained_parameters", "total_parameters", "steps", "seconds_per_step")
+    counts += ("trained_parameters_without_head", "optimizer_bytes", "adapter_bytes")
+    metrics = dict.fromkeys((*counts, "peak_memory_bytes"), 1)
+    settings = Settings(model="m", task="sst2", output="run")
+    print_summary(settings, metrics | {"eval": {}, "skipped_batches": skipped})
+    assert ("skipped batches" in capsys.readouterr().out) is is_told

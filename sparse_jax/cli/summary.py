@@ -41,6 +41,10 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         (name, "not finite" if value is None else f"{value:.4f}")
         for name, value in metrics["eval"].items()
     ]
+    # Their loss or gradient was not finite.
+    skipped = [("skipped batches", f"{metrics['skipped_batches']:,}")]
+    if not metrics["skipped_batches"]:
+        skipped = []
     head = [("without the head", f"{without_head:,} ({without_head / total:.3%})")]
     if without_head == trained:
         head = []
@@ -53,6 +57,7 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", _size(metrics["peak_memory_bytes"])),
         ("time per update", f"{metrics['seconds_per_step']:.3g} s"),
         ("updates", f"{metrics['steps']:,}"),
+        *skipped,
     ]
 
 

@@ -14,7 +14,7 @@ from sparse_jax.tasks.causal_batches import (
 )
 from sparse_jax.tasks.causal_tokens import Loss, TokenSequences, tokenize
 from sparse_jax.tasks.conversations import Conversation
-from sparse_jax.training.feed import digest_of
+from sparse_jax.training.feed import digest_of, require_embedded
 
 __all__ = ["CausalFeed", "make_causal_feed"]
 
@@ -101,7 +101,7 @@ def make_causal_feed(
 
     Raises:
       InputError: if `max_length` is more than the model's positions or leaves nothing
-        to train on.
+        to train on, or a token has no embedding.
     """
     positions = max_length_of(model.config)
     length = min(_MAX_LENGTH, positions) if max_length is None else max_length
@@ -111,4 +111,6 @@ def make_causal_feed(
         )
         for name, part in splits.items()
     }
+    for part in sequences.values():
+        require_embedded(part.input_ids, model)
     return CausalFeed(sequences, batch_size, accumulate, seed, is_packed, length)

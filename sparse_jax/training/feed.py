@@ -8,13 +8,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sparse_jax.errors import InputError
 from sparse_jax.models.config import max_length_of
 from sparse_jax.models.pure import PureModel
 from sparse_jax.tasks.batches import Batch, Batches, eval_batches, train_batches
 from sparse_jax.tasks.examples import Splits
 from sparse_jax.tasks.tokens import Encoded, encode
 
-__all__ = ["Feed", "LabelledFeed", "digest_of", "make_feed"]
+__all__ = ["Feed", "LabelledFeed", "digest_of", "make_feed", "require_embedded"]
 
 _MAX_LENGTH = 128  # tokens, as the paper's runs on GLUE
 
@@ -123,7 +124,8 @@ def make_feed(
       seed: of the order.
 
     Raises:
-      InputError: if `max_length` is more than the model's positions.
+      InputError: if `max_length` is more than the model's positions, or a token has
+        no embedding.
     """
     positions = max_length_of(model.config)
     length = min(_MAX_LENGTH, positions) if max_length is None else max_length
@@ -131,7 +133,25 @@ def make_feed(
         name: encode(examples, tokenizer, max_length=length, positions=positions)
         for name, examples in splits.items()
     }
+    for part in encoded.values():
+        require_embedded(part.input_ids, model)
     return LabelledFeed(encoded, batch_size, accumulate, seed)
+
+
+def require_embedded(rows: Iterable[np.ndarray], model: PureModel) -> None:
+    """Raises if a model has no embedding of a token: JAX would go on with NaN.
+
+    Raises:
+      InputError: with the token's number.
+    """
+    size = model.config.vocab_size
+    most = max((int(row.max()) for row in rows if row.size), default=0)
+    if most >= size:
+        raise InputError(
+            f"`model` must have an embedding of every token of its tokenizer, got "
+            f"{size} and the token {most} in the data. Use the tokenizer that belongs "
+            "to the model, or resize the embeddings."
+        )
 
 
 def digest_of(arrays: Iterable[np.ndarray]) -> str:
