@@ -78,10 +78,10 @@ class RunDirectory:
         if settings.resume:
             _require_same_files(path, config)
         if not settings.resume and is_first_process():
+            _make_folder(path)
             for name in _FILES:
                 (path / name).unlink(missing_ok=True)
             shutil.rmtree(path / _CHECKPOINTS, ignore_errors=True)
-            path.mkdir(parents=True, exist_ok=True)
             _write_json(path / CONFIG, {"settings": asdict(settings), **config})
         return cls(path)
 
@@ -156,6 +156,17 @@ def _require_same_files(path: Path, config: Mapping[str, Any]) -> None:
                 f"content under the same name. Put the files back, or pass "
                 "--overwrite to start anew."
             )
+
+
+def _make_folder(path: Path) -> None:
+    """Makes a folder and those that it is in."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"`output` must be a folder that can be made, got `{path}`: "
+            f"{error.strerror}. Choose another one."
+        ) from error
 
 
 def _is_before(row: Mapping[str, Any], step: int) -> bool:
