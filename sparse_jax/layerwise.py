@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from sparse_jax.adapters.tap import tap
 from sparse_jax.compact import Compact, CompactState
@@ -118,6 +119,10 @@ class Layerwise(Compact):
         if self.max_norm is not None:
             grads = optax.tree.scale(jnp.minimum(1.0, self.max_norm / norm), grads)
 
+        # What is taken out of the stacks for the update waits for the gradients: the
+        # compiler of TPUs would keep it through both passes.
+        active, norm = lax.optimization_barrier((active, norm))
+        values = self._trained(roles, state, active)
         rows = take_rows(opt.rows, active)
         if self.restart:
             is_new = (is_active(self.sampler, active) & ~before)[active]
