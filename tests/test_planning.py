@@ -302,7 +302,10 @@ def test_the_command_compares_methods_and_writes_what_it_found(
         "--mesh", "fsdp=8", "--json", tmp_path / "plan.json",
     )  # fmt: skip
     assert code == 0
+    assert "8 x 16 tokens on cpu" in out
     assert "most alive" in out
+    # How much memory the CPU has, the plan does not know.
+    assert "largest batch" not in out
     told = json.loads((tmp_path / "plan.json").read_text())
     full, sparse = told["plans"]
     assert (full["method"], sparse["method"]) == ("full", "sift+ist")

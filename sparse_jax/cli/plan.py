@@ -85,7 +85,7 @@ def plan(
         if largest_batch:
             one = with_largest_batch(pure, settings, one, **place)
         plans.append(one)
-    print_plans(plans, found, shape)
+    print_plans(plans, found, shape, (batch_size, length))
     if json is not None:
         asked = {"model": model, "length": length, **shared}
         write_plans(json, plans, found, shape, asked)

@@ -20,13 +20,26 @@ _HELD = {
 }
 
 
-def print_plans(plans: Sequence[Plan], target: Target, shape: MeshShape) -> None:
-    """Prints a table with a column for every plan, and what the estimates assume."""
+def print_plans(
+    plans: Sequence[Plan], target: Target, shape: MeshShape, batch: tuple[int, int]
+) -> None:
+    """Prints a table with a column for every plan, and what the estimates assume.
+
+    Args:
+      plans: of the same batch on the same devices.
+      target: the devices.
+      shape: the mesh.
+      batch: examples of one update, and tokens of each.
+    """
     # Rich takes a while to import, so it is imported where it is used.
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"One update on {target.name}, mesh {shape}")
+    examples, length = batch
+    table = Table(
+        title=f"One update of {examples:,} x {length:,} tokens on {target.name}, "
+        f"mesh {shape}"
+    )
     table.add_column("on one device", style="bold")
     for plan in plans:
         table.add_column(plan.method, justify="right")
@@ -71,10 +84,11 @@ def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:
     rows["most alive at a time"] = [_size(plan.peak) for plan in plans]
     rows["reserved"] = [_size(plan.reserved) for plan in plans]
     rows["fits"] = [_fits(plan) for plan in plans]
-    rows["largest batch"] = [
-        "not known" if plan.largest_batch is None else f"{plan.largest_batch:,}"
-        for plan in plans
-    ]
+    if any(plan.largest_batch is not None for plan in plans):
+        rows["largest batch"] = [
+            "not known" if plan.largest_batch is None else f"{plan.largest_batch:,}"
+            for plan in plans
+        ]
     kinds = sorted({kind for plan in plans for kind in plan.collectives or {}})
     for kind in kinds:
         rows[kind] = [_traffic(plan, kind) for plan in plans]
