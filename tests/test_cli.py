@@ -121,6 +121,7 @@ nothing = lambda place: None
         (nothing, ("--density", "0"), "`density` must be in (0, 1], got 0.0"),
         (nothing, ("--density", "1.5"), "`density` must be in (0, 1], got 1.5"),
         (nothing, ("--density", "nan"), "`density` must be in (0, 1], got nan"),
+        (nothing, ("--devices", "4"), "`devices` must come with a mesh, got 4"),
         (nothing, ("--where", "qwery"), "`where` must match at least one parameter"),
         (nothing, ("--where", "("), "`where` must be a regular expression"),
         (nothing, ("--dense", "clasifier"), "`dense` must match at least one"),

@@ -8,6 +8,7 @@ __all__ = ["take_devices"]
 def take_devices(
     devices: int | None,
     *,
+    mesh: str | None = None,
     distributed: bool = False,
     coordinator: str | None = None,
     processes: int | None = None,
@@ -17,15 +18,22 @@ def take_devices(
 
     Args:
       devices: number to simulate on the CPU of this process; None takes what there is.
+      mesh: what the devices are for; without one a single device is used.
       distributed: whether other processes run the same command.
       coordinator, processes, process: as for `join_processes`; each implies
         `distributed`.
 
     Raises:
-      InputError: if a number is out of range, or JAX has another kind of device.
+      InputError: if a number is out of range, nothing uses the devices, or JAX has
+        another kind of device.
     """
     if devices is not None and devices < 1:
         raise InputError(f"`devices` must be positive, got {devices}.")
+    if devices is not None and devices > 1 and mesh is None:
+        raise InputError(
+            f"`devices` must come with a mesh, got {devices} and none. Say what they "
+            f"are for, as in --mesh data={devices}."
+        )
     given = (coordinator, processes, process)
     if devices is None and not distributed and given == (None, None, None):
         return

@@ -20,7 +20,7 @@ def evaluate(
     devices: Annotated[int | None, options.DEVICES] = None,
 ) -> None:
     """Evaluate a saved adapter, and print its metrics as JSON."""
-    take_devices(devices)
+    take_devices(devices, mesh=mesh)
     # JAX takes seconds to import, and `--help` has to be quick.
     from sparse_jax.training.evaluate import evaluate_adapter
 

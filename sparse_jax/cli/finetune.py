@@ -75,7 +75,7 @@ def finetune(
         given[name] = tuple(given[name]) if given[name] else None
     _show_log()
     surroundings = ("devices", "distributed", "coordinator", "processes", "process")
-    take_devices(**{name: given.pop(name) for name in surroundings})
+    take_devices(mesh=given["mesh"], **{name: given.pop(name) for name in surroundings})
     # JAX takes seconds to import, and `--help` has to be quick.
     import sparse_jax
     from sparse_jax.cli.summary import print_summary

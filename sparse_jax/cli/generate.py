@@ -39,7 +39,7 @@ def generate(
         )
     if not 0 <= seed < 2**32:
         raise InputError(f"`seed` must be in [0, 2**32), got {seed}.")
-    take_devices(devices)
+    take_devices(devices, mesh=mesh)
     # JAX takes seconds to import, and `--help` has to be quick.
     from sparse_jax.generation.wording import chat_tokens, stop_token, text_tokens
     from sparse_jax.generation.writer import load_writer
