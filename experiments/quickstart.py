@@ -14,6 +14,7 @@ minutes on two cores.
 
 import argparse
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ def slug(title: str) -> str:
 
 def main() -> None:
     """Trains all methods, then shows them side by side."""
+    # The advice of transformers is to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)

@@ -1,5 +1,6 @@
 """The command `sparse-jax`."""
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -30,6 +31,8 @@ app.command()(plan)
 
 def main() -> None:
     """Runs the command; wrong input is one line on standard error and exit code 2."""
+    # Its advice is to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         words = sys.argv[1:] or ["--help"]
         code = app(words, prog_name="sparse-jax", standalone_mode=False)
