@@ -1,6 +1,7 @@
 """Granularity: whether entries are chosen from a whole array, or from groups of it."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,9 +19,10 @@ __all__ = ["ENTRY", "LANE", "Entry", "Granularity", "Lane"]
 
 
 @dataclass(frozen=True)
-class Granularity:
+class Granularity(ABC):
     """What is chosen: the numbers of a `Support`, and how they are found."""
 
+    @abstractmethod
     def require(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> None:
         """Raises unless an array can be trained in this way.
 
@@ -33,10 +35,11 @@ class Granularity:
           InputError: naming the leaf.
         """
 
+    @abstractmethod
     def size(self, density: float, size: int) -> int:
         """Returns the number of entries trained in an array of `size` entries."""
-        raise NotImplementedError
 
+    @abstractmethod
     def empty(
         self, role: Role, shape: Sequence[int], k: int, cut: Cut | None, slots: int
     ) -> Support:
@@ -49,8 +52,8 @@ class Granularity:
           cut: how it is cut over a mesh.
           slots: of every shard, if it is cut and shards have different numbers.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def choose(
         self,
         score: Score,
@@ -68,16 +71,18 @@ class Granularity:
         The arguments are those of `scores.select` and of `empty`. The numbers are of
         every row of the support, shape=support.shape[:-1], int32.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def restored(self, positions: jax.Array, cut: Cut | None) -> Support:
         """Returns a support from the array in it, int32."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Entry(Granularity):
     """The best entries of an array, wherever they are."""
+
+    def require(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> None:
+        """Takes every array."""
 
     def size(self, density: float, size: int) -> int:
         """Returns ceil(density * size)."""

@@ -7,6 +7,7 @@ slots hold distinct positions behind the end, which read as zero and write nothi
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tables:
+class Tables(ABC):
     """A support that is no list of positions in the whole array."""
 
     positions: jax.Array
@@ -85,9 +86,9 @@ class Tables:
         return self.positions.ndim
 
     @property
+    @abstractmethod
     def spec(self) -> jax.P:
         """The partition of positions and packed values."""
-        raise NotImplementedError
 
 
 @jax.tree_util.register_dataclass

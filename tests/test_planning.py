@@ -53,6 +53,18 @@ def plan_of(shape=ALL, target=None, length=16, model=TINY, **changes):
     return make_plan(model, settings_of(**changes), **options)
 
 
+def plan_of_stacks(**changes):
+    """Returns the plan of a model whose stacks are much larger than its activations."""
+    config = dataclasses.replace(
+        CONFIG, hidden_size=1024, num_layers=16, num_heads=8, num_kv_heads=8,
+        head_size=128, intermediate_size=1024, max_positions=128,
+    )  # fmt: skip
+    model = PureModel(CausalLM, LLAMA, config)
+    changes = {"where": ("^layers/.*/kernel$",), "checkpointing": True, **changes}
+    target = find_target("v5e:2x2")
+    return plan_of(MeshShape(), target, 128, model, batch_size=1, **changes)
+
+
 def test_loops_count_as_often_as_they_run():
     def chain(x, stack):
         return jax.lax.scan(lambda x, w: (jax.jit(jnp.matmul)(x, w), None), x, stack)[0]
@@ -224,16 +236,7 @@ def test_the_compiler_of_tpus_takes_every_kind_of_step(name):
 @needs_compiler
 @pytest.mark.parametrize("density", [0.02, 0.1])
 def test_a_tpu_keeps_no_second_copy_of_a_stack(density):
-    config = dataclasses.replace(
-        CONFIG, hidden_size=1024, num_layers=16, num_heads=8, num_kv_heads=8,
-        head_size=128, intermediate_size=1024, max_positions=128,
-    )  # fmt: skip
-    model = PureModel(CausalLM, LLAMA, config)
-    where = ("^layers/.*/kernel$",)
-    options = {"density": density, "where": where, "checkpointing": True}
-    plan = plan_of(
-        MeshShape(), find_target("v5e:2x2"), 128, model, batch_size=1, **options
-    )
+    plan = plan_of_stacks(density=density)
     one_stack = 16 * 1024 * 1024 * 2
     beside = plan.temporaries - plan.held["gradients"]
     assert beside < one_stack
@@ -241,17 +244,8 @@ def test_a_tpu_keeps_no_second_copy_of_a_stack(density):
 
 @needs_compiler
 def test_rows_leave_the_stacks_after_the_gradients():
-    config = dataclasses.replace(
-        CONFIG, hidden_size=1024, num_layers=16, num_heads=8, num_kv_heads=8,
-        head_size=128, intermediate_size=1024, max_positions=128,
-    )  # fmt: skip
-    model = PureModel(CausalLM, LLAMA, config)
     layers = {"sampler": "ist", "active": 0.25, "recompute": "all"}
-    where = ("^layers/.*/kernel$",)
-    options = {"density": 0.1, "where": where, "checkpointing": True, **layers}
-    plan = plan_of(
-        MeshShape(), find_target("v5e:2x2"), 128, model, batch_size=1, **options
-    )
+    plan = plan_of_stacks(density=0.1, **layers)
     # Masters and two moments of the active layers are three times their gradients.
     assert plan.peak - plan.state < 2.3 * plan.held["gradients"]
 
