@@ -1,8 +1,9 @@
 """Do a few layers at a time suffice for arithmetic?  The paper's four sets.
 
     python -m experiments.arithmetic --model FOLDER --data math_10k.json
-        --tests FOLDER --output runs/arithmetic [--methods lora dora series parallel]
+        --tests FOLDER [--methods lora dora series parallel]
         [--layers all ist random] [--max-questions N]
+        [--output runs/arithmetic]
 
 As `experiments/commonsense.py`, with worked solutions: the answer is the last number
 that the model writes, or for AQuA the first letter from A to E.
@@ -15,7 +16,7 @@ SETS = ("gsm8k", "AQuA", "mawps", "SVAMP")
 
 def main() -> None:
     """Makes the runs that are missing, then shows all of them."""
-    args = parser_of((__doc__ or "").splitlines()[0], SETS).parse_args()
+    args = parser_of(__doc__, SETS, "runs/arithmetic").parse_args()
     compare(args, template="alpaca", max_new_tokens=256, judge="write")
 
 

@@ -1,8 +1,9 @@
 """Do a few layers at a time suffice for commonsense?  The paper's eight sets.
 
     python -m experiments.commonsense --model FOLDER --data commonsense_170k.json
-        --tests FOLDER --output runs/commonsense [--methods lora dora series parallel]
+        --tests FOLDER [--methods lora dora series parallel]
         [--layers all ist random] [--judge write|rank] [--max-questions N]
+        [--output runs/commonsense]
 
 Fine-tunes a decoder on the mixed training file of LLM-Adapters by every method, all
 layers at a time, a quarter of them by IST, and a quarter at random, and judges it on
@@ -23,7 +24,7 @@ SETS = (
 
 def main() -> None:
     """Makes the runs that are missing, then shows all of them."""
-    parser = parser_of((__doc__ or "").splitlines()[0], SETS)
+    parser = parser_of(__doc__, SETS, "runs/commonsense")
     parser.add_argument("--judge", choices=("write", "rank"), default="write")
     args = parser.parse_args()
     compare(args, template="llm_adapters", max_new_tokens=32, judge=args.judge)

@@ -12,65 +12,46 @@ grid, the best on the first seed. An interrupted run of this file goes on where 
 """
 
 import argparse
-from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from experiments.trials import COLUMNS, make_trial
+from experiments.trials import measure_of, show, trial_parser
 from sparse_jax import Settings
-from sparse_jax.tasks.glue import find_task
+
+
+def settings_of(granularity: str, args: argparse.Namespace) -> Settings:
+    """Returns the settings of a granularity."""
+    is_causal = args.task == "causal"
+    texts = {"loss_on": "all", "batch_size": 16, "max_length": 128}
+    return Settings(
+        model=args.model,
+        data=args.data,
+        task=args.task,
+        output="",
+        density=args.density,
+        granularity=granularity,
+        where=(args.where,),
+        epochs=100,
+        max_steps=args.max_steps,
+        **(texts if is_causal else {}),
+    )
 
 
 def main() -> None:
     """Makes the runs that are missing, then shows all of them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True)
+    rates = [5e-4, 2e-3, 8e-3]
+    parser = trial_parser(__doc__, rates=rates, output="runs/granularity")
+    parser.set_defaults(max_steps=300)
     parser.add_argument("--data", required=True)
     parser.add_argument("--task", default="causal")
     parser.add_argument("--density", type=float, default=7 / 128)
     parser.add_argument("--where", default="^layers/.*kernel")
-    parser.add_argument("--max-steps", type=int, default=300)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    rates = [5e-4, 2e-3, 8e-3]
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=rates)
-    parser.add_argument("--output", type=Path, default=Path("runs/granularity"))
     args = parser.parse_args()
-    is_loss = args.task == "causal"
-    metric = "loss" if is_loss else find_task(args.task).primary
-    unit = "loss, nats per token" if is_loss else f"{metric}, %"
-    table = Table(
-        title=f"sift on {args.task}: {unit}, {args.max_steps} updates, "
-        f"{len(args.seeds)} seeds"
+    show(
+        f"sift on {args.task}, {args.max_steps} updates",
+        "entries",
+        {name: settings_of(name, args) for name in ("entry", "lane")},
+        measure=measure_of(args.task),
+        args=args,
     )
-    for column in ("entries", *COLUMNS):
-        table.add_column(column, justify="left" if column == "entries" else "right")
-    texts = {"loss_on": "all", "batch_size": 16, "max_length": 128} if is_loss else {}
-    for granularity in ("entry", "lane"):
-        settings = Settings(
-            model=args.model,
-            data=args.data,
-            task=args.task,
-            output="",
-            density=args.density,
-            granularity=granularity,
-            where=(args.where,),
-            epochs=100,
-            max_steps=args.max_steps,
-            **texts,
-        )
-        trial = make_trial(
-            granularity,
-            settings,
-            metric=metric,
-            rates=args.learning_rates,
-            seeds=args.seeds,
-            folder=args.output,
-            choose=min if is_loss else max,
-        )
-        cells = trial.shown(1, 4) if is_loss else trial.cells
-        table.add_row(granularity, *cells)
-    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

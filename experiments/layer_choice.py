@@ -16,14 +16,9 @@ interrupted run of this file goes on where it was.
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from experiments.trials import COLUMNS, make_trial
+from experiments.trials import measure_of, show, trial_parser
 from sparse_jax import Settings
-from sparse_jax.tasks.glue import find_task
 
 # The paper's sites: query, key, value, and the two maps of the MLP.
 WHERE = ("^attention/(query|key|value)$", "^mlp/(up|down)$")
@@ -62,40 +57,22 @@ def settings_of(choice: str, args: argparse.Namespace) -> Settings:
 
 def main() -> None:
     """Makes the runs that are missing, then shows all of them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True)
+    rates = [5e-4, 2e-3, 8e-3]
+    parser = trial_parser(__doc__, rates=rates, output="runs/layer_choice")
+    parser.set_defaults(max_steps=300)
     parser.add_argument("--data", required=True)
     parser.add_argument("--task", default="causal")
     parser.add_argument("--choices", choices=CHOICES, nargs="+", default=[*CHOICES])
     parser.add_argument("--method", choices=("lora", "sift", "full"), default="lora")
     parser.add_argument("--active", type=float, default=0.25)
-    parser.add_argument("--max-steps", type=int, default=300)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    rates = [5e-4, 2e-3, 8e-3]
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=rates)
-    parser.add_argument("--output", type=Path, default=Path("runs/layer_choice"))
     args = parser.parse_args()
-    is_loss = args.task == "causal"
-    metric = "loss" if is_loss else find_task(args.task).primary
-    unit = "loss, nats per token" if is_loss else f"{metric}, %"
-    table = Table(
-        title=f"{args.method} on {args.task}: {unit}, {args.max_steps} updates, "
-        f"{len(args.seeds)} seeds"
+    show(
+        f"{args.method} on {args.task}, {args.max_steps} updates",
+        "layers",
+        {f"{args.method}-{name}": settings_of(name, args) for name in args.choices},
+        measure=measure_of(args.task),
+        args=args,
     )
-    for column in ("layers", *COLUMNS):
-        table.add_column(column, justify="left" if column == "layers" else "right")
-    for choice in args.choices:
-        trial = make_trial(
-            f"{args.method}-{choice}",
-            settings_of(choice, args),
-            metric=metric,
-            rates=args.learning_rates,
-            seeds=args.seeds,
-            folder=args.output,
-            choose=min if is_loss else max,
-        )
-        table.add_row(choice, *(trial.shown(1, 4) if is_loss else trial.cells))
-    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

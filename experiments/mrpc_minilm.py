@@ -12,14 +12,9 @@ An interrupted run of this file goes on where it was; several may share a folder
 their methods differ.
 """
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from experiments.trials import COLUMNS, make_trial
+from experiments.trials import measure_of, show, trial_parser
 from sparse_jax import Settings
 
 BASE = Settings(
@@ -47,39 +42,25 @@ METHODS = {
 
 def main() -> None:
     """Makes the runs that are missing, then shows all of them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True)
+    rates = [1e-4, 5e-4, 2e-3]
+    parser = trial_parser(__doc__, rates=rates, output="runs/mrpc_minilm")
     parser.add_argument("--data", required=True)
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    rates = [1e-4, 5e-4, 2e-3]
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=rates)
     parser.add_argument("--epochs", type=int, default=BASE.epochs)
-    parser.add_argument("--max-steps", type=int)
-    parser.add_argument("--output", type=Path, default=Path("runs/mrpc_minilm"))
     args = parser.parse_args()
-    seeds = ", ".join(map(str, args.seeds))
-    table = Table(title=f"MRPC test accuracy (%), seeds {seeds}, {args.epochs} epochs")
-    for column in ("method", *COLUMNS):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for name in args.methods:
-        settings = replace(
-            METHODS[name],
-            model=args.model,
-            data=args.data,
-            epochs=args.epochs,
-            max_steps=args.max_steps,
-        )
-        trial = make_trial(
-            name,
-            settings,
-            metric="accuracy",
-            rates=args.learning_rates,
-            seeds=args.seeds,
-            folder=args.output,
-        )
-        table.add_row(name, *trial.cells)
-    Console(width=100).print(table)
+    given = {
+        "model": args.model,
+        "data": args.data,
+        "epochs": args.epochs,
+        "max_steps": args.max_steps,
+    }
+    show(
+        f"MRPC, test examples, {args.epochs} epochs",
+        "method",
+        {name: replace(METHODS[name], **given) for name in args.methods},
+        measure=measure_of("mrpc"),
+        args=args,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.trials import make_trial
+from experiments.trials import LOSS, make_trial, trial_parser
 from sparse_jax import Beams, Greedy, Settings
 from sparse_jax.generation.ranking import rank_candidates
 from sparse_jax.generation.wording import text_tokens
@@ -32,25 +32,21 @@ METHODS = {
 }
 
 
-def parser_of(description: str, sets: Sequence[str]) -> argparse.ArgumentParser:
+def parser_of(
+    doc: str | None, sets: Sequence[str], output: str
+) -> argparse.ArgumentParser:
     """Returns the options that the experiments share."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", required=True)
+    parser = trial_parser(doc, rates=[1e-4, 2e-4, 5e-4], output=output)
     parser.add_argument("--data", required=True, help="training file")
     parser.add_argument("--tests", required=True, type=Path, help="folder of the sets")
     parser.add_argument("--sets", nargs="+", choices=sets, default=list(sets))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora"])
     parser.add_argument("--layers", nargs="+", choices=SAMPLERS, default=[*SAMPLERS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    rates = [1e-4, 2e-4, 5e-4]
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=rates)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--max-steps", type=int)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-questions", type=int, help="of every set")
     parser.add_argument("--beams", type=int, default=4, help="1 is greedy")
-    parser.add_argument("--output", type=Path, required=True)
     return parser
 
 
@@ -86,11 +82,10 @@ def compare(
             trial = make_trial(
                 name,
                 settings,
-                metric="loss",
+                measure=LOSS,
                 rates=args.learning_rates,
                 seeds=args.seeds,
                 folder=args.output,
-                choose=min,
             )
             runs = [
                 args.output / f"{name}-lr{trial.rate:g}-seed{seed}"

@@ -15,13 +15,9 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from experiments.pictures import draw_sweep
-from experiments.trials import COLUMNS, make_trial
+from experiments.trials import measure_of, show, trial_parser
 from sparse_jax import Settings
-from sparse_jax.tasks.glue import find_task
 
 
 def sizes(base: Settings, args: argparse.Namespace) -> dict[str, Settings]:
@@ -36,19 +32,14 @@ def sizes(base: Settings, args: argparse.Namespace) -> dict[str, Settings]:
 
 def main() -> None:
     """Runs the sweep, then shows it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--task", required=True)
+    parser = trial_parser(__doc__, rates=[3e-4, 1e-3, 3e-3], output="runs/sweep")
     parser.add_argument("--data")
-    numbers = {"nargs": "*", "type": float}
-    parser.add_argument("--densities", **numbers, default=[1e-4, 1e-3, 1e-2, 1e-1])
+    parser.add_argument("--task", required=True)
+    densities = {"nargs": "*", "type": float, "default": [1e-4, 1e-3, 1e-2, 1e-1]}
+    parser.add_argument("--densities", **densities)
     parser.add_argument("--ranks", nargs="*", type=int, default=[1, 4, 16])
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--learning-rates", **numbers, default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--max-steps", type=int)
     parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--output", type=Path, default=Path("runs/sweep"))
     args = parser.parse_args()
     base = Settings(
         model=args.model,
@@ -59,27 +50,16 @@ def main() -> None:
         max_steps=args.max_steps,
         max_length=args.max_length,
     )
-    metric = find_task(args.task).primary
-    seeds = ", ".join(map(str, args.seeds))
-    table = Table(title=f"{args.task}, {metric} (%), seeds {seeds}")
-    for column in ("method", *COLUMNS):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    measure = measure_of(args.task)
+    rows = sizes(base, args)
+    trials = show(args.task, "method", rows, measure=measure, args=args)
     series: dict[str, dict[int, list[float]]] = {}
-    for name, settings in sizes(base, args).items():
-        trial = make_trial(
-            name,
-            settings,
-            metric=metric,
-            rates=args.learning_rates,
-            seeds=args.seeds,
-            folder=args.output,
-        )
-        series.setdefault(settings.method, {})[trial.size] = list(trial.values)
-        table.add_row(name, *trial.cells)
-    Console(width=100).print(table)
+    for name, trial in trials.items():
+        found = series.setdefault(rows[name].method, {})
+        found[trial.size] = list(trial.values)
     picture = args.output / "sweep.png"
     title = f"{args.task}, {Path(args.model).name}"
-    draw_sweep(picture, series, metric=metric, title=title)
+    draw_sweep(picture, series, metric=measure.key, title=title)
     print(f"The picture is {picture}.")
 
 

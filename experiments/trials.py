@@ -1,18 +1,70 @@
 """Trials: runs of one method over learning rates and seeds, each made once."""
 
+import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from sparse_jax import Settings, finetune
+from sparse_jax.tasks.glue import find_task
 
-__all__ = ["COLUMNS", "Trial", "make_trial"]
+__all__ = [
+    "LOSS",
+    "Measure",
+    "Trial",
+    "make_trial",
+    "measure_of",
+    "show",
+    "trial_parser",
+]
 
 COLUMNS = ("trained, no head", "learning rate", "mean", "sd", "range")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared, and how a table shows it.
+
+    Attributes:
+      key: of `eval` in `metrics.json`.
+      unit: for people.
+      choose: `max` if a large value is good, `min` if a small one is.
+      scale: what values are multiplied with.
+      digits: after the point.
+    """
+
+    key: str
+    unit: str
+    choose: Callable[..., float] = max
+    scale: float = 100
+    digits: int = 1
+
+    def shown(self, values: Sequence[float]) -> tuple[str, str, str]:
+        """Returns mean, deviation and range of some values."""
+        scaled = self.scale * np.array(values)
+        deviation = np.std(scaled, ddof=1) if len(scaled) > 1 else np.nan
+        mean, deviation, low, high = (
+            f"{value:.{self.digits}f}"
+            for value in (np.mean(scaled), deviation, min(scaled), max(scaled))
+        )
+        return mean, deviation, f"{low} to {high}"
+
+
+LOSS = Measure("loss", "loss, nats per token", min, 1, 4)
+
+
+def measure_of(task: str) -> Measure:
+    """Returns what decides on a task: the loss, or the first metric of GLUE's."""
+    if task == "causal":
+        return LOSS
+    metric = find_task(task).primary
+    return Measure(metric, f"{metric}, %")
 
 
 @dataclass(frozen=True)
@@ -29,32 +81,15 @@ class Trial:
     size: int
     values: tuple[float, ...]
 
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """What a table shows in `COLUMNS`: values in percent."""
-        return self.shown(100, 1)
-
-    def shown(self, scale: float, digits: int) -> tuple[str, ...]:
-        """Returns what a table shows in `COLUMNS`, values times a scale."""
-        values = scale * np.array(self.values)
-        deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
-        texts = [
-            f"{value:.{digits}f}"
-            for value in (np.mean(values), deviation, min(values), max(values))
-        ]
-        spread = f"{texts[2]} to {texts[3]}"
-        return (f"{self.size:,}", f"{self.rate:g}", *texts[:2], spread)
-
 
 def make_trial(
     name: str,
     settings: Settings,
     *,
-    metric: str,
+    measure: Measure,
     rates: Sequence[float],
     seeds: Sequence[int],
     folder: Path,
-    choose: Callable[..., float] = max,
 ) -> Trial:
     """Chooses a learning rate on the first seed, then runs all seeds with it.
 
@@ -64,11 +99,10 @@ def make_trial(
     Args:
       name: the beginning of the names of the directories.
       settings: of all runs, but for learning rate, seed and output.
-      metric: what decides, a key of `eval` in `metrics.json`.
+      measure: what decides.
       rates: the grid of learning rates.
       seeds: not empty.
       folder: where the directories are.
-      choose: `max` if a large metric is good, `min` if a small one is.
     """
 
     def run(rate: float, seed: int) -> dict[str, Any]:
@@ -77,9 +111,12 @@ def make_trial(
             replace(settings, learning_rate=rate, seed=seed, output=str(output))
         )
 
-    best = choose(rates, key=lambda rate: run(rate, seeds[0])["eval"][metric])
+    def value(metrics: dict[str, Any]) -> float:
+        return metrics["eval"][measure.key]
+
+    best = measure.choose(rates, key=lambda rate: value(run(rate, seeds[0])))
     runs = [run(best, seed) for seed in seeds]
-    values = tuple(metrics["eval"][metric] for metrics in runs)
+    values = tuple(map(value, runs))
     return Trial(best, runs[0]["trained_parameters_without_head"], values)
 
 
@@ -90,3 +127,64 @@ def _result(settings: Settings) -> dict[str, Any]:
     if stored.is_file():
         return json.loads(stored.read_text())
     return finetune(replace(settings, resume=(output / "config.json").is_file()))
+
+
+def trial_parser(
+    doc: str | None, *, rates: Sequence[float], output: str
+) -> argparse.ArgumentParser:
+    """Returns the options that comparisons share.
+
+    Args:
+      doc: of the experiment; its first line describes it.
+      rates: the grid of learning rates unless told.
+      output: the folder of the runs unless told.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=list(rates))
+    parser.add_argument("--output", type=Path, default=Path(output))
+    return parser
+
+
+def show(
+    title: str,
+    compared: str,
+    rows: Mapping[str, Settings],
+    *,
+    measure: Measure,
+    args: argparse.Namespace,
+) -> dict[str, Trial]:
+    """Makes the runs that are missing, then shows a table of all of them.
+
+    Args:
+      title: of the table; unit and seeds are added.
+      compared: what the rows are.
+      rows: the settings by the names of the rows, which begin those of the folders.
+      measure: what is compared.
+      args: as `trial_parser` reads them.
+
+    Returns:
+      The trials by the names of their rows.
+    """
+    trials = {
+        name: make_trial(
+            name,
+            settings,
+            measure=measure,
+            rates=args.learning_rates,
+            seeds=args.seeds,
+            folder=args.output,
+        )
+        for name, settings in rows.items()
+    }
+    seeds = ", ".join(map(str, args.seeds))
+    table = Table(title=f"{title}: {measure.unit}, seeds {seeds}")
+    for column in (compared, *COLUMNS):
+        table.add_column(column, justify="left" if column == compared else "right")
+    for name, trial in trials.items():
+        cells = measure.shown(trial.values)
+        table.add_row(name, f"{trial.size:,}", f"{trial.rate:g}", *cells)
+    Console(width=100).print(table)
+    return trials

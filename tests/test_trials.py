@@ -8,6 +8,7 @@ from experiments import trials
 from sparse_jax import Settings
 
 SETTINGS = Settings(model="m", task="mrpc", output="", method="head")
+MEASURE = trials.measure_of("mrpc")
 # Accuracy in percent of every learning rate and seed.
 ACCURACY = {(1e-4, 0): 50, (1e-3, 0): 70, (1e-3, 1): 60, (1e-3, 2): 50}
 
@@ -29,7 +30,7 @@ def calls(monkeypatch):
 
 def trial(folder):
     return trials.make_trial(
-        "head", SETTINGS, metric="accuracy", rates=[1e-4, 1e-3], seeds=[0, 1, 2],
+        "head", SETTINGS, measure=MEASURE, rates=[1e-4, 1e-3], seeds=[0, 1, 2],
         folder=folder,
     )  # fmt: skip
 
@@ -38,7 +39,7 @@ def test_the_learning_rate_is_the_best_of_the_first_seed(calls, tmp_path):
     found = trial(tmp_path)
     assert found == trials.Trial(1e-3, 1234, (0.7, 0.6, 0.5))
     # The deviation of 70, 60, 50 is 10.
-    assert found.cells == ("1,234", "0.001", "60.0", "10.0", "50.0 to 70.0")
+    assert MEASURE.shown(found.values) == ("60.0", "10.0", "50.0 to 70.0")
     assert {(s.learning_rate, s.seed) for s in calls} == ACCURACY.keys()
 
 
