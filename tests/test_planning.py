@@ -33,6 +33,7 @@ needs_compiler = pytest.mark.skipif(
     reason="needs the compiler of TPUs: pip install libtpu",
 )
 ALL = MeshShape(data=2, fsdp=2, tensor=2)
+ALONE = MeshShape()
 TINY = PureModel(CausalLM, LLAMA, CONFIG)
 METHODS = {
     "sift": {"method": "sift", "density": 0.1},
@@ -53,7 +54,7 @@ def plan_of(shape=ALL, target=None, length=16, model=TINY, **changes):
     return make_plan(model, settings_of(**changes), **options)
 
 
-def plan_of_stacks(**changes):
+def plan_of_stacks(shape=ALONE, batch_size=1, **changes):
     """Returns the plan of a model whose stacks are much larger than its activations."""
     config = dataclasses.replace(
         CONFIG, hidden_size=1024, num_layers=16, num_heads=8, num_kv_heads=8,
@@ -61,8 +62,8 @@ def plan_of_stacks(**changes):
     )  # fmt: skip
     model = PureModel(CausalLM, LLAMA, config)
     changes = {"where": ("^layers/.*/kernel$",), "checkpointing": True, **changes}
-    target = find_target("v5e:2x2")
-    return plan_of(MeshShape(), target, 128, model, batch_size=1, **changes)
+    target = find_target("v5e:2x2", shape.size)
+    return plan_of(shape, target, 128, model, batch_size=batch_size, **changes)
 
 
 def test_loops_count_as_often_as_they_run():
@@ -93,18 +94,55 @@ def test_a_gather_in_a_loop_counts_in_every_round():
     assert collectives_of(text)["all-gather"] == Traffic(5, 5 * 64 * 64 * 4)
 
 
+@pytest.mark.parametrize(("step", "times"), [(1, 8), (2, 4), (3, 3)])
+def test_a_loop_ends_where_its_counter_is(step, times):
+    sends = "collective-permute(%x), source_target_pairs={{0,1},{1,0}}"
+    text = (
+        "%body (p: (f32[2], u32[])) -> (f32[2], u32[]) {\n"
+        f"  %one = u32[]{{:T(128)}} constant({step})\n"
+        "  %i = u32[]{:T(128)} get-tuple-element(%p), index=1\n"
+        f"  %y = f32[2]{{0}} {sends}\n"
+        "  %next = u32[]{:T(128)} add(%i, %one)\n"
+        "  ROOT %t = (f32[2]{0}, u32[]) tuple(%y, %next)\n"
+        "}\n"
+        "%condition (p: (f32[2], u32[])) -> pred[] {\n"
+        "  %end = u32[]{:T(128)} constant(8)\n"
+        "  %i = u32[]{:T(128)} get-tuple-element(%p), index=1\n"
+        "  ROOT %less = pred[] compare(%i, %end), direction=LT\n"
+        "}\n"
+        "ENTRY %main (p: (f32[2], u32[])) -> (f32[2], u32[]) {\n"
+        "  ROOT %w = (f32[2]{0}, u32[]) while(%p), condition=%condition, body=%body\n"
+        "}\n"
+    )
+    assert collectives_of(text) == {"collective-permute": Traffic(times, 8 * times)}
+
+
 def test_the_pieces_of_one_collective_count_once():
     gather = "all-gather(%x), channel_id=7, replica_groups={{0,1}}"
     text = (
-        "%piece (x: f32[2]) -> f32[4] {\n"
+        "%async_collective_fusion.1 (x: f32[2]) -> f32[4] {\n"
         f"  ROOT %y = f32[4]{{0}} {gather}\n"
         "}\n"
+        "%fused_computation.2 (x: f32[2]) -> f32[4] {\n"
+        f"  ROOT %z = f32[4]{{0}} {gather}\n"
+        "}\n"
         "ENTRY %main (x: f32[2]) -> f32[4] {\n"
-        f"  %a = f32[4]{{0}} {gather}\n"
-        "  ROOT %b = f32[4]{0} fusion(%a), kind=kCustom, calls=%piece\n"
+        "  %a = f32[4]{0} fusion(%x), calls=%async_collective_fusion.1\n"
+        "  ROOT %b = f32[4]{0} fusion(%x), calls=%fused_computation.2\n"
         "}\n"
     )
     assert collectives_of(text) == {"all-gather": Traffic(1, 16)}
+
+
+def test_collectives_put_together_from_others_count_each():
+    gather = "all-gather(%x), channel_id=1, replica_groups={{0,1}}"
+    text = (
+        "ENTRY %main (x: f32[2]) -> f32[4] {\n"
+        f"  %a = f32[4]{{0}} {gather}\n"
+        f"  ROOT %b = f32[4]{{0}} {gather}\n"
+        "}\n"
+    )
+    assert collectives_of(text) == {"all-gather": Traffic(2, 32)}
 
 
 def test_the_parts_that_are_reduced_and_scattered_count_whole():
@@ -112,6 +150,19 @@ def test_the_parts_that_are_reduced_and_scattered_count_whole():
     text = (
         "ENTRY %main (x: f32[8]) -> f32[2] {\n"
         f"  ROOT %y = f32[2]{{0}} reduce-scatter(%x), channel_id=1, {groups}\n"
+        "}\n"
+    )
+    assert collectives_of(text) == {"reduce-scatter": Traffic(1, 32)}
+
+
+def test_an_all_reduce_of_which_parts_are_kept_is_a_reduce_scatter():
+    text = (
+        "%all-reduce-scatter.1.clone (x: f32[8]) -> f32[2] {\n"
+        "  %y = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}\n"
+        "  ROOT %z = f32[2]{0} dynamic-slice(%y, %i), dynamic_slice_sizes={2}\n"
+        "}\n"
+        "ENTRY %main (x: f32[8]) -> f32[2] {\n"
+        "  ROOT %b = f32[2]{0} fusion(%x), calls=%all-reduce-scatter.1.clone\n"
         "}\n"
     )
     assert collectives_of(text) == {"reduce-scatter": Traffic(1, 32)}
@@ -240,6 +291,17 @@ def test_a_tpu_keeps_no_second_copy_of_a_stack(density):
     one_stack = 16 * 1024 * 1024 * 2
     beside = plan.temporaries - plan.held["gradients"]
     assert beside < one_stack
+
+
+@needs_compiler
+def test_a_gradient_is_sent_once_and_only_to_where_its_weight_is():
+    plan = plan_of_stacks(MeshShape(fsdp=4), batch_size=4, density=0.1)
+    sent = plan.collectives
+    # 16 layers of seven matrices of 1024 x 1024 in bfloat16, but for padding.
+    dense = 16 * 7 * 1024 * 1024 * 2
+    assert dense <= sent["reduce-scatter"].bytes < 1.1 * dense
+    # What is left are the loss and the norm.
+    assert sent["all-reduce"].bytes < 100
 
 
 @needs_compiler

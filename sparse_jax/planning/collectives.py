@@ -22,6 +22,13 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
 _GROUPS_OF_AXES = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+# The compiler of TPUs writes a reduce-scatter as an all-reduce and a slice, in a
+# computation of this name, and sends what a reduce-scatter sends.
+_SCATTERED = "all-reduce-scatter"
+# It also cuts one collective into several pieces, to run beside other work: they lie in
+# computations of these names and have one channel. (So have others, when they were put
+# together from several.)
+_OF_PIECES = ("fused_computation", "async_collective_fusion")
 # In the tuple of an asynchronous start operands come before results.
 _PAIRED = ("all-gather-start", "collective-permute-start")
 
@@ -51,28 +58,31 @@ def collectives_of(text: str) -> Mapping[str, Traffic]:
     for number, one in enumerate(instructions(text)):
         kind = one.operation.removesuffix("-start")
         if kind in _KINDS:
-            # The compiler of TPUs cuts one collective into several pieces of the same
-            # channel, to run beside other work.
+            if kind == "all-reduce" and one.computation.startswith(_SCATTERED):
+                kind = "reduce-scatter"
             channel = _CHANNEL.search(one.line)
-            place = (kind, channel[1] if channel else -number)
+            place = (kind, -number)
+            if channel is not None and one.computation.startswith(_OF_PIECES):
+                place = (kind, channel[1])
             channels.setdefault(place, []).append(one)
     found: dict[str, Traffic] = {}
     for (kind, _), pieces in channels.items():
         times = min(piece.times for piece in pieces)
         before = found.get(kind, Traffic(0, 0))
-        size = times * _bytes(pieces[0], kind)
+        size = times * _bytes(pieces[0])
         found[kind] = Traffic(before.count + times, before.bytes + size)
     return found
 
 
-def _bytes(one: Instruction, kind: str) -> int:
+def _bytes(one: Instruction) -> int:
     """Returns the bytes of the larger of input and output."""
     arrays = [_size(*array) for array in _ARRAY.findall(one.result)]
     if one.operation in _PAIRED:
         # Behind the results some have words for their own use.
         arrays = [size for size in arrays if size > 4] or arrays
         arrays = arrays[len(arrays) // 2 :]
-    return sum(arrays) * (_group(one.line) if kind == "reduce-scatter" else 1)
+    is_part = one.operation.startswith("reduce-scatter")
+    return sum(arrays) * (_group(one.line) if is_part else 1)
 
 
 def _group(line: str) -> int:

@@ -1,5 +1,6 @@
 """The text of a compiled program: its instructions, and how often each one runs."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,11 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
-_CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+# The counter of a loop, where its condition reads it and where its body adds to it.
+_READ = re.compile(r"%?([\w.\-]+) = [su]32\[\].* get-tuple-element\(.*\), index=(\d+)")
+_ADDED = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* add\(%?([\w.\-]+), %?([\w.\-]+)\)")
+_NAME = re.compile(r"%([\w.\-]+)")
 
 
 class Instruction(NamedTuple):
@@ -25,13 +30,14 @@ class Instruction(NamedTuple):
     result: str  # its type, such as "f32[8,128]{1,0}"
     line: str
     times: int  # how often it runs
+    computation: str  # the name of what it is part of
 
 
 def instructions(text: str) -> Iterator[Instruction]:
     """Yields the instructions of a program that are reached from its entry.
 
-    A loop runs as often as its condition says, by comparing with a constant; one whose
-    end depends on the data counts once.
+    A loop runs as often as its condition says, by comparing a counter with a constant;
+    one whose end depends on the data counts once.
 
     Args:
       text: of `jax.stages.Compiled.as_text()`.
@@ -56,7 +62,7 @@ def instructions(text: str) -> Iterator[Instruction]:
         for line in lines if times[name] else ():
             found = _OPERATION.match(line)
             if found is not None:
-                yield Instruction(found[2], found[1], line, times[name])
+                yield Instruction(found[2], found[1], line, times[name], name)
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
@@ -94,7 +100,8 @@ def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str,
         return
     loop = _LOOP.search(line)
     if loop is not None:
-        yield loop[2], _rounds(line, computations.get(loop[1], []))
+        condition, body = (computations.get(loop[i], []) for i in (1, 2))
+        yield loop[2], _rounds(line, condition, body)
     for called in _CALLED.findall(line):
         yield called, 1
     branches = _BRANCHES.search(line)
@@ -103,10 +110,37 @@ def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str,
             yield called.strip(), 1
 
 
-def _rounds(line: str, condition: list[str]) -> int:
+def _rounds(line: str, condition: list[str], body: list[str]) -> int:
     """Returns how often a loop runs, 1 if that depends on the data."""
     known = _TRIPS.search(line)
     if known is not None:
         return int(known[1])
-    limits = [int(n) for line in condition for n in _CONSTANT.findall(line)]
-    return max(1, *limits) if limits else 1
+    limits = _constants(condition)
+    step = _step(condition, body)
+    return max(1, math.ceil(max(limits.values()) / step)) if limits else 1
+
+
+def _step(condition: list[str], body: list[str]) -> int:
+    """Returns what a body adds to the counter that a condition reads, 1 if unclear.
+
+    Loops that overlap a product with what is sent for it go two steps at a time.
+    """
+    read = [found[2] for line in condition if (found := _READ.search(line))]
+    end = next((line for line in body if "ROOT" in line and " tuple(" in line), None)
+    if len(read) != 1 or end is None:
+        return 1
+    results = _NAME.findall(end.partition(" tuple(")[2])
+    counters = {found[1]: found[2] for line in body if (found := _READ.search(line))}
+    constants = _constants(body)
+    for found in filter(None, map(_ADDED.search, body)):
+        sum_of, counter, added = found.groups()
+        is_counter = counters.get(counter) == read[0]
+        if is_counter and results[int(read[0])] == sum_of and added in constants:
+            return max(1, constants[added])
+    return 1
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    """Returns the integers of a computation by their names."""
+    found = (_CONSTANT.search(line) for line in lines)
+    return {one[1]: int(one[2]) for one in found if one is not None}
