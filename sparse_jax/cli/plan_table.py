@@ -8,6 +8,7 @@ from typing import Any
 from sparse_jax.planning.plan import SECONDS_PER_ENTRY, UTILISATION, Plan
 from sparse_jax.planning.target import Target
 from sparse_jax.sharding.mesh import MeshShape
+from sparse_jax.training.memory import bytes_shown
 
 __all__ = ["print_plans", "write_plans"]
 
@@ -143,9 +144,4 @@ def _traffic(plan: Plan, kind: str) -> str:
 
 def _size(size: int | None) -> str:
     """Returns bytes for people."""
-    if size is None:
-        return "not known"
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 2**power:
-            return f"{size / 2**power:.2f} {unit}"
-    return f"{size} B"
+    return "not known" if size is None else bytes_shown(size)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparse_jax.training.memory import bytes_shown
 from sparse_jax.training.settings import Settings
 
 __all__ = ["print_summary"]
@@ -52,18 +53,10 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         *scores,
         ("trained parameters", f"{trained:,} ({trained / total:.3%})"),
         *head,
-        ("optimiser", _size(metrics["optimizer_bytes"])),
-        ("adapter file", _size(metrics["adapter_bytes"])),
-        ("peak memory", _size(metrics["peak_memory_bytes"])),
+        ("optimiser", bytes_shown(metrics["optimizer_bytes"])),
+        ("adapter file", bytes_shown(metrics["adapter_bytes"])),
+        ("peak memory", bytes_shown(metrics["peak_memory_bytes"])),
         ("time per update", f"{metrics['seconds_per_step']:.3g} s"),
         ("updates", f"{metrics['steps']:,}"),
         *skipped,
     ]
-
-
-def _size(count: int) -> str:
-    """Returns a number of bytes for people."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"

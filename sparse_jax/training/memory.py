@@ -3,7 +3,20 @@
 import jax
 import psutil
 
-__all__ = ["current_bytes", "peak_bytes"]
+__all__ = ["bytes_shown", "current_bytes", "peak_bytes"]
+
+
+def bytes_shown(size: float) -> str:
+    """Returns a number of bytes for people.
+
+    Example:
+      >>> bytes_shown(3 * 2**29), bytes_shown(2048), bytes_shown(100)
+      ('1.50 GiB', '2.00 KiB', '100 B')
+    """
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**power:
+            return f"{size / 2**power:.2f} {unit}"
+    return f"{size:.0f} B"
 
 
 def current_bytes() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from sparse_jax.training.memory import current_bytes
+from sparse_jax.training.memory import bytes_shown, current_bytes
 
 __all__ = ["Progress", "show_progress"]
 
@@ -62,8 +62,8 @@ class _Shown:
         """Returns the loss, tokens per second and memory as text."""
         self.loss = _smoothed(self.loss, loss)
         self.rate = _smoothed(self.rate, tokens / max(seconds, 1e-9))
-        memory = current_bytes() / 1e9
-        return f"loss {self.loss:.4f}  {self.rate:,.0f} tokens/s  {memory:.2f} GB"
+        memory = bytes_shown(current_bytes())
+        return f"loss {self.loss:.4f}  {self.rate:,.0f} tokens/s  {memory}"
 
 
 class _Bar:
