@@ -97,9 +97,9 @@ def gather(
     """
     if isinstance(support, LocalSupport):
         return gather_local(x, support, layers)
+    x = x if _is_cut(support) else replicated(x)
     if isinstance(support, LaneSupport):
         return gather_lanes(x, support, layers)
-    x = replicated(x)
     if support.ndim == 1:
         return x.reshape(-1).at[support].get(**_DISTINCT)
     if layers is None:
@@ -135,10 +135,10 @@ def scatter(
     """
     if isinstance(support, LocalSupport):
         return scatter_local(x, support, packed, layers)
-    if isinstance(support, LaneSupport):
-        return scatter_lanes(x, support, packed, layers)
     spec = jax.typeof(x).sharding.spec
-    x = replicated(x)
+    x = x if _is_cut(support) else replicated(x)
+    if isinstance(support, LaneSupport):
+        return _resharded(scatter_lanes(x, support, packed, layers), spec)
     if support.ndim == 1:
         flat = x.reshape(-1).at[support].set(packed.astype(x.dtype), **_DISTINCT)
         return _resharded(flat.reshape(x.shape), spec)
@@ -161,6 +161,11 @@ def replicated(x: jax.Array) -> jax.Array:
     by itself; under explicit axes JAX wants to be told.
     """
     return _resharded(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
+
+
+def _is_cut(support: jax.Array | LaneSupport) -> bool:
+    """Returns whether every device reaches its own part of an array."""
+    return isinstance(support, LaneSupport) and support.cut is not None
 
 
 def _resharded(x: jax.Array, spec: jax.P) -> jax.Array:

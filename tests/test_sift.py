@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sparse_jax import InputError, sift
+from sparse_jax import LANE, InputError, sift
 
 GRADIENT = jnp.array([[0.1, -0.5, 0.3], [0.2, 0.0, -0.4], [0.6, 0.05, 0.01]])
 WEIGHT = jnp.arange(1.0, 10.0).reshape(3, 3)
@@ -181,6 +181,39 @@ def test_restarted_state_is_as_new():
     assert int(after.count) == 1
 
 
+def test_lanes_take_as_many_entries_of_every_128_rows():
+    tx = sift(optax.sgd(1.0), density=0.02, granularity=LANE)  # ceil(2.56) = 3 of 128
+    weight = jnp.zeros((256, 2))
+    # The largest of column 0 are at the end of each half, of column 1 at its start.
+    rise = jnp.tile(jnp.arange(1.0, 129.0), 2)
+    grads = jnp.stack([rise, -rise[::-1]], axis=1)
+    updates, state = tx.update(grads, tx.init(weight), weight)
+    moved = np.array(updates).reshape(2, 128, 2)
+    for half in moved:
+        np.testing.assert_array_equal(np.flatnonzero(half[:, 0]), [125, 126, 127])
+        np.testing.assert_array_equal(np.flatnonzero(half[:, 1]), [0, 1, 2])
+        np.testing.assert_array_equal(half[125:, 0], [-126.0, -127.0, -128.0])
+    assert state.support.positions.dtype == jnp.uint8
+
+
+def test_carried_state_follows_its_lanes():
+    tx = sift(optax.adam(0.1), density=2 / 128, reselect_every=1, granularity=LANE)
+    weight = jnp.zeros((128, 2))
+    first = weight.at[jnp.array([3, 9]), 0].set(1.0).at[jnp.array([5, 6]), 1].set(1.0)
+    second = weight.at[jnp.array([9, 70]), 0].set(2.0).at[jnp.array([2, 6]), 1].set(2.0)
+    state = tx.update(first, tx.init(weight), weight)[1]
+    np.testing.assert_allclose(state.inner_state[0].mu.ravel(), 0.1)
+    mu = tx.update(second, state, weight)[1].inner_state[0].mu[:, 0]
+    # Row 9 of column 0 and row 6 of column 1 stay: 0.9 of 0.1, and 0.1 of 2.
+    np.testing.assert_allclose(mu, [[0.29, 0.2], [0.2, 0.29]], rtol=1e-6)
+
+
+def test_a_leaf_without_groups_is_named():
+    tx = sift(optax.sgd(1.0), density=0.1, granularity=LANE)
+    with pytest.raises(InputError, match=r"`w` must be a matrix or vector with a"):
+        tx.init({"w": jnp.zeros((100, 2))})
+
+
 def test_masters_survive_reselection():
     params = {"w": jnp.ones(4, jnp.bfloat16)}
     tx = sift(optax.sgd(1e-3), density=0.5, reselect_every=1)
@@ -259,6 +292,10 @@ ERRORS = {
     "compat": (dict(compat="lomo"), r"`compat` must be 'torch-sift'"),
     "compat-score": (
         dict(compat="torch-sift", score="magnitude"),
+        r"must keep their defaults",
+    ),
+    "compat-lanes": (
+        dict(compat="torch-sift", granularity=LANE),
         r"must keep their defaults",
     ),
 }

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparse_jax import Cyclic, GradientNorm, ist, sift
+from sparse_jax import LANE, Cyclic, GradientNorm, ist, sift
 
 
 def layered(inner, **options):
@@ -27,6 +27,7 @@ def layered(inner, **options):
 
 
 SIZES = {"num_layers": 8, "num_active": 2}
+LANES = {"where": "query", "stacked": "query", "granularity": LANE}
 TRANSFORMS = {
     "sift": sift(optax.adamw(1e-2), density=0.1),
     "rules": sift(optax.adamw(1e-2), 0.1, where="query", dense="bias"),
@@ -37,6 +38,8 @@ TRANSFORMS = {
     "random": sift(optax.adam(1e-2), 0.1, score="random", key=jax.random.key(0)),
     "masking": sift(density=0.1),
     "momentum": sift(optax.sgd(1e-2, momentum=0.9), 0.1),
+    "lanes": sift(optax.adamw(1e-2), 0.05, **LANES),
+    "lanes again": sift(optax.adam(1e-2), 0.05, reselect_every=2, **LANES),
     "original": sift(optax.adamw(1e-2), 0.1, compat="torch-sift"),
     "ist": layered(optax.adamw(1e-2), probe_every=2),
     "ist, restart": layered(optax.adamw(1e-2), probe_every=2, restart=True),
@@ -51,12 +54,12 @@ every_transform = pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFO
 
 def make_params(dtype=jnp.float32):
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, dtype)
-    return {"query": draw(0, 8, 16, 8), "bias": draw(1, 16), "scale": draw(2)}
+    return {"query": draw(0, 8, 128, 8), "bias": draw(1, 16), "scale": draw(2)}
 
 
 def make_grads(i, dtype=jnp.float32):
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, dtype)
-    return {"query": draw(9 + i, 8, 16, 8), "bias": draw(99 + i, 16), "scale": draw(i)}
+    return {"query": draw(9 + i, 8, 128, 8), "bias": draw(99 + i, 16), "scale": draw(i)}
 
 
 def run(tx, params, grads, update):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparse_jax.lanes import LaneSupport
 from sparse_jax.roles import DENSE, TRAINED, Role, map_roles
 
 __all__ = ["carry_state", "carry_values"]
@@ -16,6 +17,7 @@ class _Origin(NamedTuple):
 
     place: jax.Array
     stays: jax.Array
+    axis: int  # along which places count
 
 
 class _Moving:
@@ -44,7 +46,7 @@ def carry_state(
       roles: role of every leaf.
       state: its state at the old support.
       fresh: its state as initialised at the new support.
-      old_support: positions, shape=(k,) or (L, k), int32, per sparse leaf.
+      old_support: positions or rows of groups, per sparse leaf.
       new_support: the same for the new support.
     """
 
@@ -76,18 +78,31 @@ def _origins(roles: Any, old_support: Any, new_support: Any) -> Any:
     """Returns a tree of boxed origins, one for each trained leaf."""
 
     def origin(role: Role, old: Any, new: Any) -> _Moving:
-        if role.kind == DENSE:
-            return _Moving(None, None)
-        find = jax.vmap(_find) if role.stacked else _find
-        return _Moving(None, find(old, new))
+        return _Moving(None, None if role.kind == DENSE else _find(old, new))
 
     return map_roles(origin, roles, old_support, new_support, only=TRAINED)
 
 
-def _find(old: jax.Array, new: jax.Array) -> _Origin:
-    """Finds the positions of one support in another."""
-    place = jnp.minimum(jnp.searchsorted(old, new), old.size - 1)
-    return _Origin(place, old[place] == new)
+def _find(old: Any, new: Any) -> _Origin:
+    """Finds the entries of one support in another."""
+    if isinstance(old, LaneSupport):
+        return _find_rows(old.positions, new.positions)
+    search = jnp.searchsorted if old.ndim == 1 else jax.vmap(jnp.searchsorted)
+    place = jnp.minimum(search(old, new), old.shape[-1] - 1)
+    return _Origin(place, jnp.take_along_axis(old, place, axis=-1) == new, -1)
+
+
+def _find_rows(old: jax.Array, new: jax.Array) -> _Origin:
+    """Finds the rows of groups in those of before, shape=(..., m, G, C)."""
+    axis = -3
+
+    def look(i: jax.Array, place: jax.Array) -> jax.Array:
+        one = jax.lax.dynamic_index_in_dim(old, i, axis)
+        return jnp.where(new == one, i, place)
+
+    nowhere = jnp.full(new.shape, -1, jnp.int32)
+    place = jax.lax.fori_loop(0, old.shape[axis], look, nowhere)
+    return _Origin(jnp.maximum(place, 0), place >= 0, axis)
 
 
 def _carry(leaf: Any, fresh: Any) -> Any:
@@ -96,5 +111,6 @@ def _carry(leaf: Any, fresh: Any) -> Any:
         return leaf
     if leaf.origin is None or leaf.leaf.shape != leaf.origin.place.shape:
         return leaf.leaf
-    kept = jnp.take_along_axis(leaf.leaf, leaf.origin.place, axis=-1)
-    return jnp.where(leaf.origin.stays, kept, fresh)
+    origin = leaf.origin
+    kept = jnp.take_along_axis(leaf.leaf, origin.place, axis=origin.axis)
+    return jnp.where(origin.stays, kept, fresh)

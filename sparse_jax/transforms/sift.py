@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from sparse_jax.errors import InputError
+from sparse_jax.granularity import ENTRY, Granularity
 from sparse_jax.names import Rule
 from sparse_jax.packing import (
     below_float32,
@@ -19,8 +20,8 @@ from sparse_jax.packing import (
     zeros_like,
 )
 from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
-from sparse_jax.scores import Score, leaf_key, score_named, select
-from sparse_jax.support import require_density, support_size
+from sparse_jax.scores import leaf_key, score_named
+from sparse_jax.support import Support, require_density
 from sparse_jax.transforms.carry import carry_state, carry_values
 from sparse_jax.transforms.torch_sift import torch_sift
 
@@ -37,7 +38,7 @@ class SiftState(NamedTuple):
 
     count: jax.typing.ArrayLike  # shape=(), int32: gradients accepted
     skipped: jax.typing.ArrayLike  # shape=(), int32: non-finite gradients skipped
-    support: optax.Updates  # sparse leaves: shape=(k,) or (L, k), int32
+    support: Any  # sparse leaves: shape=(k,) or (L, k), int32; or a `LaneSupport`
     masters: optax.Updates  # trained leaves below float32: their float32 values
     summed: optax.Updates  # sparse leaves if select_from > 1: float32 gradients
     inner_state: optax.OptState
@@ -56,6 +57,7 @@ def sift(
     stacked: Rule | None = None,
     key: jax.Array | None = None,
     compat: Literal["torch-sift"] | None = None,
+    granularity: Granularity = ENTRY,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains only the entries of each array with the largest gradients.
 
@@ -94,6 +96,9 @@ def sift(
         then gets a support of its own.
       key: PRNG key, needed by `score="random"`.
       compat: "torch-sift" reproduces the released PyTorch code update by update.
+      granularity: `ENTRY`, or `LANE` to choose as many entries of every 128 rows of a
+        column, ceil(128 * density), which a TPU reaches without gather or scatter.
+        `inner` then sees arrays of shape (m, rows / 128, columns).
 
     Returns:
       A transformation whose updates have the shapes and dtypes of the gradients. For
@@ -103,7 +108,7 @@ def sift(
 
     Raises:
       InputError: if an argument breaks its rule, or (in `init`) an expression matches
-        no leaf.
+        no leaf, or a leaf cannot be trained by lanes.
 
     Example:
       >>> params = {"w": jnp.array([1.0, 2.0, 3.0, 4.0])}
@@ -130,7 +135,8 @@ def sift(
         )
     rank = score_named(score)
     if compat is not None:
-        original = _require_original(compat, inner, score, select_from, reselect_every)
+        settings = (score, select_from, reselect_every, granularity)
+        original = _require_original(compat, inner, settings)
         return torch_sift(original, density, where=where, dense=dense, stacked=stacked)
 
     # Without an inner transformation nothing is known of the step, so there is no
@@ -144,28 +150,40 @@ def sift(
         kept = keep_masters(roles, values, params)
         return kept if has_masters else map_roles(lambda role: role, roles, only=())
 
+    def select(roles: Any, source: Any, params: Any, key: jax.Array) -> Any:
+        def choose(role: Role, gradient: jax.Array, param: jax.Array) -> Support:
+            k = granularity.size(density, role.size)
+            draw = leaf_key(key, role.name)
+            options = {"cut": None, "slots": k, "stacked": role.stacked}
+            return granularity.choose(rank, gradient, param, k, draw, **options)[0]
+
+        return map_roles(choose, roles, source, params, only=(SPARSE,))
+
     def init_fn(params: optax.Params) -> SiftState:
         roles = roles_of(params, where=where, dense=dense, stacked=stacked)
 
-        def packed(role: Role, leaf: Any, dtype: Any = jnp.float32) -> jax.Array:
+        def empty(role: Role, leaf: Any) -> Support:
+            k = granularity.size(density, role.size)
+            return granularity.empty(role, leaf.shape, k, None, k)
+
+        def packed(role: Role, leaf: Any, support: Any) -> jax.Array:
             if role.kind == DENSE:
-                return jnp.zeros_like(leaf, dtype)
-            k = support_size(density, role.size)
-            return jnp.zeros(role.packed_shape(leaf.shape, k), dtype)
+                return jnp.zeros_like(leaf, jnp.float32)
+            return jnp.zeros(support.shape, jnp.float32)
 
         def sums(role: Role, leaf: Any) -> Any:
             if select_from == 1:
                 return optax.MaskedNode()
             return jnp.zeros_like(leaf, jnp.float32)
 
-        positions = lambda role, leaf: packed(role, leaf, jnp.int32)
+        support = map_roles(empty, roles, params, only=(SPARSE,))
         # Only shapes matter here, the values come with the first selection: `init`
         # accepts abstract parameters.
-        values = map_roles(packed, roles, params, only=TRAINED)
+        values = map_roles(packed, roles, params, support, only=TRAINED)
         return SiftState(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
-            support=map_roles(positions, roles, params, only=(SPARSE,)),
+            support=support,
             masters=masters_of(roles, values, params),
             summed=map_roles(sums, roles, params, only=(SPARSE,)),
             inner_state=tx.init(values),
@@ -201,7 +219,7 @@ def sift(
         def reselect(ready: SiftState) -> SiftState:
             source = updates if select_from == 1 else ready.summed
             draw = jax.random.fold_in(base_key, state.count)
-            support = _select(roles, source, params, rank, density, draw)
+            support = select(roles, source, params, draw)
             values = pack(roles, support, params)
             kept = (values, tx.init(values))
             if reselect_every is not None:
@@ -266,21 +284,16 @@ def _require_counts(select_from: int, reselect_every: int | None) -> None:
 
 
 def _require_original(
-    compat: str,
-    inner: optax.GradientTransformation | None,
-    score: Any,
-    select_from: int,
-    reselect_every: int | None,
+    compat: str, inner: optax.GradientTransformation | None, settings: tuple
 ) -> optax.GradientTransformation:
     """Returns `inner`, or raises if an argument is not one the released code has."""
     if compat != "torch-sift":
         raise InputError(f"`compat` must be 'torch-sift' or None, got {compat!r}.")
-    settings = (score, select_from, reselect_every)
-    if settings != ("gradient", 1, None):
+    if settings != ("gradient", 1, None, ENTRY):
         raise InputError(
-            "`score`, `select_from` and `reselect_every` must keep their defaults "
-            f"with `compat='torch-sift'`, got {settings}. The released code selects "
-            "once, from one gradient."
+            "`score`, `select_from`, `reselect_every` and `granularity` must keep "
+            f"their defaults with `compat='torch-sift'`, got {settings}. The released "
+            "code selects entries once, from one gradient."
         )
     if inner is None:
         raise InputError(
@@ -316,19 +329,6 @@ def _sum(roles: Any, summed: Any, updates: optax.Updates, collecting: Any) -> An
     add = lambda role, total, leaf: total + leaf.astype(jnp.float32)
     added = lambda: map_roles(add, roles, summed, updates, only=(SPARSE,))
     return lax.cond(collecting, added, lambda: summed)
-
-
-def _select(
-    roles: Any, source: Any, params: Any, rank: Score, density: float, key: jax.Array
-) -> Any:
-    """Returns the support of every sparse leaf."""
-
-    def select_leaf(role: Role, gradient: jax.Array, param: jax.Array) -> jax.Array:
-        k = support_size(density, role.size)
-        draw = leaf_key(key, role.name)
-        return select(rank, gradient, param, k, draw, stacked=role.stacked)
-
-    return map_roles(select_leaf, roles, source, params, only=(SPARSE,))
 
 
 def _rounded_step(roles: Any, support: Any, step: Any, values: Any, params: Any) -> Any:
