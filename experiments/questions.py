@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.trials import LOSS, make_trial, trial_parser
+from experiments.trials import LOSS, grid_of, make_trial, run_folder, trial_parser
 from sparse_jax import Beams, Greedy, Settings
 from sparse_jax.generation.ranking import rank_candidates
 from sparse_jax.generation.wording import text_tokens
@@ -79,17 +79,9 @@ def compare(
         for layers in args.layers:
             settings = replace(base, sampler=SAMPLERS[layers], **METHODS[method])
             name = f"{method}-{layers}"
-            trial = make_trial(
-                name,
-                settings,
-                measure=LOSS,
-                rates=args.learning_rates,
-                seeds=args.seeds,
-                folder=args.output,
-            )
+            trial = make_trial(name, settings, measure=LOSS, **grid_of(args))
             runs = [
-                args.output / f"{name}-lr{trial.rate:g}-seed{seed}"
-                for seed in args.seeds
+                run_folder(args.output, name, trial.rate, seed) for seed in args.seeds
             ]
             results[name] = [
                 _judged(run, args, template, max_new_tokens, judge) for run in runs

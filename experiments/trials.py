@@ -18,13 +18,15 @@ __all__ = [
     "LOSS",
     "Measure",
     "Trial",
+    "grid_of",
     "make_trial",
     "measure_of",
+    "run_folder",
     "show",
     "trial_parser",
 ]
 
-COLUMNS = ("trained, no head", "learning rate", "mean", "sd", "range")
+_COLUMNS = ("trained, no head", "learning rate", "mean", "sd", "range")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class Trial:
     values: tuple[float, ...]
 
 
+def run_folder(folder: Path, name: str, rate: float, seed: int) -> Path:
+    """Returns the directory of one run of a trial."""
+    return folder / f"{name}-lr{rate:g}-seed{seed}"
+
+
 def make_trial(
     name: str,
     settings: Settings,
@@ -106,10 +113,8 @@ def make_trial(
     """
 
     def run(rate: float, seed: int) -> dict[str, Any]:
-        output = folder / f"{name}-lr{rate:g}-seed{seed}"
-        return _result(
-            replace(settings, learning_rate=rate, seed=seed, output=str(output))
-        )
+        output = str(run_folder(folder, name, rate, seed))
+        return _result(replace(settings, learning_rate=rate, seed=seed, output=output))
 
     def value(metrics: dict[str, Any]) -> float:
         return metrics["eval"][measure.key]
@@ -148,6 +153,15 @@ def trial_parser(
     return parser
 
 
+def grid_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `make_trial` takes from the options of `trial_parser`."""
+    return {
+        "rates": args.learning_rates,
+        "seeds": args.seeds,
+        "folder": args.output,
+    }
+
+
 def show(
     title: str,
     compared: str,
@@ -169,19 +183,12 @@ def show(
       The trials by the names of their rows.
     """
     trials = {
-        name: make_trial(
-            name,
-            settings,
-            measure=measure,
-            rates=args.learning_rates,
-            seeds=args.seeds,
-            folder=args.output,
-        )
+        name: make_trial(name, settings, measure=measure, **grid_of(args))
         for name, settings in rows.items()
     }
     seeds = ", ".join(map(str, args.seeds))
     table = Table(title=f"{title}: {measure.unit}, seeds {seeds}")
-    for column in (compared, *COLUMNS):
+    for column in (compared, *_COLUMNS):
         table.add_column(column, justify="left" if column == compared else "right")
     for name, trial in trials.items():
         cells = measure.shown(trial.values)

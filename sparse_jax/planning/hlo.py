@@ -20,7 +20,7 @@ _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 # The counter of a loop, where its condition reads it and where its body adds to it.
 _READ = re.compile(r"%?([\w.\-]+) = [su]32\[\].* get-tuple-element\(.*\), index=(\d+)")
 _ADDED = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* add\(%?([\w.\-]+), %?([\w.\-]+)\)")
-_NAME = re.compile(r"%([\w.\-]+)")
+_RESULTS = re.compile(r"ROOT .* tuple\((.*?)\)")
 
 
 class Instruction(NamedTuple):
@@ -125,19 +125,23 @@ def _step(condition: list[str], body: list[str]) -> int:
 
     Loops that overlap a product with what is sent for it go two steps at a time.
     """
-    read = [found[2] for line in condition if (found := _READ.search(line))]
-    end = next((line for line in body if "ROOT" in line and " tuple(" in line), None)
-    if len(read) != 1 or end is None:
-        return 1
-    results = _NAME.findall(end.partition(" tuple(")[2])
-    counters = {found[1]: found[2] for line in body if (found := _READ.search(line))}
+    limited, read = _places(condition).values(), _places(body)
+    returned = next((found[1] for found in map(_RESULTS.search, body) if found), "")
+    # In front of a name there may be a comment that counts: "/*index=5*/%add.1".
+    results = [one.rpartition("/")[2].strip(" %") for one in returned.split(",")]
     constants = _constants(body)
     for found in filter(None, map(_ADDED.search, body)):
-        sum_of, counter, added = found.groups()
-        is_counter = counters.get(counter) == read[0]
-        if is_counter and results[int(read[0])] == sum_of and added in constants:
+        result, counter, added = found.groups()
+        is_next = result in results and results.index(result) == read.get(counter)
+        if is_next and read[counter] in limited and added in constants:
             return max(1, constants[added])
     return 1
+
+
+def _places(lines: list[str]) -> dict[str, int]:
+    """Returns which integers of its argument a computation reads, by their names."""
+    found = (_READ.search(line) for line in lines)
+    return {one[1]: int(one[2]) for one in found if one is not None}
 
 
 def _constants(lines: list[str]) -> dict[str, int]:

@@ -98,7 +98,8 @@ def sift(
       compat: "torch-sift" reproduces the released PyTorch code update by update.
       granularity: `ENTRY`, or `LANE` to choose as many entries of every 128 rows of a
         column, ceil(128 * density), which a TPU reaches without gather or scatter.
-        `inner` then sees arrays of shape (m, rows / 128, columns).
+        `inner` then sees arrays of shape (m, rows / 128, columns), of a stack with L
+        in front.
 
     Returns:
       A transformation whose updates have the shapes and dtypes of the gradients. For
