@@ -158,6 +158,21 @@ def test_a_run_resumes_only_with_its_own_settings(model, data, tmp_path):
         finetune(tiny_settings(model, data, output, max_steps=1, resume=True))
 
 
+def test_a_run_from_before_groups_by_length_as_it_did(model, data, tmp_path):
+    options = {"method": "head", "max_steps": 1}
+    finetune(tiny_settings(model, data, tmp_path, **options))
+    config = tmp_path / "config.json"
+    stored = json.loads(config.read_text())
+    assert stored["settings"].pop("group_by_length") is False
+    config.write_text(json.dumps(stored))
+    again = tiny_settings(model, data, tmp_path, **options, resume=True)
+    with pytest.raises(
+        InputError, match="`group_by_length` must be True as in the run"
+    ):
+        finetune(again)
+    finetune(replace(again, group_by_length=True))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -251,6 +266,10 @@ def test_a_filler_row_has_no_loss():
         ({"accumulate": 3}, "`accumulate` must divide `batch_size`=8, got 3"),
         ({"overwrite": True, "resume": True}, "must not be given together"),
         ({"seed": -1}, "`seed` must be in"),
+        (
+            {"task": "causal", "packing": True, "group_by_length": True},
+            "`group_by_length` must be left out with packing",
+        ),
     ],
 )
 def test_settings_that_break_a_rule_are_refused(changes, message):

@@ -11,6 +11,8 @@ from sparse_jax.tasks.batches import bucket_lengths, eval_batches, train_batches
 from sparse_jax.tasks.examples import Examples
 from sparse_jax.tasks.tokens import Encoded, encode, load_tokenizer
 
+grouped_or_not = pytest.mark.parametrize("grouped", [True, False])
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "##d"]
 VOCABULARY = {word: i for i, word in enumerate(WORDS)}
 
@@ -204,24 +206,60 @@ def test_there_are_no_more_shapes_than_buckets():
     assert {b["input_ids"].shape[1] for b in batches} <= {*bucket_lengths(128)}
 
 
-def test_similar_lengths_share_a_batch():
+def mean_lengths(encoded, **options):
+    """Returns the mean length of the examples of every batch of 16."""
+    batches = train_batches(encoded, 16, seed=0, epoch=0, **options)
+    return np.array([batch["attention_mask"].sum(1).mean() for batch in batches])
+
+
+def test_batches_are_random_samples_of_the_data():
+    lengths = random_lengths(16_000)
+    means = mean_lengths(encoded_of(lengths))
+    # The variance of a mean of 16 draws is a sixteenth; of 1,000 such, within 4.5 %.
+    assert np.var(means) == pytest.approx(np.var(lengths) / 16, rel=0.15)
+
+
+def test_grouped_by_length_similar_lengths_share_a_batch():
+    lengths = random_lengths(16_000)
+    means = mean_lengths(encoded_of(lengths), group_by_length=True)
+    assert np.var(means) > 0.99 * np.var(lengths)
+
+
+def test_grouping_by_length_pads_less():
     encoded = encoded_of(random_lengths(1600))
-    grouped = train_batches(encoded, 16, seed=0, epoch=0)
-    fills = [b["attention_mask"].mean() for b in grouped]
-    mixed = [b["attention_mask"].mean() for b in eval_batches(encoded, 16)]
-    assert np.mean(fills) > 1.4 * np.mean(mixed)
+    fills = [
+        np.mean([b["attention_mask"].mean() for b in batches])
+        for batches in (
+            train_batches(encoded, 16, seed=0, epoch=0, group_by_length=grouped)
+            for grouped in (True, False)
+        )
+    ]
+    assert fills[0] > 1.4 * fills[1]
+
+
+@grouped_or_not
+def test_an_epoch_has_every_example_once(grouped):
+    encoded = encoded_of(random_lengths(1000))
+    batches = train_batches(encoded, 16, seed=0, epoch=0, group_by_length=grouped)
+    assert sorted(seen(batches)) == list(range(1000))
 
 
 def test_the_order_of_lengths_is_shuffled():
-    batches = train_batches(encoded_of(random_lengths(1600)), 16, seed=0, epoch=0)
+    batches = train_batches(
+        encoded_of(random_lengths(1600)), 16, seed=0, epoch=0, group_by_length=True
+    )
     widths = np.array([b["input_ids"].shape[1] for b in batches])
     order = np.arange(len(widths))
     assert abs(np.corrcoef(widths, order)[0, 1]) < 0.3
 
 
-def test_short_batches_do_not_favour_long_examples():
+@grouped_or_not
+def test_short_batches_do_not_favour_long_examples(grouped):
     encoded = encoded_of(range(2, 102))
-    last = [list(train_batches(encoded, 16, seed=0, epoch=e))[-1] for e in range(200)]
+    options = {"seed": 0, "group_by_length": grouped}
+    last = [
+        list(train_batches(encoded, 16, epoch=e, **options))[-1] for e in range(200)
+    ]
     lengths = [b["attention_mask"].sum(1)[b["weights"] == 1].mean() for b in last]
     # Four of 2..101 have a mean of 51.5 and a deviation of 14; of 200, 1.
     assert np.mean(lengths) == pytest.approx(51.5, abs=4)
@@ -239,11 +277,13 @@ def test_the_order_depends_on_seed_and_epoch_only():
     assert tuple(seen(again)) == tuple(seen(again)) == orders[1, 2]
 
 
+@grouped_or_not
 @pytest.mark.parametrize("start", range(4))
-def test_resuming_gives_the_tail_of_the_epoch(start):
+def test_resuming_gives_the_tail_of_the_epoch(start, grouped):
     encoded = encoded_of(random_lengths(20))
-    whole = list(train_batches(encoded, 8, seed=3, epoch=1))
-    tail = train_batches(encoded, 8, seed=3, epoch=1, start=start)
+    options = {"seed": 3, "epoch": 1, "group_by_length": grouped}
+    whole = list(train_batches(encoded, 8, **options))
+    tail = train_batches(encoded, 8, **options, start=start)
     assert len(tail) == 3 - start
     for batch, expected in zip(tail, whole[start:], strict=True):
         assert all((batch[name] == expected[name]).all() for name in expected)

@@ -151,6 +151,18 @@ def test_there_are_few_shapes(is_packed):
     assert lengths == {64} if is_packed else lengths <= {*bucket_lengths(64)}
 
 
+def test_grouped_by_length_similar_sequences_share_a_batch():
+    sequences = sequences_of(random_lengths(800))
+    fills = [
+        np.mean([b["attention_mask"].mean() for b in batches])
+        for batches in (
+            causal_train_batches(sequences, 8, seed=0, epoch=0, group_by_length=grouped)
+            for grouped in (True, False)
+        )
+    ]
+    assert fills[0] > 1.3 * fills[1]
+
+
 @packed_or_not
 def test_the_order_depends_on_seed_and_epoch_only(is_packed):
     sequences = sequences_of(random_lengths(100))

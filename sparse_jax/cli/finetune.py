@@ -51,6 +51,7 @@ def finetune(
     accumulate: Annotated[int, options.ACCUMULATE] = 1,
     epochs: Annotated[int, options.EPOCHS] = 3,
     max_steps: Annotated[int | None, options.MAX_STEPS] = None,
+    group_by_length: Annotated[bool, options.GROUP_BY_LENGTH] = False,
     max_length: Annotated[int | None, options.MAX_LENGTH] = None,
     dtype: Annotated[str, options.DTYPE] = "float32",
     checkpointing: Annotated[bool, options.CHECKPOINTING] = False,

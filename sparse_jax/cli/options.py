@@ -104,6 +104,11 @@ BATCH_SIZE = _option("Examples per update.")
 ACCUMULATE = _option("Parts that a batch is computed in, to save memory.")
 EPOCHS = _option("Passes over the training examples.")
 MAX_STEPS = _option("Updates after which to stop.", "no limit")
+GROUP_BY_LENGTH = _flag(
+    "--group-by-length",
+    "Batch examples of similar length: less padding, but batches that are no longer "
+    "random, which costs accuracy.",
+)
 MAX_LENGTH = _option(
     "Most tokens of an example; the rest is cut off.", "128, for causal 512"
 )

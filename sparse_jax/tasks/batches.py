@@ -67,12 +67,12 @@ def train_batches(
     epoch: int,
     accumulate: int = 1,
     start: int = 0,
+    group_by_length: bool = False,
 ) -> Batches:
     """Returns the batches of one epoch, shuffled; each example is in one of them.
 
-    The order depends on nothing but `seed`, `epoch` and the data. Examples of similar
-    length share a batch, so that little is padded; the examples that do not fill a
-    batch are drawn at random and come last.
+    The order depends on nothing but the arguments. The examples that do not fill a
+    batch come last.
 
     Args:
       encoded: the training examples.
@@ -81,6 +81,8 @@ def train_batches(
       epoch: not negative; each has an order of its own.
       accumulate: parts that a batch is computed in.
       start: batches of the epoch to leave out, to resume in the middle.
+      group_by_length: whether examples of similar length share a batch: less padding,
+        but batches that are not random samples.
 
     Raises:
       InputError: if `accumulate` does not divide `batch_size`, or if a number is
@@ -88,7 +90,14 @@ def train_batches(
     """
     check_sizes(batch_size, accumulate)
     lengths = np.array([len(ids) for ids in encoded.input_ids])
-    plan = shuffled_order(lengths, batch_size, seed=seed, epoch=epoch, start=start)
+    plan = shuffled_order(
+        lengths,
+        batch_size,
+        seed=seed,
+        epoch=epoch,
+        start=start,
+        group_by_length=group_by_length,
+    )
     return Batches(encoded, batch_size, accumulate, plan)
 
 

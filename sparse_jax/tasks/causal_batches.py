@@ -89,11 +89,12 @@ def causal_train_batches(
     accumulate: int = 1,
     start: int = 0,
     is_packed: bool = False,
+    group_by_length: bool = False,
 ) -> CausalBatches:
     """Returns the batches of one epoch, shuffled; each sequence is in one of them.
 
-    The order depends on nothing but `seed`, `epoch` and the data, and every epoch has
-    the same number of batches. Rows that do not fill a batch come last.
+    The order depends on nothing but the arguments, and every epoch has the same
+    number of batches. Rows that do not fill a batch come last.
 
     Args:
       sequences: the training sequences.
@@ -102,8 +103,9 @@ def causal_train_batches(
       epoch: not negative; each has an order of its own.
       accumulate: parts that a batch is computed in.
       start: batches of the epoch to leave out, to resume in the middle.
-      is_packed: whether a row holds as many sequences as fit. Otherwise it holds one,
-        and sequences of similar length share a batch.
+      is_packed: whether a row holds as many sequences as fit. Otherwise it holds one.
+      group_by_length: whether sequences of similar length share a batch. It changes
+        nothing about packed rows, which are all of one length.
 
     Raises:
       InputError: if `accumulate` does not divide `batch_size`, or if a number is
@@ -116,7 +118,14 @@ def causal_train_batches(
         random = random_of(seed, epoch, _PACKING)
         rows = pack_rows(lengths, sequences.max_length, random)
         lengths = np.full(len(rows), sequences.max_length)
-    order = shuffled_order(lengths, batch_size, seed=seed, epoch=epoch, start=start)
+    order = shuffled_order(
+        lengths,
+        batch_size,
+        seed=seed,
+        epoch=epoch,
+        start=start,
+        group_by_length=group_by_length and not is_packed,
+    )
     plan = tuple(tuple(rows[i] for i in batch) for batch in order)
     return CausalBatches(sequences, batch_size, accumulate, is_packed, plan)
 

@@ -6,18 +6,23 @@ from sparse_jax.errors import InputError
 
 __all__ = ["check_sizes", "given_order", "random_of", "shuffled_order", "split_parts"]
 
-# Batches whose examples are sorted together. More would pad less and mix less: the
-# same examples would meet again in every epoch.
+# Batches whose examples are sorted together if batches are grouped by length. More
+# would pad less and mix less: the same examples would meet again in every epoch.
 _WINDOW = 50
 
 
 def shuffled_order(
-    lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int, start: int = 0
+    lengths: np.ndarray,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    group_by_length: bool = False,
 ) -> tuple[np.ndarray, ...]:
     """Returns the positions of the examples of each batch, the incomplete batch last.
 
-    Examples of similar length share a batch; those that do not fill a batch are drawn
-    at random. Nothing but the arguments decides.
+    The order is a random permutation. Nothing but the arguments decides.
 
     Args:
       lengths: tokens of each example, shape `[N]`.
@@ -25,6 +30,8 @@ def shuffled_order(
       seed: not negative.
       epoch: not negative; each has an order of its own.
       start: batches to leave out, to resume in the middle.
+      group_by_length: whether examples of similar length share a batch. Batches are
+        then no longer random samples of the data.
 
     Raises:
       InputError: if a number is outside its range.
@@ -40,7 +47,10 @@ def shuffled_order(
             f"`start` must be in [0, {num_batches}], the batches of an epoch, "
             f"got {start}."
         )
-    return tuple(_shuffled(lengths, batch_size, random)[start:])
+    order = random.permutation(len(lengths))
+    if group_by_length:
+        return tuple(_grouped(order, lengths, batch_size, random)[start:])
+    return tuple(_cut(order, batch_size)[start:])
 
 
 def given_order(num_examples: int, batch_size: int) -> tuple[np.ndarray, ...]:
@@ -87,11 +97,10 @@ def split_parts(
     }
 
 
-def _shuffled(
-    lengths: np.ndarray, batch_size: int, random: np.random.Generator
+def _grouped(
+    order: np.ndarray, lengths: np.ndarray, batch_size: int, random: np.random.Generator
 ) -> list[np.ndarray]:
-    """Returns the examples of every batch of an epoch."""
-    order = random.permutation(len(lengths))
+    """Returns batches of examples of similar length; the incomplete one is random."""
     # The rest is cut off before sorting: otherwise it would be the longest examples,
     # and weigh more, since the mean over a batch of few gives each of them more.
     whole, rest = np.split(order, [len(order) // batch_size * batch_size])

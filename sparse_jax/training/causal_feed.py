@@ -31,6 +31,7 @@ class CausalFeed:
     seed: int
     is_packed: bool
     max_length: int
+    group_by_length: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -71,6 +72,7 @@ class CausalFeed:
             accumulate=self.accumulate,
             start=start,
             is_packed=self.is_packed,
+            group_by_length=self.group_by_length,
         )
 
 
@@ -85,6 +87,7 @@ def make_causal_feed(
     is_packed: bool = False,
     accumulate: int = 1,
     seed: int = 0,
+    group_by_length: bool = False,
 ) -> CausalFeed:
     """Tokenizes all conversations.
 
@@ -98,6 +101,7 @@ def make_causal_feed(
       is_packed: whether a row holds as many sequences as fit.
       accumulate: parts that a training batch is computed in.
       seed: of the order.
+      group_by_length: whether sequences of similar length share a training batch.
 
     Raises:
       InputError: if `max_length` is more than the model's positions or leaves nothing
@@ -113,4 +117,6 @@ def make_causal_feed(
     }
     for part in sequences.values():
         require_embedded(part.input_ids, model)
-    return CausalFeed(sequences, batch_size, accumulate, seed, is_packed, length)
+    return CausalFeed(
+        sequences, batch_size, accumulate, seed, is_packed, length, group_by_length
+    )

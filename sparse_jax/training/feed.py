@@ -61,6 +61,7 @@ class LabelledFeed:
     batch_size: int
     accumulate: int
     seed: int
+    group_by_length: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -99,6 +100,7 @@ class LabelledFeed:
             epoch=epoch,
             accumulate=self.accumulate,
             start=start,
+            group_by_length=self.group_by_length,
         )
 
 
@@ -111,6 +113,7 @@ def make_feed(
     batch_size: int,
     accumulate: int = 1,
     seed: int = 0,
+    group_by_length: bool = False,
 ) -> LabelledFeed:
     """Encodes all examples.
 
@@ -122,6 +125,7 @@ def make_feed(
       batch_size: examples of an update.
       accumulate: parts that a training batch is computed in.
       seed: of the order.
+      group_by_length: whether examples of similar length share a training batch.
 
     Raises:
       InputError: if `max_length` is more than the model's positions, or a token has
@@ -135,7 +139,7 @@ def make_feed(
     }
     for part in encoded.values():
         require_embedded(part.input_ids, model)
-    return LabelledFeed(encoded, batch_size, accumulate, seed)
+    return LabelledFeed(encoded, batch_size, accumulate, seed, group_by_length)
 
 
 def require_embedded(rows: Iterable[np.ndarray], model: PureModel) -> None:

@@ -75,6 +75,7 @@ def _labelled(settings: Settings, mesh: Mesh | None) -> Material:
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,
         seed=settings.seed,
+        group_by_length=settings.group_by_length,
     )
     kept = {"max_length": feed.max_length}
     return Material(Classification(splits.task, kept), base, feed)
@@ -113,6 +114,7 @@ def _causal(settings: Settings, trained_on: str | None, mesh: Mesh | None) -> Ma
         is_packed=settings.packing,
         accumulate=settings.accumulate,
         seed=settings.seed,
+        group_by_length=settings.group_by_length,
     )
     kept = {
         "max_length": feed.max_length,

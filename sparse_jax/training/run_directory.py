@@ -23,6 +23,8 @@ _ROWS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
 _FILES = (CONFIG, METRICS, CURVE, LAYERS, _ROWS, ADAPTER)
 # What may differ between a run and its continuation.
 _FREE = ("output", "overwrite", "resume", "save_every", "keep", "mesh")
+# What earlier versions did, which had no such setting.
+_WITHOUT = {"group_by_length": True}
 # What the settings only name, and has to be the same: key -> what it is.
 _NAMED = {"base_hash": "model", "examples_hash": "data"}
 
@@ -134,8 +136,10 @@ def _require_same(path: Path, settings: Settings) -> None:
             "back, or pass --overwrite to start anew."
         )
     now = json.loads(json.dumps(asdict(settings)))
-    # A setting that came with a later version was at its default.
-    before = {field.name: field.default for field in fields(settings)} | before
+    # A setting that came with a later version was at its default, or at what that
+    # version does without it.
+    defaults = {field.name: field.default for field in fields(settings)}
+    before = defaults | _WITHOUT | before
     changed = [name for name in now if name not in _FREE and now[name] != before[name]]
     if changed:
         name = changed[0]

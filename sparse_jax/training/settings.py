@@ -132,6 +132,7 @@ class Settings:
     accumulate: int = 1  # micro-batches that an update is computed in
     epochs: int = 3  # passes over the training examples
     max_steps: int | None = None  # updates after which to stop; None is no limit
+    group_by_length: bool = False  # whether a batch's examples are of similar length
     max_length: int | None = None  # tokens; None is 128, or 512 of the task causal
     dtype: str = "float32"  # of the parameters
     checkpointing: bool = False  # whether to compute layers again in the backward pass
@@ -205,6 +206,11 @@ class Settings:
             raise InputError(
                 f"`held_out` must be in (0, 1), got {self.held_out}. It is the share "
                 "of the examples that a run is judged on, commonly 0.05."
+            )
+        if self.packing and self.group_by_length:
+            raise InputError(
+                "`group_by_length` must be left out with packing, got True. Packed rows "
+                "are all of one length."
             )
         if self.is_causal and self.method == "head":
             raise InputError(
