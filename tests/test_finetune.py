@@ -1,6 +1,7 @@
 """A run reports what it did, can be continued, and leaves what repeats it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax

@@ -209,8 +209,8 @@ class Settings:
             )
         if self.packing and self.group_by_length:
             raise InputError(
-                "`group_by_length` must be left out with packing, got True. Packed rows "
-                "are all of one length."
+                "`group_by_length` must be left out with packing, got True. All packed "
+                "rows have one length."
             )
         if self.is_causal and self.method == "head":
             raise InputError(
