@@ -83,6 +83,22 @@ def test_no_example_is_longer_than_max_length(tokenizer):
     assert lengths == [min(n + 2, 16) for n in range(30)]
 
 
+@pytest.mark.parametrize(
+    ("text_a", "text_b", "num_cut"),
+    [
+        # With [CLS] and [SEP], six words are eight tokens.
+        (["a b c a b c", "a b c a b c d", "a"], None, 1),
+        (["a b c a b c", "a"], None, 0),
+        # A pair has a second [SEP].
+        (["a b c", "a b c", "a"], ["a b", "a b c", "a b c a b c"], 2),
+    ],
+)
+def test_examples_that_lose_tokens_are_counted(tokenizer, text_a, text_b, num_cut):
+    encoded = encode(examples_of(text_a, text_b), tokenizer, max_length=8, positions=8)
+    assert encoded.num_cut == num_cut
+    assert max(map(len, encoded.input_ids)) == 8
+
+
 def test_many_examples_keep_their_order(tokenizer):
     texts = ["a " * (n % 7) for n in range(5000)]
     encoded = encode(examples_of(texts, texts), tokenizer, max_length=16, positions=16)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Encoded:
     labels: np.ndarray  # shape=(N,), int32 classes or float32 values
     max_length: int  # no example has more tokens
     pad_id: int
+    num_cut: int = 0  # examples that lost tokens
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -91,7 +93,7 @@ def encode(
         tokens beside the special ones.
     """
     _check_max_length(max_length, positions, tokenizer, examples.text_b is not None)
-    input_ids, token_type_ids = [], []
+    input_ids, token_type_ids, num_cut = [], [], 0
     for text_a, text_b in _chunks(examples):
         tokens = tokenizer(
             text_a,
@@ -102,6 +104,8 @@ def encode(
         )
         input_ids += _arrays(tokens["input_ids"])
         token_type_ids += _arrays(tokens.get("token_type_ids", []))
+        full = [len(row) == max_length for row in tokens["input_ids"]]
+        num_cut += _num_longer(text_a, text_b, full, tokenizer, max_length)
     return Encoded(
         input_ids,
         token_type_ids or None,
@@ -109,7 +113,25 @@ def encode(
         max_length,
         # Any id will do for a tokenizer without one: no token attends to padding.
         getattr(tokenizer, "pad_token_id", None) or 0,
+        num_cut,
     )
+
+
+def _num_longer(
+    text_a: list[str],
+    text_b: list[str] | None,
+    is_full: list[bool],
+    tokenizer: Callable[..., Any],
+    max_length: int,
+) -> int:
+    """Returns how many of the examples that fill `max_length` have more tokens."""
+    # Not every tokenizer says what it cut off, so these are tokenized whole.
+    if not any(is_full):
+        return 0
+    a = list(compress(text_a, is_full))
+    b = None if text_b is None else list(compress(text_b, is_full))
+    whole = tokenizer(a, b, return_attention_mask=False, verbose=False)
+    return sum(len(row) > max_length for row in whole["input_ids"])
 
 
 def _check_max_length(

@@ -14,7 +14,7 @@ from sparse_jax.tasks.causal_batches import (
 )
 from sparse_jax.tasks.causal_tokens import Loss, TokenSequences, tokenize
 from sparse_jax.tasks.conversations import Conversation
-from sparse_jax.training.feed import digest_of, require_embedded
+from sparse_jax.training.feed import Usage, digest_of, require_embedded
 
 __all__ = ["CausalFeed", "make_causal_feed"]
 
@@ -37,6 +37,14 @@ class CausalFeed:
     def sizes(self) -> dict[str, int]:
         """Sequences of every split."""
         return {name: len(part) for name, part in self.sequences.items()}
+
+    @property
+    def usage(self) -> dict[str, Usage]:
+        """What became of the examples of every split."""
+        return {
+            name: Usage(len(part), part.num_cut, part.num_dropped)
+            for name, part in self.sequences.items()
+        }
 
     @property
     def digest(self) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,9 +15,42 @@ from sparse_jax.tasks.batches import Batch, Batches, eval_batches, train_batches
 from sparse_jax.tasks.examples import Splits
 from sparse_jax.tasks.tokens import Encoded, encode
 
-__all__ = ["Feed", "LabelledFeed", "digest_of", "make_feed", "require_embedded"]
+__all__ = [
+    "Feed",
+    "LabelledFeed",
+    "Usage",
+    "digest_of",
+    "make_feed",
+    "require_embedded",
+    "usage_text",
+]
 
 _MAX_LENGTH = 128  # tokens, as the paper's runs on GLUE
+
+
+class Usage(NamedTuple):
+    """What became of the examples of a split."""
+
+    used: int
+    cut: int = 0  # lost tokens, being longer than `max_length`
+    dropped: int = 0  # left out, because no token to train on was left
+
+
+def usage_text(split: str, usage: Usage, max_length: int) -> str:
+    """Returns what became of the examples of a split, in words.
+
+    Example:
+      >>> usage_text("train", Usage(711, cut=866, dropped=238), 128)
+      'train: 711 examples used, 866 cut to 128 tokens, 238 dropped without a target'
+      >>> usage_text("validation", Usage(50), 128)
+      'validation: 50 examples used'
+    """
+    text = f"{split}: {usage.used:,} examples used"
+    if usage.cut:
+        text += f", {usage.cut:,} cut to {max_length:,} tokens"
+    if usage.dropped:
+        text += f", {usage.dropped:,} dropped without a target"
+    return text
 
 
 class Feed(Protocol):
@@ -26,6 +59,11 @@ class Feed(Protocol):
     @property
     def sizes(self) -> dict[str, int]:
         """Examples of every split."""
+        ...
+
+    @property
+    def usage(self) -> dict[str, Usage]:
+        """What became of the examples of every split."""
         ...
 
     @property
@@ -67,6 +105,13 @@ class LabelledFeed:
     def sizes(self) -> dict[str, int]:
         """Examples of every split."""
         return {name: len(part) for name, part in self.encoded.items()}
+
+    @property
+    def usage(self) -> dict[str, Usage]:
+        """What became of the examples of every split."""
+        return {
+            name: Usage(len(part), part.num_cut) for name, part in self.encoded.items()
+        }
 
     @property
     def digest(self) -> str:

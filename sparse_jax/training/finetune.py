@@ -1,5 +1,6 @@
 """Fine-tuning, from settings to a run directory."""
 
+import logging
 import statistics
 from collections.abc import Callable
 from contextlib import closing
@@ -15,6 +16,7 @@ from sparse_jax.sharding.runner import Runner
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.counts import count_trained, optimizer_bytes
 from sparse_jax.training.curve import draw_curve
+from sparse_jax.training.feed import Feed, usage_text
 from sparse_jax.training.history import evaluations_of, updates_of
 from sparse_jax.training.job import Job, make_job
 from sparse_jax.training.layer_map import draw_layers
@@ -36,6 +38,8 @@ from sparse_jax.training.trained import adapter_of
 from sparse_jax.training.tuner import make_tuner
 
 __all__ = ["finetune"]
+
+_log = logging.getLogger(__name__)
 
 
 def finetune(settings: Settings) -> dict[str, Any]:
@@ -79,6 +83,7 @@ def _run(job: Job, directory: RunDirectory) -> dict[str, Any]:
     checkpoints = Checkpoints(folder, tuner, job.base.devices, keep)
     runner = job.base.devices.runner(tuner)
     state = runner.init(job.base.params, jax.random.key(job.settings.seed))
+    _announce(job.feed)
     # A run that is stopped still writes the checkpoint it has begun.
     with closing(checkpoints), stop_signals() as signals:
         state, at = checkpoints.restore(state)
@@ -90,6 +95,13 @@ def _run(job: Job, directory: RunDirectory) -> dict[str, Any]:
             )
             state, at = loop.run(state, at)
     return _finish(job, state, at, directory)
+
+
+def _announce(feed: Feed) -> None:
+    """Logs what the run works on; a warning if examples were too long."""
+    for split, usage in feed.usage.items():
+        level = logging.WARNING if usage.cut or usage.dropped else logging.INFO
+        _log.log(level, usage_text(split, usage, feed.max_length))
 
 
 def _total(job: Job) -> int:
@@ -169,6 +181,7 @@ def _finish(
         "skipped_batches": at.skipped,
         "peak_memory_bytes": peak_bytes(),
         "learning_rate": settings.resolved_learning_rate,
+        "examples": {name: use._asdict() for name, use in job.feed.usage.items()},
     }
     directory.finish(metrics)
     return metrics
