@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_jax.names import name_of
+from sparse_jax.names import map_named
 
 __all__ = [
     "Cut",
@@ -265,11 +265,7 @@ def unused_tables(
 
 def map_supports(function: Callable[[str, Any], Any], support: Any) -> Any:
     """Maps `function(name, support)` over the supports of a tree, tables or not."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, node: function(name_of(path), node),
-        support,
-        is_leaf=lambda node: isinstance(node, Tables),
-    )
+    return map_named(function, support, is_leaf=lambda node: isinstance(node, Tables))
 
 
 def global_positions(

@@ -6,27 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
+from flax.core.meta import AxisMetadata
 
 from sparse_jax.errors import InputError
 
-__all__ = ["Rule", "first_match", "leaf_names", "map_named", "name_of", "require_match"]
+__all__ = ["Rule", "first_match", "leaf_names", "map_named", "require_match"]
 
 Rule = str | Sequence[str]
 
-
-def name_of(path: tuple) -> str:
-    """Returns the name of a leaf: the keys on its path joined by `/`.
-
-    The trailing `value` of an `nnx.State` is dropped, so that a rule written for a
-    pure dictionary also holds for the state it came from.
-
-    Example:
-      >>> name_of((jax.tree_util.DictKey("query"), jax.tree_util.SequenceKey(0)))
-      'query/0'
-    """
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+# Nodes that Flax puts around an array, with the array under `value`.
+_BOXES = (nnx.Variable, AxisMetadata)
 
 
 def leaf_names(tree: Any) -> Any:
@@ -39,16 +29,45 @@ def leaf_names(tree: Any) -> Any:
     return map_named(lambda name, leaf: name, tree)
 
 
-def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_named(
+    function: Callable[..., Any],
+    tree: Any,
+    *rest: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
     """Maps `function(name, leaf, *rest_leaves)` over the leaves of a tree.
+
+    The name of a leaf is the keys on its path joined by `/`. The `value` that Flax puts
+    between a variable and its array is left out, so that a rule written for a pure
+    dictionary also holds for the state it came from.
+
+    Raises:
+      InputError: if two leaves have the same name.
 
     Example:
       >>> map_named(lambda name, x: f"{name}={x}", {"a": 1, "b": 2})
       {'a': 'a=1', 'b': 'b=2'}
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(name_of(path), *leaves), tree, *rest
-    )
+    names: dict[str, Any] = {}
+    stops = lambda node: isinstance(node, _BOXES) or (is_leaf and is_leaf(node))
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops):
+        inside = [()]
+        if isinstance(node, _BOXES):
+            below = jax.tree_util.tree_leaves_with_path(node, is_leaf=is_leaf)
+            inside = [keys[1:] for keys, _ in below]
+        for keys in inside:
+            whole = (*path, *keys)
+            name = jax.tree_util.keystr(whole, simple=True, separator="/")
+            if name in names:
+                first, second = map(jax.tree_util.keystr, (names[name], whole))
+                raise InputError(
+                    f"`params` must have leaves of different names, got `{name}` for "
+                    f"{first} and {second}. Rename one of them."
+                )
+            names[name] = whole
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
+    others = map(structure.flatten_up_to, rest)
+    return structure.unflatten(map(function, names, leaves, *others))
 
 
 def first_match(rules: Mapping[str, Rule | None], name: str, default: str) -> str:

@@ -1,13 +1,18 @@
 """Names, roles, supports and packing: the ground the methods stand on."""
 
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
-from sparse_jax import InputError, gather, scatter
+from sparse_jax import InputError, gather, scatter, sift
 from sparse_jax.names import first_match, leaf_names, require_match
 from sparse_jax.packing import current_values, keep_masters, pack, unpack
 from sparse_jax.roles import DENSE, FROZEN, SPARSE, map_roles, roles_of
@@ -25,6 +30,58 @@ def test_a_state_and_its_pure_dictionary_have_the_same_names():
     names = jax.tree.leaves(leaf_names(state))
     assert names == jax.tree.leaves(leaf_names(nnx.to_pure_dict(state)))
     assert names == ["query/bias", "query/kernel"]
+
+
+class Heads(NamedTuple):
+    query: Any
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    key: Any
+    value: Any
+
+
+jax.tree_util.register_dataclass(Block)
+ARRAY = np.zeros(2, np.float32)
+NAMED_TREES = {
+    "tuple": (Heads(ARRAY, ARRAY), ["query", "value"]),
+    "dataclass": ({"a": Block(ARRAY, ARRAY)}, ["a/key", "a/value"]),
+    "linen box": ({"k": nn.Partitioned(ARRAY, ("x",))}, ["k"]),
+    "variables": ({"value": nnx.Param(ARRAY), "x": nnx.Param(ARRAY)}, ["value", "x"]),
+    "boxed tuple": (nnx.Param(Heads(ARRAY, ARRAY)), ["query", "value"]),
+    "empty key": ({"": ARRAY}, [""]),
+    "numbers": ({2: ARRAY, 10: [ARRAY, ARRAY]}, ["2", "10/0", "10/1"]),
+    "none": ({"a": None, "b": ARRAY}, ["b"]),
+    "array": (ARRAY, [""]),
+    "nothing": ({}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tree", "names"), NAMED_TREES.values(), ids=NAMED_TREES)
+def test_a_leaf_is_named_by_the_keys_on_its_path(tree, names):
+    assert jax.tree.leaves(leaf_names(tree)) == names
+
+
+def test_a_field_called_value_is_trained_by_its_name():
+    params = Heads(query=jnp.ones(4), value=jnp.ones(4))
+    tx = sift(optax.sgd(1.0), 0.25, where="^value$")
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert float(jnp.abs(updates.query).sum()) == 0.0
+    assert float(jnp.abs(updates.value).sum()) == 1.0
+
+
+def test_two_leaves_of_one_name_are_refused():
+    with pytest.raises(InputError, match=r"got `a/b` for \['a'\]\['b'\] and \['a/b'\]"):
+        leaf_names({"a": {"b": ARRAY}, "a/b": ARRAY})
+
+
+def test_characters_of_expressions_are_escaped_to_match_themselves():
+    params = {"a.b": ARRAY, "a+b": ARRAY, "axb": ARRAY}
+    roles = roles_of(params, where=re.escape("a+b"))
+    kinds = map_roles(lambda role: role.kind, roles)
+    assert kinds == {"a.b": FROZEN, "a+b": SPARSE, "axb": FROZEN}
 
 
 RULES = {"dense": "^classifier/", "sparse": ("query", "value/kernel$")}
