@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -6,7 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_jax.tasks.glue import TASKS
-from sparse_jax.tasks.metrics import accuracy, evaluate, f1, matthews, pearson, spearman
+from sparse_jax.tasks.metrics import (
+    accuracy,
+    evaluate,
+    exact_match,
+    f1,
+    majority_baseline,
+    matthews,
+    micro_f1,
+    mse,
+    one_class_warning,
+    pearson,
+    spearman,
+)
 
 
 def pairs(values):
@@ -112,3 +126,71 @@ def test_values_may_have_one_axis_or_two():
     one, two = (evaluate(task, x, labels) for x in (outputs, outputs[:, None]))
     assert one == two
     assert one["spearman"] == pytest.approx(1.0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 1), min_size=6, max_size=6), min_size=1))
+def test_sets_of_labels_agree_with_scikit_learn(rows):
+    predictions, labels = np.array(rows)[:, :3], np.array(rows)[:, 3:]
+    assert exact_match(predictions, labels) == pytest.approx(
+        sklearn.metrics.accuracy_score(labels, predictions)
+    )
+    if predictions.any() or labels.any():
+        expected = sklearn.metrics.f1_score(labels, predictions, average="micro")
+        assert micro_f1(predictions, labels) == pytest.approx(expected)
+    else:
+        assert micro_f1(predictions, labels) == 0.0
+
+
+def test_the_squared_error_is_a_mean():
+    assert mse(np.array([1.0, 2.0]), np.array([0.0, 4.0])) == 2.5
+
+
+@pytest.mark.parametrize("name", ["mrpc", "stsb"])
+def test_outputs_that_are_not_finite_have_no_metrics(name):
+    outputs = np.array([[1.0, 2.0], [np.nan, 1.0]])[:, : TASKS[name].num_outputs]
+    metrics = evaluate(TASKS[name], outputs, np.array([1, 0]))
+    assert tuple(metrics) == TASKS[name].metrics
+    assert np.isnan(list(metrics.values())).all()
+
+
+def test_f1_is_about_the_same_class_in_any_order():
+    outputs = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    labels = np.array([1, 1, 0, 0])
+    turned = replace(TASKS["mrpc"], labels=("equivalent", "not_equivalent"))
+    expected = {"accuracy": 0.75, "f1": 0.8}
+    assert evaluate(TASKS["mrpc"], outputs, labels) == pytest.approx(expected)
+    found = evaluate(turned, outputs[:, ::-1], 1 - labels)
+    assert found == pytest.approx(expected)
+
+
+def test_the_most_frequent_answer_is_the_baseline():
+    label, share = majority_baseline(np.array([1, 2, 2, 0]))
+    assert (label, share) == (2, 0.5)
+    sets, share = majority_baseline(np.array([[1, 0], [1, 0], [1, 1]]))
+    assert sets.tolist() == [1, 0]
+    assert share == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "labels", "words"),
+    [
+        (TASKS["sst2"], [[1, 0]] * 4, [0, 1, 1, 1], ("'negative'", "'positive' is ri")),
+        (TASKS["sst2"], [[1, 0]] * 4, [0, 1, 1, 1], ("all 4 ", "for 0.7500 of them")),
+        (TASKS["stsb"], [[0.5]] * 4, [1, 2, 3, 4], ("all 4 predictions are 0.5",)),
+        (
+            replace(TASKS["sst2"], labels=("a", "b"), is_multilabel=True),
+            [[-1, -1]] * 3,
+            [[1, 1], [1, 1], [0, 0]],
+            ("are without a label", "answering a, b is right for 0.6667"),
+        ),
+        (TASKS["sst2"], [[1, 0], [0, 1]], [0, 0], ()),
+        (TASKS["sst2"], [[1, 0]], [0], ()),
+        (TASKS["sst2"], [[np.nan, 0]] * 3, [0, 1, 0], ()),
+        (TASKS["stsb"], [[0.5], [0.6]], [1, 1], ()),
+    ],
+)
+def test_one_answer_to_everything_is_told(task, outputs, labels, words):
+    warning = one_class_warning(task, np.array(outputs, float), np.array(labels))
+    assert (warning is not None) == bool(words)
+    assert all(word in (warning or "") for word in words)

@@ -10,7 +10,7 @@ from sparse_jax.cli.evaluate import evaluate
 from sparse_jax.cli.finetune import finetune
 from sparse_jax.cli.generate import generate
 from sparse_jax.cli.plan import plan
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, printable
 
 __all__ = ["app", "main"]
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 def _refuse(message: str) -> NoReturn:
     """Prints what is wrong on one line, and ends with exit code 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

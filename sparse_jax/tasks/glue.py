@@ -26,6 +26,8 @@ class Task:
     label: tuple[str, ...] = ("label",)
     labels: tuple[str, ...] | None = ()  # empty: regression; None: read from the data
     metrics: tuple[str, ...] = ("accuracy",)  # the first is the primary one
+    positive: str | None = None  # the class that F1 is about
+    is_multilabel: bool = False  # whether an example has any number of the labels
     evaluation: tuple[str, ...] = ("validation", "test")
     headerless: tuple[str, ...] = ()  # columns of an official file without a header
     has_optional_text_b: bool = False
@@ -68,6 +70,7 @@ _ALL = (
         label=("label", "Quality"),
         labels=("not_equivalent", "equivalent"),
         metrics=("accuracy", "f1"),
+        positive="equivalent",
     ),
     Task(
         "stsb",
@@ -83,6 +86,7 @@ _ALL = (
         label=("label", "is_duplicate"),
         labels=("not_duplicate", "duplicate"),
         metrics=("accuracy", "f1"),
+        positive="duplicate",
         drops_short_rows=True,
     ),
     Task(

@@ -1,5 +1,6 @@
 """Classes, or one number, for every example."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,17 @@ import numpy as np
 from sparse_jax.compact import Loss
 from sparse_jax.models.pure import PureModel
 from sparse_jax.sharding.devices import Devices
+from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.sites import Attachment
 from sparse_jax.tasks.glue import Task
-from sparse_jax.tasks.metrics import evaluate
+from sparse_jax.tasks.metrics import evaluate, one_class_warning
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.loss import make_loss, make_predict
 from sparse_jax.training.objective import Judge
 
 __all__ = ["Classification"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,11 @@ class Classification:
                     logits = predict(params, trained, batch)
                     outputs.append(np.asarray(logits)[is_example])
                     labels.append(batch["labels"][is_example])
-                results[split] = evaluate(
-                    self.task, np.concatenate(outputs), np.concatenate(labels)
-                )
+                found = np.concatenate(outputs), np.concatenate(labels)
+                results[split] = evaluate(self.task, *found)
+                warning = one_class_warning(self.task, *found)
+                if warning is not None and is_first_process():
+                    _log.warning("%s: %s", split, warning)
             return results
 
         return judge
