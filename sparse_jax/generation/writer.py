@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from sparse_jax.adapter_file import Adapter, load_adapter
 from sparse_jax.adapter_use import apply_adapter
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, listed
 from sparse_jax.generation.choice import Choice
 from sparse_jax.generation.generate import generate
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.hf_config import read_config
 from sparse_jax.models.hub import local_folder
-from sparse_jax.models.pretrained import base_hash
+from sparse_jax.models.pretrained import base_hash, new_leaves
 from sparse_jax.models.pure import PureModel
 from sparse_jax.sharding.devices import Devices, OneDevice
 from sparse_jax.sharding.loading import load_onto
@@ -97,8 +97,11 @@ def load_writer(
     _require_decoder(folder)
     dtype = "float32" if found is None else found.settings.get("dtype", "float32")
     made = None if mesh is None else make_mesh(parse_mesh(mesh))
+    # A head that the folder lacks is created here, and replaced by the adapter's.
     options: dict[str, Any] = {"head": CausalLM, "dtype": jnp.dtype(dtype)}
+    options["key"] = jax.random.key(0)
     pure, params, devices = load_onto(made, folder, **options)
+    _require_head(folder, new_leaves(pure, folder), found)
     attachment = Attachment()
     if found is not None:
         params, attachment = apply_adapter(params, found, base_hash=base_hash(folder))
@@ -136,6 +139,17 @@ def _require_decoder(folder: Path) -> None:
         raise InputError(
             f"`model` must be a decoder, got model type {family.name!r} in `{folder}`. "
             "Encoders do not continue texts."
+        )
+
+
+def _require_head(folder: Path, new: Sequence[str], adapter: Adapter | None) -> None:
+    """Raises if neither the model nor the adapter has some leaf of the head."""
+    lacking = {*new} - {*(adapter.dense if adapter else ())}
+    if lacking:
+        raise InputError(
+            f"`model` must have {listed(sorted(lacking))} to write text, and "
+            f"`{folder}` has no such tensor. Copy the weights again, or pass the "
+            "adapter that it was trained for."
         )
 
 

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from sparse_jax.errors import InputError
 from sparse_jax.models.decoder_family import DecoderFamily
 from sparse_jax.models.family import Family
 
@@ -14,6 +15,8 @@ __all__ = ["is_stacked", "tensor_name", "to_tensor_layout", "with_full_names"]
 _SUFFIXES = MappingProxyType(
     {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 )
+# What PyTorch puts before the names of a model that is wrapped or compiled.
+_WRAPPERS = r"^(module\.|_orig_mod\.)+"
 
 
 def is_stacked(leaf: str) -> bool:
@@ -53,26 +56,32 @@ def with_full_names(
 ) -> Mapping[str, str]:
     """Returns a map from the names a checkpoint should have to those it has.
 
-    A bare model has no `bert.` or `model.` before its names, and old checkpoints call
-    the scale and bias of a norm `gamma` and `beta`.
+    A bare model has no `bert.` or `model.` before its names, one that was saved from
+    inside `DistributedDataParallel` has `module.` there, and old checkpoints call the
+    scale and bias of a norm `gamma` and `beta`.
+
+    Raises:
+      InputError: if two tensors have one name.
 
     Example:
       >>> from sparse_jax.models.bert import BERT
       >>> dict(with_full_names(BERT, ["embeddings.LayerNorm.gamma"]))
       {'bert.embeddings.LayerNorm.weight': 'embeddings.LayerNorm.gamma'}
     """
-    full = {_full_name(family, name): name for name in names}
-    words, head = (
-        f"{family.names.get(module)}.weight"
-        for module in ("embeddings/word", "lm_head")
-    )
-    # Of a table that is also the last linear map, some files hold only the latter.
-    if words not in full and head in full:
-        full[words] = full[head]
+    full: dict[str, str] = {}
+    for name in names:
+        modern = _full_name(family, name)
+        if modern in full:
+            raise InputError(
+                f"`model` must hold every tensor once, got both `{full[modern]}` and "
+                f"`{name}`. Keep one of them."
+            )
+        full[modern] = name
     return full
 
 
 def _full_name(family: Family | DecoderFamily, name: str) -> str:
     """Returns the modern name of a tensor, with its prefix."""
+    name = re.sub(_WRAPPERS, "", name)
     name = re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", name))
     return f"{family.prefix}.{name}" if re.match(family.bare, name) else name

@@ -1,7 +1,7 @@
 """Pre-trained weights: load from, and save to, the Hugging Face layout."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,17 @@ import numpy as np
 from sparse_jax.errors import InputError
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf_config import read_config, write_config
-from sparse_jax.models.hf_names import (
-    is_stacked,
-    tensor_name,
-    with_full_names,
-)
+from sparse_jax.models.hf_names import is_stacked, tensor_name
 from sparse_jax.models.hub import local_folder
 from sparse_jax.models.pure import Head, Params, PureModel
-from sparse_jax.models.tensors import base_hash, open_tensors, write_tensors
+from sparse_jax.models.tensors import base_hash, write_tensors
+from sparse_jax.models.weights import open_weights
 from sparse_jax.names import leaf_names, map_named
 
 __all__ = ["base_hash", "from_pretrained", "new_leaves", "save_pretrained"]
 
 # shapes of the parameters -> their shardings
 Place = Callable[[Params], Any]
-
-_HEADS = ("classifier/", "lm_head/", "pooler/")
 
 
 def from_pretrained(
@@ -42,8 +37,9 @@ def from_pretrained(
     """Loads a pre-trained model from safetensors.
 
     Parts of the head that the checkpoint does not have are created from `key`: normal
-    kernels of deviation `initializer_range`, zero biases. Heads for other tasks in
-    the checkpoint are ignored.
+    kernels of deviation `initializer_range`, zero biases. Tensors that the model has
+    no use for, such as heads for other tasks, are logged. A head that differs from the
+    word table is not tied to it, whatever `config.json` says.
 
     Args:
       model: local folder, or the id of a model on the Hugging Face Hub.
@@ -61,8 +57,9 @@ def from_pretrained(
 
     Raises:
       InputError: if the model cannot be fetched, has no `config.json` or no
-        safetensors, is of a type that is not supported, misses a tensor or has one
-        of another shape, or if its head is missing and `key` is None.
+        safetensors, is of a type that is not supported or quantized, misses a tensor,
+        has one of another shape or one with values that are not finite, or if its head
+        is missing and `key` is None.
     """
     folder = local_folder(model)
     family, config = read_config(folder, num_labels=num_labels)
@@ -71,11 +68,10 @@ def from_pretrained(
             f"`head` must be one of {', '.join(family.architectures)} for the model "
             f"type {family.name!r} of `{folder}`, got {head.__name__}."
         )
-    pure = PureModel(head, family, config)
-    files = open_tensors(folder)
-    names = with_full_names(family, files)
+    weights = open_weights(folder, PureModel(head, family, config))
+    pure, missing = weights.model, weights.missing_head
     abstract = pure.abstract(dtype)
-    missing = _missing_head(pure, abstract, names)
+    weights.check(abstract)
     if missing and key is None:
         raise InputError(
             f"`key` must be given, because `{folder}` has no tensor for "
@@ -91,17 +87,12 @@ def from_pretrained(
         if leaf in created:
             return created[leaf]
         whole = tuple(slice(0, size) for size in like.shape)
-        found = _read(pure, leaf, like.shape, whole, names, files)
-        return jnp.asarray(found, like.dtype)
+        return jnp.asarray(weights.read(leaf, like.shape, whole, like.dtype))
 
     def load_parts(leaf: str, like: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         if leaf in created:
             return jax.device_put(created[leaf], sharding)
-
-        def part(index: Any) -> np.ndarray:
-            found = _read(pure, leaf, like.shape, index, names, files)
-            return found.astype(like.dtype)
-
+        part = lambda index: weights.read(leaf, like.shape, index, like.dtype)
         return jax.make_array_from_callback(like.shape, sharding, part)
 
     if place is None:
@@ -130,8 +121,7 @@ def new_leaves(model: PureModel, folder: str | Path) -> tuple[str, ...]:
       model: model as `from_pretrained` returns it.
       folder: folder it was loaded from.
     """
-    names = with_full_names(model.family, open_tensors(folder))
-    return _missing_head(model, model.abstract(), names)
+    return open_weights(Path(folder), model).missing_head
 
 
 def _tensors(model: PureModel, params: Params) -> dict[str, np.ndarray]:
@@ -151,64 +141,6 @@ def _tensors(model: PureModel, params: Params) -> dict[str, np.ndarray]:
         found.sort(key=lambda part: part[0])
         tensors[name] = layout.fuse(found[0][1], [one for *_, one in found], heads)
     return tensors
-
-
-def _missing_head(
-    model: PureModel, abstract: Params, names: Mapping[str, str]
-) -> tuple[str, ...]:
-    """Returns the leaves of the head that a checkpoint does not have."""
-    leaves = jax.tree.leaves(leaf_names(abstract))
-    return tuple(
-        leaf
-        for leaf in leaves
-        if leaf.startswith(_HEADS) and tensor_name(model.family, leaf) not in names
-    )
-
-
-def _read(
-    model: PureModel,
-    leaf: str,
-    shape: tuple[int, ...],
-    index: tuple[slice, ...],
-    names: Mapping[str, str],
-    files: Mapping[str, Any],
-) -> np.ndarray:
-    """Reads a part of one leaf, stacked over the layers if it belongs to one."""
-    layout = model.family.layout
-    layers = range(1)
-    if is_stacked(leaf):
-        layers, shape, index = range(shape[0])[index[0]], shape[1:], index[1:]
-    expected = layout.tensor_shape(leaf, shape)
-    parts = []
-    for layer in layers:
-        name = tensor_name(model.family, leaf, layer)
-        if name not in names:
-            raise InputError(
-                f"`model` must have the tensor `{name}` for `{leaf}`, but it has none. "
-                f"Check that the weights belong to the `config.json` beside them."
-            )
-        file = files[names[name]]
-        lazy = file.get_slice(names[name])
-        found = tuple(lazy.get_shape())
-        if found != expected:
-            raise InputError(_wrong_shape(leaf, name, expected, found))
-        if layout.part_of(leaf) is None:
-            parts.append(layout.turned(leaf, lazy[layout.turned_index(leaf, index)]))
-        else:
-            tensor = file.get_tensor(names[name])
-            parts.append(layout.split(leaf, tensor, model.config.num_heads)[index])
-    return np.stack(parts) if is_stacked(leaf) else parts[0]
-
-
-def _wrong_shape(leaf: str, name: str, expected: tuple, found: tuple) -> str:
-    """Returns the message for a tensor of another shape."""
-    remedy = "Check that the weights belong to the `config.json` beside them."
-    if leaf.startswith("classifier/") and expected[1:] == found[1:]:
-        remedy = f"Pass `num_labels={found[0]}`, or a checkpoint without this head."
-    return (
-        f"`{name}` must have shape {list(expected)} for `{leaf}`, "
-        f"got {list(found)}. {remedy}"
-    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

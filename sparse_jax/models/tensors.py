@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief, reason_of
 
-__all__ = ["WEIGHTS", "base_hash", "open_tensors", "write_tensors"]
+__all__ = ["WEIGHTS", "base_hash", "open_tensors", "shards_of", "write_tensors"]
 
 WEIGHTS = "model.safetensors"
+_FILE = re.compile(r"\w[\w.+=-]{0,200}\.safetensors")
 
 
 def open_tensors(folder: str | Path) -> dict[str, Any]:
@@ -24,10 +26,32 @@ def open_tensors(folder: str | Path) -> dict[str, Any]:
 
     Raises:
       InputError: if the folder has no safetensors file, misses one that its index
-        names, or has one, or an index, that is damaged.
+        names, or has one, or an index, that is damaged, or if the index and the files
+        disagree on where a tensor is.
     """
-    files = [_open(path) for path in _weight_files(Path(folder))]
-    return {name: file for file in files for name in sorted(file.keys())}
+    folder = Path(folder)
+    files = {path.name: _open(path) for path in _weight_files(folder)}
+    held = {name: sorted(file.keys()) for name, file in files.items()}
+    found = {tensor: name for name in held for tensor in held[name]}
+    if WEIGHTS not in files:
+        index = folder / f"{WEIGHTS}.index.json"
+        for tensor, name in _indexed(index).items():
+            if tensor not in held[name]:
+                raise InputError(
+                    f"`{folder / name}` must hold the tensor {tensor!r}, as "
+                    f"`{index.name}` says, and does not. Copy the folder again."
+                )
+            found[tensor] = name
+    return {tensor: files[name] for tensor, name in found.items()}
+
+
+def shards_of(index: Path) -> list[str]:
+    """Returns the names of the files in an index, sorted.
+
+    Raises:
+      InputError: if it is no index, or names anything but files beside it.
+    """
+    return sorted(set(_indexed(index).values()))
 
 
 def write_tensors(tensors: Mapping[str, np.ndarray], folder: Path) -> None:
@@ -58,9 +82,10 @@ def _open(path: Path) -> Any:
     """Opens one safetensors file."""
     try:
         return safe_open(path, framework="numpy")
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise InputError(
-            f"`{path}` must be a complete safetensors file: {error}. Copy it again."
+            f"`{path}` must be a complete safetensors file: {reason_of(error)}. "
+            "Copy it again."
         ) from error
 
 
@@ -71,7 +96,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         raise InputError(_no_weights(folder))
-    paths = [folder / name for name in _indexed(index)]
+    paths = [folder / name for name in shards_of(index)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise InputError(
@@ -81,16 +106,24 @@ def _weight_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _indexed(index: Path) -> list[str]:
-    """Returns the names of the files in an index, sorted."""
+def _indexed(index: Path) -> dict[str, str]:
+    """Returns the file of every tensor in an index."""
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted(set(names))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(files.values()))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"`{index}` must be JSON with a `weight_map` from tensors to files: "
-            f"{error}. Copy it again."
+            f"{reason_of(error)}. Copy it again."
         ) from error
+    for name in names:
+        # Anything else could lead out of the folder, to files of somebody else.
+        if not isinstance(name, str) or not _FILE.fullmatch(name):
+            raise InputError(
+                f"`weight_map` in `{index}` must name safetensors files beside it, got "
+                f"{brief(name)}. Copy it again from where you trust it."
+            )
+    return files
 
 
 def _no_weights(folder: Path) -> str:

@@ -11,6 +11,7 @@ import jax
 
 from sparse_jax.adapter_file import ADAPTER, save_adapter
 from sparse_jax.compact import Compact, CompactState
+from sparse_jax.errors import listed
 from sparse_jax.sharding.processes import is_first_process, require_agreement
 from sparse_jax.sharding.runner import Runner
 from sparse_jax.training.checkpoint import Checkpoints, Position
@@ -68,6 +69,9 @@ def finetune(settings: Settings) -> dict[str, Any]:
     require_agreement("settings", asdict(settings))
     job = make_job(settings)
     require_agreement("model and data", [job.base.hash, job.feed.digest])
+    if job.base.new and is_first_process():
+        folder, new = job.base.folder, listed(job.base.new)
+        _log.warning("newly initialized, as `%s` lacks them: %s", folder, new)
     directory = RunDirectory.create(settings, surroundings(job))
     if settings.resume and (metrics := directory.finished()):
         return metrics
