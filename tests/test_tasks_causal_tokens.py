@@ -56,11 +56,47 @@ def test_a_tokenizer_that_appends_an_end_gives_one_end():
     assert words == ["<s>", "c", "</s>"]
 
 
-@pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
-def test_an_end_that_is_written_out_is_not_doubled(end):
-    words, targets = tokens_of(prompt_and_response("c", f"d{end}"))
-    assert words == ["<s>", "c", "d", end]
-    assert targets == ["d", end]
+def test_an_end_that_is_written_out_is_not_doubled():
+    words, targets = tokens_of(prompt_and_response("c", "d</s>"))
+    assert words == ["<s>", "c", "d", "</s>"]
+    assert targets == ["d", "</s>"]
+
+
+@pytest.mark.parametrize("last", ["<|im_end|>", "<|im_start|>", "<s>"])
+def test_another_special_token_is_no_end(last):
+    _, targets = tokens_of(prompt_and_response("c", f"d{last}"))
+    assert targets == ["d", last, "</s>"]
+
+
+@pytest.mark.parametrize("loss", ["response", "all"])
+@pytest.mark.parametrize("text", ["<s>c", "c"])
+def test_a_text_has_one_beginning(text, loss):
+    words, targets = tokens_of(plain_text(text), loss=loss)
+    assert (words, targets) == (["<s>", "c", "</s>"], ["c", "</s>"])
+    words, targets = tokens_of(prompt_and_response(text, "d"))
+    assert (words, targets) == (["<s>", "c", "d", "</s>"], ["d", "</s>"])
+
+
+def test_padding_like_the_end_leaves_the_end_a_target():
+    tokenizer = characters(pad_token="</s>", padding_side="left")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == END
+    assert tokens_of(prompt_and_response("c", "d"), tokenizer)[1] == ["d", "</s>"]
+
+
+def test_settings_of_a_tokenizer_file_cut_and_pad_nothing():
+    tokenizer = characters()
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    assert tokens_of(prompt_and_response("cc", "dd"), tokenizer)[1] == [*"dd", "</s>"]
+
+
+def test_the_ends_of_responses_are_counted():
+    chats = [plain_text("c"), prompt_and_response("c", "d</s>")]
+    found = tokenize(chats, characters(), max_length=8, positions=8)
+    assert found.end_ids == (END,)
+    rendered = Conversation((Piece("c", False), Piece("d<|im_end|>", True)), True, True)
+    found = tokenize([rendered, *chats], characters(), max_length=8, positions=8)
+    assert found.end_ids == (END, 3)
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,6 @@ FORGETFUL = (
     "{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# As R1 does: the prompt for generation goes on differently from the turn.
-UNLIKE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>(thought){% endif %}"
-)
 PICKY = "{{ raise_exception('Roles must alternate.') }}"
 
 
@@ -134,15 +129,6 @@ def test_a_template_that_rewrites_old_turns_gives_one_conversation_for_each():
     assert second.pieces == (
         Piece("<user>Hi</s><assistant>Hello.</s><user>Bye</s><assistant>", False),
         Piece("(thought)See you.</s>", True),
-    )
-
-
-def test_a_prompt_for_generation_that_the_turn_does_not_follow_is_left_out():
-    tokenizer = characters(chat_template=UNLIKE)
-    (chat,) = render_chat(CHAT["messages"][1:3], tokenizer, "here")
-    assert chat.pieces == (
-        Piece("<user>Hi</s>", False),
-        Piece("<assistant>Hello.</s>", True),
     )
 
 
@@ -246,12 +232,12 @@ BAD = [
     (
         "train_jsonl",
         lines({"messages": CHAT["messages"][:2]}),
-        "line 1 must have a message of the assistant, got none.",
+        "line 1 must have a message of the assistant to train on, got none.",
     ),
     (
         "train_jsonl",
         lines(CHAT | {"tools": [{"name": "search"}]}),
-        "line 1 must have no `tools`: their descriptions are not written.",
+        "line 1 must have no `tools`, which the chat template leaves out, got 'search'",
     ),
     (
         "train_jsonl",
@@ -315,7 +301,10 @@ def test_a_file_of_another_kind_is_an_error(write):
     [
         (None, "line 1 has messages, so `tokenizer` must have a chat template, got no"),
         (PICKY, "line 1 must be messages that the chat template accepts: Roles must"),
-        ("{{ messages | length }}", "to which the chat template adds the last one at"),
+        (
+            "{{ messages | length }}",
+            "to which the chat template adds the assistant's te",
+        ),
     ],
 )
 def test_a_template_that_cannot_write_a_chat_is_an_error(write, template, message):

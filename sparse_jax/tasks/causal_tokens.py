@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sparse_jax.errors import InputError
 from sparse_jax.tasks.conversations import Conversation
+from sparse_jax.tasks.tokens import tokenizing
 
 __all__ = ["Loss", "TokenSequences", "tokenize"]
 
@@ -28,6 +29,7 @@ class TokenSequences:
     pad_id: int
     num_cut: int = 0  # conversations that lost tokens at their end
     num_dropped: int = 0  # conversations that lost every target
+    end_ids: tuple[int, ...] = ()  # tokens that end the responses
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -43,7 +45,7 @@ class _Ends(NamedTuple):
 
     begin: list[int]  # what the tokenizer puts before a text
     end: int  # the end-of-sequence token
-    stops: frozenset[int]  # tokens after which no end is needed
+    added: frozenset[int]  # tokens that no other text has
 
 
 def tokenize(
@@ -54,7 +56,10 @@ def tokenize(
     positions: int,
     loss: Loss = "response",
 ) -> TokenSequences:
-    """Returns the tokens of conversations, each with an end-of-sequence token.
+    """Returns the tokens of conversations, each with a token that ends it.
+
+    That is the tokenizer's end-of-sequence token, unless the text has it already or a
+    chat template wrote an end of its own.
 
     A response has the tokens that follow those of its prompt: where the two would
     share a token, they are tokenized apart, as they are when a model writes the
@@ -78,13 +83,16 @@ def tokenize(
     ends = _ends(tokenizer)
     all_ids, targets = [], []
     num_cut = num_dropped = 0
-    for ids, marks, is_plain in _marked(conversations, tokenizer, ends):
-        marks[1:] |= loss == "all"
+    end_ids: set[int] = set()
+    for marked in _marked(conversations, tokenizer, ends):
+        ids, marks = marked.ids, marked.marks
+        marks[1:] |= (loss == "all") & ~marked.is_excluded[1:]
         marks[:1] = False
-        spans = _spans(len(ids), max_length, is_plain)
-        num_cut += len(ids) > max_length and not is_plain
+        spans = _spans(len(ids), max_length, marked.is_plain)
+        num_cut += len(ids) > max_length and not marked.is_plain
         kept = [span for span in spans if marks[span][1:].any()]
         num_dropped += not kept
+        end_ids |= marked.ends
         all_ids += [ids[span] for span in kept]
         targets += [_without_first(marks[span]) for span in kept]
     if not all_ids:
@@ -94,7 +102,9 @@ def tokenize(
         )
     # Any id will do for a tokenizer without one: no token attends to padding.
     pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-    return TokenSequences(all_ids, targets, max_length, pad_id, num_cut, num_dropped)
+    counts = {"num_cut": num_cut, "num_dropped": num_dropped}
+    stop = tuple(sorted(end_ids))
+    return TokenSequences(all_ids, targets, max_length, pad_id, **counts, end_ids=stop)
 
 
 def _check(max_length: int, positions: int, loss: str, tokenizer: Any) -> None:
@@ -115,34 +125,55 @@ def _check(max_length: int, positions: int, loss: str, tokenizer: Any) -> None:
 
 def _ends(tokenizer: Any) -> _Ends:
     """Returns the special tokens that belong round a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    (bare,) = _ids(tokenizer, ["a"])
     whole = tokenizer("a")["input_ids"]
     starts = range(len(whole) - len(bare) + 1)
     begin = next((i for i in starts if whole[i : i + len(bare)] == bare), 0)
-    added = tokenizer.added_tokens_decoder.items()
-    special = {number for number, token in added if token.special}
     end = tokenizer.eos_token_id
-    return _Ends(whole[:begin], end, frozenset(special | {end}))
+    return _Ends(whole[:begin], end, frozenset({*tokenizer.added_tokens_decoder, end}))
+
+
+class _Marked(NamedTuple):
+    """The tokens of a conversation, not cut yet."""
+
+    ids: np.ndarray  # shape=(tokens,), int32
+    marks: np.ndarray  # the same, bool: tokens of responses
+    is_excluded: np.ndarray  # the same: tokens that are never targets
+    is_plain: bool
+    ends: set[int]  # tokens that end its responses
 
 
 def _marked(
     conversations: Sequence[Conversation], tokenizer: Any, ends: _Ends
-) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Yields the tokens of conversations, whether they are responses, and if plain."""
+) -> Iterator[_Marked]:
+    """Yields the tokens of conversations."""
     for start in range(0, len(conversations), _CHUNK):
         chunk = conversations[start : start + _CHUNK]
         pieces = iter(_piece_ids(chunk, tokenizer))
         for conversation in chunk:
-            begin = [] if conversation.is_rendered else ends.begin
-            ids, marks = [*begin], [False] * len(begin)
             parts = list(islice(pieces, len(conversation.pieces)))
-            for piece, part in zip(conversation.pieces, parts, strict=True):
-                ids += part
-                marks += [piece.is_response] * len(part)
-            if not ids or ids[-1] not in ends.stops:
-                ids.append(ends.end)
-                marks.append(conversation.pieces[-1].is_response)
-            yield np.array(ids, np.int32), np.array(marks), conversation.is_plain
+            yield _with_ends(conversation, parts, ends)
+
+
+def _with_ends(
+    conversation: Conversation, parts: list[list[int]], ends: _Ends
+) -> _Marked:
+    """Returns the tokens of the pieces between those that begin and end a text."""
+    ids = list(chain.from_iterable(parts))
+    # The text itself may begin with them.
+    is_begun = conversation.is_rendered or ids[: len(ends.begin)] == ends.begin
+    begin = [] if is_begun else ends.begin
+    is_ended = conversation.is_ended or ids[-1:] == [ends.end]
+    end = [] if is_ended else [ends.end]
+    lengths = [len(begin), *map(len, parts), len(end)]
+    last = conversation.pieces[-1]
+    kinds = [(False, False), *(piece[1:] for piece in conversation.pieces), last[1:]]
+    marks, is_excluded = (np.repeat(kind, lengths) for kind in zip(*kinds, strict=True))
+    responses = zip(conversation.pieces, parts, strict=True)
+    last_ids = {part[-1] for piece, part in responses if piece.is_response and part}
+    found = last_ids & ends.added if conversation.is_ended else {ends.end}
+    all_ids = np.array([*begin, *ids, *end], np.int32)
+    return _Marked(all_ids, marks, is_excluded, conversation.is_plain, found)
 
 
 def _piece_ids(
@@ -176,9 +207,10 @@ def _apart(tokenizer: Any, text: str) -> list[int]:
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Returns the tokens of texts without special ones."""
     # Not verbose: it warns of long texts, which are cut here, not by the tokenizer.
-    return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    with tokenizing():
+        return tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
 
 
 def _spans(num_tokens: int, max_length: int, is_plain: bool) -> list[slice]:

@@ -12,6 +12,7 @@ class Piece(NamedTuple):
 
     text: str
     is_response: bool  # whether a model learns to write it
+    is_excluded: bool = False  # whether it is read only, even if all else is trained on
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Conversation:
     # A chat template writes the special tokens of the beginning; they are not added
     # a second time.
     is_rendered: bool = False
+    # Whether the text has its end; otherwise it gets the tokenizer's.
+    is_ended: bool = False
 
     @property
     def text(self) -> str:
@@ -56,12 +59,12 @@ def join(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 
     Example:
       >>> join([Piece("a", False), Piece("b", False), Piece("", True)])
-      (Piece(text='ab', is_response=False),)
+      (Piece(text='ab', is_response=False, is_excluded=False),)
     """
     merged: list[Piece] = []
     for piece in pieces:
-        if merged and merged[-1].is_response == piece.is_response:
-            merged[-1] = Piece(merged[-1].text + piece.text, piece.is_response)
+        if merged and merged[-1][1:] == piece[1:]:
+            merged[-1] = piece._replace(text=merged[-1].text + piece.text)
         elif piece.text:
             merged.append(piece)
     return tuple(merged)

@@ -1,10 +1,11 @@
 """Records: objects of a file as conversations, in any of the common layouts."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.tasks.chat import render_chat
 from sparse_jax.tasks.columns import text_of
 from sparse_jax.tasks.conversations import (
@@ -18,16 +19,6 @@ __all__ = ["read_record"]
 
 Record = Mapping[str, Any]
 
-_ROLES = MappingProxyType(
-    {
-        "system": "system",
-        "human": "user",
-        "user": "user",
-        "gpt": "assistant",
-        "assistant": "assistant",
-    }
-)
-
 
 def read_record(
     place: str, record: Record, tokenizer: Any, template: PromptTemplate
@@ -36,11 +27,11 @@ def read_record(
 
     Its columns say the layout:
 
-    - `messages`: a list of `{"role", "content"}`, written by the chat template.
-    - `conversations`: the same in ShareGPT's words, `{"from", "value"}`, with the
-      roles `human` and `gpt`, and perhaps a column `system`.
+    - `messages` or `conversations`: a list of `{"role", "content"}`, or of
+      `{"from", "value"}` as ShareGPT has them with the roles `human` and `gpt`,
+      written by the chat template; perhaps `system` and `tools`.
     - `instruction`, `output` and perhaps `input`: Alpaca, written by `template`.
-    - `prompt`, `completion`: as they stand.
+    - `prompt`, `completion`: as they stand, or both lists of messages.
     - `text`: a plain text, trained on from its beginning.
 
     Args:
@@ -58,60 +49,39 @@ def read_record(
     *names, last = (f"`{name}`" for name in _LAYOUTS)
     raise InputError(
         f"{place} must have a column {', '.join(names)} or {last}, got the columns "
-        f"{', '.join(record) or 'of an empty object'}."
+        f"{listed(record) or 'of an empty object'}."
     )
 
 
-def _messages(
-    place: str, record: Record, tokenizer: Any, template: PromptTemplate
+def _chat(
+    column: str, place: str, record: Record, tokenizer: Any, template: PromptTemplate
 ) -> list[Conversation]:
-    """Returns a chat with `role` and `content`."""
+    """Returns a chat."""
     del template
-    messages = []
-    for message, spot in _turns(place, record, "messages"):
-        role = text_of(spot, message, ("role",))
-        content = text_of(spot, message, ("content",))
-        messages.append({**message, "role": role, "content": content})
-    return render_chat(messages, tokenizer, place)
-
-
-def _share_gpt(
-    place: str, record: Record, tokenizer: Any, template: PromptTemplate
-) -> list[Conversation]:
-    """Returns a chat with `from` and `value`."""
-    del template
-    messages = []
+    turns = _turns(place, record[column], column)
     if record.get("system"):
         content = text_of(place, record, ("system",))
-        messages.append({"role": "system", "content": content})
-    for turn, spot in _turns(place, record, "conversations"):
-        role = text_of(spot, turn, ("from",))
-        if role not in _ROLES:
+        if turns[0].get("role", turns[0].get("from")) == "system":
             raise InputError(
-                f"{spot} must be from {', '.join(_ROLES)}, got {role!r}. Write other "
-                "roles as `messages`."
+                f"{place} must have one system message, got a column `system` and a "
+                "turn. Leave one of them out."
             )
-        content = text_of(spot, turn, ("value",))
-        messages.append({"role": _ROLES[role], "content": content})
-    return render_chat(messages, tokenizer, place)
+        turns.insert(0, {"role": "system", "content": content})
+    return render_chat(turns, tokenizer, place, tools=record.get("tools"))
 
 
-def _turns(place: str, record: Record, column: str) -> list[tuple[Record, str]]:
-    """Returns the turns of a chat with their places."""
-    if record.get("tools"):
-        raise InputError(
-            f"{place} must have no `tools`: their descriptions are not written. Put "
-            "them into the system message."
-        )
-    turns = record[column]
+def _turns(place: str, turns: Any, column: str) -> list[Record]:
+    """Returns the turns of a chat."""
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{place} must have a list of turns in `{column}`.")
+        raise InputError(
+            f"{place} must have a list of turns in `{column}`, got {brief(turns)}."
+        )
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise InputError(
                 f"{place} turn {number} must be an object, got {type(turn).__name__}."
             )
-    return [(turn, f"{place} turn {i}") for i, turn in enumerate(turns, start=1)]
+    return list(turns)
 
 
 def _alpaca(
@@ -136,8 +106,13 @@ def _alpaca(
 def _completion(
     place: str, record: Record, tokenizer: Any, template: PromptTemplate
 ) -> list[Conversation]:
-    """Returns a prompt with its completion."""
-    del tokenizer, template
+    """Returns a prompt with its completion, both texts or both messages."""
+    del template
+    if isinstance(record["prompt"], list):
+        read = _turns(place, record["prompt"], "prompt")
+        turns = [*read, *_turns(place, record.get("completion"), "completion")]
+        tools = record.get("tools")
+        return render_chat(turns, tokenizer, place, tools=tools, first=len(read))
     prompt = text_of(place, record, ("prompt",))
     return [prompt_and_response(prompt, text_of(place, record, ("completion",)))]
 
@@ -154,8 +129,8 @@ def _text(
 # the last one to look for.
 _LAYOUTS: Mapping[str, Callable[..., list[Conversation]]] = MappingProxyType(
     {
-        "messages": _messages,
-        "conversations": _share_gpt,
+        "messages": partial(_chat, "messages"),
+        "conversations": partial(_chat, "conversations"),
         "instruction": _alpaca,
         "prompt": _completion,
         "text": _text,

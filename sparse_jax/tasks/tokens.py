@@ -1,5 +1,9 @@
 """Tokens: the texts of examples as numbers."""
 
+import contextlib
+import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import compress
@@ -8,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.models.hub import local_folder
 from sparse_jax.tasks.examples import Examples
 
-__all__ = ["Encoded", "encode", "load_tokenizer"]
+__all__ = ["Encoded", "encode", "load_tokenizer", "tokenizing"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -61,14 +65,99 @@ def load_tokenizer(model: str | Path) -> Any:
             "has none of these files. Save it there with "
             "`tokenizer.save_pretrained(folder)`."
         )
+    rule = f"`{folder}` must hold a whole tokenizer"
+    with tokenizing(rule, "Save it there again"), _quiet_panics():
+        try:
+            # The code in a model's folder is a stranger's.
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise InputError(
+                f"`{folder}` must hold a tokenizer that transformers has, got one with "
+                "code of its own (`auto_map`), which is never run. Save a "
+                "`tokenizer.json` there without it."
+            ) from error
+        # Some faults of the files show when they are used.
+        tokenizer.decode(tokenizer("a b")["input_ids"])
+        _ = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _old_template(folder / "chat_template.json")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def tokenizing(
+    rule: str = "`tokenizer` must be able to write every text",
+    remedy: str = "Use the tokenizer that belongs to the model",
+) -> Iterator[None]:
+    """Turns whatever a tokenizer raises into an `InputError`.
+
+    Args:
+      rule: what is broken then.
+      remedy: what to do.
+
+    Raises:
+      InputError: with the reason, instead of any other error.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    # A torn file gives a KeyError, a TypeError or a bare Exception of the library.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        yield
+    except InputError:
+        raise
+    # A torn file gives a KeyError, a TypeError or a bare Exception of the library, and
+    # a panic of its Rust half, which is no Exception at all.
+    except BaseException as error:
+        if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        raise InputError(f"{rule}: {reason_of(error)}. {remedy}.") from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Says whether Rust gave up; the class cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _quiet_panics() -> Iterator[None]:
+    """Keeps back what a panic prints; the error has it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            saved = os.dup(2)
+        except OSError:  # there is no standard error
+            yield
+            return
+        stack.callback(os.close, saved)
+        kept = stack.enter_context(tempfile.TemporaryFile())
+        os.dup2(kept.fileno(), 2)
+        is_shown = True
+        try:
+            yield
+        except BaseException as error:
+            is_shown = not _is_panic(error)
+            raise
+        finally:
+            os.dup2(saved, 2)
+            kept.seek(0)
+            if is_shown:
+                os.write(2, kept.read())
+
+
+def _old_template(path: Path) -> Any:
+    """Returns the chat template of a file as older versions wrote it, if any."""
+    if not path.is_file():
+        return None
+    try:
+        template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise InputError(
-            f"`{folder}` must hold a whole tokenizer: {reason}. Save it there again."
+            f"`{path}` must be a JSON object with a `chat_template`: "
+            f"{reason_of(error)}. Copy it again, or remove it."
         ) from error
+    if not isinstance(template, str):
+        raise InputError(
+            f"`chat_template` in `{path}` must be a text, got {brief(template)}."
+        )
+    return template
 
 
 def encode(
@@ -95,13 +184,14 @@ def encode(
     _check_max_length(max_length, positions, tokenizer, examples.text_b is not None)
     input_ids, token_type_ids, num_cut = [], [], 0
     for text_a, text_b in _chunks(examples):
-        tokens = tokenizer(
-            text_a,
-            text_b,
-            truncation="longest_first",
-            max_length=max_length,
-            return_attention_mask=False,
-        )
+        with tokenizing():
+            tokens = tokenizer(
+                text_a,
+                text_b,
+                truncation="longest_first",
+                max_length=max_length,
+                return_attention_mask=False,
+            )
         input_ids += _arrays(tokens["input_ids"])
         token_type_ids += _arrays(tokens.get("token_type_ids", []))
         full = [len(row) == max_length for row in tokens["input_ids"]]

@@ -1,0 +1,125 @@
+"""A tokenizer's chat template, and the texts that it writes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_jax.errors import InputError, listed, reason_of
+from sparse_jax.tasks.template_trial import MEMORY, SECONDS
+
+__all__ = ["render", "require_template"]
+
+Fields = Mapping[str, Any]
+
+# The system's clock runs on while other programs have the processor.
+_WALL_SECONDS = 60
+# Characters that a template may add to a chat, and how often it may repeat it.
+_MOST_ADDED, _MOST_REPEATED = 1_000_000, 100
+# Templates that have been tried; each costs a tenth of a second, once.
+_tried: set[str] = set()
+
+
+def require_template(tokenizer: Any, place: str) -> None:
+    """Raises unless a tokenizer has one chat template to use.
+
+    Raises:
+      InputError: if it has none, or several and no default.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise InputError(
+            f"{place} has messages, so `tokenizer` must have a chat template, got "
+            "none. Set `tokenizer.chat_template`, or use the tokenizer of the "
+            "model's instruction-tuned variant and save it beside the model."
+        )
+    if isinstance(template, dict) and "default" not in template:
+        raise InputError(
+            f"{place} has messages, so `tokenizer` must have a default chat template, "
+            f"got {listed(template)}. Name one of them `default`."
+        )
+
+
+def render(
+    messages: Sequence[Fields],
+    tokenizer: Any,
+    place: str,
+    *,
+    tools: Sequence[Fields] | None = None,
+    asks: bool = False,
+) -> str:
+    """Returns messages as the chat template writes them.
+
+    Args:
+      messages: as the template takes them, at least one.
+      tokenizer: a tokenizer of transformers with a chat template.
+      place: file and line, for messages of errors.
+      tools: schemas of the functions that the assistant may call.
+      asks: whether the assistant is to answer.
+
+    Raises:
+      InputError: if the template does not accept the messages, or takes more time or
+        memory than any honest one.
+    """
+    options: dict[str, Any] = {"add_generation_prompt": asks}
+    if tools:
+        options["tools"] = list(tools)
+    chat = list(map(dict, messages))
+    try:
+        template = tokenizer.get_chat_template(tools=options.get("tools"))
+        _try(template, chat, tokenizer, options)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    except InputError:
+        raise
+    # A template raises what it likes.
+    except Exception as error:
+        raise InputError(
+            f"{place} must be messages that the chat template accepts: "
+            f"{reason_of(error)}."
+        ) from error
+    given = len(json.dumps([chat, options]))
+    if not isinstance(text, str) or len(text) > _MOST_ADDED + _MOST_REPEATED * given:
+        raise InputError(
+            f"{place} must be messages for which the chat template writes a text of "
+            f"their size, got {len(text):,} characters for {given:,}. Use another "
+            "chat template."
+        )
+    return text
+
+
+def _try(
+    template: str, chat: Sequence[Fields], tokenizer: Any, options: Mapping[str, Any]
+) -> None:
+    """Renders a template that was not used before in a process with bounds."""
+    if template in _tried or not sys.executable:
+        return
+    words = {name: str(word) for name, word in tokenizer.special_tokens_map.items()}
+    calls = [
+        {**words, "tools": None, "messages": chat, **options, **flag}
+        for flag in (
+            {},
+            {"add_generation_prompt": not options["add_generation_prompt"]},
+        )
+    ]
+    script = Path(__file__).with_name("template_trial.py")
+    try:
+        code = subprocess.run(
+            [sys.executable, "-P", str(script)],
+            input=json.dumps({"template": template, "calls": calls}).encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_WALL_SECONDS,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        code = -1
+    # Any code but 0 means that the process was ended, by us or by the system.
+    if code:
+        raise InputError(
+            f"`tokenizer` must have a chat template that needs at most {SECONDS} s and "
+            f"{MEMORY >> 30} GiB for a chat, got one that needs more. Use another chat "
+            "template."
+        )
+    _tried.add(template)
