@@ -1,0 +1,182 @@
+"""A whole run makes the updates that a loop in PyTorch makes on the same batches."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_models import hugging_face_config, hugging_face_model
+from tiny_run import VOCABULARY, tiny_settings, write_data, write_model
+from tiny_text import text_settings, write_chats, write_decoder
+
+from sparse_jax import finetune
+from sparse_jax.training.history import updates_of
+from sparse_jax.training.job import make_job
+from sparse_jax.training.optimizer import learning_rate_at
+
+UPDATES = 40
+ATTENTION = ("query", "key", "value", "attention.output.dense")
+# method -> whether PyTorch trains a parameter, by its name
+TRAINED = {
+    "full": lambda name: True,
+    "bitfit": lambda name: name.endswith(".bias") or name.startswith("classifier"),
+    "head": lambda name: name.startswith("classifier"),
+    "sift": lambda name: (
+        (name.startswith("classifier") or any(site in name for site in ATTENTION))
+        and "LayerNorm" not in name
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """Returns a folder with a BERT that PyTorch wrote, head included, and data."""
+    from transformers import AutoModelForSequenceClassification
+
+    folder = write_model(tmp_path_factory.mktemp("files") / "model")
+    config = hugging_face_config(
+        "bert", vocab_size=len(VOCABULARY), max_position_embeddings=16, num_labels=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        id2label={0: "negative", 1: "positive"},
+        label2id={"negative": 0, "positive": 1},
+    )  # fmt: skip
+    hugging_face_model(AutoModelForSequenceClassification, config).save_pretrained(
+        folder
+    )
+    return folder, write_data(folder.parent / "data")
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return write_decoder(folder / "model"), write_chats(folder / "chats.jsonl")
+
+
+def our_losses(settings):
+    finetune(settings)
+    with open(f"{settings.output}/metrics.jsonl", encoding="utf-8") as file:
+        return [row["loss"] for row in updates_of([json.loads(line) for line in file])]
+
+
+def batches_of(settings):
+    """Yields the batches of a run as PyTorch's tensors, without its micro-batches."""
+    import torch
+
+    feed = make_job(settings).feed
+    count = 0
+    for epoch in range(settings.epochs):
+        for batch in feed.train(epoch):
+            if count == UPDATES:
+                return
+            count += 1
+            whole = {
+                name: x.reshape(-1, *x.shape[2:]) if settings.accumulate > 1 else x
+                for name, x in batch.items()
+            }
+            yield {name: torch.tensor(x) for name, x in whole.items()}
+
+
+def largest(gradient, density):
+    """Returns a mask of the largest entries of a gradient."""
+    import torch
+
+    count = int(np.ceil(density * gradient.numel()))
+    mask = torch.zeros(gradient.numel())
+    mask[gradient.abs().flatten().topk(count).indices] = 1
+    return mask.reshape(gradient.shape)
+
+
+def torch_losses(model, settings, loss_of):
+    """Returns the losses of a plain loop: AdamW, warm-up, linear decay, clipping."""
+    import torch
+
+    trained = {
+        name: leaf
+        for name, leaf in model.named_parameters()
+        if TRAINED[settings.method](name)
+    }
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
+    peak, losses, masks = settings.learning_rate, [], None
+    for count, batch in enumerate(batches_of(settings)):
+        model.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        if masks is None and settings.method == "sift":
+            masks = {
+                name: largest(leaf.grad, settings.density)
+                for name, leaf in trained.items()
+                if not name.startswith("classifier")
+            }
+        for name, mask in (masks or {}).items():
+            trained[name].grad *= mask
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        optimizer.param_groups[0]["lr"] = float(learning_rate_at(count, peak, UPDATES))
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def class_loss(model, batch):
+    import torch
+
+    inputs = {
+        name: batch[name].long()
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+    }
+    losses = torch.nn.functional.cross_entropy(
+        model(**inputs).logits, batch["labels"].long(), reduction="none"
+    )
+    return (batch["weights"] * losses).sum() / batch["weights"].sum()
+
+
+def token_loss(model, batch):
+    import torch
+
+    ids, weights = batch["input_ids"].long(), batch["weights"][:, 1:]
+    logits = model(ids, attention_mask=batch["attention_mask"].long()).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+    )
+    return (weights * losses).sum() / weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("method", "learning_rate", "accumulate"),
+    [
+        ("full", 3e-3, 4),
+        ("sift", 1e-2, 1),
+        pytest.param("full", 3e-3, 1, marks=pytest.mark.slow),
+        pytest.param("bitfit", 1e-2, 1, marks=pytest.mark.slow),
+        pytest.param("head", 1e-2, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_classifier_learns_as_in_pytorch(
+    method, learning_rate, accumulate, encoder, tmp_path
+):
+    from transformers import AutoModelForSequenceClassification
+
+    options = {
+        "method": method,
+        "learning_rate": learning_rate,
+        "accumulate": accumulate,
+        "epochs": 14,
+        "max_steps": UPDATES,
+    }
+    settings = tiny_settings(*encoder, tmp_path / "run", **options)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder[0])
+    expected = torch_losses(model, settings, class_loss)
+    assert min(expected) < 0.9 * expected[0]
+    np.testing.assert_allclose(our_losses(settings), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("accumulate", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_decoder_learns_as_in_pytorch(accumulate, decoder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    settings = text_settings(
+        *decoder, tmp_path / "run", method="full", learning_rate=3e-3, epochs=10,
+        max_steps=UPDATES, accumulate=accumulate,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(decoder[0])
+    expected = torch_losses(model, settings, token_loss)
+    assert min(expected) < 0.8 * expected[0]
+    np.testing.assert_allclose(our_losses(settings), expected, atol=2e-4)
