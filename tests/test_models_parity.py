@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import (
+    FAMILIES,
     hugging_face_config,
     hugging_face_model,
     jax_batch,
@@ -25,6 +26,7 @@ transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-5  # float32, sums of at most 48 terms in another order
 
 both_families = pytest.mark.parametrize("name", ["bert", "roberta"])
+every_family = pytest.mark.parametrize("name", FAMILIES)
 both_heads = pytest.mark.parametrize(
     ("head", "auto_class"),
     [
@@ -41,7 +43,7 @@ def assert_close(ours, theirs):
     )
 
 
-@both_families
+@every_family
 @both_heads
 def test_logits_of_a_loaded_checkpoint_equal_pytorch(name, head, auto_class, tmp_path):
     batch = padded_batch(name)
@@ -58,7 +60,7 @@ def test_logits_of_a_loaded_checkpoint_equal_pytorch(name, head, auto_class, tmp
     assert_close(logits, expected)
 
 
-@both_families
+@every_family
 @both_heads
 def test_pytorch_loads_what_we_save(name, head, auto_class, tmp_path):
     batch = padded_batch(name)

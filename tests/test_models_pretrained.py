@@ -203,8 +203,8 @@ def test_a_configuration_that_is_not_json_is_named(save):
     [
         ({"model_type": "t5"}, "must be one of bert, .*roberta, got 't5'"),
         ({"model_type": None}, "must be one of bert, .*roberta, got None"),
-        ({"hidden_size": "wide"}, "must be a valid bert configuration"),
-        ({"hidden_size": 0}, "`hidden_size` in .* must be positive, got 0"),
+        ({"hidden_size": "wide"}, "`hidden_size` in .* positive whole .*, got 'wide'"),
+        ({"hidden_size": 0}, "`hidden_size` in .* positive whole .*, got 0"),
         ({"position_embedding_type": "relative_key"}, "must be 'absolute'"),
         ({"is_decoder": True}, "must be false"),
     ],

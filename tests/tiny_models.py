@@ -9,11 +9,11 @@ import numpy as np
 from sparse_jax.models.bert import BERT
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.pure import PureModel
-from sparse_jax.models.roberta import ROBERTA
+from sparse_jax.models.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from sparse_jax.names import map_named
 
-FAMILIES = {"bert": BERT, "roberta": ROBERTA}
-PAD_IDS = {"bert": 0, "roberta": 1}
+FAMILIES = {family.name: family for family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT)}
+PAD_IDS = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}
 
 
 def tiny_config(name, **changes):
@@ -61,7 +61,7 @@ def hugging_face_config(name, **changes):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "intermediate_size": 48,
-        "max_position_embeddings": {"bert": 20, "roberta": 22}[name],
+        "max_position_embeddings": 20 + FAMILIES[name].position_offset(PAD_IDS[name]),
         "pad_token_id": PAD_IDS[name],
         "num_labels": 3,
     }

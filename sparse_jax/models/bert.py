@@ -69,6 +69,7 @@ def _position_ids(input_ids: jax.Array, pad_id: int) -> jax.Array:
 
 BERT = Family(
     name="bert",
+    prefix="bert",
     position_offset=lambda pad_id: 0,
     position_ids=_position_ids,
     pooler=_pooler,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.models.ranges import check_fields
 
 __all__ = ["ClassicConfig"]
 
@@ -16,9 +16,8 @@ class ClassicConfig:
     `head_size`, F `intermediate_size`, V `vocab_size`, L `num_layers`.
 
     Raises:
-      InputError: if `num_heads` does not divide `hidden_size`, `rotary_size` is odd or
-        larger than a head, or `hidden_act` is not one of
-        `sparse_jax.models.activations.ACTIVATIONS`.
+      InputError: if a field has another type or range than its name says, `num_heads`
+        does not divide `hidden_size`, or `rotary_size` is odd or larger than a head.
 
     Example:
       >>> ClassicConfig(
@@ -48,6 +47,7 @@ class ClassicConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
+        check_fields(self)
         if self.hidden_size % self.num_heads:
             raise InputError(
                 f"`num_heads` must divide `hidden_size`, got {self.num_heads} heads "
@@ -57,11 +57,6 @@ class ClassicConfig:
             raise InputError(
                 f"`rotary_size` must be even and at most {self.head_size}, the size "
                 f"of a head, got {self.rotary_size}."
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(
-                f"`hidden_act` must be one of {', '.join(sorted(ACTIVATIONS))}, "
-                f"got {self.hidden_act!r}."
             )
 
     @property

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.models.ranges import check_fields
 
 __all__ = ["EncoderConfig", "max_length_of"]
 
@@ -16,8 +16,8 @@ class EncoderConfig:
     F `intermediate_size`, V `vocab_size`, L `num_layers`.
 
     Raises:
-      InputError: if `num_heads` does not divide `hidden_size`, or `hidden_act` is not
-        one of `sparse_jax.models.activations.ACTIVATIONS`.
+      InputError: if a field has another type or range than its name says, or
+        `num_heads` does not divide `hidden_size`.
 
     Example:
       >>> config = EncoderConfig(
@@ -47,20 +47,16 @@ class EncoderConfig:
     label_names: tuple[str, ...] | None = None
 
     def __post_init__(self):
+        check_fields(self)
         if self.hidden_size % self.num_heads:
             raise InputError(
                 f"`num_heads` must divide `hidden_size`, got {self.num_heads} heads "
                 f"for a hidden size of {self.hidden_size}."
             )
-        if self.hidden_act not in ACTIVATIONS:
+        if not 0 <= self.pad_id < self.vocab_size:
             raise InputError(
-                f"`hidden_act` must be one of {', '.join(sorted(ACTIVATIONS))}, "
-                f"got {self.hidden_act!r}."
-            )
-        if self.num_labels < 1:
-            raise InputError(
-                f"`num_labels` must be at least 1, got {self.num_labels}. "
-                "Use 1 for regression."
+                f"`pad_id` must be in [0, {self.vocab_size}), the words of the model, "
+                f"got {self.pad_id}."
             )
         if self.label_names is not None and len(self.label_names) != self.num_labels:
             raise InputError(

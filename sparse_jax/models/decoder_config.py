@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.models.ranges import check_fields
 
 __all__ = ["DecoderConfig", "RopeScaling"]
 
@@ -23,6 +23,21 @@ class RopeScaling:
     high: float | None = None
     original_positions: int | None = None
 
+    def __post_init__(self):
+        check_fields(self)
+        llama3 = (self.low, self.high, self.original_positions)
+        if llama3 == (None, None, None):
+            return
+        if self.low is None or self.high is None or self.original_positions is None:
+            raise InputError(
+                "`low`, `high` and `original_positions` must be given together, got "
+                f"{self.low}, {self.high} and {self.original_positions}."
+            )
+        if self.low >= self.high:
+            raise InputError(
+                f"`low` must be less than `high`={self.high}, got {self.low}."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -33,8 +48,8 @@ class DecoderConfig:
     `num_layers`.
 
     Raises:
-      InputError: if `num_kv_heads` does not divide `num_heads`, or `hidden_act` is not
-        one of `sparse_jax.models.activations.ACTIVATIONS`.
+      InputError: if a field has another type or range than its name says,
+        `num_kv_heads` does not divide `num_heads`, or `head_size` is odd.
 
     Example:
       >>> DecoderConfig(
@@ -71,13 +86,14 @@ class DecoderConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
+        check_fields(self)
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"`num_kv_heads` must divide `num_heads`={self.num_heads}, got "
                 f"{self.num_kv_heads}."
             )
-        if self.hidden_act not in ACTIVATIONS:
+        if self.head_size % 2:
             raise InputError(
-                f"`hidden_act` must be one of {', '.join(sorted(ACTIVATIONS))}, "
-                f"got {self.hidden_act!r}."
+                f"`head_size` must be even, got {self.head_size}: rotary positions "
+                "turn pairs of entries."
             )

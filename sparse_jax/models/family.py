@@ -21,6 +21,7 @@ class Family:
     """The differences between two encoders of the same layers."""
 
     name: str  # `model_type` in a Hugging Face configuration
+    prefix: str  # what a bare model's tensors lack in front
     position_offset: Callable[[int], int]  # unused rows of the table, from the pad id
     position_ids: Callable[[jax.Array, int], jax.Array]  # input ids, pad id -> [B, T]
     pooler: Create | None  # linear map of the first token, under tanh
@@ -30,8 +31,3 @@ class Family:
     names: Mapping[str, str]  # our module path -> Hugging Face module path
     layout: Layout = PLAIN
     bare: str = r"(embeddings|encoder|pooler)\."  # how names without a prefix begin
-
-    @property
-    def prefix(self) -> str:
-        """What a bare model's tensors lack in front."""
-        return self.name

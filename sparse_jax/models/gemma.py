@@ -5,19 +5,32 @@ References:
 """
 
 from types import MappingProxyType
+from typing import Any
 
+from sparse_jax.errors import InputError
 from sparse_jax.models.decoder_family import NAMES, DecoderFamily
 
 __all__ = ["GEMMA"]
 
-GEMMA = DecoderFamily(
-    name="gemma",
-    fields=lambda theirs: {
+
+def _fields(theirs: Any) -> dict[str, Any]:
+    """Returns what a configuration of Gemma says."""
+    if theirs.use_bidirectional_attention:
+        raise InputError(
+            "`use_bidirectional_attention` must be false, got true: a decoder sees the "
+            "tokens before each only."
+        )
+    return {
         "norm_offset": 1.0,
         "scales_words": True,
         "qkv_bias": theirs.attention_bias,
         "output_bias": theirs.attention_bias,
-    },
+    }
+
+
+GEMMA = DecoderFamily(
+    name="gemma",
+    fields=_fields,
     their_fields=lambda config: {
         "attention_bias": config.qkv_bias,
         "head_dim": config.head_size,

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief
 from sparse_jax.models.classic_config import ClassicConfig
 from sparse_jax.models.classic_family import ClassicFamily
 from sparse_jax.models.hf_decoder_config import stop_ids, their_stop_ids
@@ -37,7 +37,7 @@ def classic_config(family: ClassicFamily, theirs: Any, path: Path) -> ClassicCon
         if getattr(theirs, name) != value:
             raise InputError(
                 f"`{name}` in `{path}` must be {value} for the model type "
-                f"{family.name!r}, got {getattr(theirs, name)!r}."
+                f"{family.name!r}, got {brief(getattr(theirs, name))}."
             )
     return ClassicConfig(
         **{ours: getattr(theirs, name) for ours, name in _FIELDS.items()},

@@ -1,7 +1,7 @@
 """Hugging Face `config.json`, in and out."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import jax.typing
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.models.bert import BERT
 from sparse_jax.models.bloom import BLOOM
 from sparse_jax.models.classic_config import ClassicConfig
@@ -27,7 +27,8 @@ from sparse_jax.models.llama import LLAMA
 from sparse_jax.models.mistral import MISTRAL
 from sparse_jax.models.pure import PureModel
 from sparse_jax.models.qwen import QWEN2, QWEN3
-from sparse_jax.models.roberta import ROBERTA
+from sparse_jax.models.ranges import MOST_LAYERS, MOST_SIZE, is_size
+from sparse_jax.models.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 
 __all__ = ["FAMILIES", "read_config", "write_config"]
 
@@ -37,6 +38,8 @@ FAMILIES = MappingProxyType(
         for family in (
             BERT,
             ROBERTA,
+            XLM_ROBERTA,
+            CAMEMBERT,
             LLAMA,
             MISTRAL,
             QWEN2,
@@ -67,6 +70,8 @@ _FIELDS = MappingProxyType(
 )
 # Sizes that all files have, under these or the family's own names.
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_MOST_LABELS = 2**20  # transformers makes a name for each
+_QUANTIZED = ("quantization_config", "compression_config")
 # Of BLOOM, which no map of names has.
 _OLD_NAMES = {"hidden_size": ("n_embed",)}
 
@@ -81,31 +86,28 @@ def read_config(
       num_labels: labels of the head; None takes those of the file.
 
     Raises:
-      InputError: if the file is absent, is not JSON, lacks a size, names a model type
-        that is not supported, or describes something other than an encoder with
-        absolute positions.
+      InputError: if the file is absent, is not JSON, lacks a size, has a field of a
+        wrong type or range, names a model type that is not supported, describes an
+        encoder without absolute positions, or belongs to quantized weights.
     """
-    # transformers takes seconds to import, so it is imported where it is used.
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
-
     path = Path(folder) / "config.json"
-    family = _family_in(path)
-    more = () if isinstance(family, ClassicFamily) else ("intermediate_size",)
-    _require_sizes(path, (*_SIZES, *more), CONFIG_MAPPING[family.name].attribute_map)
+    fields = _fields_in(path)
+    family = _family_of(fields, path)
+    _check_sizes(fields, family, path)
+    theirs = _their_config(fields, family, path)
     try:
-        theirs = AutoConfig.from_pretrained(path.parent)
-    except StrictDataclassError as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        if isinstance(family, ClassicFamily):
+            return family, classic_config(family, theirs, path)
+        if isinstance(family, DecoderFamily):
+            return family, decoder_config(family, theirs, path)
+        _require_encoder(path, theirs)
+        return family, _from_theirs(family, theirs, num_labels)
+    except InputError as error:
+        if str(path) in str(error):
+            raise
         raise InputError(
-            f"`{path}` must be a valid {family.name} configuration: {reason}."
+            f"`{path}` must be a valid {family.name} configuration: {error}"
         ) from error
-    if isinstance(family, ClassicFamily):
-        return family, classic_config(family, theirs, path)
-    if isinstance(family, DecoderFamily):
-        return family, decoder_config(family, theirs, path)
-    _require_encoder(path, theirs)
-    return family, _from_theirs(family, theirs, num_labels)
 
 
 def write_config(
@@ -139,42 +141,102 @@ def write_config(
     theirs.save_pretrained(folder)
 
 
-def _family_in(path: Path) -> Family | DecoderFamily:
-    """Returns the family that a configuration file names."""
+def _fields_in(path: Path) -> dict[str, Any]:
+    """Returns what a configuration file says, without what nobody here asks for."""
     if not path.is_file():
         raise InputError(
             f"`model` must be a folder with a `config.json`, got `{path.parent}`. "
             "Save a model there with `save_pretrained`."
         )
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"`{path}` must be a JSON object: {error}.") from error
-    if model_type not in FAMILIES:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"`{path}` must be a JSON object: {reason_of(error)}."
+        ) from error
+    if not isinstance(fields, dict):
+        raise InputError(f"`{path}` must be a JSON object, got {brief(fields)}.")
+    quantized = next((name for name in _QUANTIZED if fields.get(name)), None)
+    if quantized is not None:
+        raise InputError(
+            f"`{quantized}` must not be in `{path}`: quantized weights are not read. "
+            "Pass the checkpoint that was quantized, or load this one in transformers "
+            "and save what `dequantize()` returns."
+        )
+    # The dtype of parameters is asked for by whoever loads them.
+    return {
+        name: fields[name] for name in fields if name not in ("dtype", "torch_dtype")
+    }
+
+
+def _family_of(fields: Mapping[str, Any], path: Path) -> Family | DecoderFamily:
+    """Returns the family that a configuration names."""
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
             f"`model_type` in `{path}` must be one of {', '.join(sorted(FAMILIES))}, "
-            f"got {model_type!r}."
+            f"got {brief(model_type)}. Other architectures are not read."
         )
     return FAMILIES[model_type]
 
 
-def _require_sizes(
-    path: Path, sizes: Sequence[str], own_names: Mapping[str, str]
+def _check_sizes(
+    fields: Mapping[str, Any], family: Family | DecoderFamily, path: Path
 ) -> None:
     """Raises unless a file has the sizes, for which transformers has defaults."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    for name in sizes:
+    # transformers takes seconds to import, so it is imported where it is used.
+    from transformers import CONFIG_MAPPING
+
+    own_names = CONFIG_MAPPING[family.name].attribute_map
+    more = () if isinstance(family, ClassicFamily) else ("intermediate_size",)
+    for name in (*_SIZES, *more):
         words = (own_names.get(name, name), name, *_OLD_NAMES.get(name, ()))
-        found = next((word for word in words if word in fields), None)
-        if found is None:
+        found = [word for word in dict.fromkeys(words) if word in fields]
+        if not found:
             raise InputError(
                 f"`{words[0]}` must be in `{path}`, and is not. Copy the file that "
                 "belongs to the model again."
             )
-        if isinstance(fields[found], int) and fields[found] < 1:
+        if len({fields[word] for word in found if is_size(fields[word])}) > 1:
             raise InputError(
-                f"`{found}` in `{path}` must be positive, got {fields[found]}."
+                f"`{found[0]}` and `{found[1]}` in `{path}` must be the same, got "
+                f"{fields[found[0]]} and {fields[found[1]]}."
             )
+        most = MOST_LAYERS if name == "num_hidden_layers" else MOST_SIZE
+        for word in found:
+            _check_size(word, fields[word], path, most)
+    if fields.get("num_labels") is not None:
+        _check_size("num_labels", fields["num_labels"], path, _MOST_LABELS)
+    names = fields.get("id2label")
+    if names is not None and not isinstance(names, dict):
+        raise InputError(
+            f"`id2label` in `{path}` must be an object from numbers to names, got "
+            f"{brief(names)}. Copy the file that belongs to the model again."
+        )
+
+
+def _check_size(name: str, value: Any, path: Path, most: int) -> None:
+    """Raises unless a value is a size."""
+    if not is_size(value, most):
+        raise InputError(
+            f"`{name}` in `{path}` must be a positive whole number of at most {most}, "
+            f"got {brief(value)}."
+        )
+
+
+def _their_config(
+    fields: Mapping[str, Any], family: Family | DecoderFamily, path: Path
+) -> Any:
+    """Returns the configuration of transformers, its defaults for what is absent."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[family.name].from_dict(dict(fields))
+    # Fields of a wrong type raise nearly anything in there.
+    except Exception as error:
+        raise InputError(
+            f"`{path}` must be a valid {family.name} configuration: {reason_of(error)}."
+        ) from error
 
 
 def _require_encoder(path: Path, theirs: Any) -> None:
@@ -183,7 +245,7 @@ def _require_encoder(path: Path, theirs: Any) -> None:
     if positions != "absolute":
         raise InputError(
             f"`position_embedding_type` in `{path}` must be 'absolute', "
-            f"got {positions!r}."
+            f"got {brief(positions)}."
         )
     if theirs.is_decoder or theirs.add_cross_attention:
         raise InputError(
@@ -194,7 +256,12 @@ def _require_encoder(path: Path, theirs: Any) -> None:
 
 def _from_theirs(family: Family, theirs: Any, num_labels: int | None) -> EncoderConfig:
     """Translates a transformers configuration."""
-    pad_id = theirs.pad_token_id or 0
+    pad_id = theirs.pad_token_id
+    if pad_id is None and family.position_offset(0):
+        raise InputError(
+            "`pad_token_id` must be a number, got null: positions are counted from it."
+        )
+    pad_id = 0 if pad_id is None else pad_id
     offset = family.position_offset(pad_id)
     rate = theirs.classifier_dropout
     names = tuple(theirs.id2label[i] for i in sorted(theirs.id2label))

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.models.decoder_config import DecoderConfig, RopeScaling
 from sparse_jax.models.decoder_family import DecoderFamily
 
@@ -29,7 +29,19 @@ _FIELDS = MappingProxyType(
         "bos_id": "bos_token_id",
     }
 )
-_ROPES = ("default", "linear", "llama3")
+# kind -> their settings and ours
+_ROPES = MappingProxyType(
+    {
+        "default": {},
+        "linear": {"factor": "factor"},
+        "llama3": {
+            "factor": "factor",
+            "low_freq_factor": "low",
+            "high_freq_factor": "high",
+            "original_max_position_embeddings": "original_positions",
+        },
+    }
+)
 
 
 def decoder_config(family: DecoderFamily, theirs: Any, path: Path) -> DecoderConfig:
@@ -38,16 +50,18 @@ def decoder_config(family: DecoderFamily, theirs: Any, path: Path) -> DecoderCon
     Raises:
       InputError: if its rotary positions are of a kind that is not supported.
     """
-    rope = _rope(theirs)
+    rope = _rope(theirs, path)
+    fields = {ours: getattr(theirs, name) for ours, name in _FIELDS.items()}
+    fields["attention_dropout"] = fields["attention_dropout"] or 0.0
     heads = theirs.num_attention_heads
     groups = getattr(theirs, "num_key_value_heads", None) or heads
     width = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
     return DecoderConfig(
-        **{ours: getattr(theirs, name) for ours, name in _FIELDS.items()},
+        **fields,
         num_kv_heads=groups,
         head_size=width,
-        rope_theta=float(rope["rope_theta"]),
-        rope_scaling=_scaling(rope, path),
+        rope_theta=rope["rope_theta"],
+        rope_scaling=_scaling(rope),
         eos_ids=stop_ids(theirs),
         **family.fields(theirs),
     )
@@ -78,28 +92,48 @@ def their_stop_ids(stop: tuple[int, ...]) -> int | list[int] | None:
     return list(stop) if len(stop) > 1 else (stop[0] if stop else None)
 
 
-def _rope(theirs: Any) -> Mapping[str, Any]:
+def _rope(theirs: Any, path: Path) -> Mapping[str, Any]:
     """Returns the rotary settings under the names of transformers 5."""
     # Its configuration class also reads `rope_theta` and `rope_scaling` of older files.
-    return {"rope_theta": 10000.0, "rope_type": "default", **theirs.rope_parameters}
-
-
-def _scaling(rope: Mapping[str, Any], path: Path) -> RopeScaling | None:
-    """Returns how frequencies are stretched."""
-    kind = rope["rope_type"]
-    if kind not in _ROPES:
+    rope = theirs.rope_parameters
+    if not isinstance(rope, Mapping):
         raise InputError(
-            f"`rope_type` in `{path}` must be one of {', '.join(_ROPES)}, got {kind!r}."
+            f"`rope_parameters` in `{path}` must be an object, got {brief(rope)}."
         )
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling(factor=rope["factor"])
-    return RopeScaling(
-        factor=rope["factor"],
-        low=rope["low_freq_factor"],
-        high=rope["high_freq_factor"],
-        original_positions=rope["original_max_position_embeddings"],
+    by_kind = [name for name in rope if isinstance(rope[name], Mapping)]
+    if by_kind:
+        raise InputError(
+            f"`rope_parameters` in `{path}` must be the same for all layers, got "
+            f"{listed(by_kind)}."
+        )
+    rope = {"rope_theta": 10000.0, "rope_type": "default", **rope}
+    kind, share = rope["rope_type"], rope.get("partial_rotary_factor")
+    if not isinstance(kind, str) or kind not in _ROPES:
+        raise InputError(
+            f"`rope_type` in `{path}` must be one of {', '.join(_ROPES)}, got "
+            f"{brief(kind)}."
+        )
+    # That of the default kind is not looked at in transformers either.
+    if kind != "default" and share not in (None, 1):
+        raise InputError(
+            f"`partial_rotary_factor` in `{path}` must be 1, got {brief(share)}."
+        )
+    missing = [name for name in _ROPES[kind] if rope.get(name) is None]
+    if missing:
+        raise InputError(
+            f"`rope_parameters` in `{path}` must have {listed(missing)} for the type "
+            f"{kind!r}, and lacks that. Copy the file that belongs to the model again."
+        )
+    return rope
+
+
+def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    """Returns how frequencies are stretched."""
+    fields = _ROPES[rope["rope_type"]]
+    return (
+        RopeScaling(**{ours: rope[name] for name, ours in fields.items()})
+        if fields
+        else None
     )
 
 

@@ -8,18 +8,20 @@ References:
 from types import MappingProxyType
 from typing import Any
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief
 from sparse_jax.models.decoder_family import NAMES, DecoderFamily
 
 __all__ = ["QWEN2", "QWEN3"]
 
 
 def _require_full_attention(theirs: Any) -> None:
-    """Raises if some layers have a sliding window and others have none."""
-    if theirs.use_sliding_window and "sliding_attention" in theirs.layer_types:
+    """Raises if some layers have a sliding window."""
+    kinds = [kind for kind in theirs.layer_types if kind != "full_attention"]
+    if kinds:
         raise InputError(
-            "`use_sliding_window` must be false, got true. Windows in some layers only "
-            "are not supported."
+            "`layer_types` must be full_attention throughout, got "
+            f"{brief(kinds[0])}. Windows in some layers only are not supported: set "
+            "`use_sliding_window` to false."
         )
 
 

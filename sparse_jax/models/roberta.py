@@ -1,7 +1,11 @@
 """RoBERTa: positions after the pad id, no pooler, a classifier of two maps.
 
+XLM-RoBERTa and CamemBERT are the same architecture with other words.
+
 References:
   Liu et al., 2019. https://arxiv.org/abs/1907.11692
+  Conneau et al., 2020. https://arxiv.org/abs/1911.02116
+  Martin et al., 2020. https://arxiv.org/abs/1911.03894
 """
 
 from types import MappingProxyType
@@ -15,7 +19,7 @@ from sparse_jax.models.dropout import dropout, split_key
 from sparse_jax.models.family import Family
 from sparse_jax.models.linear import linear
 
-__all__ = ["NAMES", "ROBERTA"]
+__all__ = ["CAMEMBERT", "NAMES", "ROBERTA", "XLM_ROBERTA"]
 
 NAMES = MappingProxyType(
     {
@@ -61,18 +65,26 @@ def _position_ids(input_ids: jax.Array, pad_id: int) -> jax.Array:
     return jnp.cumsum(is_token, axis=1) * is_token + pad_id
 
 
-ROBERTA = Family(
-    name="roberta",
-    position_offset=lambda pad_id: pad_id + 1,
-    position_ids=_position_ids,
-    pooler=None,
-    classifier=Classifier,
-    lm_activation="gelu",
-    architectures=MappingProxyType(
-        {
-            "SequenceClassifier": "RobertaForSequenceClassification",
-            "MaskedLM": "RobertaForMaskedLM",
-        }
-    ),
-    names=NAMES,
-)
+def _family(name: str, class_name: str) -> Family:
+    """Returns a family of this architecture."""
+    return Family(
+        name=name,
+        prefix="roberta",
+        position_offset=lambda pad_id: pad_id + 1,
+        position_ids=_position_ids,
+        pooler=None,
+        classifier=Classifier,
+        lm_activation="gelu",
+        architectures=MappingProxyType(
+            {
+                "SequenceClassifier": f"{class_name}ForSequenceClassification",
+                "MaskedLM": f"{class_name}ForMaskedLM",
+            }
+        ),
+        names=NAMES,
+    )
+
+
+ROBERTA = _family("roberta", "Roberta")
+XLM_ROBERTA = _family("xlm-roberta", "XLMRoberta")
+CAMEMBERT = _family("camembert", "Camembert")
