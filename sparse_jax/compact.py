@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from sparse_jax.adapters.method import Method
 from sparse_jax.adapters.tap import (
@@ -25,7 +26,7 @@ from sparse_jax.scores import leaf_key
 from sparse_jax.sites import Attachment
 from sparse_jax.support import Support, scatter
 
-__all__ = ["Compact", "CompactState", "Loss"]
+__all__ = ["Compact", "CompactState", "Loss", "update_if"]
 
 # (params, batch, key, attachment) -> (sum of the losses, number they are averaged by)
 Loss = Callable[[Any, Any, Any, Attachment], tuple[jax.Array, jax.typing.ArrayLike]]
@@ -124,8 +125,8 @@ class Compact:
         """
         support, finite, _ = self.choose(state, batch, key)
         chosen = self.begin(state.params, support, state.added)
-        pick = lambda new, old: jnp.where(finite, new, old)
         # The parameters are the same in both, and must not be copied.
+        pick = lambda new, old: jnp.where(finite, new, old)
         small = jax.tree.map(
             pick, chosen._replace(params=()), state._replace(params=())
         )
@@ -163,24 +164,34 @@ class Compact:
           key: for dropout.
 
         Returns:
-          The new state, and float32 scalars: `loss`, and `gradient_norm` of the
-          trained values.
+          The new state, and `loss`, `gradient_norm` of the trained values, and
+          `is_skipped`: whether one of these is not finite. The state is then as
+          before, bit for bit.
         """
         roles = self.method.roles(state.params)
         values = self._values(roles, state)
         place = lambda values: self._place(roles, state, values)
         loss, grads = self._gradients(place, values, batch, key)
-        updates, opt_state = self.tx.update(grads, state.opt_state, values)
-        values: Any = optax.apply_updates(values, updates)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def update(count: Any, values: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+            updates, opt_state = self.tx.update(grads, opt_state, values)
+            values = optax.apply_updates(values, updates)
+            return optax.safe_increment(count), values, opt_state
+
+        count, values, opt_state = update_if(
+            finite, update, state.count, values, state.opt_state
+        )
         leaves = values["leaves"]
         state = state._replace(
-            count=optax.safe_increment(state.count),
+            count=count,
             params=_write(roles, state.params, state.support, leaves),
             masters=keep_masters(roles, leaves, state.params),
             added=values["added"],
             opt_state=opt_state,
         )
-        return state, {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
+        return state, {"loss": loss, "gradient_norm": norm, "is_skipped": ~finite}
 
     def attach(self, state: CompactState) -> Attachment:
         """Returns what a model needs, beside `state.params`, to compute its outputs."""
@@ -333,6 +344,18 @@ class Compact:
             site, module, x, trained["added"], key=key
         )
         return Attachment({"tapped": inside, "added": added}, weights, respond)
+
+
+def update_if(finite: jax.Array, update: Callable[..., Any], *state: Any) -> Any:
+    """Returns the updated state if a gradient was finite, else the state as it is."""
+
+    # A choice between arrays would copy whole leaves that are trained (measured on a
+    # CPU: 10 times the time of the update), a branch works in place.
+    def updated(*state: Any) -> Any:
+        cast = lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype)
+        return jax.tree.map(cast, update(*state), state)
+
+    return lax.cond(finite, updated, lambda *state: state, *state)
 
 
 def _route(

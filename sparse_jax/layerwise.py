@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from sparse_jax.adapters.tap import tap
-from sparse_jax.compact import Compact, CompactState
+from sparse_jax.compact import Compact, CompactState, update_if
 from sparse_jax.errors import InputError
 from sparse_jax.packing import below_float32, current_values
 from sparse_jax.roles import DENSE, FROZEN, SPARSE, TRAINED, Role, map_roles
@@ -102,8 +102,9 @@ class Layerwise(Compact):
           key: for dropout.
 
         Returns:
-          The new state, and `loss`, `gradient_norm` (before clipping), `active`, the
-          layers updated, int32, and what the sampler has to show.
+          The new state, and `loss`, `gradient_norm` (before clipping), `is_skipped`
+          as of `Compact`, `active`, the layers updated, int32, and what the sampler
+          has to show.
         """
         roles = self.method.roles(state.params)
         opt: Any = state.opt_state
@@ -122,28 +123,37 @@ class Layerwise(Compact):
         # What is taken out of the stacks for the update waits for the gradients: the
         # compiler of TPUs would keep it through both passes.
         active, norm = lax.optimization_barrier((active, norm))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         values = self._trained(roles, state, active)
+
+        def update(count: Any, values: Any, sampler: Any, rows: Any, outside: Any):
+            del sampler
+            if self.restart:
+                is_new = (is_active(self.sampler, active) & ~before)[active]
+                fresh = init_rows(self._tx, values["rows"], self.sampler.num_active)
+                rows = restart_rows(is_new, fresh, rows)
+            steps, rows = update_rows(self._tx, grads["rows"], rows, values["rows"])
+            outside_steps, outside = self._tx.update(
+                grads["outside"], outside, values["outside"]
+            )
+            steps = {"rows": steps, "outside": outside_steps}
+            values = optax.apply_updates(values, steps)
+            norms = _row_norms(grads["rows"], self.sampler.num_active)
+            memory = self.sampler.observe(chosen.memory, active, norms)
+            sampler = chosen._replace(memory=memory)
+            return optax.safe_increment(count), values, sampler, rows, outside
+
         rows = take_rows(opt.rows, active)
-        if self.restart:
-            is_new = (is_active(self.sampler, active) & ~before)[active]
-            fresh = init_rows(self._tx, values["rows"], self.sampler.num_active)
-            rows = restart_rows(is_new, fresh, rows)
-        steps, rows = update_rows(self._tx, grads["rows"], rows, values["rows"])
-        outside_steps, outside = self._tx.update(
-            grads["outside"], opt.outside, values["outside"]
+        count, values, sampler, rows, outside = update_if(
+            finite, update, state.count, values, opt.sampler, rows, opt.outside
         )
-        steps = {"rows": steps, "outside": outside_steps}
-        values: Any = optax.apply_updates(values, steps)
-        norms = _row_norms(grads["rows"], self.sampler.num_active)
-        memory = self.sampler.observe(chosen.memory, active, norms)
         opt = opt._replace(
-            sampler=chosen._replace(memory=memory),
-            rows=put_rows(opt.rows, rows, active),
-            outside=outside,
+            sampler=sampler, rows=put_rows(opt.rows, rows, active), outside=outside
         )
-        state = self._written(roles, state, values, active)._replace(opt_state=opt)
-        metrics = {"loss": loss, "gradient_norm": norm, "active": active}
-        return state, metrics | self.sampler.shown(memory)
+        state = self._written(roles, state, values, active)
+        state = state._replace(count=count, opt_state=opt)
+        metrics = {"loss": loss, "gradient_norm": norm, "is_skipped": ~finite}
+        return state, metrics | {"active": active} | self.sampler.shown(sampler.memory)
 
     @property
     def _tx(self) -> optax.GradientTransformationExtraArgs:
@@ -290,7 +300,6 @@ class Layerwise(Compact):
 
         trees = (state.params, state.support, rows["leaves"], outside)
         return state._replace(
-            count=optax.safe_increment(state.count),
             params=map_roles(write, roles, *trees),
             masters=map_roles(
                 keep, roles, state.masters, rows["leaves"], outside, only=TRAINED
