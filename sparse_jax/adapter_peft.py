@@ -20,12 +20,13 @@ from sparse_jax.models.decoder_family import DecoderFamily
 from sparse_jax.models.family import Family
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf_names import is_stacked, tensor_name, to_tensor_layout
+from sparse_jax.models.hub import PEFT_CONFIG
 from sparse_jax.models.pure import PureModel
 from sparse_jax.names import leaf_names
 
 __all__ = ["save_peft"]
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 # What PEFT puts before the name of every module of the base.
 _PREFIX = "base_model.model."
@@ -71,7 +72,7 @@ def save_peft(folder: str | Path, adapter: Adapter, model: PureModel) -> None:
     tensors = dict(_tensors(adapter, model.family))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(_config(adapter, method, model), indent=2, sort_keys=True)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def _tensors(adapter: Adapter, family: Family) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,5 +1,9 @@
 """Put an adapter on its base model, and take it off again."""
 
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,17 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.adapter_file import Adapter
-from sparse_jax.adapter_method import method_of_adapter
+from sparse_jax.adapter_method import method_of_adapter, require_whole
 from sparse_jax.entries import fetch, read_entries, write_entries
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief
+from sparse_jax.models.hub import cached_folder, local_folder
+from sparse_jax.models.pretrained import base_config, changed_field
+from sparse_jax.models.pure import PureModel
 from sparse_jax.names import leaf_names, map_named
 from sparse_jax.sites import Attachment
 
-__all__ = ["apply_adapter", "merge_adapter", "swap"]
+__all__ = ["apply_adapter", "base_folder", "merge_adapter", "require_base", "swap"]
+
+_log = logging.getLogger(__name__)
 
 
 def apply_adapter(
-    params: Any, adapter: Adapter, *, base_hash: str | None = None
+    params: Any,
+    adapter: Adapter,
+    *,
+    base_hash: str | None = None,
+    model: PureModel | None = None,
+    new: Sequence[str] = (),
 ) -> tuple[Any, Attachment]:
     """Returns a base model's parameters with an adapter, and what it attaches.
 
@@ -30,12 +44,16 @@ def apply_adapter(
       params: parameters of the base model, in the dtype the adapter was trained in.
       adapter: as `load_adapter` returns it.
       base_hash: `base_hash` of the folder the parameters come from; None trusts them.
+      model: that the parameters belong to; None trusts its configuration.
+      new: leaves that the checkpoint of the base lacks, as from `new_leaves`.
 
     Raises:
-      InputError: if the base is another one, the method is not known, or a leaf is
-        missing or does not fit.
+      InputError: if the base is another one, the method is not known, or a leaf or a
+        part of a site is missing, does not fit or does not belong there.
     """
-    _require_base(adapter, base_hash)
+    require_base(adapter, base_hash, model)
+    require_whole(params, adapter, new=new)
+    _warn_of_dtype(params, adapter)
     params, _ = swap(params, adapter)
     method, added = method_of_adapter(adapter), jax.tree.map(jnp.asarray, adapter.added)
     respond = lambda site, module, x, trained, key: method.response(
@@ -44,16 +62,14 @@ def apply_adapter(
     return params, Attachment(trained={"added": added}, response=respond)
 
 
-def merge_adapter(
-    params: Any, adapter: Adapter, *, base_hash: str | None = None
-) -> Any:
+def merge_adapter(params: Any, adapter: Adapter, **options: Any) -> Any:
     """Returns parameters that alone compute what the adapted model computes.
 
     The arguments and errors are those of `apply_adapter`; bottleneck adapters and
     prefixes are not linear and cannot be merged either. To undo it bit for bit, keep
     the second value of `swap`, or the base's parameters if the method adds arrays.
     """
-    params, _ = apply_adapter(params, adapter, base_hash=base_hash)
+    params, _ = apply_adapter(params, adapter, **options)
     return method_of_adapter(adapter).merge(params, adapter.added)
 
 
@@ -94,14 +110,59 @@ def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
     return changed, Adapter(dict(adapter.support), old_values, old_dense)
 
 
-def _require_base(adapter: Adapter, base_hash: str | None) -> None:
-    """Raises if the base is not the one that was adapted."""
+def base_folder(adapter: Adapter, model: str | Path | None) -> Path:
+    """Returns the folder of an adapter's base, which a run may be given otherwise.
+
+    A base that the adapter names is reported, and never fetched: the file may come
+    from anybody.
+
+    Args:
+      adapter: as `load_adapter` returns it.
+      model: folder or id; None is what the adapter names.
+
+    Raises:
+      InputError: if the model cannot be fetched, or the named one is not here.
+    """
+    if model is not None:
+        return local_folder(model)
+    _log.warning("the adapter names the base model %s", brief(adapter.base_model))
+    return cached_folder(adapter.base_model)
+
+
+def require_base(
+    adapter: Adapter, base_hash: str | None, model: PureModel | None = None
+) -> None:
+    """Raises if the base is not the one that was adapted.
+
+    The arguments are those of `apply_adapter`.
+    """
     if base_hash is not None and base_hash != adapter.base_hash:
         raise InputError(
-            f"`model` must be the base of the adapter, `{adapter.base_model}` with "
-            f"SHA-256 {adapter.base_hash[:12]}..., got SHA-256 {base_hash[:12]}... "
-            "Pass the folder that the adapter was trained on."
+            "`model` must be the base of the adapter, "
+            f"{brief(adapter.base_model)} with SHA-256 {adapter.base_hash[:12]}..., "
+            f"got SHA-256 {base_hash[:12]}... Pass the folder that the adapter "
+            "was trained on."
         )
+    if model is None:
+        return
+    now = base_config(model)
+    if field := changed_field(adapter.base_config, now):
+        raise InputError(
+            f"`model` must be the base of the adapter, which has `{field}`="
+            f"{brief(adapter.base_config[field])} in its configuration, got "
+            f"{brief(now[field])} with the same weights. Pass the `config.json` that "
+            "the adapter was trained with."
+        )
+
+
+def _warn_of_dtype(params: Any, adapter: Adapter) -> None:
+    """Warns if the parameters are not of the dtype that an adapter was trained in."""
+    trained, found = adapter.settings.get("dtype"), jax.tree.leaves(params)[0].dtype
+    if trained is not None and trained != found:
+        _log.warning(
+            "the adapter was trained on parameters in %s, and these are in %s",
+            trained, found,
+        )  # fmt: skip
 
 
 def _require_names(params: Any, adapter: Adapter) -> None:
@@ -130,12 +191,13 @@ def _fitting(
 
 def _inside(name: str, support: np.ndarray, leaf: jax.Array) -> np.ndarray:
     """Returns a support after checking that its positions lie in the leaf."""
-    size = leaf.size if support.ndim == 1 else leaf.size // leaf.shape[0]
-    fits_stack = support.ndim == 1 or support.shape[0] == leaf.shape[0]
-    if not fits_stack or (support.size and support.max() >= size):
+    layers = () if support.ndim == 1 else support.shape[:1]
+    size = math.prod(leaf.shape[len(layers) :])
+    most = support.max(initial=-1)
+    if leaf.shape[: len(layers)] != layers or most >= size:
         raise InputError(
             f"`{name}.support` must hold positions below {size} for "
-            f"{leaf.dtype}{list(leaf.shape)}, got {support.max()}. Load the base "
-            "that the adapter was trained on."
+            f"{leaf.dtype}{list(leaf.shape)}, got {list(support.shape)} up to {most}. "
+            "Load the base that the adapter was trained on."
         )
     return support

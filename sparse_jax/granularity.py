@@ -15,7 +15,7 @@ from sparse_jax.roles import Role
 from sparse_jax.scores import Score, select, select_lanes, select_tables
 from sparse_jax.support import Support, support_size
 
-__all__ = ["ENTRY", "LANE", "Entry", "Granularity", "Lane"]
+__all__ = ["ENTRY", "GRANULARITIES", "LANE", "Entry", "Granularity", "Lane"]
 
 
 @dataclass(frozen=True)
@@ -181,3 +181,4 @@ class Lane(Granularity):
 
 
 ENTRY, LANE = Entry(), Lane()
+GRANULARITIES = {"entry": ENTRY, "lane": LANE}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.adapter_file import Adapter, load_adapter
-from sparse_jax.adapter_use import apply_adapter
+from sparse_jax.adapter_use import apply_adapter, base_folder
 from sparse_jax.errors import InputError, listed
 from sparse_jax.generation.choice import Choice
 from sparse_jax.generation.generate import generate
@@ -24,7 +24,7 @@ from sparse_jax.sharding.loading import load_onto
 from sparse_jax.sharding.mesh import make_mesh, parse_mesh
 from sparse_jax.sites import Attachment
 from sparse_jax.tasks.glue import TASKS
-from sparse_jax.tasks.tokens import load_tokenizer
+from sparse_jax.tasks.tokens import load_tokenizer, warn_of_tokenizer
 
 __all__ = ["Writer", "load_writer"]
 
@@ -93,19 +93,20 @@ def load_writer(
         be read, is for a classification or belongs to another base.
     """
     found = None if adapter is None else _causal_adapter(adapter)
-    folder = local_folder(_base(model, found))
+    folder = _base(model, found)
     _require_decoder(folder)
-    dtype = "float32" if found is None else found.settings.get("dtype", "float32")
     made = None if mesh is None else make_mesh(parse_mesh(mesh))
-    # A head that the folder lacks is created here, and replaced by the adapter's.
-    options: dict[str, Any] = {"head": CausalLM, "dtype": jnp.dtype(dtype)}
-    options["key"] = jax.random.key(0)
+    options: dict[str, Any] = {"head": CausalLM, **_as_trained(found)}
     pure, params, devices = load_onto(made, folder, **options)
-    _require_head(folder, new_leaves(pure, folder), found)
+    new = new_leaves(pure, folder)
+    _require_head(folder, new, found)
     attachment = Attachment()
     if found is not None:
-        params, attachment = apply_adapter(params, found, base_hash=base_hash(folder))
+        base = {"base_hash": base_hash(folder), "model": pure}
+        params, attachment = apply_adapter(params, found, **base, new=new)
     tokenizer = load_tokenizer(folder)
+    if found is not None:
+        warn_of_tokenizer(found.settings.get("tokenizer_hash"), tokenizer)
     stop = {*_ends(folder), tokenizer.eos_token_id} - {None}
     return Writer(pure, params, attachment, tokenizer, tuple(sorted(stop)), devices)
 
@@ -121,15 +122,24 @@ def _causal_adapter(path: str | Path) -> Adapter:
     return adapter
 
 
-def _base(model: str | Path | None, adapter: Adapter | None) -> str | Path:
-    """Returns the base model, named or known to the adapter."""
-    base = model or (adapter and adapter.base_model)
-    if not base:
+def _base(model: str | Path | None, adapter: Adapter | None) -> Path:
+    """Returns the folder of the base model, given or named by the adapter."""
+    if adapter is not None and adapter.base_model:
+        return base_folder(adapter, model)
+    if model is None:
         raise InputError(
             "`model` must be given without an adapter that names its base. Pass a "
             "folder or an id on the Hub."
         )
-    return base
+    return local_folder(model)
+
+
+def _as_trained(adapter: Adapter | None) -> dict[str, Any]:
+    """Returns how a base is loaded: as for the training of the adapter."""
+    settings = adapter.settings if adapter is not None else {}
+    # A head that the folder lacks is created here, and replaced by the adapter's.
+    key = jax.random.key(settings.get("seed") or 0)
+    return {"dtype": jnp.dtype(settings.get("dtype") or "float32"), "key": key}
 
 
 def _require_decoder(folder: Path) -> None:

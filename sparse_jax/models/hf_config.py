@@ -23,6 +23,7 @@ from sparse_jax.models.gpt2 import GPT2
 from sparse_jax.models.gptj import GPTJ
 from sparse_jax.models.hf_classic_config import classic_config, their_classic_fields
 from sparse_jax.models.hf_decoder_config import decoder_config, their_decoder_fields
+from sparse_jax.models.hub import require_no_peft
 from sparse_jax.models.llama import LLAMA
 from sparse_jax.models.mistral import MISTRAL
 from sparse_jax.models.pure import PureModel
@@ -143,6 +144,7 @@ def write_config(
 
 def _fields_in(path: Path) -> dict[str, Any]:
     """Returns what a configuration file says, without what nobody here asks for."""
+    require_no_peft("model", path.parent)
     if not path.is_file():
         raise InputError(
             f"`model` must be a folder with a `config.json`, got `{path.parent}`. "

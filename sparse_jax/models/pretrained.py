@@ -1,7 +1,9 @@
 """Pre-trained weights: load from, and save to, the Hugging Face layout."""
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,22 @@ from sparse_jax.models.tensors import base_hash, write_tensors
 from sparse_jax.models.weights import open_weights
 from sparse_jax.names import leaf_names, map_named
 
-__all__ = ["base_hash", "from_pretrained", "new_leaves", "save_pretrained"]
+__all__ = [
+    "base_config",
+    "base_hash",
+    "changed_field",
+    "from_pretrained",
+    "new_leaves",
+    "save_pretrained",
+]
 
 # shapes of the parameters -> their shardings
 Place = Callable[[Params], Any]
+
+# Of a configuration, names of the labels and of tokens.
+_NAMES = ("num_labels", "label_names", "pad_id", "bos_id", "eos_ids")
+# Rates of dropout, and the deviation of new kernels: training alone sees them.
+_OF_TRAINING = re.compile("dropout$|^initializer_range$")
 
 
 def from_pretrained(
@@ -122,6 +136,49 @@ def new_leaves(model: PureModel, folder: str | Path) -> tuple[str, ...]:
       folder: folder it was loaded from.
     """
     return open_weights(Path(folder), model).missing_head
+
+
+def base_config(model: PureModel, *, training: bool = False) -> dict[str, Any]:
+    """Returns what a model computes with its weights, as values of JSON.
+
+    Together with `base_hash` it identifies a base: the same weights under another
+    `rope_theta` or activation are another model. What the file beside the weights
+    says in another spelling, or says about labels and tokens, is left out.
+
+    Args:
+      model: model as `from_pretrained` returns it.
+      training: whether to add what only training sees, such as dropout.
+
+    Example:
+      >>> from sparse_jax.models.bert import BERT
+      >>> from sparse_jax.models.config import EncoderConfig
+      >>> config = EncoderConfig(
+      ...     vocab_size=9, hidden_size=4, num_layers=1, num_heads=2,
+      ...     intermediate_size=8,
+      ... )
+      >>> found = base_config(PureModel(SequenceClassifier, BERT, config))
+      >>> found["family"], found["hidden_act"], "hidden_dropout" in found
+      ('bert', 'gelu', False)
+    """
+    fields = {
+        name: value
+        for name, value in asdict(model.config).items()
+        if name not in _NAMES and (training or not _OF_TRAINING.search(name))
+    }
+    return {"family": model.family.name, **fields}
+
+
+def changed_field(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Returns a field that two results of `base_config` have different values of.
+
+    A field that only one of them has came with another version, and is trusted.
+
+    Example:
+      >>> changed_field({"hidden_act": "gelu"}, {"hidden_act": "relu", "tied": True})
+      'hidden_act'
+    """
+    both = (name for name in before if name in now)
+    return next((name for name in both if before[name] != now[name]), None)
 
 
 def _tensors(model: PureModel, params: Params) -> dict[str, np.ndarray]:

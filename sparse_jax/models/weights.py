@@ -18,11 +18,12 @@ from sparse_jax.models.pure import Params, PureModel
 from sparse_jax.models.tensors import open_tensors
 from sparse_jax.names import leaf_names, map_named
 
-__all__ = ["Weights", "open_weights"]
+__all__ = ["HEADS", "Weights", "open_weights"]
 
 _log = logging.getLogger(__name__)
 
-_HEADS = ("classifier/", "lm_head/", "pooler/")
+# Subtrees that belong to a task: a folder may come without them.
+HEADS = ("classifier/", "lm_head/", "pooler/")
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors writes them
 # What bitsandbytes, GPTQ, AWQ, FP8 and compressed-tensors keep beside their codes.
 _QUANTIZED = re.compile(
@@ -52,7 +53,7 @@ class Weights:
         return tuple(
             leaf
             for leaf in jax.tree.leaves(leaf_names(self.model.abstract()))
-            if leaf.startswith(_HEADS)
+            if leaf.startswith(HEADS)
             and tensor_name(self.model.family, leaf) not in self.names
         )
 

@@ -12,7 +12,7 @@ from sparse_jax.tasks.prompts import ALPACA, PromptTemplate
 from sparse_jax.tasks.records import read_record
 from sparse_jax.tasks.rows import read_objects, read_text
 
-__all__ = ["load_conversations", "load_whole"]
+__all__ = ["data_files", "load_conversations", "load_whole"]
 
 _SUFFIXES = (".json", ".jsonl", ".txt")
 _VALIDATION = ("validation", "valid", "val", "dev")
@@ -57,7 +57,7 @@ def load_conversations(
     """
     if not 0 <= held_out < 1:
         raise InputError(f"`held_out` must be in [0, 1), got {held_out}.")
-    train_file, validation_file = _files(Path(data))
+    train_file, validation_file = data_files(data)
     train = _records(train_file, tokenizer, template)
     validation: list[Record] = []
     if validation_file is not None:
@@ -78,8 +78,12 @@ def load_whole(
     return {"validation": list(chain(*_records(Path(data), tokenizer, template)))}
 
 
-def _files(data: Path) -> tuple[Path, Path | None]:
-    """Returns the files to train on and, perhaps, for validation."""
+def data_files(data: str | Path) -> tuple[Path, Path | None]:
+    """Returns the files to train on and, perhaps, for validation.
+
+    The argument and the errors are those of `load_conversations`.
+    """
+    data = Path(data)
     if data.is_file():
         return data, None
     if not data.is_dir():

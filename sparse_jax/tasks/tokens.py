@@ -1,7 +1,9 @@
 """Tokens: the texts of examples as numbers."""
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +18,16 @@ from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.models.hub import local_folder
 from sparse_jax.tasks.examples import Examples
 
-__all__ = ["Encoded", "encode", "load_tokenizer", "tokenizing"]
+__all__ = [
+    "Encoded",
+    "encode",
+    "load_tokenizer",
+    "tokenizer_digest",
+    "tokenizing",
+    "warn_of_tokenizer",
+]
+
+_log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,6 +37,8 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+# Letters in both cases, digits, signs and spaces: what a change of rules would touch.
+_SAMPLE = "Sphinx of BLACK quartz,\n judge  my vow: 1234567890 (don't) {x}[y] <z>/a_b!"
 # A fast tokenizer also keeps the offset and the spelling of every token until its
 # result is dropped: a gigabyte for the 400 thousand pairs of MNLI at once.
 _CHUNK = 4096
@@ -158,6 +171,28 @@ def _old_template(path: Path) -> Any:
             f"`chat_template` in `{path}` must be a text, got {brief(template)}."
         )
     return template
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Returns the SHA-256 of a vocabulary, and of what it makes of a sample text.
+
+    It stays the same if a library writes the files of the tokenizer in another way.
+    """
+    words = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
+    sample = []
+    # A vocabulary of words may have none for the unknown.
+    with contextlib.suppress(InputError), tokenizing():
+        sample = tokenizer(_SAMPLE)["input_ids"]
+    return hashlib.sha256(json.dumps([words, sample]).encode()).hexdigest()
+
+
+def warn_of_tokenizer(digest: str | None, tokenizer: Any) -> None:
+    """Warns if a tokenizer is not the one of a digest; None is not known."""
+    if digest is not None and digest != tokenizer_digest(tokenizer):
+        _log.warning(
+            "the tokenizer of the model is not the one that the adapter was trained "
+            "with: if it gives other tokens, results are wrong"
+        )
 
 
 def encode(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_jax.adapter_file import Adapter, load_adapter
-from sparse_jax.adapter_use import apply_adapter
+from sparse_jax.adapter_use import apply_adapter, base_folder
 from sparse_jax.errors import InputError
 from sparse_jax.training.material import load_material
 from sparse_jax.training.objective import flattened
@@ -33,7 +33,8 @@ def evaluate_adapter(
 
     Args:
       adapter: adapter file or run directory.
-      model: the base, folder or id; None is where the adapter was trained.
+      model: the base, folder or id; None is where the adapter was trained, if that is
+        a folder or in the cache of the Hub: nothing is fetched that a file names.
       task: None is the task of the adapter.
       data: folder of the task's files; None asks the Hub. Of the file that a causal
         language model was trained on, the part held out; of others, all.
@@ -47,18 +48,18 @@ def evaluate_adapter(
     """
     found = load_adapter(adapter)
     settings = Settings(
-        model=model or found.base_model,
+        model=str(base_folder(found, model)),
         task=task or found.task,
         output="",
         data=data,
         mesh=mesh,
         **_kept(found, max_length=max_length, batch_size=batch_size),
     )
-    objective, base, feed = load_material(
-        settings, trained_on=found.settings.get("data_hash")
-    )
+    objective, base, feed = load_material(settings, adapter=found)
     _require_labels(found, objective.labels)
-    params, attachment = apply_adapter(base.params, found, base_hash=base.hash)
+    params, attachment = apply_adapter(
+        base.params, found, base_hash=base.hash, model=base.model, new=base.new
+    )
     judge = objective.make_judge(base.model, attachment, feed, base.devices)
     return flattened(judge(params, attachment.trained))
 

@@ -68,11 +68,13 @@ def finetune(settings: Settings) -> dict[str, Any]:
     # Also waits until all have looked at the folder, before the first one writes.
     require_agreement("settings", asdict(settings))
     job = make_job(settings)
-    require_agreement("model and data", [job.base.hash, job.feed.digest])
+    about = surroundings(job)
+    same = [about["base_hash"], about["base_config"], about["examples_hash"]]
+    require_agreement("model and data", same)
     if job.base.new and is_first_process():
         folder, new = job.base.folder, listed(job.base.new)
         _log.warning("newly initialized, as `%s` lacks them: %s", folder, new)
-    directory = RunDirectory.create(settings, surroundings(job))
+    directory = RunDirectory.create(settings, about)
     if settings.resume and (metrics := directory.finished()):
         return metrics
     with job.base.devices.active():

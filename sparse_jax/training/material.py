@@ -1,19 +1,30 @@
 """The material of a run: an objective, a model, and batches."""
 
 import hashlib
+import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from sparse_jax.adapter_file import Adapter
+from sparse_jax.adapter_use import require_base
 from sparse_jax.errors import InputError
 from sparse_jax.models.hub import local_folder
 from sparse_jax.sharding.mesh import make_mesh, parse_mesh
 from sparse_jax.tasks.files import load
 from sparse_jax.tasks.glue import CAUSAL, find_task
-from sparse_jax.tasks.instructions import load_conversations, load_whole
+from sparse_jax.tasks.instructions import (
+    data_files,
+    load_conversations,
+    load_whole,
+)
 from sparse_jax.tasks.prompts import PROMPTS
-from sparse_jax.tasks.tokens import load_tokenizer
+from sparse_jax.tasks.tokens import (
+    load_tokenizer,
+    tokenizer_digest,
+    warn_of_tokenizer,
+)
 from sparse_jax.training.base import Base, load_classifier, load_decoder
 from sparse_jax.training.causal_feed import make_causal_feed
 from sparse_jax.training.classification import Classification
@@ -24,6 +35,15 @@ from sparse_jax.training.settings import Settings
 
 __all__ = ["Material", "load_material"]
 
+_log = logging.getLogger(__name__)
+
+
+# Which part of a file is evaluated on.
+_WHOLE = "which are all"
+_HELD_OUT = "which were held out of the training"
+_TRAINED = "which are all, and which the adapter was trained on"
+_RUN = ""  # none: a run trains
+
 
 class Material(NamedTuple):
     """What a run works on."""
@@ -33,31 +53,33 @@ class Material(NamedTuple):
     feed: Feed
 
 
-def load_material(settings: Settings, *, trained_on: str | None = None) -> Material:
+def load_material(settings: Settings, *, adapter: Adapter | None = None) -> Material:
     """Loads the data and the model that settings name.
 
     Args:
       settings: of a run, or of the run that an adapter comes from.
-      trained_on: SHA-256 of the file that an adapter comes from. Another file is then
-        judged on as a whole; of this one only the part held out is.
+      adapter: that is evaluated; None trains. Of the file that it was trained on, the
+        part held out is used, of any other all; a line says which.
 
     Raises:
       InputError: for anything wrong with the task, its files, the model's folder, or
-        the length.
+        the length; or if the model is not the base of the adapter.
     """
     # The folder first: data from the Hub takes minutes to arrive, or to fail.
     local_folder(settings.model)
     mesh = None if settings.mesh is None else make_mesh(parse_mesh(settings.mesh))
     if settings.is_causal:
-        material = _causal(settings, trained_on, mesh)
+        material = _causal(settings, adapter, mesh)
     else:
-        material = _labelled(settings, mesh)
+        material = _labelled(settings, adapter, mesh)
     devices = material.base.devices
     devices.require_batch(settings.batch_size, settings.accumulate)
     return material
 
 
-def _labelled(settings: Settings, mesh: Mesh | None) -> Material:
+def _labelled(
+    settings: Settings, adapter: Adapter | None, mesh: Mesh | None
+) -> Material:
     """Returns classes, or numbers, and a model that predicts them."""
     splits = load(find_task(settings.task), settings.data)
     base = load_classifier(
@@ -67,9 +89,10 @@ def _labelled(settings: Settings, mesh: Mesh | None) -> Material:
         seed=settings.seed,
         mesh=mesh,
     )
+    tokenizer = _tokenizer(base, adapter)
     feed = make_feed(
         splits,
-        load_tokenizer(base.folder),
+        tokenizer,
         base.model,
         max_length=settings.max_length,
         batch_size=settings.batch_size,
@@ -77,11 +100,18 @@ def _labelled(settings: Settings, mesh: Mesh | None) -> Material:
         seed=settings.seed,
         group_by_length=settings.group_by_length,
     )
-    kept = {"max_length": feed.max_length}
+    if adapter is not None:
+        sizes = {name: size for name, size in feed.sizes.items() if name != "train"}
+        parts = [f"{size} examples of {name}" for name, size in sizes.items()]
+        _log.warning("evaluates on %s", " and ".join(parts))
+    kept = {
+        "max_length": feed.max_length,
+        "tokenizer_hash": tokenizer_digest(tokenizer),
+    }
     return Material(Classification(splits.task, kept), base, feed)
 
 
-def _causal(settings: Settings, trained_on: str | None, mesh: Mesh | None) -> Material:
+def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh | None) -> Material:
     """Returns texts, and a model that continues them."""
     if settings.data is None:
         raise InputError(
@@ -91,19 +121,16 @@ def _causal(settings: Settings, trained_on: str | None, mesh: Mesh | None) -> Ma
     base = load_decoder(
         settings.model, dtype=settings.dtype, seed=settings.seed, mesh=mesh
     )
-    tokenizer = load_tokenizer(base.folder)
-    options = {"template": PROMPTS[settings.resolved_template]}
-    found = _file_hash(Path(settings.data))
-    if trained_on is not None and found is not None and found != trained_on:
-        splits = load_whole(settings.data, tokenizer, **options)
+    tokenizer = _tokenizer(base, adapter)
+    options: dict[str, Any] = {"template": PROMPTS[settings.resolved_template]}
+    share = {"held_out": settings.resolved_held_out, "seed": settings.seed}
+    files = data_files(settings.data)
+    hashes = [None if file is None else _file_hash(file) for file in files]
+    path, part = _part_to_use(settings.data, files, adapter)
+    if part in (_RUN, _HELD_OUT):
+        splits = load_conversations(path, tokenizer, **share, **options)
     else:
-        splits = load_conversations(
-            settings.data,
-            tokenizer,
-            held_out=settings.resolved_held_out,
-            seed=settings.seed,
-            **options,
-        )
+        splits = load_whole(path, tokenizer, **options)
     feed = make_causal_feed(
         splits,
         tokenizer,
@@ -122,14 +149,49 @@ def _causal(settings: Settings, trained_on: str | None, mesh: Mesh | None) -> Ma
         "packing": settings.packing,
         "template": settings.resolved_template,
         "held_out": settings.resolved_held_out,
-        "data_hash": found,
+        "data_hash": hashes[0],
+        "validation_hash": hashes[1],
+        "tokenizer_hash": tokenizer_digest(tokenizer),
     }
+    if adapter is not None:
+        count = feed.sizes["validation"]
+        _log.warning("evaluates on %d examples of `%s`, %s", count, path, part)
     return Material(LanguageModelling(kept), base, feed)
 
 
-def _file_hash(path: Path) -> str | None:
-    """Returns the SHA-256 of a file, None of a folder."""
-    if not path.is_file():
-        return None
+def _tokenizer(base: Base, adapter: Adapter | None) -> Any:
+    """Returns the tokenizer of a base, that of the adapter if there is one."""
+    # Files of a model are read one after the other: first whether it is the right one.
+    if adapter is not None:
+        require_base(adapter, base.hash, base.model)
+    tokenizer = load_tokenizer(base.folder)
+    if adapter is not None:
+        warn_of_tokenizer(adapter.settings.get("tokenizer_hash"), tokenizer)
+    return tokenizer
+
+
+def _part_to_use(
+    data: str, files: tuple[Path, Path | None], adapter: Adapter | None
+) -> tuple[str | Path, str]:
+    """Returns the file that an adapter is evaluated on, and which part of it.
+
+    That is all of it, unless the adapter was trained on another part.
+    """
+    if adapter is None:
+        return data, _RUN
+    path = files[1] or files[0]
+    found, trained = _file_hash(path), adapter.settings.get("data_hash")
+    validation = adapter.settings.get("validation_hash")
+    # Of a folder, earlier versions did not say what was in it.
+    is_old = "data_hash" in adapter.settings and trained is None
+    if is_old and files[1] is None and Path(data).is_dir():
+        return path, _HELD_OUT
+    if found != trained or found == validation:
+        return path, _WHOLE
+    return path, _HELD_OUT if validation is None else _TRAINED
+
+
+def _file_hash(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_jax.adapter_file import ADAPTER
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief
+from sparse_jax.models.pretrained import changed_field
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.training.history import is_evaluation
 from sparse_jax.training.settings import Settings
@@ -160,6 +161,13 @@ def _require_same_files(path: Path, config: Mapping[str, Any]) -> None:
                 f"content under the same name. Put the files back, or pass "
                 "--overwrite to start anew."
             )
+    was, now = (about.get("base_config") or {} for about in (before, config))
+    if isinstance(was, dict) and (field := changed_field(was, now)):
+        raise InputError(
+            f"`model` must be what it was in the run to resume, with `{field}`="
+            f"{brief(was[field])} in its configuration, got {brief(now[field])}. Put "
+            "the `config.json` of the model back, or pass --overwrite to start anew."
+        )
 
 
 def _make_folder(path: Path) -> None:

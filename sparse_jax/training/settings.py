@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from sparse_jax.adapter_method import OPTIONS
 from sparse_jax.errors import InputError
-from sparse_jax.granularity import ENTRY, LANE
+from sparse_jax.granularity import GRANULARITIES
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.sharding.mesh import parse_mesh
 from sparse_jax.tasks.causal_tokens import Loss
@@ -42,22 +43,6 @@ LEARNING_RATES = {
 }
 DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "frozen", "all")
-GRANULARITIES = {"entry": ENTRY, "lane": LANE}
-# method -> the options that belong to it
-OPTIONS = {
-    "full": (),
-    "head": (),
-    "bitfit": (),
-    "lora": ("where", "rank", "alpha", "rslora", "dropout"),
-    "dora": ("where", "rank", "alpha", "rslora", "dropout"),
-    "series": ("where", "size", "activation"),
-    "parallel": ("where", "size", "activation"),
-    "ia3": ("where",),
-    "prefix": ("prefix_length",),
-    "sift": ("where", "density", "granularity"),
-    "random": ("where", "density", "granularity"),
-    "magnitude": ("where", "density", "granularity"),
-}
 # sampler -> the options that belong to it, beside those of all samplers
 SAMPLER_OPTIONS = {
     "ist": ("active", "hold", "probe_every", "importance_rate"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from sparse_jax.models.pretrained import base_config
 from sparse_jax.training.job import Job
 
 __all__ = ["surroundings"]
@@ -19,6 +20,7 @@ def surroundings(job: Job) -> dict[str, Any]:
     return {
         "learning_rate": job.settings.resolved_learning_rate,
         "base_hash": job.base.hash,
+        "base_config": base_config(job.base.model, training=True),
         "labels": list(job.objective.labels),
         "examples": job.feed.sizes,
         "examples_hash": job.feed.digest,

@@ -7,6 +7,7 @@ import jax
 from sparse_jax.adapter_file import Adapter
 from sparse_jax.compact import CompactState
 from sparse_jax.entries import canonical, fetch, read_entries
+from sparse_jax.models.pretrained import base_config
 from sparse_jax.roles import DENSE, SPARSE, Role, map_roles
 from sparse_jax.training.job import Job
 from sparse_jax.training.settings import OPTIONS
@@ -23,11 +24,11 @@ def adapter_of(job: Job, state: CompactState) -> Adapter:
     support, values, dense = {}, {}, {}
 
     def collect(role: Role, leaf: jax.Array, positions: Any) -> None:
-        if role.kind == SPARSE:
+        if role.kind == DENSE or role.name in job.base.new:
+            dense[role.name] = fetch(leaf)
+        elif role.kind == SPARSE:
             (support[role.name],) = canonical(positions, leaf.shape)
             values[role.name] = read_entries(leaf, support[role.name])
-        elif role.kind == DENSE or role.name in job.base.new:
-            dense[role.name] = fetch(leaf)
 
     map_roles(collect, job.method.roles(state.params), state.params, state.support)
     return Adapter(
@@ -39,6 +40,7 @@ def adapter_of(job: Job, state: CompactState) -> Adapter:
         settings=_settings(job),
         base_model=job.settings.model,
         base_hash=job.base.hash,
+        base_config=base_config(job.base.model),
         task=job.objective.name,
         labels=job.objective.labels,
     )
