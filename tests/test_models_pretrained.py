@@ -318,15 +318,73 @@ def test_what_is_no_folder_and_cannot_be_fetched_is_named(model, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_id_loads_from_its_snapshot_without_pickles(save, monkeypatch):
-    folder, _, params = save("bert")
-    asked = {}
+HUB_FILES = {
+    "README.md", "config.json", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+    "special_tokens_map.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model",
+    "additional_chat_templates/tool.jinja", "pytorch_model.bin", "training_args.bin",
+    "consolidated.safetensors", "model.fp16.safetensors", "original/params.json",
+    "original/consolidated.00.pth", "onnx/config.json", "onnx/model.onnx",
+    "onnx/model.safetensors", "modeling_own.py", "tf_model.h5", "params.json",
+}  # fmt: skip
+HUB_WANTED = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "vocab.txt",
+    "merges.txt", "sentencepiece.bpe.model", "additional_chat_templates/tool.jinja",
+}  # fmt: skip
 
-    def fetch(name, allow_patterns):
-        asked[name] = allow_patterns
-        return str(folder)
+
+@pytest.mark.parametrize("kind", ["whole", "sharded", "both"])
+def test_of_a_hub_id_the_weights_are_fetched_once(kind, save, tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    folder, _, params = save("bert")
+    shards = {"model-1-of-2.safetensors", "model-2-of-2.safetensors"}
+    index = {"model.safetensors.index.json"}
+    weights = {"model.safetensors"} if kind != "sharded" else set()
+    there = HUB_FILES | weights | (shards | index if kind != "whole" else set())
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = dict(zip(sorted(shards), (names[::2], names[1::2]), strict=True))
+    asked = []
+
+    def fetch(model, *, allow_patterns, revision=None):
+        snapshot = tmp_path / "snapshots" / "0123abc"
+        snapshot.mkdir(parents=True, exist_ok=True)
+        asked.append((model, revision))
+        for name in filter_repo_objects(sorted(there), allow_patterns=allow_patterns):
+            path = snapshot / name
+            path.parent.mkdir(exist_ok=True)
+            if name in parts:
+                save_file({key: tensors[key] for key in parts[name]}, path)
+            elif name in index:
+                files = {key: shard for shard in parts for key in parts[shard]}
+                path.write_text(json.dumps({"weight_map": files}))
+            elif (folder / name).is_file():
+                shutil.copy(folder / name, path)
+            else:
+                path.write_text("")
+        return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert_trees_equal(from_pretrained("someone/some-model")[1], params)
-    assert "*.safetensors" in asked["someone/some-model"]
-    assert not any("bin" in pattern for pattern in asked["someone/some-model"])
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    found = {str(f.relative_to(snapshot)) for f in snapshot.rglob("*") if f.is_file()}
+    once = shards if kind == "sharded" else weights
+    assert found == HUB_WANTED | once | (index if kind != "whole" else set())
+    again = [("someone/some-model", "0123abc")] if kind == "sharded" else []
+    assert asked == [("someone/some-model", None), *again]
+
+
+def test_the_shards_of_an_index_on_the_hub_are_names_not_patterns(
+    tmp_path, monkeypatch
+):
+    def fetch(model, *, allow_patterns, revision=None):
+        assert revision is None
+        files = {"weight_map": {"x": "*.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(files))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(InputError, match="must name safetensors files beside it"):
+        from_pretrained("someone/some-model")

@@ -2,9 +2,11 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_jax.errors import InputError, brief
+from sparse_jax.models.tensors import INDEX, WEIGHTS, shards_of
 
 __all__ = [
     "PEFT_CONFIG",
@@ -18,8 +20,28 @@ PEFT_CONFIG = "adapter_config.json"  # in a folder that Hugging Face PEFT writes
 
 # An id is a name, or an owner and a name.
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# No pickles: loading one runs the code in it.
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+# By name, because a pattern such as `*.json` also matches files of folders like `onnx`
+# and `original`, which hold the weights once more. No pickles: loading one runs code.
+_CONFIG = "config.json"
+_FILES = (
+    _CONFIG,
+    WEIGHTS,
+    INDEX,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
 
 
 def local_folder(model: str | Path) -> Path:
@@ -31,7 +53,12 @@ def local_folder(model: str | Path) -> Path:
     Raises:
       InputError: if `model` is neither a folder nor an id that can be fetched.
     """
-    return _folder(model, _FILES)
+    folder = _folder(model, _FILES)
+    index = folder / INDEX
+    if folder == Path(model) or (folder / WEIGHTS).is_file() or not index.is_file():
+        return folder
+    # The shards of the same revision, also if the model is changed meanwhile.
+    return _folder(model, shards_of(index), revision=folder.name)
 
 
 def config_folder(model: str | Path) -> Path:
@@ -39,7 +66,7 @@ def config_folder(model: str | Path) -> Path:
 
     The argument and the error are those of `local_folder`.
     """
-    return _folder(model, ["config.json"])
+    return _folder(model, [_CONFIG])
 
 
 def cached_folder(model: str) -> Path:
@@ -58,9 +85,7 @@ def cached_folder(model: str) -> Path:
         if _ID.fullmatch(model):
             from huggingface_hub import snapshot_download
 
-            return Path(
-                snapshot_download(model, allow_patterns=_FILES, local_files_only=True)
-            )
+            return Path(snapshot_download(model, local_files_only=True))
     except (OSError, ValueError):
         pass
     raise InputError(
@@ -85,7 +110,9 @@ def require_no_peft(argument: str, folder: Path) -> None:
         )
 
 
-def _folder(model: str | Path, files: list[str]) -> Path:
+def _folder(
+    model: str | Path, files: Sequence[str], revision: str | None = None
+) -> Path:
     """Returns the folder of a model that has some of its files."""
     if Path(model).is_dir():
         return Path(model)
@@ -98,7 +125,8 @@ def _folder(model: str | Path, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=files))
+        options = {"allow_patterns": list(files), "revision": revision}
+        return Path(snapshot_download(str(model), **options))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(

@@ -13,9 +13,17 @@ from safetensors.numpy import save_file
 
 from sparse_jax.errors import InputError, brief, reason_of
 
-__all__ = ["WEIGHTS", "base_hash", "open_tensors", "shards_of", "write_tensors"]
+__all__ = [
+    "INDEX",
+    "WEIGHTS",
+    "base_hash",
+    "open_tensors",
+    "shards_of",
+    "write_tensors",
+]
 
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 _FILE = re.compile(r"\w[\w.+=-]{0,200}\.safetensors")
 
 
@@ -34,7 +42,7 @@ def open_tensors(folder: str | Path) -> dict[str, Any]:
     held = {name: sorted(file.keys()) for name, file in files.items()}
     found = {tensor: name for name in held for tensor in held[name]}
     if WEIGHTS not in files:
-        index = folder / f"{WEIGHTS}.index.json"
+        index = folder / INDEX
         for tensor, name in _indexed(index).items():
             if tensor not in held[name]:
                 raise InputError(
@@ -93,7 +101,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """Returns the safetensors files of a folder, by name."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    index = folder / f"{WEIGHTS}.index.json"
+    index = folder / INDEX
     if not index.is_file():
         raise InputError(_no_weights(folder))
     paths = [folder / name for name in shards_of(index)]
@@ -131,7 +139,10 @@ def _no_weights(folder: Path) -> str:
     rule = f"`model` must be a folder with a `{WEIGHTS}`, got `{folder}`"
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if not pickles:
-        return f"{rule}, which has no weights. Save them with `save_pretrained`."
+        return (
+            f"{rule}, which has no weights of this kind. Save them with "
+            "`save_pretrained`, which writes safetensors."
+        )
     return (
         f"{rule}, which has only the pickle {pickles[0]}; loading a pickle runs the "
         "code in it. Convert it: load the model in PyTorch and call "

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparse_jax.models.config import max_length_of
@@ -14,7 +14,7 @@ from sparse_jax.tasks.causal_batches import (
 )
 from sparse_jax.tasks.causal_tokens import Loss, TokenSequences, tokenize
 from sparse_jax.tasks.conversations import Conversation
-from sparse_jax.training.feed import Usage, digest_of, require_embedded
+from sparse_jax.training.feed import Usage, digest_of, embedded_pad, require_embedded
 
 __all__ = ["CausalFeed", "make_causal_feed"]
 
@@ -123,8 +123,9 @@ def make_causal_feed(
         )
         for name, part in splits.items()
     }
-    for part in sequences.values():
+    for name, part in sequences.items():
         require_embedded(part.input_ids, model)
+        sequences[name] = replace(part, pad_id=embedded_pad(part.pad_id, model))
     return CausalFeed(
         sequences, batch_size, accumulate, seed, is_packed, length, group_by_length
     )

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ __all__ = [
     "LabelledFeed",
     "Usage",
     "digest_of",
+    "embedded_pad",
     "make_feed",
     "require_embedded",
     "usage_text",
@@ -173,8 +174,8 @@ def make_feed(
       group_by_length: whether examples of similar length share a training batch.
 
     Raises:
-      InputError: if `max_length` is more than the model's positions, or a token has
-        no embedding.
+      InputError: if `max_length` is more than the model's positions, or a token or
+        its type has no embedding.
     """
     positions = max_length_of(model.config)
     length = min(_MAX_LENGTH, positions) if max_length is None else max_length
@@ -182,25 +183,45 @@ def make_feed(
         name: encode(examples, tokenizer, max_length=length, positions=positions)
         for name, examples in splits.items()
     }
-    for part in encoded.values():
+    for name, part in encoded.items():
         require_embedded(part.input_ids, model)
+        require_embedded(part.token_type_ids or (), model, kind="token type")
+        encoded[name] = replace(part, pad_id=embedded_pad(part.pad_id, model))
     return LabelledFeed(encoded, batch_size, accumulate, seed, group_by_length)
 
 
-def require_embedded(rows: Iterable[np.ndarray], model: PureModel) -> None:
-    """Raises if a model has no embedding of a token: JAX would go on with NaN.
+def require_embedded(
+    rows: Iterable[np.ndarray], model: PureModel, kind: str = "token"
+) -> None:
+    """Raises if a model has no embedding of a number: JAX would go on with NaN.
+
+    Args:
+      rows: numbers of tokens, or of their types.
+      model: whose tables they are looked up in.
+      kind: "token" or "token type".
 
     Raises:
-      InputError: with the token's number.
+      InputError: with the largest number.
     """
-    size = model.config.vocab_size
-    most = max((int(row.max()) for row in rows if row.size), default=0)
+    most = max((int(row.max()) for row in rows if row.size), default=None)
+    if most is None:
+        return
+    config = model.config
+    size = config.vocab_size if kind == "token" else config.type_vocab_size
     if most >= size:
         raise InputError(
-            f"`model` must have an embedding of every token of its tokenizer, got "
-            f"{size} and the token {most} in the data. Use the tokenizer that belongs "
+            f"`model` must have an embedding of every {kind} of its tokenizer, got "
+            f"{size} and the {kind} {most} in the data. Use the tokenizer that belongs "
             "to the model, or resize the embeddings."
         )
+
+
+def embedded_pad(pad_id: int, model: PureModel) -> int:
+    """Returns a token to pad with: another one if the model has no embedding of it.
+
+    No token attends to padding, but NaN times nothing is NaN.
+    """
+    return pad_id if pad_id < model.config.vocab_size else 0
 
 
 def digest_of(arrays: Iterable[np.ndarray]) -> str:
