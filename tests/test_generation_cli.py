@@ -1,23 +1,42 @@
 """The command that writes: prompts in, texts out, and one line for wrong input."""
 
+import io
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 from tiny_run import write_model
-from tiny_text import WORDS, tiny_decoder, write_decoder
+from tiny_text import CONFIG, WORDS, text_settings, tiny_decoder, write_decoder
 from tiny_tokenizers import CHATML, characters
 
-from sparse_jax import Adapter, Greedy, InputError, LoRA, generate, save_adapter
+from sparse_jax import (
+    Adapter,
+    Greedy,
+    InputError,
+    LoRA,
+    from_pretrained,
+    generate,
+    save_adapter,
+    save_pretrained,
+)
+from sparse_jax.cli.generate import _show
 from sparse_jax.cli.main import main
-from sparse_jax.generation.wording import chat_tokens, stop_token, text_tokens
+from sparse_jax.generation.ends import before_end, end_table, ends_of_model
+from sparse_jax.generation.prompts import Prompts
+from sparse_jax.generation.wording import Stop, chat_tokens, read_stop, text_tokens
 from sparse_jax.generation.writer import load_writer
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.hf_config import read_config
+from sparse_jax.models.llama import LLAMA
 from sparse_jax.models.pretrained import base_hash
+from sparse_jax.models.pure import PureModel
 from sparse_jax.tasks.prompts import ALPACA
+from sparse_jax.training.material import load_material
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +159,10 @@ def test_texts_end_where_the_model_says(command, place):
         ((*SAY, "--temperature", "0"), "`temperature` must be positive, got 0.0"),
         ((*SAY, "--prompt", ""), "`prompt` must have at least one token"),
         ((*SAY[:4], "--max-new-tokens", "31"), "must have at most 1 tokens beside 31"),
-        ((*SAY, "--stop", "say red"), "`stop` must be one token or its id, got 'say r"),
+        ((*SAY, "--stop", "red x"), "`stop` must be a text or a token of the model's"),
+        ((*SAY, "--stop", ""), "got '', which the tokenizer does not know"),
+        ((*SAY, "--stop", "\udcff"), "`stop` must have whole characters, got '"),
+        ((*SAY, "--prompt", "a\udcff"), "`prompt` must have whole characters, got 'a"),
         ((*SAY, "--template", "x"), "`template` must be one of alpaca, llm_adapters"),
         ((*SAY, "--chat"), "`model` must have a tokenizer with a chat template"),
         ((*SAY, "--chat", "--template", "alpaca"), "`template` must be left out with"),
@@ -161,6 +183,7 @@ def test_a_prompt_has_the_tokens_of_training():
     assert text_tokens("ab", tokenizer) == [0, *ids("ab")]
     wanted = [0, *ids(ALPACA.fill("Add 1, 2"))]
     assert text_tokens("Add 1, 2", tokenizer, ALPACA) == wanted
+    assert text_tokens("<s>ab", tokenizer) == [0, *ids("ab")]
 
 
 def test_a_chat_asks_for_an_answer():
@@ -171,13 +194,178 @@ def test_a_chat_asks_for_an_answer():
     assert found.count(0) == 0
 
 
-def test_a_stop_is_one_token():
-    tokenizer = characters()
-    assert [stop_token(word, tokenizer) for word in ("<|im_end|>", "3", "ab")] == [
-        3, 3, tokenizer.get_vocab()["ab"],
+@pytest.mark.parametrize("beams", [(), ("--beams", "2")])
+def test_texts_end_before_words_of_several_tokens(command, beams):
+    whole = command(*SAY, *beams)[1].removesuffix("\n")
+    words = whole.split()
+    pair = next(
+        f"{a} {b}"
+        for a, b in zip(words[1:], words[2:], strict=False)
+        if not whole.startswith(f"{a} {b}")
+    )
+    found = command(*SAY, *beams, "--stop", pair)[1]
+    if beams:  # another text may be better than the beginning of this one
+        assert pair not in found
+    else:
+        assert found.rstrip() == whole[: whole.index(pair)].rstrip() != ""
+
+
+def test_a_stop_is_a_text_a_token_or_its_id():
+    tokenizer, spaced = characters(), characters(adds_space=True)
+    ids = tokenizer.get_vocab()
+    assert read_stop("<|im_end|>", tokenizer) == read_stop("3", tokenizer) == Stop((3,))
+    assert read_stop("ab", tokenizer) == Stop((ids["ab"],), "ab")
+    assert read_stop("cab", tokenizer) == Stop((ids["c"], ids["ab"]), "cab")
+    # As it is written after a line break: without the space of a first word.
+    assert read_stop("cab", spaced) == Stop((ids["c"], ids["ab"]), "cab")
+
+
+def test_the_loop_ends_with_the_end_of_every_row():
+    script = jax.numpy.array([[5, 1, 1, 2, 7], [1, 2, 7, 7, 7]])
+
+    class Scripted:
+        def start(self, prompts, num_more):
+            return self.read(None, jax.numpy.array(0))
+
+        def read(self, tokens, count):
+            return jax.nn.one_hot(script[:, count], 9), count + 1
+
+    mask = np.ones((2, 1), np.int32)
+    prompts, table = Prompts(mask, mask, np.arange(2)), end_table([8, (1, 2)])
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = Greedy().decode(Scripted(), prompts, keys, jax.numpy.asarray(table), 5)
+    assert found.tolist() == [[5, 1, 1, 2, 0], [1, 2, 7, 7, 0]]
+    assert [before_end(row, [8, (1, 2)]).tolist() for row in np.asarray(found)] == [
+        [5, 1], [],
     ]  # fmt: skip
-    with pytest.raises(InputError, match="`stop` must be one token"):
-        stop_token("abc", tokenizer)
+
+
+@pytest.mark.parametrize("end", [-1, (), (1, -1), 1.0, "a", ((1,),), None])
+def test_an_end_is_tokens(end):
+    with pytest.raises(InputError, match="`stop` must be ids of tokens, or several"):
+        end_table([end])
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "wanted"),
+    [
+        ({"eos_token_id": [2, 7]}, None, {2, 7}),
+        ({"eos_token_id": 7}, None, {7}),
+        ({"eos_token_id": None}, None, set()),
+        ({}, None, {2}),
+        ({"eos_token_id": [2, 7]}, {"eos_token_id": 5}, {5}),
+        ({"eos_token_id": [2, 7]}, {"eos_token_id": [5, 6]}, {5, 6}),
+        ({"eos_token_id": [2, 7]}, {}, set()),
+    ],
+)
+def test_a_text_ends_where_transformers_ends_it(tmp_path, config, generation, wanted):
+    from transformers import GenerationConfig, LlamaConfig
+
+    sizes = {"vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 1}
+    more = {"intermediate_size": 8, "num_attention_heads": 1, "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **more, **config}))
+    if generation is None:
+        theirs = LlamaConfig.from_pretrained(tmp_path)
+        theirs = GenerationConfig.from_model_config(theirs).eos_token_id
+    else:
+        path = tmp_path / "generation_config.json"
+        path.write_text(json.dumps(generation))
+        theirs = GenerationConfig.from_pretrained(tmp_path).eos_token_id
+    _, ours = read_config(tmp_path)
+    found = ends_of_model(tmp_path, ours.eos_ids, ours.vocab_size)
+    theirs = theirs if isinstance(theirs, list) else [theirs]
+    assert found == {*theirs} - {None} == wanted
+
+
+@pytest.mark.parametrize("end", ["2", 2.0, True, [None], [[2]], {}])
+def test_an_end_of_another_kind_is_refused(tmp_path, end):
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": end}))
+    with pytest.raises(InputError, match="must be the id of a token, or a list of ids"):
+        ends_of_model(tmp_path, (), 10)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, "\udcff", "9" * 5000])
+def test_a_broken_generation_config_is_one_line(tmp_path, text):
+    path = tmp_path / "generation_config.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match="generation_config.json` must be a JSON obj"):
+        ends_of_model(tmp_path, (), 10)
+
+
+def test_ends_that_the_model_lacks_end_nothing(tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [-1, 9, 10]}))
+    assert ends_of_model(tmp_path, (), 10) == {9}
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """Returns a decoder of characters whose template ends turns with its own token."""
+    folder = tmp_path_factory.mktemp("chatty")
+    tokenizer = characters(chat_template=CHATML)
+    config = replace(CONFIG, vocab_size=len(tokenizer), max_positions=128)
+    model = PureModel(CausalLM, LLAMA, config)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, "f4"), model.abstract())
+    save_pretrained(model, params, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_end_that_training_taught_ends_a_text(chatty, tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = tmp_path / "chats.jsonl"
+    data.write_text((json.dumps({"messages": messages}) + "\n") * 2)
+    settings = text_settings(chatty, data, tmp_path / "run", max_length=64)
+    kept = load_material(settings).objective.settings
+    assert kept["eos_token_id"] == [3]
+    assert load_writer(chatty).stop == (1,)
+    about = {
+        "base_model": str(chatty),
+        "base_hash": base_hash(chatty),
+        "method": "lora",
+    }
+    for ends, wanted in (([3], (1, 3)), (None, (1,)), ([99], None), ("3", None)):
+        adapter = Adapter(task="causal", settings={"eos_token_id": ends}, **about)
+        adapter = adapter_of(chatty, adapter)
+        save_adapter(tmp_path / "adapter.safetensors", adapter)
+        if wanted:
+            writer = load_writer(None, tmp_path / "adapter.safetensors")
+            assert writer.stop == wanted
+        else:
+            with pytest.raises(
+                InputError, match="`eos_token_id` of the adapter must be"
+            ):
+                load_writer(None, tmp_path / "adapter.safetensors")
+
+
+def adapter_of(folder, adapter):
+    """Returns an adapter with the arrays that a method of its name adds."""
+    model, params = from_pretrained(folder, head=CausalLM)
+    added = LoRA(rank=2).added(params, jax.random.key(0))
+    added = jax.tree.map(lambda leaf: np.zeros(leaf.shape, "f4"), added)
+    settings = {"alpha": 4.0, **adapter.settings}
+    return replace(adapter, added=added, settings=settings)
+
+
+def test_a_terminal_is_shown_no_control_characters(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    text = "a\x1b[2Jb\r\x9bc\td\ne"
+    for stream, shown in (
+        (Terminal(), "a\\x1b[2Jb\\r\\x9bc\td\ne\n"),
+        (io.StringIO(), text + "\n"),
+    ):
+        monkeypatch.setattr(sys, "stdout", stream)
+        _show(text)
+        assert stream.getvalue() == shown
+    piped = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", piped)
+    _show("é")
+    piped.flush()
+    assert piped.buffer.getvalue() == b"\\xe9\n"
 
 
 def test_a_genuine_model_tells_the_story_that_pytorch_tells(

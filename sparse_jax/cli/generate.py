@@ -1,10 +1,11 @@
 """The command `sparse-jax generate`."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 from sparse_jax.cli import options
 from sparse_jax.cli.devices import take_devices
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, printable
 
 if TYPE_CHECKING:
     from sparse_jax.generation.choice import Choice
@@ -41,7 +42,7 @@ def generate(
         raise InputError(f"`seed` must be in [0, 2**32), got {seed}.")
     take_devices(devices, mesh=mesh)
     # JAX takes seconds to import, and `--help` has to be quick.
-    from sparse_jax.generation.wording import chat_tokens, stop_token, text_tokens
+    from sparse_jax.generation.wording import chat_tokens, read_stop, text_tokens
     from sparse_jax.generation.writer import load_writer
 
     prompt_template = _template(template)
@@ -62,9 +63,19 @@ def generate(
         choice=choice,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        stop=[stop_token(word, writer.tokenizer) for word in stop or ()],
+        stop=[read_stop(word, writer.tokenizer) for word in stop or ()],
     )
-    print(*written, sep="\n")
+    for text in written:
+        _show(text)
+
+
+def _show(text: str) -> None:
+    """Prints what a model wrote."""
+    # A terminal obeys control characters; a program at the other end of a pipe gets
+    # the text as it is.
+    text = printable(text) if sys.stdout.isatty() else text
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _choice(

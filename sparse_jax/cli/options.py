@@ -177,7 +177,8 @@ TOP_P = _option("Draw among the likeliest tokens that add up to this.", "all")
 BEAMS = _option("Search for the likeliest text, with this many at a time.", "greedy")
 LENGTH_PENALTY = _option("Exponent of the length in the score of a beam.", "1")
 STOP = _option(
-    "Token, or its id, that also ends a text; may be repeated.",
+    "Text, or the id of a token, that also ends what is written and is left out of "
+    "it; may be repeated.",
     "the model's own",
     metavar="<str>",
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.errors import InputError
+from sparse_jax.generation.ends import ends_here
 from sparse_jax.generation.prompts import Prompts
 from sparse_jax.generation.reader import Reader
 from sparse_jax.models.causal_lm import Cache
@@ -133,7 +134,7 @@ class Beams:
         found, parents = self._continued(search, logits, len(stop))
         max_new_tokens = found.tokens.shape[-1]
         is_last = search.count + 1 == max_new_tokens
-        ends = jnp.isin(found.tokens[:, :, search.count], stop) | is_last
+        ends = ends_here(found.tokens, search.count, stop) | is_last
         scores, best = jax.lax.top_k(
             jnp.where(ends, _NEVER, found.scores), self.num_beams
         )

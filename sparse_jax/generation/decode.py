@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparse_jax.generation.ends import ends_here
 from sparse_jax.generation.prompts import Prompts
 from sparse_jax.generation.reader import Reader
 from sparse_jax.models.causal_lm import Cache
@@ -40,21 +41,22 @@ def decode(
       reader: the model.
       prompts: padded on the left.
       keys: one for each row, `[B]`; what a row draws depends on nothing else.
-      stop: tokens that end a text, int32 `[num_stops]`.
+      stop: what ends a text, of `end_table`.
       max_new_tokens: most tokens to write.
       choose: returns the next tokens.
 
     Returns:
-      New tokens, int32 `[B, max_new_tokens]`, without meaning after a stop token.
+      New tokens, int32 `[B, max_new_tokens]`, without meaning after an end.
     """
 
     def write(rows: _Rows, logits: jax.Array, cache: Cache) -> _Rows:
         here = jax.vmap(jax.random.fold_in, (0, None))(keys, rows.count)
         token = choose(logits, here)
+        tokens = rows.tokens.at[:, rows.count].set(token)
         return _Rows(
-            tokens=rows.tokens.at[:, rows.count].set(token),
+            tokens=tokens,
             last=token,
-            is_done=rows.is_done | jnp.isin(token, stop),
+            is_done=rows.is_done | ends_here(tokens, rows.count, stop),
             count=rows.count + 1,
             cache=cache,
         )

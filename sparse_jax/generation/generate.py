@@ -10,6 +10,7 @@ import numpy as np
 
 from sparse_jax.errors import InputError
 from sparse_jax.generation.choice import Choice, Greedy
+from sparse_jax.generation.ends import before_end, end_table
 from sparse_jax.generation.prompts import Prompts, padded_batches
 from sparse_jax.generation.reader import Reader
 from sparse_jax.models.causal_lm import CausalLM
@@ -30,7 +31,7 @@ def generate(
     *,
     max_new_tokens: int = 128,
     choice: Choice = Greedy(),  # noqa: B008 - frozen
-    stop: Sequence[int] = (),
+    stop: Sequence[int | Sequence[int]] = (),
     pad_id: int = 0,
     attachment: Attachment = Attachment(),  # noqa: B008 - a tuple
     key: jax.Array | None = None,
@@ -49,7 +50,7 @@ def generate(
       prompts: token ids, each prompt of its own length.
       max_new_tokens: most tokens to write after a prompt.
       choice: how tokens are chosen: `Greedy`, `Sample` or `Beams`.
-      stop: tokens that end a text.
+      stop: what ends a text: a token, or several in a row.
       pad_id: token that fills the rows up; nothing depends on it.
       attachment: what a method adds to the layers, as `apply_adapter` returns it.
       key: needed where the choice is random.
@@ -58,7 +59,7 @@ def generate(
         takes a power of two for each batch.
 
     Returns:
-      The new tokens of each prompt, int32, without the stop token.
+      The new tokens of each prompt, int32, without those that end it.
 
     Raises:
       InputError: if a prompt is empty, has a token that the model lacks or leaves no
@@ -79,17 +80,18 @@ def generate(
         columns=None if max_length is None else limit,
     )
     key = jax.random.key(0) if key is None else key
+    table = jnp.asarray(end_table(stop))
     found: dict[int, np.ndarray] = {}
     for batch in batches:
         tokens = _decode(
-            params, attachment.trained, batch, key, jnp.array(stop, jnp.int32),
+            params, attachment.trained, batch, key, table,
             model=model,
             attached=attachment._replace(trained=None),
             choice=choice,
             max_new_tokens=max_new_tokens,
         )  # fmt: skip
         written = zip(np.asarray(batch.numbers), np.asarray(tokens), strict=True)
-        found |= {int(number): _until(row, stop) for number, row in written}
+        found |= {int(number): before_end(row, stop) for number, row in written}
     return [found[number] for number in range(len(rows))]
 
 
@@ -112,12 +114,6 @@ def _decode(
     reader = Reader(model, params, attached._replace(trained=trained))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.numbers)
     return choice.decode(reader, prompts, keys, stop, max_new_tokens)
-
-
-def _until(tokens: np.ndarray, stop: Sequence[int]) -> np.ndarray:
-    """Returns the tokens before the first stop token."""
-    ends = np.flatnonzero(np.isin(tokens, np.array(stop, np.int32)))
-    return tokens[: ends[0]] if len(ends) else tokens
 
 
 def _check(

@@ -1,6 +1,7 @@
 """A writer: a model, an adapter and a tokenizer that together continue texts."""
 
-import json
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 
 from sparse_jax.adapter_file import Adapter, load_adapter
 from sparse_jax.adapter_use import apply_adapter, base_folder
-from sparse_jax.errors import InputError, listed
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.generation.choice import Choice
+from sparse_jax.generation.ends import ends_of_model, require_ends
 from sparse_jax.generation.generate import generate
+from sparse_jax.generation.wording import Stop
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.hf_config import read_config
 from sparse_jax.models.hub import local_folder
@@ -24,9 +27,11 @@ from sparse_jax.sharding.loading import load_onto
 from sparse_jax.sharding.mesh import make_mesh, parse_mesh
 from sparse_jax.sites import Attachment
 from sparse_jax.tasks.glue import TASKS
-from sparse_jax.tasks.tokens import load_tokenizer, warn_of_tokenizer
+from sparse_jax.tasks.tokens import load_tokenizer, tokenizing, warn_of_tokenizer
 
 __all__ = ["Writer", "load_writer"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +52,7 @@ class Writer:
         choice: Choice,
         max_new_tokens: int,
         seed: int = 0,
-        stop: Sequence[int] = (),
+        stop: Sequence[Stop] = (),
     ) -> list[str]:
         """Returns what follows each prompt, special tokens left out.
 
@@ -56,7 +61,7 @@ class Writer:
           choice: how tokens are chosen.
           max_new_tokens: most tokens to write after a prompt.
           seed: of what is drawn at random.
-          stop: tokens that end a text beside those that the model itself ends with.
+          stop: what ends a text beside the tokens that the model itself ends with.
 
         Raises:
           InputError: as `generate`.
@@ -68,12 +73,15 @@ class Writer:
                 prompts,
                 max_new_tokens=max_new_tokens,
                 choice=choice,
-                stop=tuple(sorted({*self.stop, *stop})),
+                stop=[*self.stop, *(one.tokens for one in stop if one.tokens)],
                 attachment=self.attachment,
                 key=jax.random.key(seed),
             )
-        decode = self.tokenizer.decode
-        return [decode(row.tolist(), skip_special_tokens=True) for row in rows]
+        decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
+        with tokenizing("`tokenizer` must be able to spell every token"):
+            texts = [decode(row.tolist()) for row in rows]
+        # A text can be spelled in other tokens than those it was expected in.
+        return [_before(text, [one.text for one in stop if one.text]) for text in texts]
 
 
 def load_writer(
@@ -107,8 +115,29 @@ def load_writer(
     tokenizer = load_tokenizer(folder)
     if found is not None:
         warn_of_tokenizer(found.settings.get("tokenizer_hash"), tokenizer)
-    stop = {*_ends(folder), tokenizer.eos_token_id} - {None}
+    stop = ends_of_model(folder, pure.config.eos_ids, pure.config.vocab_size)
+    stop |= {tokenizer.eos_token_id} - {None}
+    stop |= {*_trained_ends(found, pure.config.vocab_size)}
+    if not stop:
+        _log.warning("nothing but `max_new_tokens` ends a text: the model has no end")
     return Writer(pure, params, attachment, tokenizer, tuple(sorted(stop)), devices)
+
+
+def _before(text: str, ends: Sequence[str]) -> str:
+    """Returns a text up to the first of some words."""
+    return text[: min((text.index(end) for end in ends if end in text), default=None)]
+
+
+def _trained_ends(adapter: Adapter | None, vocab_size: int) -> list[int]:
+    """Returns the tokens that the adapter was trained to end a text with."""
+    value = adapter.settings.get("eos_token_id") if adapter else None
+    ends = require_ends(value, "`eos_token_id` of the adapter")
+    if not all(0 <= end < vocab_size for end in ends):
+        raise InputError(
+            f"`eos_token_id` of the adapter must be in [0, {vocab_size}), got "
+            f"{brief(ends)}. Use the tokenizer that it was trained with."
+        )
+    return ends
 
 
 def _causal_adapter(path: str | Path) -> Adapter:
@@ -161,18 +190,3 @@ def _require_head(folder: Path, new: Sequence[str], adapter: Adapter | None) -> 
             f"`{folder}` has no such tensor. Copy the weights again, or pass the "
             "adapter that it was trained for."
         )
-
-
-def _ends(folder: Path) -> list[int]:
-    """Returns the tokens that `generation_config.json` ends a text with, if any."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return []
-    try:
-        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise InputError(
-            f"`{path}` must be a JSON object: {error}. Copy it again, or remove it."
-        ) from error
-    ends = ends if isinstance(ends, list) else [ends]
-    return [end for end in ends if isinstance(end, int)]

@@ -37,7 +37,7 @@ def _render(template: str, calls: Sequence[Mapping[str, Any]]) -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        tags = frozenset({"generation"})
+        tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)

@@ -92,7 +92,7 @@ def load_tokenizer(model: str | Path) -> Any:
                 "`tokenizer.json` there without it."
             ) from error
         # Some faults of the files show when they are used.
-        tokenizer.decode(tokenizer("a b")["input_ids"])
+        tokenizer.decode(tokenizer("")["input_ids"])
         _ = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
     if not tokenizer.chat_template:
         tokenizer.chat_template = _old_template(folder / "chat_template.json")

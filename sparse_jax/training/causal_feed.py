@@ -47,6 +47,12 @@ class CausalFeed:
         }
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end the responses."""
+        parts = (part.end_ids for part in self.sequences.values())
+        return tuple(sorted({*itertools.chain.from_iterable(parts)}))
+
+    @property
     def digest(self) -> str:
         """SHA-256 of all sequences as the model gets them."""
         parts = self.sequences.values()

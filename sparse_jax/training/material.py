@@ -152,6 +152,7 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh | None) -> M
         "data_hash": hashes[0],
         "validation_hash": hashes[1],
         "tokenizer_hash": tokenizer_digest(tokenizer),
+        "eos_token_id": list(feed.end_ids),
     }
     if adapter is not None:
         count = feed.sizes["validation"]
