@@ -260,6 +260,7 @@ def test_a_quantization_in_the_configuration_is_refused(method, tmp_path):
 
 BAD_FIELDS = [
     ("bert", {"id2label": [1, 2]}, "`id2label` in .* must be an object"),
+    ("bert", {"id2label": {"0": None}}, "`id2label` in .* must be an object"),
     ("bert", {"num_labels": 10**9}, "`num_labels` in .* at most 1048576, got"),
     ("bert", {"num_hidden_layers": 2**63}, "`num_hidden_layers` in .* at most 65536"),
     ("qwen2", {"num_hidden_layers": 10**8}, "`num_hidden_layers` in .* at most 65536"),
@@ -276,6 +277,13 @@ BAD_FIELDS = [
     ("llama", {"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "`low` must"),
     ("llama", {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "be 1"),
     ("llama", {"rope_parameters": {"full_attention": LLAMA3}}, "rope_parameters"),
+    ("llama", {"rms_norm_eps": 1e308}, r"`norm_eps` must be .*, got 1e\+308"),
+    ("llama", {"eos_token_id": 2**63}, "`eos_ids` must be whole numbers"),
+    ("llama", {"head_dim": 0}, "`head_size` must be .*, got 0"),
+    ("qwen2", {"num_key_value_heads": 0}, "`num_kv_heads` must be .*, got 0"),
+    ("gpt2", {"n_inner": 0}, "`intermediate_size` must be .*, got 0"),
+    ("gpt2", {"n_positions": 32}, "`n_positions` and `max_position_embeddings` in"),
+    ("gptj", {"rotary_dim": 0}, "`rotary_dim` must be positive"),
     ("mistral", {"sliding_window": 0}, "`sliding_window` must be .*, got 0"),
     ("gemma", {"use_bidirectional_attention": True}, "must be false, got true"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
@@ -290,7 +298,7 @@ BAD_FIELDS = [
 def test_a_field_that_says_nothing_sensible_is_named(
     family, changes, message, tmp_path
 ):
-    fields = {"model_type": family, **SIZES}
+    fields = {"model_type": family, **SIZES, **FAMILIES[family]}
     read_config(write_config(tmp_path, **fields))
     with pytest.raises(InputError, match=message) as caught:
         read_config(write_config(tmp_path, **{**fields, **changes}))

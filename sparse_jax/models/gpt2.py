@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from sparse_jax.models.classic_decoder import ClassicLayer, Place
 from sparse_jax.models.classic_embeddings import ClassicEmbeddings
-from sparse_jax.models.classic_family import ClassicFamily
+from sparse_jax.models.classic_family import ClassicFamily, mlp_size
 from sparse_jax.models.layout import FUSED, Layout
 from sparse_jax.models.linear import layer_norm
 from sparse_jax.models.parts import Parts
@@ -34,7 +34,7 @@ GPT2 = ClassicFamily(
         }
     ),
     fields=lambda theirs: {
-        "intermediate_size": theirs.n_inner or 4 * theirs.n_embd,
+        "intermediate_size": mlp_size(theirs),
         "max_positions": theirs.n_positions,
         "hidden_act": theirs.activation_function,
         "embedding_dropout": theirs.embd_pdrop,

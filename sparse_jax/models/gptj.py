@@ -6,13 +6,15 @@ References:
 
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import jax
 
+from sparse_jax.errors import InputError
 from sparse_jax.models.classic_config import ClassicConfig
 from sparse_jax.models.classic_decoder import ClassicLayer, Place
 from sparse_jax.models.classic_embeddings import ClassicEmbeddings
-from sparse_jax.models.classic_family import ClassicFamily
+from sparse_jax.models.classic_family import ClassicFamily, mlp_size
 from sparse_jax.models.linear import layer_norm
 from sparse_jax.models.parts import Parts
 from sparse_jax.models.rope import angles, base_frequencies
@@ -24,6 +26,15 @@ def _place(config: ClassicConfig, positions: jax.Array, seen: jax.Array) -> Plac
     """Returns the angles of the tokens."""
     del seen
     return Place(turn=angles(positions, base_frequencies(config.rotary_size, 10000.0)))
+
+
+def _rotary_size(theirs: Any) -> int:
+    """Returns how many entries of every head are turned."""
+    if theirs.rotary_dim == 0:
+        raise InputError(
+            "`rotary_dim` must be positive, or null for whole heads, got 0."
+        )
+    return theirs.rotary_dim or theirs.n_embd // theirs.n_head
 
 
 GPTJ = ClassicFamily(
@@ -38,11 +49,11 @@ GPTJ = ClassicFamily(
     # A tied head would have a bias and no kernel.
     required=MappingProxyType({"tie_word_embeddings": False}),
     fields=lambda theirs: {
-        "intermediate_size": theirs.n_inner or 4 * theirs.n_embd,
+        "intermediate_size": mlp_size(theirs),
         "max_positions": theirs.n_positions,
         "hidden_act": theirs.activation_function,
         "attention_bias": False,
-        "rotary_size": theirs.rotary_dim or theirs.n_embd // theirs.n_head,
+        "rotary_size": _rotary_size(theirs),
         "embedding_dropout": theirs.embd_pdrop,
         "hidden_dropout": theirs.resid_pdrop,
         "attention_dropout": theirs.attn_pdrop,

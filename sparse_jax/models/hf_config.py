@@ -199,18 +199,22 @@ def _check_sizes(
                 f"`{words[0]}` must be in `{path}`, and is not. Copy the file that "
                 "belongs to the model again."
             )
-        if len({fields[word] for word in found if is_size(fields[word])}) > 1:
-            raise InputError(
-                f"`{found[0]}` and `{found[1]}` in `{path}` must be the same, got "
-                f"{fields[found[0]]} and {fields[found[1]]}."
-            )
         most = MOST_LAYERS if name == "num_hidden_layers" else MOST_SIZE
         for word in found:
             _check_size(word, fields[word], path, most)
+    for alias, name in own_names.items():
+        if alias in fields and name in fields and fields[alias] != fields[name]:
+            raise InputError(
+                f"`{name}` and `{alias}` in `{path}` must be the same, got "
+                f"{brief(fields[name])} and {brief(fields[alias])}."
+            )
     if fields.get("num_labels") is not None:
         _check_size("num_labels", fields["num_labels"], path, _MOST_LABELS)
     names = fields.get("id2label")
-    if names is not None and not isinstance(names, dict):
+    is_named = isinstance(names, dict) and all(
+        isinstance(name, str) for name in names.values()
+    )
+    if names is not None and not is_named:
         raise InputError(
             f"`id2label` in `{path}` must be an object from numbers to names, got "
             f"{brief(names)}. Copy the file that belongs to the model again."

@@ -54,12 +54,12 @@ def decoder_config(family: DecoderFamily, theirs: Any, path: Path) -> DecoderCon
     fields = {ours: getattr(theirs, name) for ours, name in _FIELDS.items()}
     fields["attention_dropout"] = fields["attention_dropout"] or 0.0
     heads = theirs.num_attention_heads
-    groups = getattr(theirs, "num_key_value_heads", None) or heads
-    width = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
+    groups = getattr(theirs, "num_key_value_heads", None)
+    width = getattr(theirs, "head_dim", None)
     return DecoderConfig(
         **fields,
-        num_kv_heads=groups,
-        head_size=width,
+        num_kv_heads=heads if groups is None else groups,
+        head_size=theirs.hidden_size // heads if width is None else width,
         rope_theta=rope["rope_theta"],
         rope_scaling=_scaling(rope),
         eos_ids=stop_ids(theirs),

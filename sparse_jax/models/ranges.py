@@ -1,7 +1,6 @@
 """What the fields of a configuration may hold, whatever file they come from."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -54,18 +53,16 @@ def check_fields(config: Any) -> None:
 
 
 def _is_whole(value: Any) -> bool:
-    """Returns whether a value is an integer, which True is not meant to be."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    """Returns whether a value is an int32, which True is not meant to be."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        return False
+    return -MOST_SIZE <= int(value) <= MOST_SIZE
 
 
 def _is_number(value: Any) -> bool:
-    """Returns whether a value is a number that a float can hold."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
+    """Returns whether a value is a number that a float32 can hold."""
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and -(2**127) < value < 2**127  # type: ignore[operator]
 
 
 Rule = tuple[str, Callable[[Any], bool]]
@@ -81,7 +78,7 @@ _COUNT: Rule = (
 _RATE: Rule = ("at least 0 and less than 1", lambda x: _is_number(x) and 0 <= x < 1)
 _POSITIVE: Rule = ("a positive number", lambda x: _is_number(x) and x > 0)
 _NUMBER: Rule = ("a number", _is_number)
-_NOT_NEGATIVE: Rule = ("a number from 0", lambda x: _is_number(x) and x >= 0)
+_SMALL: Rule = ("a number from 0 to 1", lambda x: _is_number(x) and 0 <= x <= 1)
 _FLAG: Rule = ("true or false", lambda x: isinstance(x, bool))
 _ID: Rule = ("a whole number", _is_whole)
 _IDS: Rule = (
@@ -114,9 +111,9 @@ _RULES: MappingProxyType[str, Rule] = MappingProxyType(
         "attention_dropout": _RATE,
         "classifier_dropout": _RATE,
         "embedding_dropout": _RATE,
-        "layer_norm_eps": _NOT_NEGATIVE,
-        "norm_eps": _NOT_NEGATIVE,
-        "initializer_range": _NOT_NEGATIVE,
+        "layer_norm_eps": _SMALL,
+        "norm_eps": _SMALL,
+        "initializer_range": _SMALL,
         "rope_theta": _POSITIVE,
         "factor": _POSITIVE,
         "low": _POSITIVE,
