@@ -108,7 +108,7 @@ def _remedy(output: str) -> str:
     """Returns what to do about a run that was stopped."""
     from pathlib import Path
 
-    from sparse_jax.training.run_directory import CONFIG
+    from sparse_jax.training.output_folder import CONFIG
 
     if not (Path(output) / CONFIG).is_file():
         return "Nothing was written."

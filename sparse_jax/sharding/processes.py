@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,14 @@ import numpy as np
 
 from sparse_jax.errors import InputError
 
-__all__ = ["is_first_process", "join_processes", "require_agreement"]
+__all__ = [
+    "is_first_process",
+    "join_processes",
+    "on_first_process",
+    "require_agreement",
+]
+
+_LONGEST = 4096  # bytes of a message between processes
 
 
 def join_processes(
@@ -56,6 +64,30 @@ def join_processes(
 def is_first_process() -> bool:
     """Returns whether this process writes what all of them share."""
     return jax.process_index() == 0
+
+
+def on_first_process(act: Callable[[], None]) -> None:
+    """Has the first process do something, and the others wait for it.
+
+    Raises:
+      InputError: on every process, if it is raised on the first one.
+    """
+    if jax.process_count() == 1:
+        act()
+        return
+    # Loads the communication between processes, which one of them does not need.
+    from jax.experimental import multihost_utils
+
+    message = np.zeros(_LONGEST, np.uint8)
+    if is_first_process():
+        try:
+            act()
+        except InputError as error:
+            text = str(error).encode()[:_LONGEST]
+            message[: len(text)] = np.frombuffer(text, np.uint8)
+    words = bytes(np.asarray(multihost_utils.process_allgather(message))[0])
+    if text := words.rstrip(b"\0").decode(errors="ignore"):
+        raise InputError(text)
 
 
 def require_agreement(name: str, value: Any) -> None:

@@ -5,19 +5,25 @@ import statistics
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from sparse_jax.adapter_file import ADAPTER, save_adapter
+from sparse_jax.adapter_file import save_adapter
 from sparse_jax.compact import Compact, CompactState
 from sparse_jax.errors import listed
-from sparse_jax.sharding.processes import is_first_process, require_agreement
+from sparse_jax.sharding.processes import (
+    is_first_process,
+    on_first_process,
+    require_agreement,
+)
 from sparse_jax.sharding.runner import Runner
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.counts import count_trained, optimizer_bytes
 from sparse_jax.training.curve import draw_curve
 from sparse_jax.training.feed import Feed, usage_text
+from sparse_jax.training.folder_lock import require_unlocked
 from sparse_jax.training.history import evaluations_of, updates_of
 from sparse_jax.training.job import Job, make_job
 from sparse_jax.training.layer_map import draw_layers
@@ -25,13 +31,9 @@ from sparse_jax.training.loop import Loop
 from sparse_jax.training.memory import peak_bytes
 from sparse_jax.training.objective import flattened
 from sparse_jax.training.optimizer import learning_rate_at
+from sparse_jax.training.output_folder import CURVE, LAYERS, require_usable
 from sparse_jax.training.progress import Progress, show_progress
-from sparse_jax.training.run_directory import (
-    CURVE,
-    LAYERS,
-    RunDirectory,
-    require_usable,
-)
+from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.signals import StopSignals, stop_signals
 from sparse_jax.training.surroundings import surroundings
@@ -67,6 +69,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
     require_usable(settings)
     # Also waits until all have looked at the folder, before the first one writes.
     require_agreement("settings", asdict(settings))
+    on_first_process(lambda: require_unlocked(Path(settings.output)))
     job = make_job(settings)
     about = surroundings(job)
     same = [about["base_hash"], about["base_config"], about["examples_hash"]]
@@ -75,18 +78,18 @@ def finetune(settings: Settings) -> dict[str, Any]:
         folder, new = job.base.folder, listed(job.base.new)
         _log.warning("newly initialized, as `%s` lacks them: %s", folder, new)
     directory = RunDirectory.create(settings, about)
-    if settings.resume and (metrics := directory.finished()):
-        return metrics
-    with job.base.devices.active():
-        return _run(job, directory)
+    with closing(directory):
+        if settings.resume and (metrics := directory.finished()):
+            return metrics
+        with job.base.devices.active():
+            return _run(job, directory)
 
 
 def _run(job: Job, directory: RunDirectory) -> dict[str, Any]:
     """Trains, from the last checkpoint if there is one, and returns the metrics."""
     total = _total(job)
     tuner = _tuner(job, total)
-    folder, keep = directory.checkpoints, job.settings.keep
-    checkpoints = Checkpoints(folder, tuner, job.base.devices, keep)
+    checkpoints = Checkpoints(directory, tuner, job.base.devices, job.settings.keep)
     runner = job.base.devices.runner(tuner)
     state = runner.init(job.base.params, jax.random.key(job.settings.seed))
     _announce(job.feed)
@@ -167,9 +170,8 @@ def _finish(
     """Writes what came out, and returns the metrics."""
     # All processes hold parts of it; the first one writes it.
     adapter = adapter_of(job, state)
-    size = 0
+    size = directory.add_adapter(lambda path: save_adapter(path, adapter))
     if is_first_process():
-        size = save_adapter(directory.path / ADAPTER, adapter)
         _draw(job, directory)
     settings = job.settings
     counts = count_trained(job.method, state.params, state.added, job.head)
@@ -196,20 +198,23 @@ def _finish(
 def _draw(job: Job, directory: RunDirectory) -> None:
     """Draws the pictures of a run."""
     objective, settings = job.objective, job.settings
-    draw_curve(
-        directory.path / CURVE,
+    draw = lambda path: draw_curve(
+        path,
         directory.rows,
         title=f"{settings.method} on {objective.name}, seed {settings.seed}",
         loss=objective.loss_name,
         metric=objective.primary,
     )
+    directory.draw(CURVE, draw)
     if job.sampler is not None:
-        draw_layers(
-            directory.path / LAYERS,
+        num_layers = job.sampler.num_layers
+        draw = lambda path: draw_layers(
+            path,
             directory.rows,
-            num_layers=job.sampler.num_layers,
+            num_layers=num_layers,
             title=f"{settings.method}, layers by {settings.sampler}, {objective.name}",
         )
+        directory.draw(LAYERS, draw)
 
 
 def _last_results(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

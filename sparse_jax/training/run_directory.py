@@ -1,64 +1,59 @@
 """The run directory: the one door through which results leave."""
 
+import contextlib
+import hashlib
 import json
-import math
-import os
+import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sparse_jax.adapter_file import ADAPTER
-from sparse_jax.errors import InputError, brief
-from sparse_jax.models.pretrained import changed_field
-from sparse_jax.sharding.processes import is_first_process
+from sparse_jax.errors import InputError, reason_of
+from sparse_jax.sharding.processes import is_first_process, on_first_process
+from sparse_jax.training.folder_lock import FolderLock
 from sparse_jax.training.history import is_evaluation
+from sparse_jax.training.output_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    FILES,
+    FREE,
+    METRICS,
+    ROWS,
+    require_same_files,
+    require_usable,
+)
+from sparse_jax.training.run_files import (
+    read_json,
+    read_metrics,
+    read_rows,
+    row_line,
+    write_json,
+    write_text,
+)
 from sparse_jax.training.settings import Settings
 
-__all__ = ["CONFIG", "CURVE", "LAYERS", "METRICS", "RunDirectory", "require_usable"]
+__all__ = ["RunDirectory"]
 
-CONFIG, METRICS = "config.json", "metrics.json"
-CURVE, LAYERS = "curve.png", "layers.png"
-_ROWS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
-_FILES = (CONFIG, METRICS, CURVE, LAYERS, _ROWS, ADAPTER)
-# What may differ between a run and its continuation.
-_FREE = ("output", "overwrite", "resume", "save_every", "keep", "mesh")
-# What earlier versions did, which had no such setting.
-_WITHOUT = {"group_by_length": True}
-# What the settings only name, and has to be the same: key -> what it is.
-_NAMED = {"base_hash": "model", "examples_hash": "data"}
+# What writing files may raise: safetensors has an error of its own, and another run
+# may have taken a folder that was removed.
+_FAILURES = (OSError, SafetensorError, InputError)
+_RETRY_AFTER = 1.0  # seconds
 
-
-def require_usable(settings: Settings) -> None:
-    """Raises unless the output folder is new, empty, or meant to be used again.
-
-    Raises:
-      InputError: naming the folder and the remedy.
-    """
-    path = Path(settings.output)
-    # A loss of hours if it were found out after the training.
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise InputError(f"`output` must be a folder, got the file `{there}`.")
-    if not os.access(there, os.W_OK):
-        raise InputError(
-            f"`output` must be a folder that can be written, got `{path}`. Choose "
-            "another one."
-        )
-    if settings.resume:
-        _require_same(path, settings)
-    elif path.is_dir() and any(path.iterdir()) and not settings.overwrite:
-        raise InputError(
-            f"`output` must be an empty or a new folder, got `{path}`. Choose another "
-            "one, or pass --overwrite, or --resume to continue the run in it."
-        )
+_log = logging.getLogger(__name__)
 
 
 class RunDirectory:
     """The files of one run, each written under a temporary name and then moved.
 
-    Of several processes the first one writes.
+    Of several processes the first one writes. What cannot be written while the run goes
+    on is kept and written later, and a folder that was removed is made again.
 
     Attributes:
       path: the folder.
@@ -66,37 +61,95 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, _read_rows(path / _ROWS)
+        self.path, self.rows = path, read_rows(path / ROWS)
+        self._config: Mapping[str, Any] = {}
+        self._lock: FolderLock | None = None
+        self._written = -1  # bytes of `metrics.jsonl` if it is as it was left
+        self._pending = b""  # rows that are not in it yet
+        self._is_behind = False  # whether there are rows that could not be written
 
     @classmethod
     def create(cls, settings: Settings, config: Mapping[str, Any]) -> "RunDirectory":
         """Returns a directory with a `config.json`; a resumed run keeps its files.
 
-        Overwriting removes the files of a run only, never anything else.
+        The folder is locked until `close`. Overwriting removes the files of a run only,
+        never anything else.
 
         Raises:
-          InputError: if a run is resumed that had another model or other examples.
+          InputError: if a run is resumed that had another model or other examples, if
+            another run writes to the folder, or if it cannot be written.
         """
-        path = Path(settings.output)
-        if settings.resume:
-            _require_same_files(path, config)
-        if not settings.resume and is_first_process():
-            _make_folder(path)
-            for name in _FILES:
-                (path / name).unlink(missing_ok=True)
-            shutil.rmtree(path / _CHECKPOINTS, ignore_errors=True)
-            _write_json(path / CONFIG, {"settings": asdict(settings), **config})
-        return cls(path)
+        path, lock = Path(settings.output), FolderLock(Path(settings.output))
+
+        def prepare() -> None:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+                # Another run may have written there since.
+                require_usable(settings)
+                if settings.resume:
+                    require_same_files(path, config)
+                else:
+                    _remove_run(path)
+                    write_json(path / CONFIG, {"settings": asdict(settings), **config})
+            except OSError as error:
+                raise InputError(
+                    f"`output` must be a folder that can be written, got `{path}`: "
+                    f"{reason_of(error)}. Choose another one."
+                ) from error
+
+        try:
+            on_first_process(prepare)
+            directory = cls(path)
+            directory._config, directory._lock = read_json(path / CONFIG), lock
+        except BaseException:
+            lock.release()
+            raise
+        return directory
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints, which a finished run no longer needs."""
-        return self.path / _CHECKPOINTS
+        return self.path / CHECKPOINTS
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what the run is: settings that matter, model, data, versions."""
+        config = {**self._config}
+        settings = config.get("settings", {})
+        config["settings"] = {k: v for k, v in settings.items() if k not in FREE}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+    def rows_digest(self, step: int) -> str:
+        """Returns the SHA-256 of the rows before the checkpoint of a step."""
+        lines = (row_line(row) for row in self.rows if _is_before(row, step))
+        return hashlib.sha256(b"".join(lines)).hexdigest()
+
+    def require_steps(self, step: int, skipped: int) -> None:
+        """Raises `ValueError` unless the rows tell of all batches before a step."""
+        steps = {row["step"] for row in self.rows}
+        skips = [row for row in self.rows if row.get("is_skipped")]
+        found = sum(row["step"] <= step for row in skips)
+        if not steps >= set(range(1, step + 1)) or found != skipped:
+            raise ValueError(f"it does not belong to the rows in {ROWS}")
 
     def finished(self) -> dict[str, Any] | None:
-        """Returns the metrics of a finished run, and None of any other."""
+        """Returns the metrics of a finished run, and None of any other.
+
+        Raises:
+          InputError: if they are not those of a run, or its adapter is another one.
+        """
         path = self.path / METRICS
-        return _read_json(path) if path.is_file() else None
+        if not path.exists():
+            return None
+        metrics = read_metrics(path)
+        adapter, size = self.path / ADAPTER, metrics["adapter_bytes"]
+        if not adapter.is_file() or adapter.stat().st_size != size:
+            raise InputError(
+                f"`{adapter}` must have {size} bytes as `{METRICS}` says, and has not. "
+                "Put it back, or pass --overwrite to start anew."
+            )
+        return metrics
 
     def rewind(self, step: int) -> None:
         """Forgets the rows after a step: the run continues there.
@@ -104,135 +157,162 @@ class RunDirectory:
         If that is the end of an epoch, it begins with the evaluation.
         """
         self.rows = [row for row in self.rows if _is_before(row, step)]
-        lines = "".join(_line(row) for row in self.rows)
-        if is_first_process():
-            _write_text(self.path / _ROWS, lines)
+        self._written = -1
+        self.write_rows()
 
     def add_row(self, row: Mapping[str, Any]) -> None:
-        """Appends a line to `metrics.jsonl`."""
+        """Appends a line to `metrics.jsonl`, later if that is not possible now."""
         self.rows.append(dict(row))
+        self._pending += row_line(row)
+        self.write_rows()
+
+    def write_rows(self) -> bool:
+        """Writes the rows that are not in `metrics.jsonl`; returns whether it could."""
         if not is_first_process():
-            return
-        with (self.path / _ROWS).open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+            return True
+        try:
+            self._restore()
+            self._append()
+        except _FAILURES as error:
+            if not self._is_behind:
+                _log.warning(
+                    "%s could not be written (%s); the run goes on and tries again. If "
+                    "it ends before that, continue from the last checkpoint with "
+                    "--resume",
+                    self.path / ROWS,
+                    reason_of(error),
+                )
+            self._is_behind = True
+            return False
+        if self._is_behind:
+            _log.warning("%s could be written again", self.path / ROWS)
+        self._is_behind = False
+        return True
+
+    def draw(self, name: str, draw: Callable[[Path], None]) -> None:
+        """Has a picture drawn; without one the run is no worse."""
+        try:
+            draw(self.path / name)
+        except OSError as error:
+            _log.warning("%s was not drawn (%s)", self.path / name, reason_of(error))
+
+    def add_adapter(self, save: Callable[[Path], int]) -> int:
+        """Writes the adapter; elsewhere if it cannot be written where it belongs.
+
+        Args:
+          save: path -> bytes of the adapter that it writes there.
+
+        Returns:
+          Bytes of the file, on the first process.
+
+        Raises:
+          InputError: if it cannot be written there, with where it is and how to go on.
+        """
+        size = 0
+
+        def write() -> None:
+            nonlocal size
+            self._restore()
+            self._append()
+            size = save(self.path / ADAPTER)
+
+        self._at_the_end(write, lambda: _saved_elsewhere(save))
+        return size
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Writes `metrics.json`, the sign of a finished run, and drops checkpoints."""
+        """Writes `metrics.json`, the sign of a finished run, and drops checkpoints.
+
+        Raises:
+          InputError: if it cannot be written, with how to go on.
+        """
+
+        def write() -> None:
+            self._restore()
+            write_json(self.path / METRICS, metrics)
+
+        self._at_the_end(write, lambda: "The adapter is written")
         if is_first_process():
-            _write_json(self.path / METRICS, metrics)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
+    def close(self) -> None:
+        """Lets other runs use the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
-def _require_same(path: Path, settings: Settings) -> None:
-    """Raises unless a folder holds a run of the same settings."""
-    if not (path / CONFIG).is_file():
-        raise InputError(
-            f"`output` must hold the `{CONFIG}` of a run to resume, got `{path}`, "
-            "which has none. Leave out --resume to start one."
-        )
-    before = _read_json(path / CONFIG).get("settings")
-    if not isinstance(before, dict) or not {"model", "task"} <= before.keys():
-        raise InputError(
-            f"`{path / CONFIG}` must have the settings of a run, and has none. Put it "
-            "back, or pass --overwrite to start anew."
-        )
-    now = json.loads(json.dumps(asdict(settings)))
-    # A setting that came with a later version was at its default, or at what that
-    # version does without it.
-    defaults = {field.name: field.default for field in fields(settings)}
-    before = defaults | _WITHOUT | before
-    changed = [name for name in now if name not in _FREE and now[name] != before[name]]
-    if changed:
-        name = changed[0]
-        raise InputError(
-            f"`{name}` must be {before[name]!r} as in the run to resume, got "
-            f"{now[name]!r}. Pass the same options, or --overwrite to start anew."
-        )
+    def _restore(self) -> None:
+        """Makes the folder again if it was removed."""
+        if self._lock is None or self._lock.is_held():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        config = self.path / CONFIG
+        if config.exists() and read_json(config) != self._config:
+            self._lock.release()
+            raise FileExistsError(f"{self.path} has another run by now")
+        write_json(config, self._config)
+
+    def _append(self) -> None:
+        """Writes the rows; all of them if the file is not as it was left."""
+        path = self.path / ROWS
+        if path.is_file() and path.stat().st_size == self._written:
+            with path.open("ab") as file:
+                file.write(self._pending)
+            self._written += len(self._pending)
+        else:
+            text = b"".join(map(row_line, self.rows))
+            write_text(path, text)
+            self._written = len(text)
+        self._pending = b""
+
+    def _at_the_end(
+        self, write: Callable[[], None], instead: Callable[[], str]
+    ) -> None:
+        """Writes, once more if it fails; then says what is done instead."""
+
+        def act() -> None:
+            try:
+                try:
+                    write()
+                except _FAILURES:
+                    # What was in the way may be gone.
+                    time.sleep(_RETRY_AFTER)
+                    write()
+            except _FAILURES as error:
+                with contextlib.suppress(OSError):
+                    _remove_parts(self.path)
+                raise InputError(
+                    f"`output` must be a folder that can be written at the end of the "
+                    f"run, got `{self.path}`: {reason_of(error)}. {instead()}. To "
+                    "finish the run, mend that and repeat the command with --resume."
+                ) from error
+
+        on_first_process(act)
 
 
-def _require_same_files(path: Path, config: Mapping[str, Any]) -> None:
-    """Raises unless the files that the settings name are those of the run."""
-    before = _read_json(path / CONFIG)
-    for key, name in _NAMED.items():
-        # An earlier version did not tell.
-        if before.get(key, config[key]) != config[key]:
-            raise InputError(
-                f"`{name}` must be what it was in the run to resume, got other "
-                f"content under the same name. Put the files back, or pass "
-                "--overwrite to start anew."
-            )
-    was, now = (about.get("base_config") or {} for about in (before, config))
-    if isinstance(was, dict) and (field := changed_field(was, now)):
-        raise InputError(
-            f"`model` must be what it was in the run to resume, with `{field}`="
-            f"{brief(was[field])} in its configuration, got {brief(now[field])}. Put "
-            "the `config.json` of the model back, or pass --overwrite to start anew."
-        )
-
-
-def _make_folder(path: Path) -> None:
-    """Makes a folder and those that it is in."""
+def _saved_elsewhere(save: Callable[[Path], int]) -> str:
+    """Saves an adapter in a new temporary folder, and returns where it is."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"`output` must be a folder that can be made, got `{path}`: "
-            f"{error.strerror}. Choose another one."
-        ) from error
+        folder = Path(tempfile.mkdtemp(prefix="sparse_jax-"))
+        save(folder / ADAPTER)
+    except _FAILURES as error:
+        return f"It could not be written elsewhere either ({reason_of(error)})"
+    return f"The adapter is in `{folder}`"
+
+
+def _remove_run(path: Path) -> None:
+    """Removes the files of an earlier run, the one that tells what it was last."""
+    shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+    _remove_parts(path)
+    for name in reversed(FILES):
+        (path / name).unlink(missing_ok=True)
+
+
+def _remove_parts(path: Path) -> None:
+    """Removes files that were not written to their end."""
+    for name in FILES:
+        path.joinpath(f".{name}.part").unlink(missing_ok=True)
 
 
 def _is_before(row: Mapping[str, Any], step: int) -> bool:
     """Returns whether a row was written before the checkpoint of a step."""
     return row["step"] < step or (row["step"] == step and not is_evaluation(row))
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the complete lines of a `metrics.jsonl`."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    # What follows the last line break was cut off when the run was killed.
-    lines = text.split("\n")[:-1]
-    return [_parse(f"`{path}` line {i}", line) for i, line in enumerate(lines, 1)]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a file of a run."""
-    return _parse(f"`{path}`", path.read_text(encoding="utf-8"))
-
-
-def _parse(place: str, text: str) -> dict[str, Any]:
-    """Returns a JSON object, or raises with its place."""
-    try:
-        value = json.loads(text)
-        reason = f"got {type(value).__name__}"
-    except ValueError as error:
-        value, reason = None, f"which it is not: {error}"
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{place} must be a JSON object, {reason}. Put it back, or pass "
-            "--overwrite to start anew."
-        )
-    return value
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    """Returns a row as a line of JSON."""
-    return json.dumps(_plain(row), allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Returns a value with null for numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes readable JSON, whole or not at all."""
-    _write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes a text, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

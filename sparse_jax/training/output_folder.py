@@ -1,0 +1,161 @@
+"""Output folders: which of them a run may write to."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from sparse_jax.adapter_file import ADAPTER
+from sparse_jax.errors import InputError, brief, listed, reason_of
+from sparse_jax.models.pretrained import changed_field
+from sparse_jax.training.folder_lock import LOCK
+from sparse_jax.training.run_files import read_json
+from sparse_jax.training.settings import Settings
+
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG",
+    "CURVE",
+    "FILES",
+    "FREE",
+    "LAYERS",
+    "METRICS",
+    "ROWS",
+    "require_same_files",
+    "require_usable",
+]
+
+CONFIG, METRICS = "config.json", "metrics.json"
+CURVE, LAYERS = "curve.png", "layers.png"
+ROWS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+FILES = (CONFIG, METRICS, CURVE, LAYERS, ROWS, ADAPTER)
+# What may differ between a run and its continuation.
+FREE = ("output", "overwrite", "resume", "save_every", "keep", "mesh")
+# What earlier versions did, which had no such setting.
+_WITHOUT = {"group_by_length": True}
+# What the settings only name, and has to be the same: key -> what it is.
+_NAMED = {"base_hash": "model", "examples_hash": "data"}
+
+
+def require_usable(settings: Settings) -> None:
+    """Raises unless the output folder is new, empty, or meant to be used again.
+
+    Raises:
+      InputError: naming the folder and the remedy.
+    """
+    path = Path(settings.output)
+    # A loss of hours if it were found out after the training.
+    there = _existing_part(settings.output)
+    if not there.is_dir():
+        raise InputError(f"`output` must be a folder, got the file `{there}`.")
+    if not os.access(there, os.W_OK):
+        raise InputError(
+            f"`output` must be a folder that can be written, got `{path}`. Choose "
+            "another one."
+        )
+    for name in ("model", "data"):
+        source = getattr(settings, name)
+        if source and Path(source).is_dir() and path.is_dir():
+            _require_apart(path, name, Path(source))
+    if settings.resume:
+        _require_same(path, settings)
+    elif path.is_dir() and any(place.name != LOCK for place in path.iterdir()):
+        _require_replaceable(path, settings)
+
+
+def _existing_part(output: str) -> Path:
+    """Returns the folder itself, or the nearest above it that exists."""
+    path = Path(output)
+    try:
+        if output and not output.isspace():
+            places = (path, *path.absolute().parents)
+            return next(place for place in places if place.exists())
+        reason = "no name"
+    # A name that is too long, or that has a null character.
+    except (OSError, ValueError) as error:
+        reason = reason_of(error)
+    raise InputError(f"`output` must name a folder, got {brief(output)}: {reason}.")
+
+
+def _require_apart(path: Path, name: str, source: Path) -> None:
+    """Raises if the run would be written among the files that it reads."""
+    if path.samefile(source):
+        raise InputError(
+            f"`output` must not be the folder of `{name}`, got `{path}`. Choose "
+            "another one."
+        )
+
+
+def _require_replaceable(path: Path, settings: Settings) -> None:
+    """Raises unless what is in a folder may make way for the files of a run."""
+    if not settings.overwrite:
+        raise InputError(
+            f"`output` must be an empty or a new folder, got `{path}`. Choose another "
+            "one, or pass --overwrite, or --resume to continue the run in it."
+        )
+    ours = [name for name in (*FILES, CHECKPOINTS) if (path / name).exists()]
+    try:
+        is_other = ours and "settings" not in read_json(path / CONFIG)
+    except InputError:
+        # A damaged one is what overwriting is for.
+        is_other = not (path / CONFIG).exists() and CHECKPOINTS in ours
+    if is_other:
+        raise InputError(
+            f"`output` must be a folder whose {listed(ours)} may be removed, got "
+            f"`{path}`, where they are not those of a run. Choose another one."
+        )
+
+
+def _require_same(path: Path, settings: Settings) -> None:
+    """Raises unless a folder holds a run of the same settings."""
+    if not (path / CONFIG).is_file():
+        raise InputError(
+            f"`output` must hold the `{CONFIG}` of a run to resume, got `{path}`, "
+            "which has none. Leave out --resume to start one."
+        )
+    before = read_json(path / CONFIG).get("settings")
+    if not isinstance(before, dict) or not {"model", "task"} <= before.keys():
+        raise InputError(
+            f"`{path / CONFIG}` must have the settings of a run, and has none. Put it "
+            "back, or pass --overwrite to start anew."
+        )
+    now = json.loads(json.dumps(asdict(settings)))
+    if unknown := sorted(before.keys() - now.keys()):
+        raise InputError(
+            f"`{path / CONFIG}` must have settings that this version knows, got "
+            f"{listed(unknown)}. Resume with the version that began the run, or pass "
+            "--overwrite to start anew."
+        )
+    # A setting that came with a later version was at its default, or at what that
+    # version does without it.
+    defaults = {field.name: field.default for field in fields(settings)}
+    before = defaults | _WITHOUT | before
+    changed = [name for name in now if name not in FREE and now[name] != before[name]]
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"`{name}` must be {brief(before[name])} as in the run to resume, got "
+            f"{brief(now[name])}. Pass the same options, or --overwrite to start anew."
+        )
+
+
+def require_same_files(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises unless the files that the settings name are those of the run."""
+    before = read_json(path / CONFIG)
+    for key, name in _NAMED.items():
+        # An earlier version did not tell.
+        if before.get(key, config[key]) != config[key]:
+            raise InputError(
+                f"`{name}` must be what it was in the run to resume, got other "
+                f"content under the same name. Put the files back, or pass "
+                "--overwrite to start anew."
+            )
+    was, now = (about.get("base_config") or {} for about in (before, config))
+    if isinstance(was, dict) and (field := changed_field(was, now)):
+        raise InputError(
+            f"`model` must be what it was in the run to resume, with `{field}`="
+            f"{brief(was[field])} in its configuration, got {brief(now[field])}. Put "
+            "the `config.json` of the model back, or pass --overwrite to start anew."
+        )
