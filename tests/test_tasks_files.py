@@ -244,7 +244,8 @@ def test_the_quickstart_task_loads():
         (
             "stsb",
             {"train_json": '[{"sentence1": "A", "sentence2": "B", "label": NaN}]'},
-            "train.json` item 1 must have a number as its label, got nan.",
+            "train.json` item 1 must have a label, got nan. Leave out such rows with "
+            "`drop_unlabelled` (--drop-unlabelled).",
         ),
         (
             "classification",
@@ -259,7 +260,7 @@ def test_the_quickstart_task_loads():
         (
             "classification",
             {"train_jsonl": OWN.replace('"plus"', "null")},
-            "train.jsonl` must have at least two labels in `label`, got minus.",
+            "train.jsonl` line 1 must have a label, got None. Leave out such rows ",
         ),
         (
             "classification",

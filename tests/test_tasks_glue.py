@@ -24,10 +24,14 @@ def test_glue_has_eight_tasks(name, primary, num_outputs):
     assert TASKS[name].is_regression == (name == "stsb")
 
 
-def test_the_only_other_task_is_classification():
-    assert len(TASKS) == 9
-    assert TASKS["classification"].labels is None
+def test_three_other_tasks_are_for_labels_of_ones_own():
+    assert [*TASKS][8:] == ["multilabel", "regression", "classification"]
+    assert TASKS["classification"].labels is TASKS["multilabel"].labels is None
+    assert [task.name for task in TASKS.values() if task.is_multilabel] == [
+        "multilabel"
+    ]
     assert not TASKS["classification"].is_regression
+    assert TASKS["regression"].is_regression
 
 
 @pytest.mark.parametrize("name", ["SST-2", "sst2", "Sst2", "sst_2"])

@@ -1,3 +1,4 @@
+import csv
 import re
 
 import pytest
@@ -98,6 +99,58 @@ def test_halves_of_broken_questions_are_dropped_for_qqp_only(rows_of):
 def test_an_error_names_file_line_and_rule(rows_of, name, content, message):
     with pytest.raises(InputError, match=re.escape(message)):
         rows_of(name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "9" * 6000, "a.json` must be JSON: Exceeds the limit (4300 digits)"),
+        (
+            "a.json",
+            '[{}, {"x": %s}]' % ("9" * 6000),
+            "a.json` item 2 must be JSON: Exc",
+        ),
+        ("a.jsonl", "{}\n" + "9" * 6000, "a.jsonl` line 2 must be a JSON object: Exc"),
+        ("a.json", "[{}," + "[" * 10_000, "item 2 must be JSON: it is nested too dee"),
+        ("a.jsonl", '{"x":' * 10_000, "line 1 must be a JSON object: it is nested too"),
+        (
+            "a.json",
+            '[{}, {"x": [{"y": 1, "y": 2}]}]',
+            "item 2 must be JSON: the key 'y",
+        ),
+        (
+            "a.jsonl",
+            '{"x": 1, "x": 2}',
+            "line 1 must be a JSON object: the key 'x' is ",
+        ),
+        (
+            "a.csv",
+            "x,y,x\n1,2,3\n",
+            "line 1 must name every column once, got 'x' 2 tim",
+        ),
+        ("a.tsv", "\nx\tx\n1\t2\n", "a.tsv` line 2 must name every column once, got"),
+        ("a.csv", "x\n1\0\n", "a.csv` line 2 must be UTF-8, got the byte 0x00. Conver"),
+        ("a.csv", "x,y\n".encode("utf-16"), "line 1 must be UTF-8, got the byte 0xff"),
+        ("a.csv", "x\x1b[31m,y\n1\n", "2 fields ('x\\x1b[31m', y), got 1."),
+    ],
+)
+def test_what_python_would_read_wrongly_or_not_at_all_is_refused(
+    rows_of, name, content, message
+):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        rows_of(name, content)
+    assert len(str(error.value)) < 400
+
+
+def test_a_field_of_csv_may_be_long(rows_of):
+    text = "x" * 200_000
+    assert rows_of("a.csv", f"x,y\n{text},1\n") == [(2, {"x": text, "y": "1"})]
+    # The limit of the standard library stays what it was for others.
+    assert csv.field_size_limit() < len(text)
+
+
+def test_blank_lines_before_a_header_do_not_count(rows_of):
+    assert rows_of("a.csv", "\n\nx,,\n1,,\n") == [(4, {"x": "1", "": ""})]
 
 
 def test_utf8_errors_after_a_byte_order_mark_have_the_right_line(rows_of):

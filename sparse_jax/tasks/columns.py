@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.tasks.glue import Task
 from sparse_jax.tasks.rows import Rows, Source
 
@@ -19,17 +19,13 @@ class Columns(NamedTuple):
     text_b: list[str] | None  # None if the examples are single texts
     labels: list[Any]  # None where there is no label
 
-    @property
-    def are_labelled(self) -> bool:
-        """Whether any row has a label; test files often have none or -1."""
-        return any(label not in (None, "", -1, "-1") for label in self.labels)
-
 
 def read_columns(rows: Rows, task: Task, *, needs_labels: bool = True) -> Columns:
     """Returns the columns that a task needs.
 
     Raises:
-      InputError: if there is no row, a column is absent, or a text is no string.
+      InputError: if there is no row, a column is absent, or is there under two names
+        with different values, or a text is no string.
     """
     numbers, text_a, labels = [], [], []
     text_b: list[str | None] = []
@@ -41,7 +37,7 @@ def read_columns(rows: Rows, task: Task, *, needs_labels: bool = True) -> Column
         text_b.append(text_of(place, fields, task.text_b) if has_text_b else None)
         if needs_labels:
             _require(place, fields, task.label)
-        labels.append(_first(fields, task.label))
+        labels.append(_value(place, fields, task.label))
     _require_uniform(rows.source, numbers, text_b)
     pairs = [text for text in text_b if text is not None]
     return Columns(rows.source, numbers, text_a, pairs or None, labels)
@@ -50,7 +46,7 @@ def read_columns(rows: Rows, task: Task, *, needs_labels: bool = True) -> Column
 def _has_text_b(fields: Mapping[str, Any], task: Task) -> bool:
     """Says whether a row must have a second text."""
     if task.has_optional_text_b:
-        return _first(fields, task.text_b) is not None
+        return any(fields.get(name) is not None for name in task.text_b)
     return bool(task.text_b)
 
 
@@ -58,12 +54,15 @@ def text_of(place: str, fields: Mapping[str, Any], names: tuple[str, ...]) -> st
     """Returns one text of a row.
 
     Raises:
-      InputError: if the row has none of the columns, or no text of whole characters.
+      InputError: if the row has none of the columns, two with different values, or no
+        text of whole characters.
     """
     _require(place, fields, names)
-    text = _first(fields, names)
+    text = _value(place, fields, names)
     if not isinstance(text, str):
-        raise InputError(f"{place} must have a text in {_either(names)}, got {text!r}.")
+        raise InputError(
+            f"{place} must have a text in {_either(names)}, got {brief(text)}."
+        )
     # JSON can write half of a character, which no tokenizer takes.
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise InputError(
@@ -73,9 +72,16 @@ def text_of(place: str, fields: Mapping[str, Any], names: tuple[str, ...]) -> st
     return text
 
 
-def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """Returns the value of the first column that a row has, None if it has none."""
-    return next((fields[name] for name in names if name in fields), None)
+def _value(place: str, fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """Returns the value under the first of some names that has one, or None."""
+    found = [name for name in names if fields.get(name) is not None]
+    for name in found[1:]:
+        if str(fields[name]) != str(fields[found[0]]):
+            raise InputError(
+                f"{place} must have one of {_either((found[0], name))}, got both with "
+                "different values. Remove or rename the one that is not meant."
+            )
+    return fields[found[0]] if found else None
 
 
 def _require(place: str, fields: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -83,7 +89,7 @@ def _require(place: str, fields: Mapping[str, Any], names: tuple[str, ...]) -> N
     if not any(name in fields for name in names):
         raise InputError(
             f"{place} must have a column {_either(names)}, got the columns "
-            f"{', '.join(fields)}."
+            f"{listed(fields)}."
         )
 
 

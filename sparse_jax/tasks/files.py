@@ -1,16 +1,27 @@
 """The data of a task: a folder of files, or a data set of the Hub."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from sparse_jax.errors import InputError
+from sparse_jax.models.label_names import order_of
 from sparse_jax.tasks.columns import Columns, read_columns
-from sparse_jax.tasks.examples import Splits, class_numbers, number_labels
+from sparse_jax.tasks.examples import Splits
 from sparse_jax.tasks.glue import Task
 from sparse_jax.tasks.hub import fetch_rows, is_hub_name
+from sparse_jax.tasks.labels import (
+    class_numbers,
+    flag_count,
+    has_labels,
+    labels_of_flags,
+    number_labels,
+    resolved,
+    without_unlabelled,
+)
+from sparse_jax.tasks.remarks import kind_of, oddities
 from sparse_jax.tasks.rows import SUFFIXES, Rows, read_rows
 
 __all__ = ["find_file", "load"]
@@ -27,7 +38,13 @@ _STEMS = MappingProxyType(
 )
 
 
-def load(task: Task, data: str | Path | None = None) -> Splits:
+def load(
+    task: Task,
+    data: str | Path | None = None,
+    *,
+    order: Sequence[str] = (),
+    drop_unlabelled: bool = False,
+) -> Splits:
     """Returns the training and evaluation examples of a task.
 
     A folder has one file for each split: `train` for training, and for evaluation
@@ -40,29 +57,56 @@ def load(task: Task, data: str | Path | None = None) -> Splits:
       task: what the columns mean.
       data: folder, or the name of a data set on the Hugging Face Hub; None is
         `nyu-mll/glue`.
+      order: names of the labels in the order of a model; labels of the same names are
+        numbered like this, others as they are.
+      drop_unlabelled: whether to leave out rows without a label.
 
     Raises:
       InputError: if `data` is neither, has no training split or no evaluation split,
         or if a row is wrong: the message has the file and the line.
     """
-    found = _splits(task, data)
-    train = read_columns(found.pop("train")(), task)
-    words = class_numbers(task, train)
-    if task.labels is None:
-        task = replace(task, labels=tuple(words))
-    examples = {"train": number_labels(train, words)}
+    asked, found, dropped = task, _splits(task, data), []
+    columns = {"train": read_columns(found.pop("train")(), task)}
     for name, rows in found.items():
-        is_test = name == "test"
-        columns = read_columns(rows(), task, needs_labels=not is_test)
-        if columns.are_labelled or not is_test:
-            _require_same_texts(train, columns)
-            examples[name] = number_labels(columns, words)
+        one = read_columns(rows(), task, needs_labels=name != "test")
+        if name != "test" or has_labels(one):
+            _require_same_texts(columns["train"], one)
+            columns[name] = one
+    task = resolved(task, columns["train"])
+    if drop_unlabelled:
+        for name, one in columns.items():
+            columns[name], remark = without_unlabelled(one, task)
+            dropped += [] if remark is None else [remark]
+    count = flag_count(columns["train"]) if task.is_multilabel else 0
+    if count:
+        task = replace(task, labels=tuple(map(str, range(count))))
+        columns = {name: labels_of_flags(one, count) for name, one in columns.items()}
+    task, words = _numbered(task, columns["train"], order)
+    examples = {name: number_labels(one, task, words) for name, one in columns.items()}
     if len(examples) == 1:
         raise InputError(
-            f"{train.source.name} must have labelled examples for evaluation beside "
-            "it, and there are none. Add a file `dev.tsv` or `validation.jsonl`."
+            f"{columns['train'].source.name} must have labelled examples for "
+            "evaluation beside it, and there are none. Add a file `dev.tsv` or "
+            "`validation.jsonl`."
         )
-    return Splits(task, examples)
+    is_own = asked.has_optional_text_b
+    kind = kind_of(asked, task, examples["train"], are_flags=count > 0)
+    notes = (*([kind] if is_own else []), *dropped)
+    return Splits(task, examples, notes, tuple(oddities(task, examples)))
+
+
+def _numbered(
+    task: Task, train: Columns, order: Sequence[str]
+) -> tuple[Task, dict[str, int]]:
+    """Returns a task with the names of its labels, and the class of every word."""
+    if task.is_regression:
+        return task, {}
+    words = class_numbers(task, train)
+    labels = task.labels or tuple(words)
+    places = order_of(labels, order) or tuple(range(len(labels)))
+    names = tuple(labels[places.index(i)] for i in range(len(labels)))
+    task = replace(task, labels=names)
+    return task, {word: places[i] for word, i in words.items()}
 
 
 def _splits(task: Task, data: str | Path | None) -> dict[str, Callable[[], Rows]]:

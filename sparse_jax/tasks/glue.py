@@ -1,7 +1,8 @@
-"""The tasks: eight of GLUE, and classification of one's own texts."""
+"""The tasks: eight of GLUE, and three for labels of one's own."""
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from sparse_jax.errors import InputError
 
@@ -53,6 +54,12 @@ class Task:
 
 # In the order of the Hub, so that its integer labels mean the same here.
 _ENTAILMENT = ("entailment", "not_entailment")
+
+_OWN: Any = {
+    "text_a": ("text", "text_a"),
+    "text_b": ("text_b", "text_pair"),
+    "has_optional_text_b": True,
+}
 
 _ALL = (
     Task(
@@ -110,12 +117,21 @@ _ALL = (
         labels=_ENTAILMENT,
     ),
     Task(
-        "classification",
-        text_a=("text", "text_a"),
-        text_b=("text_b", "text_pair"),
+        "multilabel",
+        **_OWN,
+        label=("label", "labels"),
         labels=None,
-        has_optional_text_b=True,
+        metrics=("micro_f1", "exact_match"),
+        is_multilabel=True,
     ),
+    Task(
+        "regression",
+        **_OWN,
+        label=("label", "score"),
+        metrics=("pearson", "spearman", "mse"),
+    ),
+    # Lists of labels make it the task multilabel, numbers with decimals regression.
+    Task("classification", **_OWN, label=("label", "labels"), labels=None),
 )
 
 CAUSAL = "causal"  # has texts without labels, so it is no `Task`
