@@ -189,7 +189,8 @@ def test_rows_of_snli_without_a_label_can_be_dropped(tmp_path):
     assert splits.train.text_a == ["p", "s"]
     assert splits.train.text_b == ["h", "h"]
     assert splits.notes[0].endswith(
-        "2 of 4 rows are dropped as unlabelled, 1 with the label -, 1 with the label -1."
+        "2 of 4 rows are dropped as unlabelled, 1 with the label -, 1 with the "
+        "label -1."
     )
 
 

@@ -22,8 +22,8 @@ def _flag(name: str, text: str) -> Any:
 
 MODEL = _option("Folder of a pre-trained model, or its id on the Hub.")
 TASK = _option(
-    "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, classification, or causal: to "
-    "continue texts."
+    "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte; classification, multilabel or "
+    "regression with data of your own; or causal: to continue texts."
 )
 OUTPUT = _option("Folder to create for everything that comes out.")
 DATA = _option(
@@ -35,6 +35,10 @@ LOSS_ON = _option("Tokens that causal trains on: response or all.", "response")
 PACKING = _flag("--packing", "Put several texts in a row, each seeing only itself.")
 TEMPLATE = _option("Prompt around an instruction: alpaca or llm_adapters.", "alpaca")
 HELD_OUT = _option("Share of a file of texts that the run is judged on.", "0.05")
+DROP_UNLABELLED = _flag(
+    "--drop-unlabelled",
+    "Leave out rows whose label is absent, null, NaN, - or, of classes, -1.",
+)
 _METHODS = (
     "full, head, bitfit, lora, dora, series, parallel, ia3, prefix, sift, random or "
     "magnitude."

@@ -1,9 +1,10 @@
 """Pre-trained weights: load from, and save to, the Hugging Face layout."""
 
 import functools
+import logging
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf_config import read_config, write_config
 from sparse_jax.models.hf_names import is_stacked, tensor_name
 from sparse_jax.models.hub import local_folder
+from sparse_jax.models.labelled_head import HeadUse, label_leaves, use_of_head
 from sparse_jax.models.pure import Head, Params, PureModel
 from sparse_jax.models.tensors import base_hash, write_tensors
-from sparse_jax.models.weights import open_weights
+from sparse_jax.models.weights import Weights, open_weights
 from sparse_jax.names import leaf_names, map_named
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "new_leaves",
     "save_pretrained",
 ]
+
+_log = logging.getLogger(__name__)
 
 # shapes of the parameters -> their shardings
 Place = Callable[[Params], Any]
@@ -44,6 +48,7 @@ def from_pretrained(
     *,
     head: Head = SequenceClassifier,
     num_labels: int | None = None,
+    labels: Sequence[str] | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     key: jax.Array | None = None,
     place: Place | None = None,
@@ -60,6 +65,9 @@ def from_pretrained(
       head: `SequenceClassifier` or `MaskedLM` of an encoder, `CausalLM` of a decoder.
       num_labels: labels of a classifier, 1 for regression; None takes those of the
         checkpoint.
+      labels: names of the labels of a classifier in the order of its outputs, none for
+        a regression; None takes those of the checkpoint. A head for labels of the same
+        names is put in this order, one for others is replaced by a new one.
       dtype: dtype of every parameter.
       key: key for the missing parts of the head; needed only if there are any.
       place: shapes of the parameters -> shardings; None puts all on one device. Of
@@ -82,7 +90,12 @@ def from_pretrained(
             f"`head` must be one of {', '.join(family.architectures)} for the model "
             f"type {family.name!r} of `{folder}`, got {head.__name__}."
         )
-    weights = open_weights(folder, PureModel(head, family, config))
+    weights, order = open_weights(folder, PureModel(head, family, config)), {}
+    if labels is not None and head is SequenceClassifier:
+        weights, order, use = _for_labels(weights, labels)
+        if use is not None and jax.process_index() == 0:
+            level = logging.INFO if use.is_certain else logging.WARNING
+            _log.log(level, "`%s`: %s", folder, use.remark)
     pure, missing = weights.model, weights.missing_head
     abstract = pure.abstract(dtype)
     weights.check(abstract)
@@ -97,16 +110,24 @@ def from_pretrained(
     if missing and key is not None:
         created = _new_leaves(pure, missing, jnp.dtype(dtype), key)
 
+    def read(leaf: str, like: Any, index: Any) -> np.ndarray:
+        if leaf not in order:
+            return weights.read(leaf, like.shape, index, like.dtype)
+        whole = tuple(slice(0, size) for size in like.shape)
+        return weights.read(leaf, like.shape, whole, like.dtype)[..., order[leaf]][
+            index
+        ]
+
     def load(leaf: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         if leaf in created:
             return created[leaf]
         whole = tuple(slice(0, size) for size in like.shape)
-        return jnp.asarray(weights.read(leaf, like.shape, whole, like.dtype))
+        return jnp.asarray(read(leaf, like, whole))
 
     def load_parts(leaf: str, like: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         if leaf in created:
             return jax.device_put(created[leaf], sharding)
-        part = lambda index: weights.read(leaf, like.shape, index, like.dtype)
+        part = lambda index: read(leaf, like, index)
         return jax.make_array_from_callback(like.shape, sharding, part)
 
     if place is None:
@@ -128,14 +149,41 @@ def save_pretrained(model: PureModel, params: Params, folder: str | Path) -> Non
     write_config(model, folder, jax.tree.leaves(params)[0].dtype)
 
 
-def new_leaves(model: PureModel, folder: str | Path) -> tuple[str, ...]:
+def new_leaves(
+    model: PureModel, folder: str | Path, labels: Sequence[str] | None = None
+) -> tuple[str, ...]:
     """Returns the names of the leaves that `from_pretrained` creates from its key.
 
     Args:
       model: model as `from_pretrained` returns it.
       folder: folder it was loaded from.
+      labels: those that it was loaded for.
     """
-    return open_weights(Path(folder), model).missing_head
+    weights = open_weights(Path(folder), model)
+    if labels is not None and model.head is SequenceClassifier:
+        model = replace(model, config=read_config(folder)[1])
+        weights, _, _ = _for_labels(replace(weights, model=model), labels)
+    return weights.missing_head
+
+
+def _for_labels(
+    weights: Weights, labels: Sequence[str]
+) -> tuple[Weights, dict[str, list[int]], HeadUse | None]:
+    """Returns the weights of a classifier for labels, and the order of its outputs.
+
+    The last value says what becomes of the checkpoint's head, None if it has none.
+    """
+    model, leaves = weights.model, label_leaves(weights.model)
+    use = use_of_head(model.config, labels)
+    if {*leaves} & {*weights.missing_head}:
+        config = replace(
+            model.config, num_labels=len(labels) or 1, label_names=tuple(labels) or None
+        )
+        return replace(weights, model=replace(model, config=config)), {}, None
+    weights = replace(weights, model=replace(model, config=use.config))
+    if use.order is None:
+        return replace(weights, replaced=leaves), {}, use
+    return weights, dict.fromkeys(leaves, list(use.order)), use
 
 
 def base_config(model: PureModel, *, training: bool = False) -> dict[str, Any]:

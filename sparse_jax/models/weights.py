@@ -46,15 +46,19 @@ class Weights:
     model: PureModel  # whose leaves they hold
     names: Mapping[str, str]  # the name a tensor should have -> the name it has
     files: Mapping[str, Any]  # the name it has -> the open file
+    replaced: tuple[str, ...] = ()  # leaves of the head that are of no use here
 
     @property
     def missing_head(self) -> tuple[str, ...]:
-        """Leaves of the head that the folder does not have."""
+        """Leaves of the head that the folder does not have, or not for this task."""
         return tuple(
             leaf
             for leaf in jax.tree.leaves(leaf_names(self.model.abstract()))
-            if leaf.startswith(HEADS)
-            and tensor_name(self.model.family, leaf) not in self.names
+            if leaf in self.replaced
+            or (
+                leaf.startswith(HEADS)
+                and tensor_name(self.model.family, leaf) not in self.names
+            )
         )
 
     def check(self, shapes: Params) -> None:
@@ -66,11 +70,10 @@ class Weights:
         taken, missing = set(), self.missing_head
 
         def check(leaf: str, like: Any) -> None:
-            if leaf in missing:
-                return
             for name, shape in self._tensors_of(leaf, like.shape):
-                self._check_tensor(leaf, name, shape)
                 taken.add(name)
+                if leaf not in missing:
+                    self._check_tensor(leaf, name, shape)
 
         map_named(check, shapes)
         unused = sorted({*self.names} - taken - {*self._copies.values()})

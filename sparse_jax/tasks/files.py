@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.label_names import order_of
+from sparse_jax.models.labelled_head import order_of
 from sparse_jax.tasks.columns import Columns, read_columns
 from sparse_jax.tasks.examples import Splits
 from sparse_jax.tasks.glue import Task

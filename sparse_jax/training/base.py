@@ -1,5 +1,6 @@
 """The pre-trained model that a run starts from."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, listed
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf_config import FAMILIES, read_config
@@ -17,8 +18,11 @@ from sparse_jax.models.pretrained import base_hash, new_leaves
 from sparse_jax.models.pure import Head, PureModel
 from sparse_jax.sharding.devices import Devices
 from sparse_jax.sharding.loading import load_onto
+from sparse_jax.sharding.processes import is_first_process
 
-__all__ = ["Base", "load_classifier", "load_decoder"]
+__all__ = ["Base", "label_names", "load_classifier", "load_decoder"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,20 +33,40 @@ class Base:
     hash: str  # SHA-256 of the weights
     model: PureModel
     params: Any
-    new: tuple[str, ...]  # leaves that the checkpoint does not have
+    new: tuple[str, ...]  # leaves that the checkpoint does not have, or not for this
     devices: Devices  # where the parameters lie
 
 
+def label_names(model: str) -> tuple[str, ...]:
+    """Returns the names of a classifier's labels in the order of its outputs.
+
+    There are none if it is no encoder, or has no names.
+
+    Raises:
+      InputError: if its configuration cannot be read.
+    """
+    _, config = read_config(local_folder(model))
+    return getattr(config, "label_names", None) or ()
+
+
 def load_classifier(
-    model: str, *, num_labels: int, dtype: str, seed: int, mesh: Mesh | None = None
+    model: str,
+    *,
+    labels: tuple[str, ...],
+    dtype: str,
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> Base:
-    """Loads an encoder; parts of the head that it lacks are drawn from the seed.
+    """Loads an encoder for the labels of a task, none for a regression.
+
+    Parts of the head that it lacks, or that are for other labels, are drawn from the
+    seed.
 
     Raises:
       InputError: if the model cannot be loaded, or is a decoder.
     """
     folder = _folder(model, SequenceClassifier, "a task with labels", "encoder")
-    return _load(folder, dtype, seed, mesh, num_labels=num_labels)
+    return _load(folder, dtype, seed, mesh, labels=labels)
 
 
 def load_decoder(
@@ -63,7 +87,9 @@ def _load(
     """Loads a model onto one device, or its parts onto those of a mesh."""
     options |= {"dtype": jnp.dtype(dtype), "key": jax.random.key(seed)}
     pure, params, devices = load_onto(mesh, folder, **options)
-    new = new_leaves(pure, folder)
+    new = new_leaves(pure, folder, options.get("labels"))
+    if new and is_first_process():
+        _log.info("`%s`: drawn at random, %s", folder, listed(new))
     return Base(folder, base_hash(folder), pure, params, new, devices)
 
 

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross-entropy of the classes, or the squared error of a number.
+    """Cross-entropy of one class or of every label, or the squared error of a number.
 
     The members are those of `Objective`.
     """
@@ -52,7 +52,10 @@ class Classification:
     @property
     def loss_name(self) -> str:
         """The loss and its unit."""
-        return "squared error" if self.task.is_regression else "cross-entropy, nats"
+        if self.task.is_regression:
+            return "squared error"
+        per = ", nats per label" if self.task.is_multilabel else ", nats"
+        return f"cross-entropy{per}"
 
     def make_loss(self, model: PureModel, *, checkpointing: bool) -> Loss:
         """Returns the loss that training minimises."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from sparse_jax.adapter_file import Adapter, load_adapter
 from sparse_jax.adapter_use import apply_adapter, base_folder
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, listed
 from sparse_jax.training.material import load_material
 from sparse_jax.training.objective import flattened
 from sparse_jax.training.settings import Settings
@@ -15,7 +15,7 @@ __all__ = ["evaluate_adapter"]
 # What the evaluation of an adapter takes from the run that wrote it.
 _KEPT = (
     "dtype", "seed", "max_length", "batch_size", "loss_on", "packing", "template",
-    "held_out",
+    "held_out", "drop_unlabelled",
 )  # fmt: skip
 
 
@@ -27,6 +27,7 @@ def evaluate_adapter(
     data: str | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
+    drop_unlabelled: bool = False,
     mesh: str | None = None,
 ) -> dict[str, float]:
     """Returns the metrics of an adapter, those that its run reported.
@@ -40,6 +41,8 @@ def evaluate_adapter(
         language model was trained on, the part held out; of others, all.
       batch_size: examples at a time; None is as in training.
       max_length: most tokens of an example; None is as in training.
+      drop_unlabelled: whether to leave out rows without a label, as the adapter's run
+        may have done.
       mesh: devices to share the work, such as "data=4"; None is one device.
 
     Raises:
@@ -53,7 +56,12 @@ def evaluate_adapter(
         output="",
         data=data,
         mesh=mesh,
-        **_kept(found, max_length=max_length, batch_size=batch_size),
+        **_kept(
+            found,
+            max_length=max_length,
+            batch_size=batch_size,
+            drop_unlabelled=drop_unlabelled or None,
+        ),
     )
     objective, base, feed = load_material(settings, adapter=found)
     _require_labels(found, objective.labels)
@@ -81,6 +89,6 @@ def _require_labels(adapter: Adapter, labels: tuple[str, ...]) -> None:
     if labels != adapter.labels:
         raise InputError(
             f"`data` must have the labels of the adapter, "
-            f"{', '.join(adapter.labels) or 'numbers'}, got "
-            f"{', '.join(labels) or 'numbers'}. Pass the task it was trained on."
+            f"{listed(adapter.labels) or 'numbers'}, got "
+            f"{listed(labels) or 'numbers'}. Pass the task it was trained on."
         )

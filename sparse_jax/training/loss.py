@@ -28,9 +28,11 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 def make_loss(
     model: PureModel, *, checkpointing: bool = False, unroll: int | None = None
 ) -> Loss:
-    """Returns the loss of `Compact`: cross-entropy, or squared error for one label.
+    """Returns the loss of `Compact`.
 
-    Examples count by their weight, which is zero for padding rows.
+    That is cross-entropy of classes; squared error of one number; if any number of
+    labels fit an example, the mean binary cross-entropy of all labels. Examples count
+    by their weight, which is zero for padding rows.
 
     Args:
       model: a classifier.
@@ -73,6 +75,8 @@ def make_predict(model: PureModel, attachment: Attachment, devices: Devices) -> 
 
 def _losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the loss of every example."""
+    if labels.ndim == 2:
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
     if logits.shape[-1] == 1:
         return (logits[:, 0] - labels.astype(jnp.float32)) ** 2
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -12,6 +12,7 @@ from sparse_jax.adapter_use import require_base
 from sparse_jax.errors import InputError
 from sparse_jax.models.hub import local_folder
 from sparse_jax.sharding.mesh import make_mesh, parse_mesh
+from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.tasks.files import load
 from sparse_jax.tasks.glue import CAUSAL, find_task
 from sparse_jax.tasks.instructions import (
@@ -25,7 +26,12 @@ from sparse_jax.tasks.tokens import (
     tokenizer_digest,
     warn_of_tokenizer,
 )
-from sparse_jax.training.base import Base, load_classifier, load_decoder
+from sparse_jax.training.base import (
+    Base,
+    label_names,
+    load_classifier,
+    load_decoder,
+)
 from sparse_jax.training.causal_feed import make_causal_feed
 from sparse_jax.training.classification import Classification
 from sparse_jax.training.feed import Feed, make_feed
@@ -81,10 +87,20 @@ def _labelled(
     settings: Settings, adapter: Adapter | None, mesh: Mesh | None
 ) -> Material:
     """Returns classes, or numbers, and a model that predicts them."""
-    splits = load(find_task(settings.task), settings.data)
+    splits = load(
+        find_task(settings.task),
+        settings.data,
+        order=label_names(settings.model) if adapter is None else adapter.labels,
+        drop_unlabelled=settings.drop_unlabelled,
+    )
+    if is_first_process():
+        for note in splits.notes:
+            _log.info("%s", note)
+        for warning in splits.warnings:
+            _log.warning("%s", warning)
     base = load_classifier(
         settings.model,
-        num_labels=splits.task.num_outputs,
+        labels=splits.task.labels or (),
         dtype=settings.dtype,
         seed=settings.seed,
         mesh=mesh,
@@ -107,6 +123,7 @@ def _labelled(
     kept = {
         "max_length": feed.max_length,
         "tokenizer_hash": tokenizer_digest(tokenizer),
+        "drop_unlabelled": settings.drop_unlabelled,
     }
     return Material(Classification(splits.task, kept), base, feed)
 

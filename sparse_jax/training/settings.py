@@ -91,6 +91,7 @@ class Settings:
     held_out: float | None = (
         None  # share of a file for validation; None is 0.05; causal
     )
+    drop_unlabelled: bool = False  # whether to leave out rows without a label
     method: str = "sift"  # a word of LEARNING_RATES
     density: float = 0.008  # fraction of entries trained, in (0, 1]; sparse methods
     granularity: str = "entry"  # or lane: of every 128 rows of a column
@@ -185,6 +186,11 @@ class Settings:
                     f"`{name}` must be left out with task {self.task!r}, got "
                     f"{getattr(self, name)!r}. It belongs to {CAUSAL}."
                 )
+        if self.is_causal and self.drop_unlabelled:
+            raise InputError(
+                f"`drop_unlabelled` must be left out with task {CAUSAL!r}, got True. "
+                "Its texts have no labels."
+            )
         require_word("loss_on", self.resolved_loss_on, ("response", "all"))
         require_word("template", self.resolved_template, tuple(PROMPTS))
         if not 0 < self.resolved_held_out < 1:

@@ -18,8 +18,8 @@ __all__ = ["adapter_of"]
 def adapter_of(job: Job, state: CompactState) -> Adapter:
     """Returns the trained values of a run.
 
-    Leaves that the base's checkpoint lacks are in it too, even if they were not
-    trained: the base alone does not define them.
+    Leaves that the base's checkpoint lacks are in it as a whole, however much of them
+    was trained: the base alone does not define them.
     """
     support, values, dense = {}, {}, {}
 
