@@ -15,6 +15,9 @@ __all__ = ["Rule", "first_match", "leaf_names", "map_named", "require_match"]
 
 Rule = str | Sequence[str]
 
+# The last part of a leaf's name, which no one means by a single letter.
+_KINDS = ("kernel", "bias", "scale", "embedding")
+
 # Nodes that Flax puts around an array, with the array under `value`.
 _BOXES = (nnx.Variable, AxisMetadata)
 
@@ -127,6 +130,16 @@ def _patterns(rule: Rule | None) -> Sequence[str]:
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
-    """Returns up to four names that look most like a pattern."""
-    likeness = lambda name: difflib.SequenceMatcher(None, pattern, name).ratio()
+    """Returns up to four names that look most like a pattern.
+
+    First come those with parts that begin as the words of the pattern do: `q_proj` is
+    short for a query.
+    """
+    words = re.findall("[a-z]+", pattern.lower())
+
+    def likeness(name: str) -> tuple[int, float]:
+        parts = [part for part in name.lower().split("/") if part not in _KINDS]
+        begun = sum(any(part.startswith(word) for part in parts) for word in words)
+        return begun, difflib.SequenceMatcher(None, pattern, name).ratio()
+
     return [f"`{name}`" for name in sorted(names, key=likeness, reverse=True)[:4]]

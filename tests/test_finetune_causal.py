@@ -12,6 +12,7 @@ from tiny_text import text_settings, write_chats, write_decoder
 from sparse_jax import Settings, evaluate_adapter, finetune
 from sparse_jax.errors import InputError
 from sparse_jax.training.history import updates_of
+from sparse_jax.training.job import make_job
 from sparse_jax.training.loop import Loop
 
 
@@ -195,3 +196,26 @@ def test_a_genuine_llama_learns_from_genuine_instructions(name, shared_data, tmp
     losses = [row["loss"] for row in updates_of(rows_of(tmp_path / "run"))]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
     assert evaluate_adapter(tmp_path / "run", data=settings.data) == metrics["eval"]
+
+
+@pytest.mark.parametrize("method", ["lora", "sift"])
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("q_proj", "'q_proj' is `attention/query`"),
+        ("self_attn.(k|v)_proj", "is `attention/key` and `attention/value`"),
+        ("model.layers.3.mlp.down_proj.weight", "is `mlp/down`"),
+        ("gate_proj$", "'gate_proj$' is `mlp/gate`"),
+        ("nothing", "The nearest names are `"),
+        ("(", "must be a regular expression"),
+    ],
+)
+def test_a_rule_in_names_of_hugging_face_is_answered_with_ours(
+    method, where, named, files, tmp_path
+):
+    settings = text_settings(*files, tmp_path / "run", method=method, where=(where,))
+    with pytest.raises(InputError) as caught:
+        make_job(settings)
+    told = str(caught.value)
+    assert named in told
+    assert (" here." in told) == ("is `" in named)

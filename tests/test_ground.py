@@ -105,6 +105,17 @@ def test_a_broken_expression_is_reported():
         require_match("where", "(", ["a"])
 
 
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [("q_proj", "query"), ("k_proj", "key"), ("o_proj", "output"), ("qeury", "query")],
+)
+def test_the_nearest_name_is_the_one_that_a_word_is_short_for(word, ours):
+    names = [f"layers/{part}/kernel" for part in ("up", "output", "key", "query")]
+    message = f"names are `layers/{ours}/kernel`"
+    with pytest.raises(InputError, match=message):
+        require_match("where", word, names)
+
+
 def test_every_leaf_gets_a_role():
     tree = {
         "embedding": jnp.zeros((5, 2)),

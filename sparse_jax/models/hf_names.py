@@ -10,7 +10,13 @@ from sparse_jax.errors import InputError
 from sparse_jax.models.decoder_family import DecoderFamily
 from sparse_jax.models.family import Family
 
-__all__ = ["is_stacked", "tensor_name", "to_tensor_layout", "with_full_names"]
+__all__ = [
+    "is_stacked",
+    "modules_called",
+    "tensor_name",
+    "to_tensor_layout",
+    "with_full_names",
+]
 
 _SUFFIXES = MappingProxyType(
     {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -39,6 +45,27 @@ def tensor_name(family: Family | DecoderFamily, leaf: str, layer: int = 0) -> st
     """
     module, _, kind = leaf.rpartition("/")
     return f"{family.names[module].format(layer)}.{_SUFFIXES[kind]}"
+
+
+def modules_called(family: Family | DecoderFamily, pattern: str) -> list[str]:
+    """Returns our names of the modules whose Hugging Face name matches a pattern.
+
+    Example:
+      >>> from sparse_jax.models.llama import LLAMA
+      >>> modules_called(LLAMA, "layers.5.self_attn.[qk]_proj")
+      ['attention/query', 'attention/key']
+    """
+    # All layers are one module of ours.
+    pattern = re.sub(r"(?<![A-Za-z_\d])\d+(?![A-Za-z_\d])", "0", pattern)
+    try:
+        expression = re.compile(pattern)
+    except re.error:
+        return []
+    return [
+        module.removeprefix("layers/")
+        for module, theirs in family.names.items()
+        if any(expression.search(theirs.format(0) + end) for end in ("", ".weight"))
+    ]
 
 
 def to_tensor_layout(leaf: str, array: np.ndarray) -> np.ndarray:
