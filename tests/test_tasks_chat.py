@@ -372,6 +372,39 @@ def test_two_answers_in_a_row_have_a_header_each():
     ]
 
 
-def test_an_empty_answer_is_its_end():
-    empty = {"role": "assistant", "content": ""}
-    assert responses([ASK, empty]) == [["<|im_end|>"]]
+@pytest.mark.parametrize("name", [*TEMPLATES, "roles"])
+def test_an_empty_answer_is_its_end(name):
+    roles = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer = tokenizer_of(TEMPLATES.get(name, roles))
+    chats = render_chat([ASK, {"role": "assistant", "content": ""}], tokenizer, "here")
+    ours = tokenize(chats, tokenizer, max_length=512, positions=512)
+    targets = tokenizer.decode(ours.input_ids[0][ours.is_target[0]])
+    assert targets.strip() == ("</s>" if name == "roles" else name_of_end(name))
+
+
+# As Qwen 3 does: thoughts have a place of their own, and old ones are removed.
+_QWEN_3 = (
+    "{% for m in messages %}{% set parts = m.content.split('</think>') %}<|im_start|>"
+    "{{ m.role }}\n{{- '\n' }}{% if m.role == 'assistant' and loop.last %}<think>"
+    "{{ '\n' ~ (m.reasoning_content or parts[0].split('<think>')[1] | default('')) |"
+    " trim ~ '\n' }}</think>{{ '\n\n' }}{% endif %}{{ parts[-1] | trim }}<|im_end|>"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant"
+    "{{ '\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("turn", "thoughts"),
+    [
+        (THOUGHT, "Hm."),
+        ({**ANSWER, "reasoning_content": "Hm."}, "Hm."),
+        (ANSWER, ""),
+    ],
+)
+def test_thoughts_of_the_last_answer_are_trained_on(turn, thoughts):
+    first, second = render_chat([ASK, turn, *AGAIN], tokenizer_of(_QWEN_3), "here")
+    asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    answer = f"<think>\n{thoughts}\n</think>\n\nHello.<|im_end|>"
+    assert first.pieces == (Piece(asked, False), Piece(answer, True))
+    assert second.pieces[0].text.startswith(f"{asked}Hello.<|im_end|>\n")
+    assert second.pieces[1].text == "<think>\n\n</think>\n\nTa ta.<|im_end|>"

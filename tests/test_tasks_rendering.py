@@ -1,6 +1,7 @@
 """Chat templates that fail, never end, or write more than any memory holds."""
 
 import json
+import random
 import re
 import time
 
@@ -8,6 +9,7 @@ import pytest
 from tiny_tokenizers import CHATML, characters
 
 from sparse_jax.errors import InputError
+from sparse_jax.tasks.chat import render_chat
 from sparse_jax.tasks.rendering import render, require_template
 from sparse_jax.tasks.tokens import load_tokenizer
 
@@ -71,10 +73,12 @@ def test_a_text_out_of_all_proportion_is_refused():
         written(template, long)
 
 
-def test_a_template_that_changes_its_mind_is_refused_or_right():
-    tokenizer = characters(chat_template="{{ range(1000000000) | random }}")
-    with pytest.raises(InputError):
-        render(CHAT, tokenizer, "here")
+def test_a_template_that_writes_another_text_each_time_is_refused():
+    random.seed(0)
+    tokenizer = characters(chat_template="{{ range(9999) | random }} " + CHATML)
+    turns = [*CHAT, {"role": "assistant", "content": "Hello."}]
+    with pytest.raises(InputError, match="and it changes that text"):
+        render_chat(turns, tokenizer, "here")
 
 
 def test_templates_have_what_transformers_gives_them():

@@ -77,7 +77,7 @@ def tokenize(
 
     Raises:
       InputError: if `max_length` is not in [2, `positions`], if `loss` is unknown, if
-        the tokenizer has no end-of-sequence token, or if no targets are left.
+        the tokenizer has no end-of-sequence token, or if there are no targets.
     """
     _check(max_length, positions, loss, tokenizer)
     ends = _ends(tokenizer)
@@ -95,6 +95,11 @@ def tokenize(
         end_ids |= marked.ends
         all_ids += [ids[span] for span in kept]
         targets += [_without_first(marks[span]) for span in kept]
+    if not (all_ids or num_cut):
+        raise InputError(
+            f"`data` must have responses to train on, got none in {num_dropped} "
+            "examples."
+        )
     if not all_ids:
         raise InputError(
             f"`max_length` must leave tokens to train on, got {max_length}: each of "

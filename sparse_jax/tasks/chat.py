@@ -130,8 +130,10 @@ def _conversation(answers: Sequence[_Answer]) -> Conversation:
             Piece(answer.response, message.is_trained, message.is_excluded),
         ]
         written = len(answer.text)
-    pieces = join(pieces) or (Piece("", True),)
-    return Conversation(pieces, is_rendered=True, is_ended=answers[-1].is_ended)
+    # An empty answer stays, for the end that may follow it.
+    last = pieces.pop()
+    joined = (*join(pieces), last) if not last.text else join([*pieces, last])
+    return Conversation(joined, is_rendered=True, is_ended=answers[-1].is_ended)
 
 
 def _frame(chat: _Chat, count: int) -> _Frame:
