@@ -225,7 +225,7 @@ def changed_field(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
       >>> changed_field({"hidden_act": "gelu"}, {"hidden_act": "relu", "tied": True})
       'hidden_act'
     """
-    both = (name for name in before if name in now)
+    both = (name for name in sorted(before) if name in now)
     return next((name for name in both if before[name] != now[name]), None)
 
 
