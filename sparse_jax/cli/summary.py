@@ -1,5 +1,6 @@
 """The summary of a finished run."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,14 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the lines of the table."""
     trained, total = metrics["trained_parameters"], metrics["total_parameters"]
     without_head = metrics["trained_parameters_without_head"]
-    scores = [
-        (name, "not finite" if value is None else f"{value:.4f}")
-        for name, value in metrics["eval"].items()
+    scores = [(name, _score(value)) for name, value in metrics["eval"].items()]
+    # A run of an earlier version has not all of these.
+    examples = [
+        f"{use['used']:,} {split}" for split, use in metrics.get("examples", {}).items()
     ]
+    seconds, warnings = metrics.get("selection_seconds"), metrics.get("warnings")
+    selection = [] if seconds is None else [("selection", f"{seconds:.3g} s")]
+    told = [("warnings", f"{len(warnings)}, in metrics.json")] if warnings else []
     # Their loss or gradient was not finite.
     skipped = [("skipped batches", f"{metrics['skipped_batches']:,}")]
     if not metrics["skipped_batches"]:
@@ -51,12 +56,21 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         head = []
     return [
         *scores,
+        *([("examples", ", ".join(examples))] if examples else []),
         ("trained parameters", f"{trained:,} ({trained / total:.3%})"),
         *head,
         ("optimiser", bytes_shown(metrics["optimizer_bytes"])),
         ("adapter file", bytes_shown(metrics["adapter_bytes"])),
         ("peak memory", bytes_shown(metrics["peak_memory_bytes"])),
+        *selection,
         ("time per update", f"{metrics['seconds_per_step']:.3g} s"),
         ("updates", f"{metrics['steps']:,}"),
         *skipped,
+        *told,
     ]
+
+
+def _score(value: float | None) -> str:
+    """Returns a metric; a file has null where it is not finite."""
+    finite = value is not None and math.isfinite(value)
+    return f"{value:.4f}" if finite else "not finite"

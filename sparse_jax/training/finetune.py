@@ -20,19 +20,24 @@ from sparse_jax.sharding.processes import (
 )
 from sparse_jax.sharding.runner import Runner
 from sparse_jax.training.checkpoint import Checkpoints, Position
-from sparse_jax.training.counts import count_trained, optimizer_bytes
+from sparse_jax.training.counts import Counts, count_trained, optimizer_bytes
 from sparse_jax.training.curve import draw_curve
-from sparse_jax.training.feed import Feed, usage_text
+from sparse_jax.training.feed import usage_text
 from sparse_jax.training.folder_lock import require_unlocked
-from sparse_jax.training.history import evaluations_of, updates_of
+from sparse_jax.training.history import (
+    evaluations_of,
+    selection_seconds,
+    updates_of,
+)
 from sparse_jax.training.job import Job, make_job
 from sparse_jax.training.layer_map import draw_layers
 from sparse_jax.training.loop import Loop
-from sparse_jax.training.memory import peak_bytes
+from sparse_jax.training.memory import bytes_shown, peak_bytes
 from sparse_jax.training.objective import flattened
 from sparse_jax.training.optimizer import learning_rate_at
+from sparse_jax.training.outcome import outcome_warnings, require_finite
 from sparse_jax.training.output_folder import CURVE, LAYERS, require_usable
-from sparse_jax.training.progress import Progress, show_progress
+from sparse_jax.training.progress import Progress, show_progress, warnings_kept
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.signals import StopSignals, stop_signals
@@ -59,13 +64,21 @@ def finetune(settings: Settings) -> dict[str, Any]:
       What `metrics.json` holds: `eval` (metric -> value on the first evaluation
       split, those of other splits with the split's name), `trained_parameters`,
       `trained_parameters_without_head`, `optimizer_bytes`, `adapter_bytes`,
-      `seconds_per_step` (median, without steps that compile), `steps`, and more.
+      `seconds_per_step` (median, without steps that compile), `steps`, `examples`
+      (used, cut and dropped, by split), `warnings`, and more.
 
     Raises:
-      InputError: for anything wrong with the settings or the files they name.
+      InputError: for anything wrong with the settings or the files they name, and if
+        the loss is not finite for many batches in a row.
       KeyboardInterrupt: after SIGINT.
       SystemExit: after SIGTERM.
     """
+    with warnings_kept() as warnings:
+        return _finetune(settings, warnings)
+
+
+def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Any]:
+    """Fine-tunes; `warnings` are those of the run so far."""
     require_usable(settings)
     # Also waits until all have looked at the folder, before the first one writes.
     require_agreement("settings", asdict(settings))
@@ -82,17 +95,18 @@ def finetune(settings: Settings) -> dict[str, Any]:
         if settings.resume and (metrics := directory.finished()):
             return metrics
         with job.base.devices.active():
-            return _run(job, directory)
+            return _run(job, directory, warnings)
 
 
-def _run(job: Job, directory: RunDirectory) -> dict[str, Any]:
+def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Any]:
     """Trains, from the last checkpoint if there is one, and returns the metrics."""
     total = _total(job)
     tuner = _tuner(job, total)
     checkpoints = Checkpoints(directory, tuner, job.base.devices, job.settings.keep)
     runner = job.base.devices.runner(tuner)
     state = runner.init(job.base.params, jax.random.key(job.settings.seed))
-    _announce(job.feed)
+    counts = count_trained(job.method, state.params, state.added, job.head)
+    _announce(job, counts, optimizer_bytes(state))
     # A run that is stopped still writes the checkpoint it has begun.
     with closing(checkpoints), stop_signals() as signals:
         state, at = checkpoints.restore(state)
@@ -103,14 +117,23 @@ def _run(job: Job, directory: RunDirectory) -> dict[str, Any]:
                 job, runner, judge, total, directory, checkpoints, progress, signals
             )
             state, at = loop.run(state, at)
-    return _finish(job, state, at, directory)
+    return _finish(job, state, at, directory, counts, warnings)
 
 
-def _announce(feed: Feed) -> None:
-    """Logs what the run works on; a warning if examples were too long."""
-    for split, usage in feed.usage.items():
+def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
+    """Logs what is trained and on what; a warning if examples were too long."""
+    settings, share = job.settings, counts.trained / counts.total
+    layers = "" if settings.sampler is None else f", layers by {settings.sampler}"
+    _log.info(
+        "training %s%s: %s of %s parameters (%.3g %%), %s of state, %d updates at a "
+        "learning rate of %g",
+        settings.method, layers, f"{counts.trained:,}", f"{counts.total:,}",
+        100 * share, bytes_shown(state_bytes), _total(job),
+        settings.resolved_learning_rate,
+    )  # fmt: skip
+    for split, usage in job.feed.usage.items():
         level = logging.WARNING if usage.cut or usage.dropped else logging.INFO
-        _log.log(level, usage_text(split, usage, feed.max_length))
+        _log.log(level, usage_text(split, usage, job.feed.max_length))
 
 
 def _total(job: Job) -> int:
@@ -165,17 +188,24 @@ def _loop(
 
 
 def _finish(
-    job: Job, state: CompactState, at: Position, directory: RunDirectory
+    job: Job,
+    state: CompactState,
+    at: Position,
+    directory: RunDirectory,
+    counts: Counts,
+    warnings: list[str],
 ) -> dict[str, Any]:
     """Writes what came out, and returns the metrics."""
     # All processes hold parts of it; the first one writes it.
     adapter = adapter_of(job, state)
+    require_finite(adapter)
     size = directory.add_adapter(lambda path: save_adapter(path, adapter))
     if is_first_process():
         _draw(job, directory)
-    settings = job.settings
-    counts = count_trained(job.method, state.params, state.added, job.head)
     results = _last_results(directory.rows)
+    vocab_size = job.base.model.config.vocab_size
+    for line in outcome_warnings(directory.rows, results, vocab_size):
+        _log.warning(line)
     metrics = {
         "eval": flattened(results),
         "splits": results,
@@ -185,11 +215,13 @@ def _finish(
         "optimizer_bytes": optimizer_bytes(state),
         "adapter_bytes": size,
         **_speed(directory.rows),
+        "selection_seconds": selection_seconds(directory.rows),
         "steps": at.batches - at.skipped,
         "skipped_batches": at.skipped,
         "peak_memory_bytes": peak_bytes(),
-        "learning_rate": settings.resolved_learning_rate,
+        "learning_rate": job.settings.resolved_learning_rate,
         "examples": {name: use._asdict() for name, use in job.feed.usage.items()},
+        "warnings": warnings,
     }
     directory.finish(metrics)
     return metrics

@@ -1,25 +1,34 @@
 """The training loop."""
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from sparse_jax.compact import CompactState
+from sparse_jax.errors import InputError
 from sparse_jax.sharding.runner import Runner
 from sparse_jax.tasks.batches import Batch
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.feed import Feed
+from sparse_jax.training.history import skipped_at_end
 from sparse_jax.training.progress import Progress
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.signals import StopSignals
 
 __all__ = ["Loop"]
+
+# Batches in a row whose loss or gradient is not finite. Some are bad luck; a model that
+# has diverged does not come back.
+_MOST_SKIPPED = 20
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -63,6 +72,8 @@ class Loop:
         the two evaluates when it is resumed.
 
         Raises:
+          InputError: if too many batches in a row, or all of them, are skipped because
+            their loss or gradient is not finite.
           KeyboardInterrupt: or `SystemExit`, after a signal and a checkpoint.
         """
         length = self.feed.batches_per_epoch
@@ -72,9 +83,11 @@ class Loop:
                 continue
             if at.batches < end:
                 state, at = self._epoch(epoch, state, at, end)
-                self.checkpoints.save(state, at)
+                self._save(state, at)
             with self.signals.at_once():
                 self._evaluate(state, at, epoch)
+        if at.skipped == at.batches:
+            self._give_up(at)
         return state, at
 
     def _epoch(
@@ -88,11 +101,17 @@ class Loop:
             if at.batches == end:
                 break
             stopping = self.signals.requested()
-            if stopping or at.batches % self.save_every == 0:
-                self.checkpoints.save(state, at)
             if stopping:
+                self.checkpoints.save(state, at)
                 self.signals.stop_if_requested()
+            if at.batches % self.save_every == 0:
+                self._save(state, at)
         return state, at
+
+    def _save(self, state: CompactState, at: Position) -> None:
+        """Saves a checkpoint, unless it might be the model that has diverged."""
+        if not skipped_at_end(self.directory.rows):
+            self.checkpoints.save(state, at)
 
     def _batch(
         self, state: CompactState, at: Position, batch: Batch
@@ -101,13 +120,18 @@ class Loop:
         key = jax.random.fold_in(jax.random.key(self.seed), at.batches)
         step = at.batches + 1
         if not at.is_selected:
-            state, finite = self.runner.select(state, self.put(batch), key)
+            state, finite = self._select(state, self.put(batch), key, step)
+            at = at._replace(is_selected=finite)
             if not finite:
-                self.directory.add_row({"step": step, "is_skipped": True})
-                return state, at._replace(batches=step, skipped=at.skipped + 1)
+                return state, self._skip(at, "the gradient to select by")
         is_first = self._is_first(batch)
         began = time.perf_counter()
         state, metrics = self.runner.step(state, self.put(batch), key)
+        if metrics.pop("is_skipped"):
+            loss, norm = (float(metrics[name]) for name in ("loss", "gradient_norm"))
+            return state, self._skip(
+                at, f"the loss {loss:.4g} or its gradient's {norm:.4g}"
+            )
         metrics = self._news(metrics)
         seconds = time.perf_counter() - began
         tokens = int(np.sum(batch["attention_mask"]))
@@ -116,8 +140,51 @@ class Loop:
             {"step": step, **metrics, "learning_rate": rate, "tokens": tokens,
              "seconds": seconds, "is_compiling": is_first}
         )  # fmt: skip
-        self.progress.update(step, metrics["loss"], tokens, seconds)
-        return state, at._replace(batches=step, is_selected=True)
+        self.progress.update(
+            step, metrics["loss"], tokens, seconds, is_compiling=is_first
+        )
+        return state, at._replace(batches=step)
+
+    def _select(
+        self, state: CompactState, batch: Any, key: jax.Array, step: int
+    ) -> tuple[CompactState, bool]:
+        """Chooses the supports; says whether the gradient was finite."""
+        if not jax.tree.leaves(state.support):
+            return self.runner.select(state, batch, key)
+        self.progress.note("selecting the entries to train")
+        began = time.perf_counter()
+        state, finite = self.runner.select(state, batch, key)
+        jax.block_until_ready(state.support)
+        seconds = time.perf_counter() - began
+        self.directory.add_row({"step": step, "is_selection": True, "seconds": seconds})
+        self.progress.note(f"selected after {seconds:.1f} s")
+        return state, finite
+
+    def _skip(self, at: Position, what: str) -> Position:
+        """Counts a batch that changed nothing.
+
+        Raises:
+          InputError: if there were too many of them in a row.
+        """
+        step = at.batches + 1
+        self.directory.add_row({"step": step, "is_skipped": True})
+        at = at._replace(batches=step, skipped=at.skipped + 1)
+        in_a_row = skipped_at_end(self.directory.rows)
+        if in_a_row == 1:
+            _log.warning("batch %d is skipped: %s is not finite", step, what)
+        if in_a_row >= _MOST_SKIPPED:
+            self._give_up(at)
+        return at
+
+    def _give_up(self, at: Position) -> NoReturn:
+        """Raises, because no update can be made."""
+        raise InputError(
+            "`loss` and its gradient must be finite, got "
+            f"{skipped_at_end(self.directory.rows)} batches in a row where they are "
+            f"not, after {at.batches - at.skipped} updates. Lower --learning-rate, or "
+            "pass --dtype float32; if there was no update at all, look at the model. "
+            "No adapter is written, and the last checkpoint stays."
+        )
 
     def _news(self, metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """Returns metrics as numbers and lists, without lists that have not changed."""

@@ -1,14 +1,13 @@
 """Progress: a bar in a terminal, plain lines elsewhere."""
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from sparse_jax.training.memory import bytes_shown, current_bytes
 
-__all__ = ["Progress", "show_progress"]
+__all__ = ["Progress", "show_progress", "warnings_kept"]
 
 _LINE_EVERY = 50  # updates
 _SMOOTHING = 0.9  # share of the old value in the shown loss and rate
@@ -19,8 +18,10 @@ _log = logging.getLogger(__name__)
 class Progress(Protocol):
     """What the loop tells its audience."""
 
-    def update(self, step: int, loss: float, tokens: int, seconds: float) -> None:
-        """Reports one update: its loss, tokens, and duration."""
+    def update(
+        self, step: int, loss: float, tokens: int, seconds: float, *, is_compiling: bool
+    ) -> None:
+        """Reports one update: its loss, tokens, and duration, and if it compiled."""
         ...
 
     def wait(self, text: str) -> None:
@@ -49,32 +50,65 @@ def show_progress(total: int, start: int = 0) -> Iterator[Progress]:
         return
     with _bar(console) as bar:
         task = bar.add_task("training", total=total, completed=start, status="starting")
-        yield _Bar(bar, task)
+        yield _Bar(bar, task, total)
 
 
-class _Shown:
-    """Smoothed numbers."""
+@contextmanager
+def warnings_kept() -> Iterator[list[str]]:
+    """Yields the warnings of a run as they are logged, each once."""
+    kept: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if (line := record.getMessage()) not in kept:
+                kept.append(line)
+
+    keeper, log = Keeper(logging.WARNING), logging.getLogger("sparse_jax")
+    log.addHandler(keeper)
+    try:
+        yield kept
+    finally:
+        log.removeHandler(keeper)
+
+
+class _Pace:
+    """The smoothed loss, and how fast updates are when nothing compiles."""
 
     def __init__(self):
-        self.loss, self.rate = float("nan"), float("nan")
+        self.loss = self.rate = float("nan")
+        self.timed, self.seconds = 0, 0.0
 
-    def text(self, loss: float, tokens: int, seconds: float) -> str:
-        """Returns the loss, tokens per second and memory as text."""
+    def add(self, loss: float, tokens: int, seconds: float, is_compiling: bool) -> None:
+        """Takes an update into account."""
         self.loss = _smoothed(self.loss, loss)
+        if is_compiling:
+            return
         self.rate = _smoothed(self.rate, tokens / max(seconds, 1e-9))
-        memory = bytes_shown(current_bytes())
-        return f"loss {self.loss:.4f}  {self.rate:,.0f} tokens/s  {memory}"
+        self.timed, self.seconds = self.timed + 1, self.seconds + seconds
+
+    def text(self, updates_left: int) -> str:
+        """Returns loss, tokens per second, memory, and the time of what is left."""
+        words = [f"loss {self.loss:.4f}"]
+        if self.timed:
+            words.append(f"{self.rate:,.0f} tokens/s")
+        words.append(bytes_shown(current_bytes()))
+        if self.timed:
+            words.append(f"{self.seconds / self.timed * updates_left:.0f} s left")
+        return "  ".join(words)
 
 
 class _Bar:
     """Shows progress as a bar."""
 
-    def __init__(self, bar, task):
-        self.bar, self.task, self.shown = bar, task, _Shown()
+    def __init__(self, bar, task, total: int):
+        self.bar, self.task, self.total, self.pace = bar, task, total, _Pace()
 
-    def update(self, step: int, loss: float, tokens: int, seconds: float) -> None:
+    def update(
+        self, step: int, loss: float, tokens: int, seconds: float, *, is_compiling: bool
+    ) -> None:
         """Moves the bar."""
-        status = self.shown.text(loss, tokens, seconds)
+        self.pace.add(loss, tokens, seconds, is_compiling)
+        status = self.pace.text(self.total - step)
         self.bar.update(self.task, completed=step, status=status)
 
     def wait(self, text: str) -> None:
@@ -90,18 +124,17 @@ class _Lines:
     """Writes progress as lines."""
 
     def __init__(self, total: int):
-        self.total, self.shown, self.began = total, _Shown(), time.perf_counter()
+        self.total, self.pace = total, _Pace()
         self.every = max(1, min(_LINE_EVERY, total // 10))
-        self.seen = 0
 
-    def update(self, step: int, loss: float, tokens: int, seconds: float) -> None:
+    def update(
+        self, step: int, loss: float, tokens: int, seconds: float, *, is_compiling: bool
+    ) -> None:
         """Writes a line now and then."""
-        self.seen += 1
-        text = self.shown.text(loss, tokens, seconds)
+        self.pace.add(loss, tokens, seconds, is_compiling)
         if step % self.every == 0 or step == self.total:
-            pace = (time.perf_counter() - self.began) / self.seen
-            left = pace * (self.total - step)
-            _log.info("step %d/%d  %s  %.0f s left", step, self.total, text, left)
+            text = self.pace.text(self.total - step)
+            _log.info("step %d/%d  %s", step, self.total, text)
 
     def wait(self, text: str) -> None:
         """Leaves it out."""
@@ -125,7 +158,5 @@ def _bar(console):
         progress.BarColumn(bar_width=24),
         progress.MofNCompleteColumn(),
         progress.TextColumn("{task.fields[status]}"),
-        progress.TimeRemainingColumn(compact=True),
-        progress.TextColumn("left"),
         console=console,
     )
