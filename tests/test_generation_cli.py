@@ -353,9 +353,9 @@ def test_a_terminal_is_shown_no_control_characters(monkeypatch):
         def isatty(self):
             return True
 
-    text = "a\x1b[2Jb\r\x9bc\td\ne"
+    text = "a\x1b[2Jb\r\x9bc\td\ne\u200d\xa0\u3000"
     for stream, shown in (
-        (Terminal(), "a\\x1b[2Jb\\r\\x9bc\td\ne\n"),
+        (Terminal(), "a\\x1b[2Jb\\r\\x9bc\td\ne\u200d\xa0\u3000\n"),
         (io.StringIO(), text + "\n"),
     ):
         monkeypatch.setattr(sys, "stdout", stream)

@@ -250,6 +250,8 @@ def test_share_gpts_words_and_columns_are_read_alike():
     for column in ("messages", "conversations"):
         for turns in (share, [ASK, ANSWER]):
             assert read({column: turns, "system": "Brief", "tools": None}) == wanted
+    named = [{**ASK, "role": "human"}, {**ANSWER, "role": "gpt"}]
+    assert read({"messages": [SYSTEM, *named]}) == wanted
     first = {"from": "gpt", "value": "Ta.", "weight": 0}
     (chat,) = read({"conversations": [*share[:1], first, *share]})
     assert [p.text for p in chat.pieces if p.is_response] == ["Hello.<|im_end|>"]
@@ -308,6 +310,7 @@ _WRONG = [
     ),
     ([ASK, {**ANSWER, "content": [{"type": "text"}]}], "part 1 must have a column `te"),
     ([ASK, {**ANSWER, "role": 3}], "must have a text in `role`, got 3."),
+    ([{**ASK, "role": "User"}, ANSWER], "must have a role in small letters, got 'User"),
     ([ASK, {**ANSWER, "tool_calls": [CALL]}], "no `tool_calls`, which the chat templ"),
     ([ASK, {**ANSWER, "tool_calls": [{}]}], "list of functions with names in `tool_ca"),
     ([ASK, {**ANSWER, "tool_calls": "x"}], "functions with names in `tool_calls`, got"),
@@ -370,6 +373,12 @@ def test_two_answers_in_a_row_have_a_header_each():
     assert responses([ASK, ANSWER, AGAIN[1]]) == [
         ["Hello.<|im_end|>", "Ta ta.<|im_end|>"]
     ]
+
+
+def test_words_before_the_end_of_a_turn_are_learnt():
+    template = CHATML.replace("<|im_end|>", "\n--\n<|im_end|>")
+    (chat,) = render_chat([ASK, ANSWER], tokenizer_of(template), "here")
+    assert chat.pieces[1].text == "Hello.\n--\n<|im_end|>" and chat.is_ended
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "roles"])

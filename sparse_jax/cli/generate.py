@@ -1,17 +1,21 @@
 """The command `sparse-jax generate`."""
 
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 from sparse_jax.cli import options
 from sparse_jax.cli.devices import take_devices
-from sparse_jax.errors import InputError, printable
+from sparse_jax.errors import InputError
 
 if TYPE_CHECKING:
     from sparse_jax.generation.choice import Choice
     from sparse_jax.tasks.prompts import PromptTemplate
 
 __all__ = ["generate"]
+
+# All but tabs and ends of lines; joiners and spaces of other scripts are text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def generate(
@@ -69,11 +73,16 @@ def generate(
         _show(text)
 
 
+def _spelled(found: re.Match[str]) -> str:
+    """Returns a control character in visible ones."""
+    return repr(found[0])[1:-1]
+
+
 def _show(text: str) -> None:
     """Prints what a model wrote."""
     # A terminal obeys control characters; a program at the other end of a pipe gets
     # the text as it is.
-    text = printable(text) if sys.stdout.isatty() else text
+    text = _CONTROL.sub(_spelled, text) if sys.stdout.isatty() else text
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 

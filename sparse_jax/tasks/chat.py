@@ -276,8 +276,9 @@ def _kept(tail: str, tokenizer: Any) -> tuple[str, bool]:
     tokens, rest = _added_tokens(tokenizer), tail.lstrip()
     while rest.startswith(tokens):
         rest = rest[max(len(token) for token in tokens if rest.startswith(token)) :]
-    is_ended = rest != tail.lstrip()
-    return (tail[: len(tail) - len(rest)] if is_ended else tail.rstrip()), is_ended
+    if rest != tail.lstrip():
+        return tail[: len(tail) - len(rest)], True
+    return tail.rstrip(), tail.rstrip().endswith(tokens)
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ __all__ = ["Message", "Turn", "read_messages", "read_tools"]
 
 Turn = Mapping[str, Any]
 
-# Of ShareGPT's files.
+# ShareGPT's words and those of templates, which may have more.
 _ROLES = MappingProxyType(
     {
         "system": "system",
@@ -97,7 +97,11 @@ def _message(turn: Turn, place: str, *, may_train: bool) -> Message:
             f"{place} must be from {', '.join(_ROLES)}, got {brief(role)}. Write other "
             "roles as `messages`."
         )
-    role = _ROLES[role] if is_share_gpt else role
+    if role not in _ROLES and role.strip().lower() in _ROLES:
+        raise InputError(
+            f"{place} must have a role in small letters, got {brief(role)}."
+        )
+    role = _ROLES.get(role, role)
     calls = _tool_calls(turn, place)
     fields = {name: value for name, value in turn.items() if name not in _READ}
     fields |= {"role": role, "content": _content(turn, place, column, bool(calls))}

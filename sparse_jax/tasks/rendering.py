@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_jax.errors import InputError, listed, reason_of
-from sparse_jax.tasks.template_trial import MEMORY, SECONDS
+from sparse_jax.tasks.template_trial import MEMORY, OUT_OF_MEMORY, SECONDS
 
 __all__ = ["render", "require_template"]
 
@@ -115,8 +115,10 @@ def _try(
         ).returncode
     except subprocess.TimeoutExpired:
         code = -1
-    # Any code but 0 means that the process was ended, by us or by the system.
-    if code:
+    except OSError:  # there can be no more processes
+        return
+    # The system ends a process with a signal, whose code is negative.
+    if code < 0 or code == OUT_OF_MEMORY:
         raise InputError(
             f"`tokenizer` must have a chat template that needs at most {SECONDS} s and "
             f"{MEMORY >> 30} GiB for a chat, got one that needs more. Use another chat "

@@ -6,16 +6,18 @@ is run as a script, so it imports nothing of this library.
 """
 
 import json
+import math
+import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["MEMORY", "SECONDS"]
+__all__ = ["MEMORY", "OUT_OF_MEMORY", "SECONDS"]
 
 SECONDS = 2  # of the processor; templates take milliseconds
-MEMORY = 1 << 30  # bytes of addresses; the process itself has less than a tenth
-
-_OUT_OF_MEMORY = 3
+MEMORY = 1 << 30  # bytes of addresses
+OUT_OF_MEMORY = 3  # exit code
 
 
 def _bound() -> None:
@@ -24,11 +26,25 @@ def _bound() -> None:
         import resource
     except ImportError:
         return
-    for kind, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY)):
+    # What the start of Python took, with whatever it imports there, does not count.
+    seconds = math.ceil(time.process_time()) + SECONDS
+    for kind, limit in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, _addresses() + MEMORY),
+    ):
         try:
             resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
         except (ValueError, OSError):
             continue
+
+
+def _addresses() -> int:
+    """Returns the bytes of addresses that this process has, 0 if not known."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
 
 
 def _render(template: str, calls: Sequence[Mapping[str, Any]]) -> None:
@@ -66,7 +82,7 @@ def main() -> int:
     try:
         _render(wanted["template"], wanted["calls"])
     except MemoryError:
-        return _OUT_OF_MEMORY
+        return OUT_OF_MEMORY
     except Exception:
         return 0
     return 0
