@@ -249,7 +249,7 @@ def test_an_index_that_is_none_is_named(text, save):
         from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c"])
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "/x" * 4000])
 def test_what_is_no_id_is_not_asked_of_the_hub(name):
     with pytest.raises(InputError, match="which is neither. Check the spelling"):
         local_folder(name)

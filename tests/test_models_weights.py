@@ -132,6 +132,19 @@ def test_a_masked_head_that_is_not_tied_is_refused(name, decoder, kind, encoder)
     from_pretrained(path, key=jax.random.key(0))
 
 
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("llama", "model."), ("gpt2", "transformer.")]
+)
+def test_names_of_a_bare_decoder_load(family, prefix, tmp_path):
+    random_model(family, TINY if family == "llama" else SMALL_GPT2, tmp_path)
+    _, expected = from_pretrained(tmp_path, head=CausalLM)
+    rewrite(tmp_path, lambda tensors: {
+        name.removeprefix(prefix): array for name, array in tensors.items()
+    })  # fmt: skip
+    _, params = from_pretrained(tmp_path, head=CausalLM)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_names_of_a_wrapped_model_load(prefix, folder):
     _, expected = from_pretrained(folder, head=CausalLM)

@@ -114,12 +114,13 @@ def _folder(
     model: str | Path, files: Sequence[str], revision: str | None = None
 ) -> Path:
     """Returns the folder of a model that has some of its files."""
-    if Path(model).is_dir():
+    # A name that is too long for a folder makes `Path.is_dir` raise.
+    if os.path.isdir(model):
         return Path(model)
     if not _ID.fullmatch(str(model)):
         raise InputError(
             "`model` must be a local folder or the id of a model on the Hugging Face "
-            f"Hub, got {str(model)!r}, which is neither. Check the spelling."
+            f"Hub, got {brief(str(model))}, which is neither. Check the spelling."
         )
     # huggingface_hub is slow to import, so it is imported where it is used.
     from huggingface_hub import snapshot_download
@@ -131,6 +132,6 @@ def _folder(
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise InputError(
             f"`model` must be a local folder or the id of a model on the Hugging Face "
-            f"Hub, got {str(model)!r}, which is no folder and cannot be fetched: "
+            f"Hub, got {brief(str(model))}, which is no folder and cannot be fetched: "
             f"{reason}. Check the spelling and the connection."
         ) from error

@@ -119,7 +119,9 @@ def _indexed(index: Path) -> dict[str, str]:
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(files.values()))
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError
+    ) as error:  # fmt: skip
         raise InputError(
             f"`{index}` must be JSON with a `weight_map` from tensors to files: "
             f"{reason_of(error)}. Copy it again."

@@ -1,5 +1,6 @@
 """The tensors of a model's folder: which leaf each of them holds, and their values."""
 
+import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -48,7 +49,7 @@ class Weights:
     files: Mapping[str, Any]  # the name it has -> the open file
     replaced: tuple[str, ...] = ()  # leaves of the head that are of no use here
 
-    @property
+    @functools.cached_property
     def missing_head(self) -> tuple[str, ...]:
         """Leaves of the head that the folder does not have, or not for this task."""
         return tuple(
