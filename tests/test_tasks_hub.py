@@ -32,6 +32,22 @@ def test_without_data_glue_comes_from_the_hub(hub):
     assert splits.train.labels.tolist() == [1, 0]
 
 
+def test_classes_of_the_hub_have_the_numbers_of_the_task(monkeypatch):
+    names = ["contradiction", "entailment", "neutral"]
+    kinds = {"premise": "string", "hypothesis": "string"}
+    features = datasets.Features(
+        {name: datasets.Value(kind) for name, kind in kinds.items()}
+        | {"label": datasets.ClassLabel(names=names)}
+    )
+    rows = [{"premise": "A", "hypothesis": "B", "label": i} for i in (0, 1, 2, -1)]
+    split = datasets.Dataset.from_list(rows, features=features)
+    served = {"train": split, "validation": split}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: served)
+    splits = load(TASKS["mnli"], "owner/nli", drop_unlabelled=True)
+    # GLUE has entailment, neutral, contradiction.
+    assert splits.train.labels.tolist() == [2, 0, 1]
+
+
 def test_the_matched_split_of_mnli_is_validation(hub):
     row = {"premise": "A", "hypothesis": "B", "label": 2, "idx": 0}
     evaluation = {"validation_matched": [row], "validation_mismatched": [row, row]}

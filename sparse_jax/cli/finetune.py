@@ -9,7 +9,7 @@ import typer
 from sparse_jax.cli import options
 from sparse_jax.cli.devices import take_devices
 from sparse_jax.cli.given import require_used
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, printable
 
 __all__ = ["finetune"]
 
@@ -116,11 +116,20 @@ def _remedy(output: str) -> str:
     return "Continue from the last checkpoint by the same command with --resume."
 
 
+class _Printable(logging.Formatter):
+    """Lines without codes that a terminal obeys, whatever names are in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _show_log() -> None:
     """Sends the lines of the progress to standard error."""
     log = logging.getLogger("sparse_jax")
     if not log.handlers:
-        log.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Printable())
+        log.addHandler(handler)
     log.setLevel(logging.INFO)
     # absl, which comes with Orbax, gives the root logger a handler of its own.
     log.propagate = False

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from sparse_jax.errors import printable
 from sparse_jax.training.memory import bytes_shown
 from sparse_jax.training.settings import Settings
 
@@ -22,9 +22,12 @@ def print_summary(settings: Settings, metrics: Mapping[str, Any]) -> None:
     table.add_column("value", justify="right")
     for what, value in _lines(metrics):
         table.add_row(what, value)
-    console = Console(highlight=False)
+    # Brackets in the name of a folder are no markup.
+    console = Console(highlight=False, markup=False)
     console.print(table)
-    console.print(f"In {Path(settings.output)}: adapter.safetensors, metrics.json,")
+    console.print(
+        f"In {printable(settings.output)}: adapter.safetensors, metrics.json,"
+    )
     pictures = "curve.png" if settings.sampler is None else "curve.png, layers.png"
     console.print(f"metrics.jsonl (every update), {pictures}, config.json.")
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief, listed, reason_of
 from sparse_jax.models.labelled_head import order_of
 from sparse_jax.tasks.columns import Columns, read_columns
 from sparse_jax.tasks.examples import Splits
@@ -24,7 +24,7 @@ from sparse_jax.tasks.labels import (
 from sparse_jax.tasks.remarks import kind_of, oddities
 from sparse_jax.tasks.rows import SUFFIXES, Rows, read_rows
 
-__all__ = ["find_file", "load"]
+__all__ = ["find_file", "is_folder", "load"]
 
 # Earlier names win. Official folders hold both `train.tsv` and the original files of
 # MRPC; a part of the training data held out as `val` gives way to the real `dev`.
@@ -116,14 +116,32 @@ def _splits(task: Task, data: str | Path | None) -> dict[str, Callable[[], Rows]
             f"`data` must be given for the task {task.name}, got nothing. Pass a "
             "folder with the files `train.jsonl` and `validation.jsonl`."
         )
-    if data is not None and Path(data).is_dir():
+    if data is not None and is_folder(Path(data)):
         return _files(task, Path(data))
     if data is None or is_hub_name(str(data)):
         return fetch_rows(task, None if data is None else str(data))
     raise InputError(
         f"`data` must be a folder or the name of a data set on the Hugging Face Hub, "
-        f"got {str(data)!r}, and there is no such folder."
+        f"got {brief(str(data))}, and there is no such folder."
     )
+
+
+def is_folder(path: Path) -> bool:
+    """Says whether there is a folder of this name.
+
+    Raises:
+      InputError: if there may be none of this name, or its files cannot be listed.
+    """
+    try:
+        if is_there := path.is_dir():
+            next(path.iterdir(), None)
+        return is_there
+    except OSError as error:
+        raise InputError(
+            f"`data` must be a file or folder that can be read, got "
+            f"{brief(str(path))}: "
+            f"{reason_of(error)}."
+        ) from error
 
 
 def _files(task: Task, folder: Path) -> dict[str, Callable[[], Rows]]:
@@ -134,7 +152,7 @@ def _files(task: Task, folder: Path) -> dict[str, Callable[[], Rows]]:
         found = sorted(path.name for path in folder.iterdir())
         raise InputError(
             f"`{folder}` must hold a training file such as `train.tsv` or "
-            f"`train.jsonl`, got {', '.join(found[:10]) or 'an empty folder'}."
+            f"`train.jsonl`, got {listed(found) or 'an empty folder'}."
         )
     return {name: partial(read_rows, path, task) for name, path in paths.items()}
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, listed
+from sparse_jax.models.labelled_head import order_of
 from sparse_jax.tasks.glue import Task
 from sparse_jax.tasks.rows import Rows, Source
 
@@ -41,10 +42,10 @@ def fetch_rows(task: Task, name: str | None) -> dict[str, Callable[[], Rows]]:
         for theirs in (split, f"{split}_matched"):
             if theirs in splits and split not in readers:
                 source = Source(f"`{name or _GLUE}` {theirs}", "row")
-                readers[split] = partial(_rows, source, splits[theirs])
+                readers[split] = partial(_rows, source, splits[theirs], task)
     if "train" not in readers:
         raise InputError(
-            f"`{name or _GLUE}` must have a split `train`, got {', '.join(splits)}."
+            f"`{name or _GLUE}` must have a split `train`, got {listed(splits)}."
         )
     return readers
 
@@ -66,6 +67,20 @@ def _fetch(task: Task, name: str) -> Any:
         ) from error
 
 
-def _rows(source: Source, split: Iterable[dict[str, Any]]) -> Rows:
-    """Returns the rows of one split."""
-    return Rows(source, enumerate(split))
+def _rows(source: Source, split: Any, task: Task) -> Rows:
+    """Returns the rows of one split, whose classes may be numbered in another order."""
+    rows: Iterable[dict[str, Any]] = split
+    for column in task.label:
+        feature = (getattr(split, "features", None) or {}).get(column)
+        order = order_of(task.labels or (), getattr(feature, "names", None) or ())
+        if order:
+            rows = map(partial(_renumbered, column, order), rows)
+    return Rows(source, enumerate(rows))
+
+
+def _renumbered(
+    column: str, order: tuple[int, ...], row: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns a row with the number that a task gives to its class."""
+    label = row[column]
+    return {**row, column: order.index(label) if label in order else label}

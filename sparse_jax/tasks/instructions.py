@@ -4,9 +4,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.tasks.conversations import Conversation, plain_text
-from sparse_jax.tasks.files import find_file
+from sparse_jax.tasks.files import find_file, is_folder
 from sparse_jax.tasks.order import random_of
 from sparse_jax.tasks.prompts import ALPACA, PromptTemplate
 from sparse_jax.tasks.records import read_record
@@ -84,12 +84,13 @@ def data_files(data: str | Path) -> tuple[Path, Path | None]:
     The argument and the errors are those of `load_conversations`.
     """
     data = Path(data)
-    if data.is_file():
+    is_one = is_folder(data)
+    if not is_one and data.is_file():
         return data, None
-    if not data.is_dir():
+    if not is_one:
         raise InputError(
             f"`data` must be a file ({', '.join(_SUFFIXES)}) or a folder, got "
-            f"{str(data)!r}, and there is none."
+            f"{brief(str(data))}, and there is none."
         )
     train = find_file(data, ("train",), _SUFFIXES)
     validations = (find_file(data, (stem,), _SUFFIXES) for stem in _VALIDATION)
@@ -100,7 +101,7 @@ def data_files(data: str | Path) -> tuple[Path, Path | None]:
     if train is None and len(known) == 1:
         return known[0], None
     if train is None:
-        found = ", ".join(path.name for path in known[:10]) or "none of these kinds"
+        found = listed(path.name for path in known) or "none of these kinds"
         raise InputError(
             f"`{data}` must hold a file `train.jsonl`, `train.json` or `train.txt`, or "
             f"a single file, got {found}."

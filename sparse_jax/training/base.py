@@ -1,6 +1,5 @@
 """The pre-trained model that a run starts from."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sparse_jax.errors import InputError, listed
+from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf_config import FAMILIES, read_config
@@ -18,11 +17,8 @@ from sparse_jax.models.pretrained import base_hash, new_leaves
 from sparse_jax.models.pure import Head, PureModel
 from sparse_jax.sharding.devices import Devices
 from sparse_jax.sharding.loading import load_onto
-from sparse_jax.sharding.processes import is_first_process
 
 __all__ = ["Base", "label_names", "load_classifier", "load_decoder"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +84,6 @@ def _load(
     options |= {"dtype": jnp.dtype(dtype), "key": jax.random.key(seed)}
     pure, params, devices = load_onto(mesh, folder, **options)
     new = new_leaves(pure, folder, options.get("labels"))
-    if new and is_first_process():
-        _log.info("`%s`: drawn at random, %s", folder, listed(new))
     return Base(folder, base_hash(folder), pure, params, new, devices)
 
 
