@@ -198,7 +198,7 @@ def _to_tensors(adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
         found |= {f"{_ADDED}{site}/{part}": array for part, array in parts.items()}
     for name, array in found.items():
         # safetensors writes the memory of an array, whatever the strides say.
-        yield name, np.ascontiguousarray(array)
+        yield name, np.asarray(array, order="C")
 
 
 def _to_metadata(adapter: Adapter, tensors: Arrays) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from sparse_jax.adapter_file import Adapter
-from sparse_jax.adapter_method import method_of_adapter
+from sparse_jax.adapter_method import method_of_adapter, require_whole
 from sparse_jax.adapters.dora import DoRA
 from sparse_jax.adapters.ia3 import IA3
 from sparse_jax.adapters.lora import LoRA
@@ -55,8 +55,9 @@ def save_peft(folder: str | Path, adapter: Adapter, model: PureModel) -> None:
       model: model that the adapter belongs to.
 
     Raises:
-      InputError: if PEFT has no method with the same equation, saves more than what
-        was trained in full, or knows a module only as a part of a larger one.
+      InputError: if a part of the adapter is missing, or PEFT has no method with the
+        same equation, saves more than what was trained in full, or knows a module only
+        as a part of a larger one.
     """
     method = method_of_adapter(adapter)
     if adapter.support or not isinstance(method, LoRA | IA3):
@@ -66,6 +67,7 @@ def save_peft(folder: str | Path, adapter: Adapter, model: PureModel) -> None:
             "with `save_pretrained`, if the method allows it."
         )
     _require_plain_tensors(adapter, model.family)
+    require_whole(model.abstract(), adapter)
     _require_whole_modules(adapter, model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

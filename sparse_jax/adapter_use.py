@@ -13,7 +13,7 @@ import numpy as np
 from sparse_jax.adapter_file import Adapter
 from sparse_jax.adapter_method import method_of_adapter, require_whole
 from sparse_jax.entries import fetch, read_entries, write_entries
-from sparse_jax.errors import InputError, brief
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.models.hub import cached_folder, local_folder
 from sparse_jax.models.pretrained import base_config, changed_field
 from sparse_jax.models.pure import PureModel
@@ -48,10 +48,12 @@ def apply_adapter(
       new: leaves that the checkpoint of the base lacks, as from `new_leaves`.
 
     Raises:
-      InputError: if the base is another one, the method is not known, or a leaf or a
-        part of a site is missing, does not fit or does not belong there.
+      InputError: if the base is another one or has other labels, the method is not
+        known, or a leaf or a part of a site is missing, does not fit or does not
+        belong there.
     """
     require_base(adapter, base_hash, model)
+    _require_labels(adapter, model)
     require_whole(params, adapter, new=new)
     _warn_of_dtype(params, adapter)
     params, _ = swap(params, adapter)
@@ -152,6 +154,16 @@ def require_base(
             f"{brief(adapter.base_config[field])} in its configuration, got "
             f"{brief(now[field])} with the same weights. Pass the `config.json` that "
             "the adapter was trained with."
+        )
+
+
+def _require_labels(adapter: Adapter, model: PureModel | None) -> None:
+    """Raises if the outputs of a model belong to labels in another order."""
+    names = getattr(model.config, "label_names", None) if model is not None else None
+    if names and adapter.labels and tuple(names) != tuple(adapter.labels):
+        raise InputError(
+            f"`model` must have the labels of the adapter, {listed(adapter.labels)}, "
+            f"got {listed(names)}. Load it with `labels=adapter.labels`."
         )
 
 

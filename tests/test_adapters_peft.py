@@ -95,7 +95,8 @@ def test_the_config_of_lora(tmp_path):
 
 def test_dora_has_a_magnitude(tmp_path):
     adapter = lora(method="dora")
-    adapter.added["mlp/down"]["m"] = draw(L, D)
+    for parts in adapter.added.values():
+        parts["m"] = draw(L, D)
     config, tensors = saved(tmp_path, adapter)
     assert config["use_dora"]
     m = tensors[f"{LAYER}.1.output.dense.lora_magnitude_vector"]

@@ -3,8 +3,10 @@
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
@@ -23,6 +25,8 @@ from sparse_jax import (
     Adapter,
     InputError,
     LoRA,
+    Settings,
+    Sparse,
     apply_adapter,
     from_pretrained,
     load_adapter,
@@ -34,6 +38,8 @@ from sparse_jax.models.bert import BERT
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.pretrained import base_config
 from sparse_jax.models.pure import PureModel
+from sparse_jax.roles import SPARSE, map_roles
+from sparse_jax.training.trained import adapter_of
 
 MODEL = PureModel(SequenceClassifier, BERT, tiny_config("bert"))
 QUERY = "layers/attention/query/kernel"
@@ -338,6 +344,49 @@ def test_names_and_dropout_are_no_part_of_a_base():
     other = replace(MODEL, config=replace(MODEL.config, **same))
     assert base_config(other) == base_config(MODEL)
     assert base_config(other, training=True) != base_config(MODEL, training=True)
+
+
+def test_labels_in_another_order_are_told(params):
+    adapter = run_adapter(params, "lora")
+    names = lambda *labels: replace(MODEL.config, label_names=labels)
+    apply_adapter(params, adapter, model=replace(MODEL, config=names(*adapter.labels)))
+    message = "the labels of the adapter, no, maybe, yes, got yes, maybe, no"
+    with pytest.raises(InputError, match=message):
+        other = replace(MODEL, config=names("yes", "maybe", "no"))
+        apply_adapter(params, adapter, model=other)
+
+
+def test_half_an_adapter_is_not_written_for_peft(params, tmp_path):
+    adapter = without("attention/query", of="added")(run_adapter(params, "lora"))
+    with pytest.raises(InputError, match="arrays at the site `attention/query`"):
+        save_peft(tmp_path / "peft", adapter, MODEL)
+
+
+def test_a_new_leaf_is_stored_whole_however_it_is_trained(params):
+    job = SimpleNamespace(
+        method=Sparse(density=0.1, where="^classifier/"),
+        base=SimpleNamespace(new=("classifier/bias",), hash="", model=MODEL),
+        settings=Settings(model="m", task="cola", output="o"),
+        objective=SimpleNamespace(name="cola", labels=(), settings={}),
+    )
+    roles = job.method.roles(params)
+    first = lambda role, leaf: jnp.zeros(1, jnp.int32)
+    support = map_roles(first, roles, params, only=(SPARSE,))
+    state = SimpleNamespace(params=params, support=support, added={})
+    adapter = adapter_of(job, state)  # type: ignore[arg-type]
+    assert [*adapter.support] == [*adapter.values] == ["classifier/kernel"]
+    assert [*adapter.dense] == ["classifier/bias"]
+
+
+def test_a_single_number_keeps_its_shape(tmp_path):
+    save_adapter(tmp_path / "a", Adapter(dense={"scale": np.array(2, np.float32)}))
+    assert load_adapter(tmp_path / "a").dense["scale"].shape == ()
+
+
+def test_numbers_of_two_bytes_are_checked(tmp_path):
+    bad = np.array([1, np.nan], jnp.bfloat16)
+    with pytest.raises(InputError, match="got 1 of 2 that are not"):
+        save_adapter(tmp_path / "a", Adapter(dense={"w": bad}))
 
 
 def test_another_dtype_is_warned_of(params, caplog, monkeypatch):

@@ -160,14 +160,13 @@ LARGEST_BATCH = _flag(
 JSON = _option("File to write the plan to, in bytes and seconds.", "none")
 
 ADAPTER = _option("Adapter file, or the folder of a run.")
-BASE = _option("Folder or id of the base model.", "where it was trained on")
+_NAMED_BASE = "the adapter's, if it is on this machine"
+BASE = _option("Folder or id of the base model.", _NAMED_BASE)
 ADAPTER_TASK = _option("Task to evaluate on.", "the one it was trained on")
 BATCH = _option("Examples at a time.", "as in training")
 ADAPTER_LENGTH = _option("Most tokens of an example.", "as in training")
 
-DECODER = _option(
-    "Folder of a pre-trained decoder, or its id on the Hub.", "the adapter's"
-)
+DECODER = _option("Folder of a pre-trained decoder, or its id on the Hub.", _NAMED_BASE)
 PROMPT = _option("Text to continue; may be repeated.", "none", metavar="<str>")
 PROMPT_FILE = _option("File of texts to continue, one a line.", "none")
 CHAT = _flag("--chat", "Put a text as a message, in the tokenizer's chat template.")
