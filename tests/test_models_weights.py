@@ -233,7 +233,8 @@ def test_a_head_that_the_folder_lacks_is_told_and_comes_with_the_adapter(
     rewrite(model, without_head)
     settings = text_settings(model, data, tmp_path / "run", max_steps=4)
     metrics = finetune(settings)
-    assert f"newly initialized, as `{model}` lacks them: lm_head/kernel" in caplog.text
+    told = f"newly initialized, as `{model}` has none for this task: lm_head/kernel"
+    assert told in caplog.text
 
     caplog.clear()
     assert evaluate_adapter(tmp_path / "run", data=str(data)) == metrics["eval"]

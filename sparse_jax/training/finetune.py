@@ -89,7 +89,9 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Any]:
     require_agreement("model and data", same)
     if job.base.new and is_first_process():
         folder, new = job.base.folder, listed(job.base.new)
-        _log.warning("newly initialized, as `%s` lacks them: %s", folder, new)
+        _log.warning(
+            "newly initialized, as `%s` has none for this task: %s", folder, new
+        )
     directory = RunDirectory.create(settings, about)
     with closing(directory):
         if settings.resume and (metrics := directory.finished()):
