@@ -42,9 +42,11 @@ def take_devices(
     if devices is not None:
         jax.config.update("jax_num_cpu_devices", devices)
     if distributed or given != (None, None, None):
+        from sparse_jax.sharding.lost_processes import watch_processes
         from sparse_jax.sharding.processes import join_processes
 
         join_processes(coordinator, processes, process)
+        watch_processes()
     if devices is not None and jax.default_backend() != "cpu":
         raise InputError(
             f"`devices` must be left out where there are real ones, got {devices} and "

@@ -81,6 +81,7 @@ def finetune(
     # JAX takes seconds to import, and `--help` has to be quick.
     import sparse_jax
     from sparse_jax.cli.summary import print_summary
+    from sparse_jax.sharding.lost_processes import leave, lost_processes
     from sparse_jax.sharding.processes import is_first_process
 
     settings = sparse_jax.Settings(**given)
@@ -91,6 +92,11 @@ def finetune(
         code = stop.code if isinstance(stop, SystemExit) else 130
         print(f"stopped. {_remedy(output)}", file=sys.stderr)
         raise SystemExit(code) from None
+    # What JAX raises where the connection to another process breaks.
+    except RuntimeError:
+        if not (lost := lost_processes()):
+            raise
+        leave(lost)
     if is_first_process():
         print_summary(settings, metrics)
 

@@ -69,12 +69,13 @@ def _existing_part(output: str) -> Path:
     """Returns the folder itself, or the nearest above it that exists."""
     path = Path(output)
     try:
-        if output and not output.isspace():
+        # A null character is not found until the folder is made.
+        if output.strip() and "\0" not in output:
             places = (path, *path.absolute().parents)
             return next(place for place in places if place.exists())
-        reason = "no name"
-    # A name that is too long, or that has a null character.
-    except (OSError, ValueError) as error:
+        reason = "no folder can have that name"
+    # A name that is too long.
+    except OSError as error:
         reason = reason_of(error)
     raise InputError(f"`output` must name a folder, got {brief(output)}: {reason}.")
 
