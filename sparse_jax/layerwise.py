@@ -9,8 +9,9 @@ import optax
 from jax import lax
 
 from sparse_jax.adapters.tap import tap
-from sparse_jax.compact import Compact, CompactState, update_if
+from sparse_jax.compact import Compact, CompactState
 from sparse_jax.errors import InputError
+from sparse_jax.gradients import update_if
 from sparse_jax.packing import below_float32, current_values
 from sparse_jax.roles import DENSE, FROZEN, SPARSE, TRAINED, Role, map_roles
 from sparse_jax.rows import init_rows, put_rows, restart_rows, take_rows, update_rows
@@ -92,7 +93,7 @@ class Layerwise(Compact):
             )
 
     def step(
-        self, state: CompactState, batch: Any, key: jax.Array
+        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
     ) -> tuple[CompactState, dict[str, jax.Array]]:
         """Makes one update.
 
@@ -100,6 +101,7 @@ class Layerwise(Compact):
           state: with supports chosen; donate it.
           batch: whatever `loss` takes.
           key: for dropout.
+          **extra_args: of the `update` of `tx`, the same for every layer.
 
         Returns:
           The new state, and `loss`, `gradient_norm` (before clipping), `is_skipped`
@@ -132,9 +134,11 @@ class Layerwise(Compact):
                 is_new = (is_active(self.sampler, active) & ~before)[active]
                 fresh = init_rows(self._tx, values["rows"], self.sampler.num_active)
                 rows = restart_rows(is_new, fresh, rows)
-            steps, rows = update_rows(self._tx, grads["rows"], rows, values["rows"])
+            steps, rows = update_rows(
+                self._tx, grads["rows"], rows, values["rows"], **extra_args
+            )
             outside_steps, outside = self._tx.update(
-                grads["outside"], outside, values["outside"]
+                grads["outside"], outside, values["outside"], **extra_args
             )
             steps = {"rows": steps, "outside": outside_steps}
             values = optax.apply_updates(values, steps)
@@ -154,11 +158,6 @@ class Layerwise(Compact):
         state = state._replace(count=count, opt_state=opt)
         metrics = {"loss": loss, "gradient_norm": norm, "is_skipped": ~finite}
         return state, metrics | {"active": active} | self.sampler.shown(sampler.memory)
-
-    @property
-    def _tx(self) -> optax.GradientTransformationExtraArgs:
-        """The transformation of one layer."""
-        return optax.with_extra_args_support(self.tx)
 
     def _start(self, roles: Any, params: Any, leaves: Any, added: Any) -> Any:
         """Returns the state before the first update."""

@@ -17,7 +17,7 @@ from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.job import make_job
 from sparse_jax.training.loss import make_loss
 from sparse_jax.training.methods import head_rules, method_of
-from sparse_jax.training.optimizer import learning_rate_at
+from sparse_jax.training.optimizer import learning_rate_at, make_optimizer, schedule_of
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.tuner import make_tuner
 
@@ -228,7 +228,8 @@ def test_the_head_is_that_of_the_task_and_what_a_checkpoint_lacks():
 
 
 def test_the_rate_rises_for_six_percent_and_falls_to_the_end():
-    rates = [float(learning_rate_at(count, 1.0, 100)) for count in range(100)]
+    schedule = schedule_of(1.0, 100)
+    rates = [float(learning_rate_at(count, schedule)) for count in range(100)]
     assert rates[0] == pytest.approx(1 / 6)
     assert rates[5] == 1.0
     assert np.argmax(rates) == 5
@@ -239,14 +240,64 @@ def test_the_norm_of_the_gradient_is_clipped_to_one(model, data, tmp_path):
     def make(**more):
         settings = tiny_settings(model, data, tmp_path / "run", **more)
         job = make_job(settings)
-        parts = (job.method, job.sampler, job.base.devices, 10)
+        parts = (job.method, job.sampler, job.base.devices)
         return make_tuner(settings, make_loss(job.base.model), *parts)
 
     tx, params = make().tx, {"w": jnp.zeros(2)}
-    _, state = tx.update({"w": jnp.array([30.0, 40.0])}, tx.init(params), params)
+    tx, grads = optax.with_extra_args_support(tx), {"w": jnp.array([30.0, 40.0])}
+    _, state = tx.update(grads, tx.init(params), params, schedule=schedule_of(1.0, 9))
     mean = optax.tree.get(state, "mu")["w"]
     np.testing.assert_allclose(mean, [0.06, 0.08], rtol=1e-6)
     assert make(sampler="uniform").max_norm == 1.0
+
+
+@pytest.mark.parametrize("sampler", [None, "uniform"])
+def test_a_sweep_over_rates_and_lengths_compiles_once(model, data, tmp_path, sampler):
+    def program(rate, updates):
+        settings = tiny_settings(
+            model, data, tmp_path / "run", learning_rate=rate, method="bitfit",
+            sampler=sampler,
+        )  # fmt: skip
+        job = make_job(settings)
+        devices, loss = job.base.devices, make_loss(job.base.model)
+        tuner = make_tuner(settings, loss, job.method, job.sampler, devices)
+        key, schedule = jax.random.key(0), schedule_of(rate, updates)
+        state = jax.eval_shape(tuner.init, job.base.params, key)
+        batch = next(iter(job.feed.train(0)))
+        step = jax.jit(tuner.step, donate_argnums=0)
+        return step.lower(state, batch, key, schedule=schedule).as_text()
+
+    first = program(1e-3, 10)
+    assert "tensor<f32>" in first
+    assert first == program(2e-3, 10) == program(1e-3, 1000)
+
+
+def test_a_schedule_that_is_passed_gives_the_bits_of_one_that_is_compiled_in():
+    def rate(count, peak=1e-2, updates=50, warm_up=3):
+        count = count.astype(jnp.float32)
+        fall = (updates - count) / (updates - warm_up + 1)
+        return peak * jnp.minimum((count + 1) / warm_up, fall)
+
+    params, schedule = {"w": jnp.linspace(-1, 1, 7)}, schedule_of(1e-2, 50)
+    known = optax.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+    ours, ends = make_optimizer(), []
+    # Checkpoints of before have this structure.
+    assert jax.tree.structure(ours.init(params)) == jax.tree.structure(
+        known.init(params)
+    )
+    for tx, extra in ((known, {}), (ours, {"schedule": schedule})):
+
+        @jax.jit
+        def step(params, state, extra, tx=tx):
+            grads = jax.tree.map(jnp.sin, params)
+            updates, state = tx.update(grads, state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        now, state = params, tx.init(params)
+        for _ in range(50):
+            now, state = step(now, state, extra)
+        ends.append(jax.tree.map(np.asarray, (now, state)))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 def test_a_filler_row_has_no_loss():

@@ -23,15 +23,13 @@ from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.loss import make_loss
 from sparse_jax.training.methods import head_rules, method_of
+from sparse_jax.training.optimizer import Schedule
 from sparse_jax.training.sampling import sampler_of
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.token_loss import make_token_loss
 from sparse_jax.training.tuner import make_tuner
 
 __all__ = ["AbstractRun", "abstract_run", "read_model"]
-
-# Of the schedule; no shape depends on it.
-_UPDATES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +43,7 @@ class AbstractRun:
     state: CompactState
     batch: Any
     key: Any
+    schedule: Schedule
     head: Sequence[str]  # rules of the leaves that counts leave out
 
 
@@ -97,12 +96,16 @@ def abstract_run(
     placement.require_batch(settings.batch_size, settings.accumulate)
     where = MeshDevices(placement)
     loss = _loss(model, settings)
-    tuner = make_tuner(settings, loss, method, sampler, where, _UPDATES)
+    tuner = make_tuner(settings, loss, method, sampler, where)
     runner = MeshRunner(tuner, placement)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = runner.abstract(params, key)
     batch = _batch(model, settings, length, placement)
-    return AbstractRun(settings, tuner, runner, placement, state, batch, key, head)
+    number = jax.ShapeDtypeStruct((), np.float32)
+    schedule = Schedule(number, number, number, number)
+    return AbstractRun(
+        settings, tuner, runner, placement, state, batch, key, schedule, head
+    )
 
 
 def _loss(model: PureModel, settings: Settings) -> Loss:

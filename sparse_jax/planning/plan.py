@@ -110,7 +110,8 @@ def make_plan(
     state = run.state
     counts = count_trained(run.tuner.method, state.params, state.added, run.head)
     with jax.set_mesh(run.placement.mesh):
-        flops = count_flops(run.tuner.step, run.state, run.batch, run.key)
+        step = lambda *args: run.tuner.step(*args[:3], schedule=args[3])
+        flops = count_flops(step, run.state, run.batch, run.key, run.schedule)
     plan = Plan(
         method=f"{settings.method}{sampler}",
         trained=counts.trained,
@@ -170,7 +171,7 @@ def with_largest_batch(
 
 def _compiled(plan: Plan, run: AbstractRun, chip: Chip | None) -> Plan:
     """Returns a plan with what the compiler says."""
-    lowered = run.runner.lower(run.state, run.batch, run.key)
+    lowered = run.runner.lower(run.state, run.batch, run.key, schedule=run.schedule)
     try:
         with warnings.catch_warnings():
             # A cache of compiled programs holds none for devices that are absent.

@@ -38,9 +38,9 @@ class Runner(Protocol):
         ...
 
     def step(
-        self, state: CompactState, batch: Any, key: jax.Array
+        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
     ) -> tuple[CompactState, dict[str, jax.Array]]:
-        """Makes one update."""
+        """Makes one update; extra arguments are those of the optimiser."""
         ...
 
 
@@ -110,11 +110,11 @@ class MeshRunner:
         return self._begin(state, support, needed), True
 
     def step(
-        self, state: CompactState, batch: Any, key: jax.Array
+        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
     ) -> tuple[CompactState, dict[str, jax.Array]]:
-        """Makes one update."""
-        shardings = lambda out: (self.placement.state(out[0]), self._whole(out[1]))
-        return self._run(self.tuner.step, shardings, (0,), state, batch, key)
+        """Makes one update; extra arguments are those of the optimiser."""
+        args = (state, batch, key, extra_args)
+        return self._run(self._step, self._after_step, (0,), *args)
 
     def abstract(self, params: Any, key: Any) -> CompactState:
         """Returns the shapes of the state, as of `init`, and where they lie."""
@@ -124,12 +124,22 @@ class MeshRunner:
             shapes = jax.eval_shape(init, params, key)
         return jax.tree.map(_placed, shapes, self.placement.state(shapes))
 
-    def lower(self, state: CompactState, batch: Any, key: Any) -> jax.stages.Lowered:
+    def lower(
+        self, state: CompactState, batch: Any, key: Any, **extra_args: Any
+    ) -> jax.stages.Lowered:
         """Returns the program of `step` for shapes, for devices that may be absent."""
-        shardings = lambda out: (self.placement.state(out[0]), self._whole(out[1]))
-        args = (state, batch, key)
+        args = (state, batch, key, extra_args)
         with jax.set_mesh(self._mesh):
-            return self._compile(self.tuner.step, shardings, (0,), args).lower(*args)
+            step = self._compile(self._step, self._after_step, (0,), args)
+            return step.lower(*args)
+
+    def _step(self, state: CompactState, batch: Any, key: Any, extra_args: Any) -> Any:
+        """Makes one update."""
+        return self.tuner.step(state, batch, key, **extra_args)
+
+    def _after_step(self, out: Any) -> Any:
+        """Returns where a state and metrics lie."""
+        return self.placement.state(out[0]), self._whole(out[1])
 
     def _init(
         self, params: Any, key: jax.Array, slots: Mapping[str, int]

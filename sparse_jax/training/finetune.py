@@ -34,7 +34,7 @@ from sparse_jax.training.layer_map import draw_layers
 from sparse_jax.training.loop import Loop
 from sparse_jax.training.memory import bytes_shown, peak_bytes
 from sparse_jax.training.objective import flattened
-from sparse_jax.training.optimizer import learning_rate_at
+from sparse_jax.training.optimizer import schedule_of
 from sparse_jax.training.outcome import outcome_warnings, require_finite
 from sparse_jax.training.output_folder import CURVE, LAYERS, require_usable
 from sparse_jax.training.progress import Progress, show_progress, warnings_kept
@@ -103,7 +103,7 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Any]:
 def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Any]:
     """Trains, from the last checkpoint if there is one, and returns the metrics."""
     total = _total(job)
-    tuner = _tuner(job, total)
+    tuner = _tuner(job)
     checkpoints = Checkpoints(directory, tuner, job.base.devices, job.settings.keep)
     runner = job.base.devices.runner(tuner)
     state = runner.init(job.base.params, jax.random.key(job.settings.seed))
@@ -144,11 +144,11 @@ def _total(job: Job) -> int:
     return min(batches, job.settings.max_steps or batches)
 
 
-def _tuner(job: Job, total: int) -> Compact:
+def _tuner(job: Job) -> Compact:
     """Returns what makes the updates of a job."""
     checkpointing, devices = job.settings.checkpointing, job.base.devices
     loss = job.objective.make_loss(job.base.model, checkpointing=checkpointing)
-    return make_tuner(job.settings, loss, job.method, job.sampler, devices, total)
+    return make_tuner(job.settings, loss, job.method, job.sampler, devices)
 
 
 def _judge(
@@ -172,14 +172,14 @@ def _loop(
     signals: StopSignals,
 ) -> Loop:
     """Returns the loop of a job."""
-    settings, peak = job.settings, job.settings.resolved_learning_rate
+    settings = job.settings
     return Loop(
         runner=runner,
         put=lambda batch: job.base.devices.put(batch, settings.accumulate),
         feed=job.feed,
         seed=settings.seed,
         total=total,
-        rate=lambda count: float(learning_rate_at(count, peak, total)),
+        schedule=schedule_of(settings.resolved_learning_rate, total),
         evaluate=evaluate,
         save_every=settings.save_every,
         directory=directory,

@@ -18,6 +18,7 @@ from sparse_jax.tasks.batches import Batch
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.history import skipped_at_end
+from sparse_jax.training.optimizer import Schedule, learning_rate_at
 from sparse_jax.training.progress import Progress
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.signals import StopSignals
@@ -44,7 +45,7 @@ class Loop:
       feed: the batches.
       seed: of dropout and of random supports.
       total: batches of the run.
-      rate: number of updates -> learning rate, for the rows.
+      schedule: of the learning rate.
       evaluate: state -> metrics of every split.
       save_every: batches between two checkpoints, beside the end of every epoch.
       signals: ask to stop.
@@ -55,7 +56,7 @@ class Loop:
     feed: Feed
     seed: int
     total: int
-    rate: Callable[[int], float]
+    schedule: Schedule
     evaluate: Callable[[CompactState], dict[str, dict[str, float]]]
     save_every: int
     directory: RunDirectory
@@ -126,7 +127,9 @@ class Loop:
                 return state, self._skip(at, "the gradient to select by")
         is_first = self._is_first(batch)
         began = time.perf_counter()
-        state, metrics = self.runner.step(state, self.put(batch), key)
+        state, metrics = self.runner.step(
+            state, self.put(batch), key, schedule=self.schedule
+        )
         if metrics.pop("is_skipped"):
             loss, norm = (float(metrics[name]) for name in ("loss", "gradient_norm"))
             return state, self._skip(
@@ -135,7 +138,7 @@ class Loop:
         metrics = self._news(metrics)
         seconds = time.perf_counter() - began
         tokens = int(np.sum(batch["attention_mask"]))
-        rate = self.rate(step - 1 - at.skipped)
+        rate = float(learning_rate_at(step - 1 - at.skipped, self.schedule))
         self.directory.add_row(
             {"step": step, **metrics, "learning_rate": rate, "tokens": tokens,
              "seconds": seconds, "is_compiling": is_first}

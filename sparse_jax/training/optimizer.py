@@ -1,18 +1,49 @@
 """The optimiser of every run: AdamW, warm-up and linear decay, a clipped norm."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-__all__ = ["MAX_NORM", "learning_rate_at", "make_optimizer"]
+__all__ = ["MAX_NORM", "Schedule", "learning_rate_at", "make_optimizer", "schedule_of"]
 
 WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 MAX_NORM = 1.0  # global norm of the gradient of the trained values
 
 
-def learning_rate_at(
-    count: jax.typing.ArrayLike, peak: float, updates: int
-) -> jax.Array:
+class Schedule(NamedTuple):
+    """The numbers of a schedule, float32: arguments of the compiled update.
+
+    As constants of the program they would make it another one for every learning rate.
+    """
+
+    peak: Any
+    updates: Any
+    rise: Any  # 1 / updates of the warm-up
+    fall: Any  # 1 / (updates after it + 1)
+
+
+def schedule_of(peak: float, updates: int) -> Schedule:
+    """Returns the schedule of a run.
+
+    Args:
+      peak: the largest rate, reached after 6 % of the updates.
+      updates: updates of the whole run.
+    """
+    warm_up = max(1, round(WARM_UP * updates))
+    one = np.float32(1)
+    return Schedule(
+        peak=np.float32(peak),
+        updates=np.float32(updates),
+        # Compilers multiply by the inverse of a constant, and so gives the same bits.
+        rise=one / np.float32(warm_up),
+        fall=one / np.float32(updates - warm_up + 1),
+    )
+
+
+def learning_rate_at(count: jax.typing.ArrayLike, schedule: Schedule) -> jax.Array:
     """Returns the learning rate of an update.
 
         peak * min((count + 1) / warm_up, (updates - count) / (updates - warm_up + 1))
@@ -21,20 +52,49 @@ def learning_rate_at(
 
     Args:
       count: updates made before.
-      peak: the largest rate, reached after 6 % of the updates.
-      updates: updates of the whole run.
+      schedule: as from `schedule_of`.
 
     Example:
-      >>> [round(float(learning_rate_at(count, 1.0, 4)), 2) for count in range(4)]
+      >>> schedule = schedule_of(1.0, 4)
+      >>> [round(float(learning_rate_at(count, schedule)), 2) for count in range(4)]
       [1.0, 0.75, 0.5, 0.25]
     """
-    warm_up = max(1, round(WARM_UP * updates))
     count = jnp.asarray(count, jnp.float32)
-    rise = (count + 1) / warm_up
-    return peak * jnp.minimum(rise, (updates - count) / (updates - warm_up + 1))
+    rise = (count + 1) * schedule.rise
+    return schedule.peak * jnp.minimum(rise, (schedule.updates - count) * schedule.fall)
 
 
-def make_optimizer(peak: float, updates: int) -> optax.GradientTransformation:
-    """Returns the optimiser of a run of so many updates, which does not clip."""
-    schedule = lambda count: learning_rate_at(count, peak, updates)
-    return optax.adamw(schedule, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+def make_optimizer() -> optax.GradientTransformationExtraArgs:
+    """Returns the optimiser of a run, which does not clip.
+
+    Its `update` takes the `schedule` as an extra argument.
+    """
+    scale: Any = _scale
+    return optax.chain(
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+        # Decays nothing; checkpoints have its place in the state.
+        optax.add_decayed_weights(0.0),
+        optax.GradientTransformationExtraArgs(_start, scale),
+    )
+
+
+def _start(params: Any) -> optax.ScaleByScheduleState:
+    """Returns the state of `_scale`."""
+    del params
+    return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+
+def _scale(
+    updates: Any,
+    state: optax.ScaleByScheduleState,
+    params: Any = None,
+    *,
+    schedule: Schedule,
+    **extra_args: Any,
+) -> tuple[Any, optax.ScaleByScheduleState]:
+    """Returns steps against the updates, of the length that the schedule says."""
+    del params, extra_args
+    rate = -learning_rate_at(state.count, schedule)
+    steps = jax.tree.map(lambda update: rate.astype(update.dtype) * update, updates)
+    count: Any = optax.safe_increment(state.count)
+    return steps, optax.ScaleByScheduleState(count=count)

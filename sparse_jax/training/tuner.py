@@ -22,9 +22,8 @@ def make_tuner(
     method: Method,
     sampler: Sampler | None,
     devices: Devices,
-    total: int,
 ) -> Compact:
-    """Returns what makes the updates of a run.
+    """Returns what makes the updates of a run; its steps take the `schedule`.
 
     Args:
       settings: of the run.
@@ -32,9 +31,8 @@ def make_tuner(
       method: what it trains.
       sampler: of the layers; None trains all of them at every update.
       devices: where it takes place.
-      total: its updates.
     """
-    tx = make_optimizer(settings.resolved_learning_rate, total)
+    tx = make_optimizer()
     placed: dict[str, Any] = {
         "cuts": devices.cuts(method.stack),
         "data_axes": devices.data_axes,
