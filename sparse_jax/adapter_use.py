@@ -13,7 +13,7 @@ import numpy as np
 from sparse_jax.adapter_file import Adapter
 from sparse_jax.adapter_method import method_of_adapter, require_whole
 from sparse_jax.entries import fetch, read_entries, write_entries
-from sparse_jax.errors import InputError, brief, listed
+from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.models.hub import cached_folder, local_folder
 from sparse_jax.models.pretrained import base_config, changed_field
 from sparse_jax.models.pure import PureModel
@@ -23,6 +23,8 @@ from sparse_jax.sites import Attachment
 __all__ = ["apply_adapter", "base_folder", "merge_adapter", "require_base", "swap"]
 
 _log = logging.getLogger(__name__)
+
+_LONGEST = 200  # characters of a name that are shown
 
 
 def apply_adapter(
@@ -127,7 +129,8 @@ def base_folder(adapter: Adapter, model: str | Path | None) -> Path:
     """
     if model is not None:
         return local_folder(model)
-    _log.warning("the adapter names the base model %s", brief(adapter.base_model))
+    named = printable(adapter.base_model)[:_LONGEST]
+    _log.warning("the adapter names the base model `%s`", named)
     return cached_folder(adapter.base_model)
 
 

@@ -1,6 +1,7 @@
 """Every method that adds arrays can be run, and its adapter repeats the metrics."""
 
 import json
+import logging
 import sys
 
 import pytest
@@ -40,7 +41,9 @@ def command(monkeypatch, *words):
 
 
 @pytest.mark.parametrize("method", RUNS)
-def test_a_run_and_the_evaluation_of_its_adapter(place, monkeypatch, capsys, method):
+def test_a_run_and_the_evaluation_of_its_adapter(
+    place, monkeypatch, capsys, caplog, method
+):
     options, count = RUNS[method]
     run = place / method
     code = command(
@@ -53,7 +56,11 @@ def test_a_run_and_the_evaluation_of_its_adapter(place, monkeypatch, capsys, met
     assert metrics["trained_parameters_without_head"] == count
     assert load_adapter(run).entries == count + HEAD
     capsys.readouterr()
+    # `finetune` sends its lines to standard error alone.
+    monkeypatch.setattr(logging.getLogger("sparse_jax"), "propagate", True)
     code = command(
         monkeypatch, "evaluate", "--adapter", run, "--data", place / "data"
     )  # fmt: skip
     assert (code, json.loads(capsys.readouterr().out)) == (0, metrics["eval"])
+    assert "evaluates on 13 examples of validation" in caplog.messages
+    assert f"the adapter names the base model `{place}/model`" in caplog.messages

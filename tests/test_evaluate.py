@@ -198,7 +198,7 @@ def test_the_base_that_a_file_names_is_told_and_never_fetched(
                      lambda: load_writer(None, path)):  # fmt: skip
             with pytest.raises(InputError, match="`model` must be given"):
                 load()
-    assert "the adapter names the base model 'owner/strange'" in told()
+    assert "the adapter names the base model `owner/strange`" in told()
     save_adapter(path, replace(adapter, base_model="owner/known"))
     metrics = json.loads((place / "file" / "metrics.json").read_text())
     assert evaluate_adapter(path, data=data) == metrics["eval"]
