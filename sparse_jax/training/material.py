@@ -118,8 +118,9 @@ def _labelled(
     )
     if adapter is not None:
         sizes = {name: size for name, size in feed.sizes.items() if name != "train"}
-        parts = [f"{size} examples of {name}" for name, size in sizes.items()]
-        _log.warning("evaluates on %s", " and ".join(parts))
+        parts = [f"{size} examples in {name}" for name, size in sizes.items()]
+        place = "GLUE of the Hub" if settings.data is None else f"`{settings.data}`"
+        _log.warning("evaluates on %s of %s", " and ".join(parts), place)
     kept = {
         "max_length": feed.max_length,
         "tokenizer_hash": tokenizer_digest(tokenizer),
