@@ -67,7 +67,9 @@ _RULES = {
         lambda value: type(value) is int and 0 <= value < 1 << 32, ("seed",),
     ),
     f"one of {', '.join(_DTYPES)}": (lambda value: value in _DTYPES, ("dtype",)),
-    "true or false": (lambda value: type(value) is bool, ("rslora", "packing")),
+    "true or false": (
+        lambda value: type(value) is bool, ("rslora", "packing", "drop_unlabelled"),
+    ),
     "a regular expression, or a list of them": (_is_rule, ("where", "dense")),
     "text": (
         lambda value: isinstance(value, str),
