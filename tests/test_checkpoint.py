@@ -19,6 +19,7 @@ from sparse_jax import finetune
 from sparse_jax.adapter_file import load_adapter
 from sparse_jax.errors import InputError
 from sparse_jax.training.checkpoint import Checkpoints
+from sparse_jax.training.checkpoint_file import write_parts
 from sparse_jax.training.loop import Loop
 from sparse_jax.training.signals import stop_signals
 
@@ -213,6 +214,27 @@ def test_a_run_without_a_checkpoint_that_can_be_read_is_refused(
         truncate(path)
     with pytest.raises(InputError, match="must have a checkpoint that can be read"):
         finetune(replace(settings, resume=True))
+
+
+def test_a_disk_without_space_loses_no_run(files, whole, tmp_path, monkeypatch, caplog):
+    """Checkpoints fail from the second on, also the one after a signal."""
+    settings = sift_settings(files, tmp_path / "run")
+
+    def full(folder, *args):
+        if folder.name != "1":
+            raise OSError(28, "No space left on device")
+        write_parts(folder, *args)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr("sparse_jax.training.checkpoint.write_parts", full)
+        signal_at(monkeypatch, settings, 2, signal.SIGTERM, SystemExit)
+        assert steps_of(tmp_path / "run") == [1]
+        finetune(replace(settings, resume=True))
+    reports = [line for line in caplog.messages if "could not be written" in line]
+    assert len(reports) == 2 + 3
+    assert "([Errno 28] No space left on device); the run goes on" in reports[0]
+    assert "--resume" in reports[0]
+    assert same_bytes(whole, tmp_path / "run")
 
 
 MESHES = {
