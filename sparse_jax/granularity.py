@@ -112,7 +112,7 @@ class Entry(Granularity):
         args = (score, gradient, param, k, key)
         if cut is None:
             support = select(*args, stacked=stacked)
-            return support, jnp.full(support.shape[:-1], k)
+            return support, jnp.full(support.shape[:-1], k, jnp.int32)
         tables, count = select_tables(*args, cut=cut, capacity=slots, stacked=stacked)
         return LocalSupport(tables, cut), count
 
@@ -173,7 +173,7 @@ class Lane(Granularity):
         size = math.prod(param.shape[int(stacked) :])
         args = (score, gradient, param, k * GROUP // size, key)
         support = select_lanes(*args, cut=cut, stacked=stacked)
-        return support, jnp.full(support.shape[:-1], support.shape[-1])
+        return support, jnp.full(support.shape[:-1], support.shape[-1], jnp.int32)
 
     def restored(self, positions: jax.Array, cut: Cut | None) -> Support:
         """Returns rows of groups."""

@@ -338,4 +338,4 @@ def _row_norms(rows: Any, num_rows: int) -> jax.Array:
         jnp.sum(jnp.square(leaf).reshape(num_rows, -1), axis=1)
         for leaf in jax.tree.leaves(rows)
     ]
-    return jnp.sqrt(sum(squares, jnp.zeros(num_rows)))
+    return jnp.sqrt(sum(squares, jnp.zeros(num_rows, jnp.float32)))

@@ -2,6 +2,7 @@
 
 A packed tree has the structure of the parameters: float32 values at the support of a
 sparse leaf, the whole array of a dense leaf, `optax.MaskedNode()` for a frozen one.
+Only values of float64 leaves are float64.
 """
 
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "keep_masters",
     "pack",
     "unpack",
+    "value_dtype",
     "zeros_like",
 ]
 
@@ -28,12 +30,17 @@ def below_float32(leaf: Any) -> bool:
     return jnp.dtype(leaf.dtype).itemsize < 4
 
 
+def value_dtype(leaf: Any) -> Any:
+    """Returns the dtype of the trained values of a leaf: float32, or its float64."""
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
 def pack(roles: Any, support: Any, tree: Any) -> Any:
-    """Returns the trained values of a tree shaped like the parameters, in float32."""
+    """Returns the trained values of a tree shaped like the parameters."""
 
     def pack_leaf(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
         values = gather(leaf, support) if role.kind == SPARSE else leaf
-        return values.astype(jnp.float32)
+        return values.astype(value_dtype(leaf))
 
     return map_roles(pack_leaf, roles, tree, support, only=TRAINED)
 

@@ -60,7 +60,7 @@ def gradient_over_magnitude(
 def random(gradient: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
     """Scores uniformly at random: the baseline every other score has to beat."""
     del gradient
-    return jax.random.uniform(key, param.shape)
+    return jax.random.uniform(key, param.shape, jnp.float32)
 
 
 # The words of the public interface.

@@ -49,7 +49,7 @@ def top_k_support(x: jax.Array, k: int) -> jax.Array:
     The result equals `sort(top_k(|x.ravel()|, k).indices)` bit for bit: equal
     magnitudes go to the lower position. NaN and infinity rank below zero, so they are
     chosen only where fewer than `k` entries are finite. Magnitudes are compared in
-    float32, which is exact for float16, bfloat16 and float32.
+    float32, which is exact for float16, bfloat16 and float32; float64 is rounded.
 
     Args:
       x: array of any shape with at most 2**31 - 1 entries.
@@ -93,7 +93,7 @@ def count_from(x: jax.Array, key: jax.Array) -> jax.Array:
         x,
         key,
         cpu=lambda x, key: jnp.sum(
-            _population(bits_of((key_of(x) >= key).reshape(-1)))
+            _population(bits_of((key_of(x) >= key).reshape(-1))), dtype=jnp.int32
         ),
         default=lambda x, key: jnp.sum(key_of(x) >= key, dtype=jnp.int32),
     )
@@ -167,7 +167,7 @@ def _chosen_words(x: jax.Array, k: int) -> jax.Array:
 def _lowest_bits(words: jax.Array, wanted: jax.Array) -> jax.Array:
     """Keeps the first `wanted` bits set in a sequence of words."""
     count = _population(words)
-    before = jnp.cumsum(count) - count
+    before = jnp.cumsum(count, dtype=jnp.int32) - count
     take = jnp.clip(wanted - before, 0, count)
     cut = _bit_position(words, take).astype(jnp.uint32)
     below = (jnp.uint32(1) << cut) - jnp.uint32(1)
@@ -190,7 +190,7 @@ def _bit_position(words: jax.Array, rank: jax.Array) -> jax.Array:
 def positions_of(words: jax.Array, k: int) -> jax.Array:
     """Returns the positions of the k bits set in a sequence of words."""
     count = _population(words)
-    start = jnp.cumsum(count) - count
+    start = jnp.cumsum(count, dtype=jnp.int32) - count
     # Every non-empty word writes its number where its first bit goes; a running
     # maximum then tells each of the k slots which word it belongs to.
     slot = jnp.where(count > 0, start, k)

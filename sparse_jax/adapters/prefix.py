@@ -62,7 +62,8 @@ class Prefix(Method):
 
         def draw(part: str) -> jax.Array:
             shape = (layers, self.length, width)
-            return _DEVIATION * jax.random.normal(leaf_key(key, part), shape)
+            draw_key = leaf_key(key, part)
+            return _DEVIATION * jax.random.normal(draw_key, shape, jnp.float32)
 
         return {MEMORY: {"keys": draw("keys"), "values": draw("values")}}
 

@@ -17,5 +17,5 @@ def uniform(key: jax.Array, name: str, shape: tuple[int, int, int]) -> jax.Array
       >>> bool(jnp.abs(uniform(jax.random.key(0), "mlp/up", (2, 4, 3))).max() <= 0.5)
       True
     """
-    draw = jax.random.uniform(leaf_key(key, name), shape, minval=-1.0, maxval=1.0)
+    draw = jax.random.uniform(leaf_key(key, name), shape, jnp.float32, -1.0, 1.0)
     return draw / jnp.sqrt(jnp.float32(shape[1]))

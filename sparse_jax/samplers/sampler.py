@@ -173,7 +173,7 @@ def draw_layers(key: jax.Array, log_weights: jax.Array, num: int) -> jax.Array:
       >>> draw_layers(jax.random.key(0), jnp.log(jnp.array([1.0, 0.0, 1.0])), 2)
       Array([0, 2], dtype=int32)
     """
-    noise = jax.random.gumbel(key, log_weights.shape)
+    noise = jax.random.gumbel(key, log_weights.shape, log_weights.dtype)
     return jnp.sort(jax.lax.top_k(log_weights + noise, num)[1])
 
 

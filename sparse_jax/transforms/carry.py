@@ -98,7 +98,7 @@ def _find_rows(old: jax.Array, new: jax.Array) -> _Origin:
 
     def look(i: jax.Array, place: jax.Array) -> jax.Array:
         one = jax.lax.dynamic_index_in_dim(old, i, axis)
-        return jnp.where(new == one, i, place)
+        return jnp.where(new == one, jnp.int32(i), place)
 
     nowhere = jnp.full(new.shape, -1, jnp.int32)
     place = jax.lax.fori_loop(0, old.shape[axis], look, nowhere)

@@ -17,6 +17,7 @@ from sparse_jax.packing import (
     keep_masters,
     pack,
     unpack,
+    value_dtype,
     zeros_like,
 )
 from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
@@ -169,13 +170,13 @@ def sift(
 
         def packed(role: Role, leaf: Any, support: Any) -> jax.Array:
             if role.kind == DENSE:
-                return jnp.zeros_like(leaf, jnp.float32)
-            return jnp.zeros(support.shape, jnp.float32)
+                return jnp.zeros_like(leaf, value_dtype(leaf))
+            return jnp.zeros(support.shape, value_dtype(leaf))
 
         def sums(role: Role, leaf: Any) -> Any:
             if select_from == 1:
                 return optax.MaskedNode()
-            return jnp.zeros_like(leaf, jnp.float32)
+            return jnp.zeros_like(leaf, value_dtype(leaf))
 
         support = map_roles(empty, roles, params, only=(SPARSE,))
         # Only shapes matter here, the values come with the first selection: `init`
@@ -327,7 +328,7 @@ def _sum(roles: Any, summed: Any, updates: optax.Updates, collecting: Any) -> An
     """Adds this gradient to the sums while a selection is being prepared."""
     if not jax.tree.leaves(summed):
         return summed
-    add = lambda role, total, leaf: total + leaf.astype(jnp.float32)
+    add = lambda role, total, leaf: total + leaf.astype(total.dtype)
     added = lambda: map_roles(add, roles, summed, updates, only=(SPARSE,))
     return lax.cond(collecting, added, lambda: summed)
 
