@@ -46,5 +46,6 @@ from .training.finetune import finetune as finetune
 from .training.settings import Settings as Settings
 from .transforms.ist import IstState as IstState
 from .transforms.ist import ist as ist
+from .transforms.ist import ist_value_fn as ist_value_fn
 from .transforms.sift import SiftState as SiftState
 from .transforms.sift import sift as sift

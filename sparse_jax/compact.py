@@ -17,13 +17,27 @@ from sparse_jax.adapters.tap import (
     support_of,
     tap,
 )
+from sparse_jax.arguments import require_count, require_key, require_transformation
+from sparse_jax.errors import InputError
 from sparse_jax.gradients import summed_gradients, update_if
 from sparse_jax.local_support import Cut
-from sparse_jax.packing import current_values, keep_masters, pack
-from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles
+from sparse_jax.packing import (
+    current_values,
+    keep_masters,
+    pack,
+    route,
+    write_back,
+)
+from sparse_jax.roles import SPARSE, TRAINED, Role, map_roles
 from sparse_jax.scores import leaf_key
 from sparse_jax.sites import Attachment
-from sparse_jax.support import Support, scatter
+from sparse_jax.support import Support
+from sparse_jax.tuner_checks import (
+    require_groups,
+    require_loss,
+    require_state,
+    sums_of,
+)
 
 __all__ = ["Compact", "CompactState", "Loss"]
 
@@ -43,6 +57,12 @@ class CompactState(NamedTuple):
     masters: Any  # trained leaves below float32: their float32 values
     added: Any  # arrays that the method adds, float32
     opt_state: optax.OptState  # of the trained values
+
+
+class UnselectedState(CompactState):
+    """A state whose supports hold nothing, which no step takes."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,16 @@ class Compact:
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     data_axes: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        require_loss(self.loss)
+        if not isinstance(self.method, Method):
+            raise InputError(
+                f"`method` must be a `Method`, got {self.method!r}. Pass one that is "
+                "made, such as `Sparse(density=0.01)`."
+            )
+        require_transformation("tx", self.tx)
+        require_count("accumulate", self.accumulate)
+
     def init(
         self, params: Any, key: jax.Array, capacity: Mapping[str, int] | None = None
     ) -> CompactState:
@@ -96,7 +126,11 @@ class Compact:
           params: parameters of the model.
           key: of the arrays that the method adds.
           capacity: slots of every shard of a leaf that is cut over a mesh, by name.
+
+        Raises:
+          InputError: if the method does not fit the parameters.
         """
+        require_key("key", key)
         roles = self.method.roles(params)
 
         def support(role: Role, leaf: Any) -> Support:
@@ -105,7 +139,8 @@ class Compact:
             return self.method.unit.empty(role, leaf.shape, k, cut, slots)
 
         empty = map_roles(support, roles, params, only=(SPARSE,))
-        return self.begin(params, empty, self.method.added(params, key))
+        state = self.begin(params, empty, self.method.added(params, key))
+        return UnselectedState(*state) if jax.tree.leaves(empty) else state
 
     def select(
         self, state: CompactState, batch: Any, key: jax.Array
@@ -126,9 +161,8 @@ class Compact:
         chosen = self.begin(state.params, support, state.added)
         # The parameters are the same in both, and must not be copied.
         pick = lambda new, old: jnp.where(finite, new, old)
-        small = jax.tree.map(
-            pick, chosen._replace(params=()), state._replace(params=())
-        )
+        before = CompactState(*state)._replace(params=())
+        small = jax.tree.map(pick, chosen._replace(params=()), before)
         return small._replace(params=state.params), finite
 
     def choose(
@@ -144,6 +178,7 @@ class Compact:
           the slots of a table, the support lacks entries.
         """
         roles = self.method.roles(state.params)
+        require_groups(batch, self.accumulate)
         if not self.method.needs_gradient:
             support, counts = self._choose_by_weight(roles, state, key)
             return support, jnp.array(True), counts
@@ -167,7 +202,12 @@ class Compact:
           The new state, and `loss`, `gradient_norm` of the trained values, and
           `is_skipped`: whether one of these is not finite. The state is then as
           before, bit for bit.
+
+        Raises:
+          InputError: while it is traced, if the supports were never selected, the state
+            is that of another tuner, or the model asks for nothing of its attachment.
         """
+        self._require_state(state)
         roles = self.method.roles(state.params)
         values = self._values(roles, state)
         place = lambda values: self._place(roles, state, values)
@@ -186,7 +226,7 @@ class Compact:
         leaves = values["leaves"]
         state = state._replace(
             count=count,
-            params=_write(roles, state.params, state.support, leaves),
+            params=write_back(roles, state.params, state.support, leaves),
             masters=keep_masters(roles, leaves, state.params),
             added=values["added"],
             opt_state=opt_state,
@@ -238,7 +278,7 @@ class Compact:
         coarse = lambda role, leaf, value: value.astype(leaf.dtype)
         leaves = map_roles(coarse, roles, state.params, values["leaves"], only=TRAINED)
         trees = (leaves, state.support)
-        params, stacked = _route(roles, state.params, tap_leaf, *trees)
+        params, stacked = route(roles, state.params, tap_leaf, *trees)
         return params, self._attachment(tap, stacked, values["added"])
 
     def _gradients(
@@ -247,13 +287,21 @@ class Compact:
         """Returns the loss and its gradient with respect to the trained values."""
 
         def total(values: Any, batch: Any, key: jax.Array) -> Any:
-            params, attachment = place(values)
-            loss, weight = self.loss(params, batch, key, attachment)
-            return loss, jnp.asarray(weight, jnp.float32)
+            return sums_of(self, *place(values), batch, key)
 
+        require_groups(batch, self.accumulate)
         parts = {"accumulate": self.accumulate, "data_axes": self.data_axes}
         (loss, weight), grads = summed_gradients(total, values, batch, key, **parts)
         return loss / weight, jax.tree.map(lambda grad: grad / weight, grads)
+
+    def _require_state(self, state: CompactState) -> None:
+        """Raises unless a state has its supports, and all arrays of this tuner."""
+        if isinstance(state, UnselectedState):
+            raise InputError(
+                "`state` must have its supports, got one of `init`. Call `select` "
+                "before the first step: `state, finite = tuner.select(...)`."
+            )
+        require_state(self, state)
 
     def _choose_by_gradient(
         self, roles: Any, state: CompactState, batch: Any, key: jax.Array
@@ -269,12 +317,12 @@ class Compact:
             tap_leaf = lambda role, leaf, chosen: selecting_tap(
                 self._wanted(role), leaf, chosen
             )
-            params, stacked = _route(roles, state.params, tap_leaf, selections)
+            params, stacked = route(roles, state.params, tap_leaf, selections)
             tap_layer = lambda leaf, chosen, wanted: selecting_tap(wanted, leaf, chosen)
             attachment = self._attachment(
                 tap_layer, stacked, state.added, self._inside(wanted)
             )
-            loss, weight = self.loss(params, batch, key, attachment)
+            loss, weight = sums_of(self, params, attachment, batch, key)
             return loss / weight
 
         selections = jax.grad(total)(empty)
@@ -349,37 +397,3 @@ class Compact:
             site, module, x, trained["added"], key=key
         )
         return Attachment({"tapped": inside, "added": added}, weights, respond)
-
-
-def _route(
-    roles: Any, params: Any, tap_leaf: Callable[..., Any], *trees: Any
-) -> tuple[Any, tuple]:
-    """Puts dense values and taps into the parameters, and splits off the stack's.
-
-    Returns the parameters for the forward pass and, for every tree, its sparse
-    leaves that are stacked: these are tapped inside the stack, one layer at a time.
-    """
-
-    def place(role: Role, leaf: jax.Array, *values: Any) -> jax.Array:
-        if role.kind == DENSE and not isinstance(values[0], optax.MaskedNode):
-            return values[0].astype(leaf.dtype)
-        if role.kind == SPARSE and not role.stacked:
-            return tap_leaf(role, leaf, *values)
-        return leaf
-
-    def inside(role: Role, value: Any) -> Any:
-        return value if role.stacked else optax.MaskedNode()
-
-    placed = map_roles(place, roles, params, *trees)
-    return placed, tuple(map_roles(inside, roles, t, only=(SPARSE,)) for t in trees)
-
-
-def _write(roles: Any, params: Any, support: Any, leaves: Any) -> Any:
-    """Writes the trained values into the parameters, in place if these are donated."""
-
-    def write(role: Role, leaf: jax.Array, support: Any, values: Any) -> jax.Array:
-        if role.kind == SPARSE:
-            return scatter(leaf, support, values)
-        return values.astype(leaf.dtype) if role.kind in TRAINED else leaf
-
-    return map_roles(write, roles, params, support, leaves)

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,15 @@ from sparse_jax.roles import Role
 from sparse_jax.scores import Score, select, select_lanes, select_tables
 from sparse_jax.support import Support, support_size
 
-__all__ = ["ENTRY", "GRANULARITIES", "LANE", "Entry", "Granularity", "Lane"]
+__all__ = [
+    "ENTRY",
+    "GRANULARITIES",
+    "LANE",
+    "Entry",
+    "Granularity",
+    "Lane",
+    "require_granularity",
+]
 
 
 @dataclass(frozen=True)
@@ -182,3 +191,19 @@ class Lane(Granularity):
 
 ENTRY, LANE = Entry(), Lane()
 GRANULARITIES = {"entry": ENTRY, "lane": LANE}
+
+
+def require_granularity(granularity: Any) -> None:
+    """Raises unless a value is a granularity.
+
+    Raises:
+      InputError: if it is not, such as the word of the command line.
+
+    Example:
+      >>> require_granularity(LANE)
+    """
+    if not isinstance(granularity, Granularity):
+        raise InputError(
+            "`granularity` must be `sparse_jax.ENTRY` or `sparse_jax.LANE`, got "
+            f"{granularity!r}."
+        )

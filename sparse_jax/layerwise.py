@@ -1,5 +1,6 @@
 """The compact tier of a few layers at a time: nothing dense, and nothing of size L."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,10 +88,39 @@ class Layerwise(Compact):
     recompute: Recompute = "none"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.method.stack is None:
             raise InputError(
                 "`stack` of the method must name the subtree of the layers, got None."
             )
+        if not isinstance(self.sampler, Sampler):
+            raise InputError(
+                f"`sampler` must be a `Sampler`, got {self.sampler!r}. Pass one such "
+                "as `Uniform(num_layers=12, num_active=3)`."
+            )
+        if self.recompute not in ("none", "frozen", "all"):
+            raise InputError(
+                "`recompute` must be 'none', 'frozen' or 'all', got "
+                f"{self.recompute!r}."
+            )
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise InputError(f"`max_norm` must be positive, got {self.max_norm!r}.")
+
+    def init(
+        self, params: Any, key: jax.Array, capacity: Mapping[str, int] | None = None
+    ) -> CompactState:
+        """Returns the state before the selection, as `Compact.init`."""
+        stack = self.method.stack
+        layers = params.get(stack, {}) if isinstance(params, Mapping) else {}
+        numbers = {leaf.shape[:1] for leaf in jax.tree.leaves(layers)}
+        if numbers != {(self.sampler.num_layers,)}:
+            found = sorted(number for shape in numbers for number in shape)
+            raise InputError(
+                f"`num_layers` of the sampler must be the first axis of all leaves of "
+                f"`{stack}`, got {self.sampler.num_layers} where they have {found}. "
+                "Name the subtree of the layers by `stack` of the method."
+            )
+        return super().init(params, key, capacity)
 
     def step(
         self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
@@ -108,6 +138,7 @@ class Layerwise(Compact):
           as of `Compact`, `active`, the layers updated, int32, and what the sampler
           has to show.
         """
+        self._require_state(state)
         roles = self.method.roles(state.params)
         opt: Any = state.opt_state
         value_fn = lambda strength: self._value(roles, state, batch, strength)
@@ -227,12 +258,12 @@ class Layerwise(Compact):
             return _like(row, leaf) if role.kind == DENSE else leaf
 
         def weights(layer_params: Any, trained: Any) -> Any:
-            row = trained["row"]["leaves"][self.method.stack]
+            row = _row_of(trained)["leaves"][self.method.stack]
             return map_roles(weight, inside, layer_params, row, trained["support"])
 
         inside = roles[self.method.stack]
         respond = lambda site, module, x, trained, key: self.method.response(
-            site, module, x, trained["row"]["added"], key=key
+            site, module, x, _row_of(trained)["added"], key=key
         )
         trained = {"support": self._inside(state.support), "added": state.added}
         slots = Slots(values["rows"], active, rows_of, self.recompute)
@@ -310,6 +341,16 @@ class Layerwise(Compact):
         """Returns a subtree of the layers in a tree that holds nothing else."""
         nothing = map_roles(lambda role: role, roles, only=())
         return {**nothing, self.method.stack: inside}
+
+
+def _row_of(trained: Any) -> Any:
+    """Returns the trained values of the layer that asks."""
+    if "row" not in trained:
+        raise InputError(
+            "`loss` must run the layers of a model by `attachment.slots`, got a model "
+            "that does not. Use `run_layers` of `sparse_jax.models.stack`."
+        )
+    return trained["row"]
 
 
 def _side(roles: Any, *, stacked: bool) -> Any:

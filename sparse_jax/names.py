@@ -52,7 +52,8 @@ def map_named(
       {'a': 'a=1', 'b': 'b=2'}
     """
     names: dict[str, Any] = {}
-    stops = lambda node: isinstance(node, _BOXES) or (is_leaf and is_leaf(node))
+    is_leaf = is_leaf or (lambda node: False)
+    stops = lambda node: isinstance(node, _BOXES) or is_leaf(node)
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops):
         inside = [()]
         if isinstance(node, _BOXES):
@@ -109,6 +110,11 @@ def require_match(
       >>> require_match("where", "query", ["query/kernel", "value/kernel"])
     """
     for pattern in _patterns(rule):
+        if not isinstance(pattern, str):
+            raise InputError(
+                f"`{argument}` must be a regular expression, or a sequence of them, "
+                f"got {rule!r}."
+            )
         try:
             expression = re.compile(pattern)
         except re.error as error:
@@ -118,7 +124,7 @@ def require_match(
         if not any(expression.search(name) for name in names):
             raise InputError(
                 f"`{argument}` must match at least one {noun}, got {pattern!r}. "
-                f"The nearest names are {', '.join(_nearest(pattern, names))}."
+                f"{_nearest(pattern, names)}"
             )
 
 
@@ -126,15 +132,17 @@ def _patterns(rule: Rule | None) -> Sequence[str]:
     """Returns the patterns of a rule as a sequence."""
     if rule is None:
         return ()
-    return (rule,) if isinstance(rule, str) else rule
+    return rule if isinstance(rule, Sequence) and not isinstance(rule, str) else (rule,)
 
 
-def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
-    """Returns up to four names that look most like a pattern.
+def _nearest(pattern: str, names: Sequence[str]) -> str:
+    """Returns a sentence with up to four names that look most like a pattern.
 
     First come those with parts that begin as the words of the pattern do: `q_proj` is
     short for a query.
     """
+    if not names:
+        return "There is none."
     words = re.findall("[a-z]+", pattern.lower())
 
     def likeness(name: str) -> tuple[int, float]:
@@ -142,4 +150,5 @@ def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
         begun = sum(any(part.startswith(word) for part in parts) for word in words)
         return begun, difflib.SequenceMatcher(None, pattern, name).ratio()
 
-    return [f"`{name}`" for name in sorted(names, key=likeness, reverse=True)[:4]]
+    nearest = sorted(names, key=likeness, reverse=True)[:4]
+    return f"The nearest names are {', '.join(f'`{name}`' for name in nearest)}."

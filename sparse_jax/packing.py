@@ -5,6 +5,7 @@ sparse leaf, the whole array of a dense leaf, `optax.MaskedNode()` for a frozen 
 Only values of float64 leaves are float64.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +20,10 @@ __all__ = [
     "current_values",
     "keep_masters",
     "pack",
+    "route",
     "unpack",
     "value_dtype",
+    "write_back",
     "zeros_like",
 ]
 
@@ -78,6 +81,40 @@ def current_values(roles: Any, support: Any, masters: Any, params: Any) -> Any:
         return gather(leaf, support) if role.kind == SPARSE else leaf
 
     return map_roles(current, roles, params, support, masters, only=TRAINED)
+
+
+def route(
+    roles: Any, params: Any, tap_leaf: Callable[..., Any], *trees: Any
+) -> tuple[Any, tuple]:
+    """Puts dense values and taps into the parameters, and splits off the stack's.
+
+    Returns the parameters for the forward pass and, for every tree, its sparse
+    leaves that are stacked: these are tapped inside the stack, one layer at a time.
+    """
+
+    def place(role: Role, leaf: jax.Array, *values: Any) -> jax.Array:
+        if role.kind == DENSE and not isinstance(values[0], optax.MaskedNode):
+            return values[0].astype(leaf.dtype)
+        if role.kind == SPARSE and not role.stacked:
+            return tap_leaf(role, leaf, *values)
+        return leaf
+
+    def inside(role: Role, value: Any) -> Any:
+        return value if role.stacked else optax.MaskedNode()
+
+    placed = map_roles(place, roles, params, *trees)
+    return placed, tuple(map_roles(inside, roles, t, only=(SPARSE,)) for t in trees)
+
+
+def write_back(roles: Any, params: Any, support: Any, leaves: Any) -> Any:
+    """Writes the trained values into the parameters, in place if these are donated."""
+
+    def write(role: Role, leaf: jax.Array, support: Any, values: Any) -> jax.Array:
+        if role.kind == SPARSE:
+            return scatter(leaf, support, values)
+        return values.astype(leaf.dtype) if role.kind in TRAINED else leaf
+
+    return map_roles(write, roles, params, support, leaves)
 
 
 def zeros_like(tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """Which leaves are trained sparsely, which in full, and which not at all."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,12 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparse_jax.errors import InputError
 from sparse_jax.names import Rule, first_match, map_named, require_match
 
 __all__ = ["DENSE", "FROZEN", "SPARSE", "TRAINED", "Role", "map_roles", "roles_of"]
 
 SPARSE, DENSE, FROZEN = "sparse", "dense", "frozen"
 TRAINED = (SPARSE, DENSE)
+
+# Positions and counts are int32.
+_MOST_ENTRIES = 2**31 - 1
 
 
 class Role(NamedTuple):
@@ -49,23 +54,59 @@ def roles_of(
       ...              is_leaf=lambda node: isinstance(node, Role))
       {'classifier': 'dense', 'query': 'sparse'}
     """
-    names = jax.tree.leaves(map_named(lambda name, leaf: name, tree))
+    kinds: dict[str, Any] = {}
+    map_named(lambda name, leaf: kinds.update({name: _dtype(name, leaf)}), tree)
+    names = list(kinds)
     # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
     if names:
         require_match("where", where, names)
         require_match("dense", dense, names)
         require_match("stacked", stacked, names)
-    kinds = {DENSE: dense, SPARSE: ".*" if where is None else where}
+        _require_floats("where", where, kinds)
+        _require_floats("dense", dense, kinds)
+    rules = {DENSE: dense, SPARSE: ".*" if where is None else where}
 
     def role(name: str, leaf: Any) -> Role:
-        kind = first_match(kinds, name, FROZEN)
+        kind = first_match(rules, name, FROZEN)
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.size == 0:
             kind = FROZEN
         is_stacked = first_match({"stacked": stacked}, name, "") == "stacked"
-        size = leaf.size // leaf.shape[0] if is_stacked else leaf.size
+        if is_stacked and not leaf.shape:
+            raise InputError(
+                f"`{name}` must have an axis of layers to be stacked, got a scalar. "
+                "Leave it out of `stacked`."
+            )
+        is_empty = leaf.size == 0
+        size = leaf.size // leaf.shape[0] if is_stacked and not is_empty else leaf.size
+        if kind == SPARSE and size > _MOST_ENTRIES:
+            raise InputError(
+                f"`{name}` must have less than 2**31 entries{' a layer' * is_stacked} "
+                f"to be trained sparsely, got shape {list(leaf.shape)}. Name stacks of "
+                "layers by `stacked`, or leave it out of `where`."
+            )
         return Role(kind, name, is_stacked, size)
 
     return map_named(role, tree)
+
+
+def _dtype(name: str, leaf: Any) -> Any:
+    """Returns the dtype of a leaf, or raises if it is no array."""
+    if not hasattr(leaf, "dtype"):
+        raise InputError(
+            f"`{name}` must be an array, got {leaf!r}. Convert it by `jnp.asarray`."
+        )
+    return leaf.dtype
+
+
+def _require_floats(argument: str, rule: Rule | None, dtypes: dict[str, Any]) -> None:
+    """Raises if all that an expression matches holds something else than reals."""
+    for pattern in (rule,) if isinstance(rule, str) else rule or ():
+        found = [dtype for name, dtype in dtypes.items() if re.search(pattern, name)]
+        if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in found):
+            raise InputError(
+                f"`{argument}` must match a leaf of real floating-point numbers, got "
+                f"{pattern!r} for {', '.join(sorted({str(d) for d in found}))}."
+            )
 
 
 def map_roles(

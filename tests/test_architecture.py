@@ -14,13 +14,14 @@ PACKAGE = Path(sparse_jax.__file__).parent
 # From the ground up. A file may import from its own folder and from lower rooms.
 ROOMS = (
     ("errors", "axes"),
-    ("names", "sites", "top_k", "rows", "gradients", "lanes_tpu"),
+    ("names", "arguments", "sites", "top_k", "rows", "gradients", "lanes_tpu"),
     ("local_support",),
     ("lanes",),
     ("support", "top_k_local"),
     ("roles", "scores", "layers", "samplers", "entries"),
     ("packing", "granularity"),
     ("transforms", "adapters", "models"),
+    ("tuner_checks",),
     ("compact", "tasks"),
     ("layerwise", "sharding"),
     ("adapter_file",),

@@ -43,6 +43,7 @@ def row(stack: Any, method: Method) -> dict[str, float]:
     tuner = Compact(stack.loss, method, optax.adamw(1e-4))
     key = jax.random.key(0)
     state = jax.eval_shape(tuner.init, stack.params, key)
+    state, _ = jax.eval_shape(tuner.select, state, stack.batch, key)
     step = jax.jit(tuner.step, donate_argnums=0)
     memory: Any = step.lower(state, stack.batch, key).compile().memory_analysis()
     held = nbytes(state._replace(params=()))

@@ -12,6 +12,7 @@ from sparse_jax.adapters.channels import channels
 from sparse_jax.adapters.method import Method, refuse_to_merge
 from sparse_jax.adapters.placement import kernels_at
 from sparse_jax.adapters.start import uniform
+from sparse_jax.arguments import require_whole
 from sparse_jax.errors import InputError
 from sparse_jax.names import Rule
 
@@ -45,6 +46,8 @@ class Bottleneck(Method):
     scale: float = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
+        require_whole("size", self.size)
         if self.size < 1:
             raise InputError(
                 f"`size` must be at least 1, got {self.size}. It is the width of the "

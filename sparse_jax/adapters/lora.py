@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from sparse_jax.adapters.method import Method
 from sparse_jax.adapters.placement import kernels_at, map_sites
 from sparse_jax.adapters.start import uniform
+from sparse_jax.arguments import require_whole
 from sparse_jax.errors import InputError
 from sparse_jax.names import Rule
 from sparse_jax.scores import leaf_key
@@ -51,6 +52,8 @@ class LoRA(Method):
     dropout: float = 0.0  # fraction of the entries of x that A does not see, in [0, 1)
 
     def __post_init__(self):
+        super().__post_init__()
+        require_whole("rank", self.rank)
         if self.rank < 1:
             raise InputError(
                 f"`rank` must be at least 1, got {self.rank}. Common values are "

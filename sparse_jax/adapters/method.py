@@ -1,6 +1,8 @@
 """What a method is: which leaves it trains, and what it adds to the layers."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -27,6 +29,13 @@ class Method:
     # Top-level subtree whose leaves start with the layer axis [L] and which the model
     # runs through its `Attachment`; None if the model has no such stack.
     stack: str | None = "layers"
+
+    def __post_init__(self):
+        # Rules may be given as lists, which have no hash.
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
 
     @property
     def score(self) -> Score:
@@ -90,8 +99,9 @@ class Method:
 
     def _roles(self, params: Any, *, where: Rule | None) -> Any:
         """Returns the roles by the rules of this method."""
-        has_stack = self.stack is not None and self.stack in params
-        stacked = f"^{self.stack}/" if has_stack else None
+        is_mapping = isinstance(params, Mapping)
+        has_stack = self.stack is not None and is_mapping and self.stack in params
+        stacked = f"^{re.escape(self.stack)}/" if has_stack else None
         return roles_of(params, where=where, dense=self.dense, stacked=stacked)
 
 

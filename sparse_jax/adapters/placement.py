@@ -73,10 +73,14 @@ def map_sites(
 
 def _kernels(params: Any, stack: str | None) -> dict[str, jax.Array]:
     """Returns the stacked kernels of the layers by the name of their site."""
-    if stack is None or stack not in params:
+    subtrees = params if isinstance(params, Mapping) else {}
+    if stack is None or stack not in subtrees:
+        names = ", ".join(f"`{name}`" for name in sorted(map(str, subtrees)))
         raise InputError(
-            f"`stack` must name a subtree of the parameters, got {stack!r}. "
-            f"The subtrees are {', '.join(sorted(params))}."
+            f"`stack` must name a subtree of the parameters whose leaves are layers, "
+            f"[L, ...], to add something to them, got {stack!r}. "
+            f"{f'The subtrees are {names}.' if names else 'There are no subtrees.'} "
+            "Without a stack take `Sparse` or `Dense`."
         )
     found: dict[str, jax.Array] = {}
 
@@ -85,4 +89,10 @@ def _kernels(params: Any, stack: str | None) -> dict[str, jax.Array]:
             found[name.removesuffix(_KERNEL)] = leaf
 
     map_named(visit, params[stack])
+    if not found:
+        raise InputError(
+            f"`stack` must name layers with linear maps, got {stack!r} without any: "
+            "leaves `<site>/kernel` of shape [L, in, out]. Use `Sparse` or `Dense`, "
+            "which train leaves of any name and shape."
+        )
     return found

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sparse_jax.adapters.method import Method, refuse_to_merge
 from sparse_jax.adapters.placement import kernels_at
+from sparse_jax.arguments import require_whole
 from sparse_jax.errors import InputError
 from sparse_jax.scores import leaf_key
 from sparse_jax.sites import MEMORY, Memory, Module
@@ -49,6 +50,8 @@ class Prefix(Method):
     length: int
 
     def __post_init__(self):
+        super().__post_init__()
+        require_whole("length", self.length)
         if self.length < 1:
             raise InputError(
                 f"`length` must be at least 1, got {self.length}. Common values are "

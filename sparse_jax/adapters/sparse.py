@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparse_jax.adapters.method import Method
-from sparse_jax.granularity import ENTRY, Granularity
+from sparse_jax.errors import InputError
+from sparse_jax.granularity import ENTRY, Granularity, require_granularity
 from sparse_jax.names import Rule
 from sparse_jax.roles import SPARSE, Role, map_roles
 from sparse_jax.scores import SCORES, Score, gradient
@@ -44,7 +45,15 @@ class Sparse(Method):
     granularity: Granularity = ENTRY
 
     def __post_init__(self):
-        require_density(self.density)
+        super().__post_init__()
+        # A number that can be hashed, so that a tuner can be an argument of `jit`.
+        object.__setattr__(self, "density", require_density(self.density))
+        if not callable(self.rank_by):
+            raise InputError(
+                f"`rank_by` must be a score, got {self.rank_by!r}. Take one of "
+                f"`sparse_jax.scores.SCORES`: {', '.join(map(repr, SCORES))}."
+            )
+        require_granularity(self.granularity)
 
     @property
     def score(self) -> Score:

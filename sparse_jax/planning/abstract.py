@@ -99,7 +99,7 @@ def abstract_run(
     tuner = make_tuner(settings, loss, method, sampler, where)
     runner = MeshRunner(tuner, placement)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = runner.abstract(params, key)
+    state = CompactState(*runner.abstract(params, key))
     batch = _batch(model, settings, length, placement)
     number = jax.ShapeDtypeStruct((), np.float32)
     schedule = Schedule(number, number, number, number)

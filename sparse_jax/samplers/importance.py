@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from sparse_jax.arguments import require_count, require_whole
 from sparse_jax.errors import InputError
 from sparse_jax.samplers.sampler import Sampler, ValueFn, draw_layers, is_active
 
@@ -69,11 +70,10 @@ class Importance(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.num_suppressed is not None:
+            require_whole("num_suppressed", self.num_suppressed)
         for name in ("probe_every", "num_probes"):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"`{name}` must be at least 1, got {getattr(self, name)}."
-                )
+            require_count(name, getattr(self, name))
         if not 0 <= self.suppression < 1:
             raise InputError(
                 f"`suppression` must be in [0, 1), got {self.suppression}. It is what "
@@ -85,10 +85,42 @@ class Importance(Sampler):
             )
         self._require_enough_subsets()
 
+    @classmethod
+    def fitted(
+        cls,
+        *,
+        num_layers: int,
+        num_probes: int | None = None,
+        num_suppressed: int | None = None,
+        **options: Any,
+    ) -> "Importance":
+        """Returns the sampler with defaults that also fit one layer, or two.
+
+        Args:
+          num_layers: L.
+          num_probes: None is 3, or the number of different subsets if it is smaller.
+          num_suppressed: None is half of the layers, but at least one.
+          **options: the other attributes.
+
+        Example:
+          >>> Importance.fitted(num_layers=2, num_active=1).num_probes
+          2
+        """
+        require_count("num_layers", num_layers)
+        if num_suppressed is None:
+            num_suppressed = max(1, num_layers // 2)
+        require_whole("num_suppressed", num_suppressed)
+        if num_probes is None:
+            num_probes = max(1, min(3, math.comb(num_layers, abs(num_suppressed))))
+        sizes = {"num_layers": num_layers, "num_suppressed": num_suppressed}
+        return cls(**sizes, num_probes=num_probes, **options)
+
     @property
     def size(self) -> int:
         """Layers suppressed in a probe."""
-        return self.num_suppressed or self.num_layers // 2
+        if self.num_suppressed is None:
+            return self.num_layers // 2
+        return self.num_suppressed
 
     @property
     def period(self) -> int | None:

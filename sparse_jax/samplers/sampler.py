@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparse_jax.arguments import require_count, require_whole
 from sparse_jax.errors import InputError
 
 __all__ = [
@@ -51,15 +52,13 @@ class Sampler:
     hold: int = 1
 
     def __post_init__(self):
+        require_count("num_layers", self.num_layers)
+        require_count("hold", self.hold)
+        require_whole("num_active", self.num_active)
         if not 1 <= self.num_active <= self.num_layers:
             raise InputError(
                 f"`num_active` must be in [1, num_layers={self.num_layers}], got "
                 f"{self.num_active}. A quarter of the layers is usual."
-            )
-        if self.hold < 1:
-            raise InputError(
-                f"`hold` must be at least 1, got {self.hold}. It counts the updates "
-                "that a choice of layers is kept for."
             )
 
     @property
@@ -121,10 +120,18 @@ def begin(sampler: Sampler, key: jax.Array) -> SamplerState:
     return SamplerState(
         count=jnp.zeros([], jnp.int32),
         # A typed key is no leaf that checkpoints and `optax.tree` functions expect.
-        key_data=jax.random.key_data(key),
+        key_data=_default_key_data(key),
         active=jnp.arange(sampler.num_active, dtype=jnp.int32),
         memory=sampler.start(),
     )
+
+
+def _default_key_data(key: jax.Array) -> jax.Array:
+    """Returns the numbers of a key; another kind of generator gives a new one."""
+    data = jax.random.key_data(key)
+    if data.shape == jax.random.key_data(jax.random.key(0)).shape:
+        return data
+    return jax.random.key_data(jax.random.key(jax.random.bits(key, (), jnp.uint32)))
 
 
 def advance(

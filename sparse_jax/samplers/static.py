@@ -43,7 +43,9 @@ class Static(Sampler):
     def weights(self, memory: Any) -> jax.Array:
         """Returns 1 for the layers of the list and 0 for the others."""
         del memory
-        return jnp.zeros(self.num_layers, jnp.float32).at[jnp.array(self.layers)].set(1.0)
+        return (
+            jnp.zeros(self.num_layers, jnp.float32).at[jnp.array(self.layers)].set(1.0)
+        )
 
     def draw(
         self, memory: Any, key: jax.Array, turn: jax.typing.ArrayLike

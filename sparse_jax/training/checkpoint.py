@@ -253,7 +253,8 @@ class Checkpoints:
         masters = keep_masters(
             roles, map_roles(lambda _, v: v, roles, values, **only), params
         )
-        return trained._replace(params=params, masters=masters)
+        # What was saved has its supports.
+        return CompactState(*trained._replace(params=params, masters=masters))
 
 
 def _reason(error: Exception) -> str:

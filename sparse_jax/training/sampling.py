@@ -87,12 +87,8 @@ def _fixed(settings: Settings, sizes: dict[str, Any]) -> Sampler:
 
 def _importance(settings: Settings, sizes: dict[str, int]) -> Sampler:
     """Returns the sampler of IST."""
-    num_layers = sizes["num_layers"]
-    # Two layers have only two different halves.
-    num_probes = min(3, math.comb(num_layers, num_layers // 2))
-    return Importance(
+    return Importance.fitted(
         **sizes,
-        num_probes=num_probes,
         probe_every=settings.probe_every,
         importance_rate=settings.importance_rate,
     )

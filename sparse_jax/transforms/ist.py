@@ -1,11 +1,13 @@
 """IST: update a few layers at a time, as an Optax transformation."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sparse_jax.arguments import require_key, require_transformation
 from sparse_jax.errors import InputError
 from sparse_jax.layers import (
     LAYER,
@@ -37,7 +39,7 @@ from sparse_jax.samplers.sampler import (
 )
 from sparse_jax.samplers.uniform import Uniform
 
-__all__ = ["IstState", "ist"]
+__all__ = ["IstState", "ist", "ist_value_fn"]
 
 
 class IstState(NamedTuple):
@@ -57,7 +59,7 @@ def ist(
     num_active: int,
     key: jax.Array,
     probe_every: int = 10,
-    num_probes: int = 3,
+    num_probes: int | None = None,
     num_suppressed: int | None = None,
     suppression: float = 0.25,
     importance_rate: float = 10.0,
@@ -93,8 +95,9 @@ def ist(
       num_active: layers updated at a time. The paper takes a quarter.
       key: PRNG key of draws and probes.
       probe_every: updates between two probes.
-      num_probes: subsets of layers damped in a probe, one loss each.
-      num_suppressed: layers damped in a subset; None is half of them.
+      num_probes: subsets of layers damped in a probe, one loss each; None is 3, or
+        all subsets if there are fewer, as for two layers.
+      num_suppressed: layers damped in a subset; None is half of them, but at least 1.
       suppression: what is left of the response of a damped layer.
       importance_rate: how far a probe moves the importance.
       sampler: "ist", "uniform", "cyclic", or any `Sampler`, which brings its own
@@ -108,7 +111,8 @@ def ist(
     Returns:
       A transformation. With "ist", `update` needs `value_fn=`, which maps a strength
       of shape (L,) to the loss when layer l adds strength[l] times what it learnt;
-      it is called `num_probes` times in an update that probes, and not in others.
+      it is called `num_probes` times in an update that probes, and not in others;
+      `ist_value_fn` makes one from a loss.
       `state.sampler` has `active` and `memory.importance`.
 
     Raises:
@@ -128,10 +132,12 @@ def ist(
       Yao et al., 2024, https://arxiv.org/abs/2410.11772, and `ist.py` of the released
       code.
     """
+    require_transformation("inner", inner)
+    require_key("key", key)
     tx = optax.with_extra_args_support(inner)
     sizes = {"num_layers": num_layers, "num_active": num_active, "hold": hold}
     if sampler == "ist":
-        rule: Sampler = Importance(
+        rule: Sampler = Importance.fitted(
             **sizes,
             probe_every=probe_every,
             num_probes=num_probes,
@@ -220,6 +226,64 @@ def ist(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def ist_value_fn(
+    loss: Callable[..., jax.Array],
+    start: optax.Params,
+    *,
+    layer_of: LayerOf,
+    always_on: Rule | None = None,
+) -> Callable[..., ValueFn]:
+    """Returns what makes the `value_fn` of `ist` from a loss.
+
+        value_fn(strength) = loss(start_l + strength_l * (params_l - start_l), ...)
+
+    for every layer l; leaves outside the layers are those of `params`.
+
+    Args:
+      loss: (params, *args, **kwargs) -> loss, the one that is trained.
+      start: the parameters before training. Copy them if the step donates its own.
+      layer_of, always_on: as given to `ist`.
+
+    Returns:
+      A function of the parameters of an update, and of whatever else `loss` takes,
+      that returns a function of the strength, shape=(L,).
+
+    Example:
+      >>> start = {"layers": jnp.ones((4, 2))}
+      >>> loss = lambda params, scale: scale * jnp.sum(params["layers"])
+      >>> value_fn = ist_value_fn(loss, start, layer_of="^layers")
+      >>> now = {"layers": jnp.full((4, 2), 3.0)}
+      >>> value_fn(now, 2.0)(jnp.array([1.0, 0.0, 1.0, 0.5]))  # rows of 3, 1, 3 and 2
+      Array(36., dtype=float32)
+    """
+
+    def at(params: optax.Params, *args: Any, **kwargs: Any) -> ValueFn:
+        def value_fn(strength: jax.Array) -> jax.Array:
+            places = places_of(params, layer_of, strength.shape[0], always_on)
+
+            def damp(place: Place, now: jax.Array, start: jax.Array) -> jax.Array:
+                if place.kind not in (STACKED, LAYER):
+                    return now
+                s = strength if place.kind == STACKED else strength[place.layer]
+                s = s.reshape(s.shape + (1,) * (now.ndim - s.ndim))
+                first, last = (
+                    leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+                    for leaf in (start, now)
+                )
+                # At strength 1 it is the layer itself, to the last bit.
+                return jnp.where(s == 1, last, first + s * (last - first)).astype(
+                    now.dtype
+                )
+
+            is_place = lambda node: isinstance(node, Place)
+            damped = jax.tree.map(damp, places, params, start, is_leaf=is_place)
+            return loss(damped, *args, **kwargs)
+
+        return value_fn
+
+    return at
 
 
 # The samplers that need no more than numbers of layers.

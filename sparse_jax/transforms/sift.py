@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from sparse_jax.arguments import require_count, require_key, require_transformation
 from sparse_jax.errors import InputError
-from sparse_jax.granularity import ENTRY, Granularity
+from sparse_jax.granularity import ENTRY, Granularity, require_granularity
 from sparse_jax.names import Rule
 from sparse_jax.packing import (
     below_float32,
@@ -124,7 +125,12 @@ def sift(
       Song et al., 2024, https://arxiv.org/abs/2312.11875, and `sift/sift.py` of the
       released code.
     """
-    require_density(density)
+    density = require_density(density)
+    if inner is not None:
+        require_transformation("inner", inner)
+    if key is not None:
+        require_key("key", key)
+    require_granularity(granularity)
     _require_counts(select_from, reselect_every)
     if reselect_state not in ("carry", "restart"):
         raise InputError(
@@ -273,12 +279,11 @@ def sift(
 
 def _require_counts(select_from: int, reselect_every: int | None) -> None:
     """Raises unless there is room for `select_from` gradients between selections."""
-    if select_from < 1:
-        raise InputError(
-            f"`select_from` must be at least 1, got {select_from}. It counts the "
-            "gradients summed before the selection."
-        )
-    if reselect_every is not None and reselect_every < select_from:
+    require_count("select_from", select_from)
+    if reselect_every is None:
+        return
+    require_count("reselect_every", reselect_every)
+    if reselect_every < select_from:
         raise InputError(
             f"`reselect_every` must be at least select_from={select_from}, got "
             f"{reselect_every}. Use None to select once."
