@@ -99,9 +99,12 @@ class Method:
 
     def _roles(self, params: Any, *, where: Rule | None) -> Any:
         """Returns the roles by the rules of this method."""
-        is_mapping = isinstance(params, Mapping)
-        has_stack = self.stack is not None and is_mapping and self.stack in params
-        stacked = f"^{re.escape(self.stack)}/" if has_stack else None
+        subtrees = params if isinstance(params, Mapping) else {}
+        stacked = (
+            f"^{re.escape(self.stack)}/"
+            if self.stack and self.stack in subtrees
+            else None
+        )
         return roles_of(params, where=where, dense=self.dense, stacked=stacked)
 
 
