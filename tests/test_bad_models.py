@@ -43,6 +43,11 @@ VALUES = (
 )  # fmt: skip
 
 
+def rounds(usual):
+    """Returns how many mutations to try: more with SPARSE_JAX_FUZZ=2000."""
+    return int(os.environ.get("SPARSE_JAX_FUZZ", usual))
+
+
 def write_config(folder, **fields):
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     return folder
@@ -74,7 +79,7 @@ def test_mutated_configurations_are_refused_or_sound(family, tmp_path):
     draw = random.Random(f"config {family}")
     text = json.dumps({"model_type": family, **SIZES, **FAMILIES[family]})
     refused = 0
-    for _ in range(int(os.environ.get("SPARSE_JAX_FUZZ", "30"))):
+    for _ in range(rounds(30)):
         bad = mutated(text, draw)
         (tmp_path / "config.json").write_text(bad, encoding="utf-8")
         try:
@@ -115,7 +120,7 @@ def test_mutated_indexes_are_refused_or_sound(sharded):
     index = sharded / "model.safetensors.index.json"
     text, refused = index.read_text(), 0
     whole = set(open_tensors(sharded))
-    for _ in range(int(os.environ.get("SPARSE_JAX_FUZZ", "100"))):
+    for _ in range(rounds(100)):
         index.write_text(mutated(text, draw), encoding="utf-8")
         try:
             assert set(open_tensors(sharded)) <= whole
@@ -134,7 +139,7 @@ def test_mutated_headers_are_refused_or_sound(model):
     _, expected = from_pretrained(model, head=CausalLM)
     shape = lambda params: params["layers"]["mlp"]["up"]["kernel"].shape
     refused = 0
-    for _ in range(int(os.environ.get("SPARSE_JAX_FUZZ", "30"))):
+    for _ in range(rounds(30)):
         if draw.random() < 0.7:
             bad = mutated(header, draw).encode()
             parts = struct.pack("<Q", len(bad)), bad, body

@@ -61,8 +61,10 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     """Returns whether a value is a number that a float32 can hold."""
-    is_real = isinstance(value, Real) and not isinstance(value, bool)
-    return is_real and -(2**127) < value < 2**127  # type: ignore[operator]
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    number: Any = value
+    return -(2.0**127) < number < 2.0**127
 
 
 Rule = tuple[str, Callable[[Any], bool]]
