@@ -221,6 +221,21 @@ def test_a_trained_head_is_right_from_the_first_update(
     np.testing.assert_allclose(logits, theirs, atol=1e-4)
 
 
+def test_a_new_head_that_is_trained_in_part_is_stored_as_a_whole(trained, tmp_path):
+    """The folder alone does not define the rest of it."""
+    folder, _, _ = trained
+    data = write_rows(tmp_path / "data", "text", lambda label: "ab"[label])
+    settings = tiny_settings(
+        folder, data, tmp_path / "run", task="classification", method="sift",
+        where=("^classifier/kernel",), dense=("^pooler/",),
+    )  # fmt: skip
+    metrics = finetune(settings)["eval"]
+    adapter = load_adapter(settings.output)
+    assert {"classifier/bias", "classifier/kernel"} <= {*adapter.dense}
+    assert not adapter.support
+    assert evaluate_adapter(settings.output, data=settings.data) == metrics
+
+
 def test_the_order_of_an_adapter_wins_over_that_of_the_model(trained, tmp_path):
     """As in files of before, whose heads are in the order of the task."""
     folder, _, _ = trained

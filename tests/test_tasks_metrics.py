@@ -177,14 +177,17 @@ def test_the_most_frequent_answer_is_the_baseline():
 @pytest.mark.parametrize(
     ("task", "outputs", "labels", "words"),
     [
-        (TASKS["sst2"], [[1, 0]] * 4, [0, 1, 1, 1], ("'negative'", "'positive' is ri")),
-        (TASKS["sst2"], [[1, 0]] * 4, [0, 1, 1, 1], ("all 4 ", "for 0.7500 of them")),
+        (TASKS["sst2"], [[1, 0]] * 4, [0, 1, 1, 1], ("'negative'", "'positive', the ")),
+        (TASKS["sst2"], [[1, 0]] * 4, [0, 1, 1, 1], ("all 4 ", "right for 0.7500 of")),
         (TASKS["stsb"], [[0.5]] * 4, [1, 2, 3, 4], ("all 4 predictions are 0.5",)),
         (
             replace(TASKS["sst2"], labels=("a", "b"), is_multilabel=True),
             [[-1, -1]] * 3,
             [[1, 1], [1, 1], [0, 0]],
-            ("are without a label", "answering a, b is right for 0.6667"),
+            (
+                "are without a label",
+                "predicting a, b, the most frequent answer, is right for 0.6667",
+            ),
         ),
         (TASKS["sst2"], [[1, 0], [0, 1]], [0, 0], ()),
         (TASKS["sst2"], [[1, 0]], [0], ()),

@@ -11,7 +11,11 @@ from sparse_jax.cli.devices import take_devices
 from sparse_jax.cli.given import require_used
 from sparse_jax.errors import InputError, printable
 
-__all__ = ["finetune"]
+__all__ = ["PrintableFormatter", "finetune"]
+
+
+# One for all runs of a process.
+_HANDLER = logging.StreamHandler()
 
 
 def finetune(
@@ -122,20 +126,20 @@ def _remedy(output: str) -> str:
     return "Continue from the last checkpoint by the same command with --resume."
 
 
-class _Printable(logging.Formatter):
+class PrintableFormatter(logging.Formatter):
     """Lines without codes that a terminal obeys, whatever names are in them."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Returns the line of a record."""
         return printable(super().format(record))
 
 
 def _show_log() -> None:
     """Sends the lines of the progress to standard error."""
     log = logging.getLogger("sparse_jax")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_Printable())
-        log.addHandler(handler)
+    _HANDLER.setFormatter(PrintableFormatter())
+    _HANDLER.setStream(sys.stderr)
+    log.addHandler(_HANDLER)
     log.setLevel(logging.INFO)
     # absl, which comes with Orbax, gives the root logger a handler of its own.
     log.propagate = False

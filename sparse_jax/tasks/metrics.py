@@ -221,7 +221,7 @@ def one_class_warning(
       >>> from sparse_jax.tasks.glue import TASKS
       >>> outputs, labels = np.array([[2.0, 1.0]] * 3), np.array([0, 1, 0])
       >>> one_class_warning(TASKS["rte"], outputs, labels)[:52]
-      "all 3 predictions are 'entailment': the model tells "
+      "all 3 predictions are 'entailment'. Always predictin"
     """
     outputs = np.asarray(outputs)
     predictions = _predictions(task, outputs)
@@ -235,9 +235,9 @@ def one_class_warning(
         )
     answer, (usual, share) = predictions[0], majority_baseline(labels)
     return (
-        f"all {len(labels)} predictions are {_answer(task, answer)}: the model tells "
-        f"no examples apart. Always answering {_answer(task, usual)} is right for "
-        f"{share:.4f} of them."
+        f"all {len(labels)} predictions are {_answer(task, answer)}. Always predicting "
+        f"{_answer(task, usual)}, the most frequent answer, is right for {share:.4f} "
+        "of the examples."
     )
 
 
