@@ -11,11 +11,7 @@ from sparse_jax.cli.devices import take_devices
 from sparse_jax.cli.given import require_used
 from sparse_jax.errors import InputError, printable
 
-__all__ = ["PrintableFormatter", "finetune"]
-
-
-# One for all runs of a process.
-_HANDLER = logging.StreamHandler()
+__all__ = ["LogLines", "finetune"]
 
 
 def finetune(
@@ -126,20 +122,22 @@ def _remedy(output: str) -> str:
     return "Continue from the last checkpoint by the same command with --resume."
 
 
-class PrintableFormatter(logging.Formatter):
-    """Lines without codes that a terminal obeys, whatever names are in them."""
+class LogLines(logging.Handler):
+    """Prints the log without codes that a terminal obeys, whatever names are in it."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Returns the line of a record."""
-        return printable(super().format(record))
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record on the standard error of now."""
+        try:
+            print(printable(self.format(record)), file=sys.stderr)
+        except (OSError, ValueError):
+            self.handleError(record)
 
 
 def _show_log() -> None:
     """Sends the lines of the progress to standard error."""
     log = logging.getLogger("sparse_jax")
-    _HANDLER.setFormatter(PrintableFormatter())
-    _HANDLER.setStream(sys.stderr)
-    log.addHandler(_HANDLER)
+    if not log.handlers:
+        log.addHandler(LogLines())
     log.setLevel(logging.INFO)
     # absl, which comes with Orbax, gives the root logger a handler of its own.
     log.propagate = False
