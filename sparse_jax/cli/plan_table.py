@@ -83,6 +83,9 @@ def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:
     rows["temporaries"] = [_size(plan.temporaries) for plan in plans]
     rows["  of these, gradients"] = [_size(plan.held["gradients"]) for plan in plans]
     rows["most alive at a time"] = [_size(plan.peak) for plan in plans]
+    if any(plan.selection_peak is not None for plan in plans):
+        rows["  in an update"] = [_size(plan.update_peak) for plan in plans]
+        rows["  in the selection"] = [_selection(plan) for plan in plans]
     rows["reserved"] = [_size(plan.reserved) for plan in plans]
     rows["fits"] = [_fits(plan) for plan in plans]
     if any(plan.largest_batch is not None for plan in plans):
@@ -125,6 +128,13 @@ def _words(plans: Sequence[Plan], target: Target) -> list[str]:
         words.append("The largest batch follows from the program for twice the batch.")
     words += dict.fromkeys(f"Note: {note}." for plan in plans for note in plan.notes)
     return words
+
+
+def _selection(plan: Plan) -> str:
+    """Returns the peak of the selection of a plan."""
+    if plan.selection_peak is None and plan.update_peak is not None:
+        return "none"
+    return _size(plan.selection_peak)
 
 
 def _fits(plan: Plan) -> str:

@@ -48,8 +48,11 @@ class Plan:
       held: bytes by what they are for, exact, as `held_bytes` says.
       temporaries: activations, gradients and all else that a step needs beside its
         arguments, as the compiler lays them out; None without a compiler.
-      peak: most that is alive at any time, as the compiler counts.
-      reserved: arguments and temporaries: what has to fit.
+      peak: most that is alive at any time, as the compiler counts, in the larger of
+        the two programs: an update, and the selection before the first one.
+      reserved: arguments and temporaries of the larger one: what has to fit.
+      update_peak: the same of an update.
+      selection_peak: the same of the selection; None if nothing is selected.
       collectives: what is sent, by kind.
       flops: operations of the matrix products, all devices together.
       seconds: estimate of the time of an update; None without a data sheet.
@@ -64,6 +67,8 @@ class Plan:
     temporaries: int | None = None
     peak: int | None = None
     reserved: int | None = None
+    update_peak: int | None = None
+    selection_peak: int | None = None
     collectives: Mapping[str, Traffic] | None = None
     flops: int
     seconds: float | None = None
@@ -171,27 +176,45 @@ def with_largest_batch(
 
 def _compiled(plan: Plan, run: AbstractRun, chip: Chip | None) -> Plan:
     """Returns a plan with what the compiler says."""
-    lowered = run.runner.lower(run.state, run.batch, run.key, schedule=run.schedule)
+    args = (run.state, run.batch, run.key)
     try:
-        with warnings.catch_warnings():
-            # A cache of compiled programs holds none for devices that are absent.
-            warnings.filterwarnings("ignore", "Error reading persistent compilation")
-            compiled = lowered.compile()
+        compiled = _program(run.runner.lower(*args, schedule=run.schedule))
+        selects = bool(jax.tree.leaves(run.state.support))
+        chosen = _program(run.runner.lower_choice(*args)) if selects else None
     except jax.errors.JaxRuntimeError as error:
         return _too_large(plan, error)
     found: Any = compiled.memory_analysis()
     collectives = collectives_of(compiled.as_text() or "")
-    extra = found.output_size_in_bytes - found.alias_size_in_bytes
-    reserved = found.argument_size_in_bytes + found.temp_size_in_bytes + extra
+    reserved, peak, selection = _reserved(found), found.peak_memory_in_bytes, None
+    if chosen is not None:
+        of_choice: Any = chosen.memory_analysis()
+        reserved = max(reserved, _reserved(of_choice))
+        selection = of_choice.peak_memory_in_bytes
     return replace(
         plan,
         temporaries=found.temp_size_in_bytes,
-        peak=found.peak_memory_in_bytes,
+        peak=max(peak, selection or 0),
+        update_peak=peak,
+        selection_peak=selection,
         reserved=reserved,
         collectives=collectives,
         seconds=_seconds(plan, run, collectives, chip),
         fits=None if chip is None else reserved <= chip.memory,
     )
+
+
+def _program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Returns the compiled program, for devices that may be absent."""
+    with warnings.catch_warnings():
+        # A cache of compiled programs holds none for devices that are absent.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation")
+        return lowered.compile()
+
+
+def _reserved(found: Any) -> int:
+    """Returns the bytes of a program; what it overwrites counts once."""
+    extra = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + extra
 
 
 def _too_large(plan: Plan, error: Exception) -> Plan:

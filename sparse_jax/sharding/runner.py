@@ -95,10 +95,9 @@ class MeshRunner:
         are cut: a second selection costs a backward pass, unused slots would cost
         memory for as long as the run lasts.
         """
-        shardings = lambda out: (self.placement.supports(out[0]), *self._whole(out[1:]))
-        choose = self.tuner.choose
-        args = (state, batch, key)
-        support, finite, counts = self._run(choose, shardings, (), *args)
+        support, finite, counts = self._run(
+            self.tuner.choose, self._after_choice, (), state, batch, key
+        )
         if not bool(finite):
             return state, False
         needed = self._needed(state.params, counts)
@@ -132,6 +131,16 @@ class MeshRunner:
         with jax.set_mesh(self._mesh):
             step = self._compile(self._step, self._after_step, (0,), args)
             return step.lower(*args)
+
+    def lower_choice(self, state: CompactState, batch: Any, key: Any) -> Any:
+        """Returns the program that chooses supports, as `lower` that of `step`."""
+        args, choose = (state, batch, key), self.tuner.choose
+        with jax.set_mesh(self._mesh):
+            return self._compile(choose, self._after_choice, (), args).lower(*args)
+
+    def _after_choice(self, out: Any) -> Any:
+        """Returns where supports, and what is said about them, lie."""
+        return self.placement.supports(out[0]), *self._whole(out[1:])
 
     def _step(self, state: CompactState, batch: Any, key: Any, extra_args: Any) -> Any:
         """Makes one update."""
