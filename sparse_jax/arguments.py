@@ -1,13 +1,20 @@
 """Arguments: rules that several interfaces share."""
 
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
 from sparse_jax.errors import InputError
 
-__all__ = ["require_count", "require_key", "require_transformation", "require_whole"]
+__all__ = [
+    "require_count",
+    "require_key",
+    "require_one_device_view",
+    "require_transformation",
+    "require_whole",
+]
 
 
 def require_count(argument: str, value: Any) -> None:
@@ -65,6 +72,25 @@ def require_key(argument: str, key: Any) -> None:
         )
 
 
+def require_one_device_view(argument: str, tree: Any) -> None:
+    """Raises if arrays vary over the axes of a `jax.shard_map` that checks this.
+
+    Raises:
+      InputError: naming the axes.
+
+    Example:
+      >>> require_one_device_view("updates", {"w": jax.numpy.ones(2)})
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    axes = {axis for leaf in arrays for axis in _varying(jax.typeof(leaf))}
+    if axes:
+        raise InputError(
+            f"`{argument}` must not vary over mesh axes, got {sorted(axes)}. Pass "
+            "`check_vma=False` to `jax.shard_map` for one support a shard, or update "
+            "outside of it for one support an array."
+        )
+
+
 def require_transformation(argument: str, tx: Any) -> None:
     """Raises unless a value is an Optax transformation.
 
@@ -83,6 +109,12 @@ def require_transformation(argument: str, tx: Any) -> None:
             f"`{argument}` must be an Optax transformation, got "
             f"{f'the function `{name}`' if name else _short(tx)}. {remedy}."
         )
+
+
+def _varying(kind: Any) -> Iterable[str]:
+    """Returns the mesh axes that an array varies over, in older and newer JAX."""
+    manual = getattr(kind, "manual_axis_type", None)
+    return getattr(kind, "vma", ()) if manual is None else manual.varying
 
 
 def _short(value: Any) -> str:

@@ -324,3 +324,44 @@ def test_params_are_required_with_an_inner():
     tx = sift(optax.sgd(1.0), density=0.1)
     with pytest.raises(ValueError, match="`params` must be passed"):
         tx.update(GRADIENT, tx.init(WEIGHT))
+
+
+@pytest.mark.parametrize("compat", [None, "torch-sift"])
+def test_shards_have_supports_of_their_own_or_are_refused(compat):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = sift(optax.sgd(1.0), density=0.25, compat=compat)
+    grads = jnp.arange(32.0).reshape(16, 2)
+
+    def update(grads):
+        return tx.update(grads, tx.init(grads), grads)[0]
+
+    def mapped(**options):
+        specs = {"in_specs": jax.P("x"), "out_specs": jax.P("x")}
+        return jax.shard_map(update, mesh=mesh, **specs, **options)(grads)
+
+    with pytest.raises(InputError, match=r"axes, got \['x'\]. Pass `check_vma=False`"):
+        mapped()
+    if compat is None:
+        # Four entries a shard, of which the last is the largest.
+        expected = np.where(np.arange(32) % 4 == 3, -np.arange(32), 0).reshape(16, 2)
+        np.testing.assert_array_equal(mapped(check_vma=False), expected)
+
+
+SHAPES = {
+    "muon": (optax.contrib.muon(0.1), True),
+    "adafactor": (optax.adafactor(0.1), True),
+    "adamw": (optax.adamw(0.1), False),
+    "prodigy": (optax.contrib.prodigy(), False),
+    "lbfgs": (optax.scale_by_lbfgs(), False),
+    "momentum": (optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.9)), False),
+}
+
+
+@pytest.mark.parametrize(("inner", "is_told"), SHAPES.values(), ids=SHAPES)
+def test_a_transformation_that_looks_at_shapes_is_warned_of(inner, is_told, caplog):
+    shapes = {"w": (3, 128, 128), "m": (128, 256), "b": (128,), "s": ()}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()
+    }
+    jax.eval_shape(sift(inner, stacked="w").init, params)
+    assert ("treats matrices otherwise" in caplog.text) == is_told

@@ -1,5 +1,6 @@
 """SIFT: train the entries with the largest gradients, as an Optax transformation."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -8,7 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sparse_jax.arguments import require_count, require_key, require_transformation
+from sparse_jax.arguments import (
+    require_count,
+    require_key,
+    require_one_device_view,
+    require_transformation,
+)
 from sparse_jax.errors import InputError
 from sparse_jax.granularity import ENTRY, Granularity, require_granularity
 from sparse_jax.names import Rule
@@ -28,6 +34,8 @@ from sparse_jax.transforms.carry import carry_state, carry_values
 from sparse_jax.transforms.torch_sift import torch_sift
 
 __all__ = ["SiftState", "sift"]
+
+_log = logging.getLogger(__name__)
 
 _PARAMS_MISSING = (
     "`params` must be passed to `update`, got None. `sift` reads the current values "
@@ -71,6 +79,11 @@ def sift(
     `inner` sees float32 vectors of k entries, so its state is O(k), and whatever it
     does (weight decay too) stays inside S. Entries outside S and frozen leaves get an
     update of exactly zero. With `inner=None` the masked gradient is passed on.
+
+    A transformation that treats matrices otherwise than vectors (muon, adafactor with
+    factors, shampoo, galore) treats everything as vectors here; `init` warns of it.
+    Inside `jax.shard_map` every shard gets a support of its own, with
+    `check_vma=False`.
 
     Differs from the released code: the gradient that selects is also used, updates
     are applied at once, weight decay acts, and parameters below float32 keep float32
@@ -188,6 +201,11 @@ def sift(
         # Only shapes matter here, the values come with the first selection: `init`
         # accepts abstract parameters.
         values = map_roles(packed, roles, params, support, only=TRAINED)
+        if _looks_at_shapes(tx, roles, params, values):
+            _log.warning(
+                "`inner` treats matrices otherwise than vectors; `sift` gives it the "
+                "entries that are trained as vectors"
+            )
         return SiftState(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
@@ -207,6 +225,7 @@ def sift(
             if has_masters or score not in ("gradient", "random"):
                 raise ValueError(_PARAMS_MISSING)
             params = updates
+        require_one_device_view("updates", updates)
         roles = roles_of(updates, where=where, dense=dense, stacked=stacked)
         collecting, due = _schedule(state.count, select_from, reselect_every)
 
@@ -275,6 +294,30 @@ def sift(
         return lax.cond(finite, accept, skip)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _looks_at_shapes(tx: Any, roles: Any, params: Any, values: Any) -> bool:
+    """Returns whether the state of packed matrices is other than packed state."""
+    shape_of = lambda tree: map_roles(
+        lambda role, value, leaf: (
+            jax.ShapeDtypeStruct(value.shape, value_dtype(leaf))
+            if role.kind == SPARSE and leaf.ndim > 1 + role.stacked
+            else optax.MaskedNode()
+        ),
+        roles, tree, params, only=TRAINED,
+    )  # fmt: skip
+
+    def state_of(tree: Any) -> Any:
+        shapes = [leaf.shape for leaf in jax.tree.leaves(tree)]
+
+        def owner(leaf: Any) -> Any:
+            ends = (shape for shape in shapes if leaf.shape[-len(shape) :] == shape)
+            return next((leaf.shape[: -len(end)] for end in ends), leaf.shape + (0,))
+
+        state = jax.eval_shape(tx.init, tree)
+        return jax.tree.structure(state), [*map(owner, jax.tree.leaves(state))]
+
+    return state_of(shape_of(params)) != state_of(shape_of(values))
 
 
 def _require_counts(select_from: int, reselect_every: int | None) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from sparse_jax.arguments import require_one_device_view
 from sparse_jax.names import Rule
 from sparse_jax.packing import unpack
 from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
@@ -97,6 +98,7 @@ def torch_sift(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, TorchSiftState]:
+        require_one_device_view("updates", updates)
         roles, late = roles_and_late(updates)
         count = jnp.asarray(state.count)
         support = lax.cond(
