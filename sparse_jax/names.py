@@ -2,12 +2,11 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
-from flax.core.meta import AxisMetadata
 
 from sparse_jax.errors import InputError
 
@@ -19,7 +18,7 @@ Rule = str | Sequence[str]
 _KINDS = ("kernel", "bias", "scale", "embedding")
 
 # Nodes that Flax puts around an array, with the array under `value`.
-_BOXES = (nnx.Variable, AxisMetadata)
+_BOXES = (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata"))
 
 
 def leaf_names(tree: Any) -> Any:
@@ -52,11 +51,11 @@ def map_named(
       {'a': 'a=1', 'b': 'b=2'}
     """
     names: dict[str, Any] = {}
-    is_leaf = is_leaf or (lambda node: False)
-    stops = lambda node: isinstance(node, _BOXES) or is_leaf(node)
+    boxes, is_leaf = _boxes(), is_leaf or (lambda node: False)
+    stops = lambda node: isinstance(node, boxes) or is_leaf(node)
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops):
         inside = [()]
-        if isinstance(node, _BOXES):
+        if isinstance(node, boxes):
             below = jax.tree_util.tree_leaves_with_path(node, is_leaf=is_leaf)
             inside = [keys[1:] for keys, _ in below]
         for keys in inside:
@@ -72,6 +71,17 @@ def map_named(
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
     others = map(structure.flatten_up_to, rest)
     return structure.unflatten(map(function, names, leaves, *others))
+
+
+def _boxes() -> tuple[type, ...]:
+    """Returns the classes of boxes that a tree can hold by now."""
+    # Importing Flax takes twice as long as all that `sift` needs of this library, and
+    # no tree has boxes before somebody else does.
+    return tuple(
+        getattr(sys.modules[module], name)
+        for module, name in _BOXES
+        if module in sys.modules
+    )
 
 
 def first_match(rules: Mapping[str, Rule | None], name: str, default: str) -> str:

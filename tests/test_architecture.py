@@ -80,13 +80,17 @@ def test_slow_libraries_are_imported_where_they_are_used(path):
         assert not {module.split(".")[0] for module in modules} & SLOW
 
 
-def test_the_command_line_starts_without_jax():
-    code = (
-        "import sys, sparse_jax.cli.main;"
-        "print([m for m in ('jax', 'flax', 'optax', 'torch') if m in sys.modules])"
-    )
+IMPORTS = {
+    "command line": ("import sparse_jax.cli.main", {"jax", "flax", "optax", "torch"}),
+    "sift and ist": ("from sparse_jax import ist, sift", {"flax", "torch"}),
+}
+
+
+@pytest.mark.parametrize(("code", "heavy"), IMPORTS.values(), ids=IMPORTS)
+def test_an_import_loads_no_library_that_it_does_not_need(code, heavy):
+    code += f"; import sys; print({heavy} & {{*sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.strip() == "[]", run.stderr
+    assert run.stdout.strip() == "set()", run.stderr
 
 
 def test_every_public_name_can_be_reached():
