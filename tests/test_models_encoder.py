@@ -334,3 +334,15 @@ def test_roberta_has_512_usable_positions():
     model = PureModel(SequenceClassifier, FAMILIES["roberta"], config)
     table = model.abstract()["embeddings"]["position"]["embedding"]
     assert (max_length_of(config), table.shape) == (512, (514, 768))
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
+def test_a_batch_that_lacks_an_array_is_refused(name):
+    model = PureModel(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
+    batch = {
+        "input_ids": jnp.ones((1, 3), int),
+        "attention_mask": jnp.ones((1, 3), int),
+    }
+    del batch[name]
+    with pytest.raises(InputError, match=f"got no `{name}` beside"):
+        jax.eval_shape(model, model.abstract(), batch)

@@ -1,6 +1,7 @@
 """A model as a pure function of its parameters."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import Cache, CausalLM
 from sparse_jax.models.encoder import Batch
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
@@ -72,12 +74,15 @@ class PureModel:
         Returns:
           Logits, `[B, num_labels]` of a `SequenceClassifier`, `[B, T, V]` of a
           `MaskedLM` or a `CausalLM`.
+
+        Raises:
+          InputError: if the batch lacks an array that the model needs.
         """
-        return self.bind(params)(batch, **options)
+        return self.bind(params)(_complete(batch), **options)
 
     def hidden(self, params: Params, batch: Batch, **options: Any) -> jax.Array:
         """Calls `CausalLM.hidden`."""
-        return self.bind(params).hidden(batch, **options)
+        return self.bind(params).hidden(_complete(batch), **options)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Calls `CausalLM.logits`."""
@@ -91,7 +96,20 @@ class PureModel:
         self, params: Params, batch: Batch, cache: Cache, **options: Any
     ) -> tuple[jax.Array, Cache]:
         """Calls `CausalLM.extend`."""
-        return self.bind(params).extend(batch, cache, **options)
+        return self.bind(params).extend(_complete(batch), cache, **options)
+
+
+def _complete(batch: Batch) -> Batch:
+    """Returns a batch, or raises if it lacks an array that every model needs."""
+    names = sorted(map(str, batch)) if isinstance(batch, Mapping) else []
+    missing = [name for name in ("input_ids", "attention_mask") if name not in names]
+    if missing:
+        raise InputError(
+            f"`batch` must have `input_ids` and `attention_mask`, got no "
+            f"`{missing[0]}` beside {names}. The mask is 1 at tokens and 0 at padding: "
+            "without padding it is `jnp.ones_like(input_ids)`."
+        )
+    return batch
 
 
 def _create(model: PureModel, key: jax.Array) -> nnx.Module:
