@@ -292,6 +292,7 @@ def test_a_step_holds_no_second_copy_of_a_weight(dtype):
     tuner = Compact(loss, METHOD, optax.adam(1e-3))
     params = MODEL.init(jax.random.key(0), dtype)
     state = jax.eval_shape(tuner.init, params, jax.random.key(0))
+    state, _ = jax.eval_shape(tuner.select, state, make_batch(0), jax.random.key(0))
     step = jax.jit(tuner.step, donate_argnums=0)
     lowered = step.lower(state, make_batch(0), jax.random.key(0))
     memory = lowered.compile().memory_analysis()

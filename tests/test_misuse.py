@@ -266,7 +266,7 @@ ARGUMENTS = {
     ),
     "no stack": (
         lambda: LoRA(rank=1, stack=None).added(PARAMS, KEY),
-        "`stack` must name a subtree .*The subtrees are `head`, `layers`",
+        "`stack` must name a subtree .*The subtrees are head, layers",
     ),
     "list of parameters": (
         lambda: LoRA(rank=1).added([jnp.ones(3)], KEY),

@@ -75,7 +75,7 @@ def _kernels(params: Any, stack: str | None) -> dict[str, jax.Array]:
     """Returns the stacked kernels of the layers by the name of their site."""
     subtrees = params if isinstance(params, Mapping) else {}
     if stack is None or stack not in subtrees:
-        names = ", ".join(f"`{name}`" for name in sorted(map(str, subtrees)))
+        names = ", ".join(sorted(map(str, subtrees)))
         raise InputError(
             f"`stack` must name a subtree of the parameters whose leaves are layers, "
             f"[L, ...], to add something to them, got {stack!r}. "
