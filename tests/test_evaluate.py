@@ -62,6 +62,12 @@ def test_a_file_that_was_not_trained_on_is_used_whole(place, told):
     assert loss_on(place, "folder", "one.jsonl") != found
 
 
+def test_examples_that_are_cut_are_told(place, told):
+    evaluate_adapter(place / "file", data=str(place / "other.jsonl"), max_length=6)
+    # Twelve chats have six words, and one token more to end them.
+    assert "validation: 20 examples used, 12 cut to 6 tokens" in told()
+
+
 # run, data -> examples, and which they are
 USES = {
     ("file", "chats.jsonl"): (8, "which were held out of the training"),

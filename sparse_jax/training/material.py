@@ -34,7 +34,7 @@ from sparse_jax.training.base import (
 )
 from sparse_jax.training.causal_feed import make_causal_feed
 from sparse_jax.training.classification import Classification
-from sparse_jax.training.feed import Feed, make_feed
+from sparse_jax.training.feed import Feed, make_feed, usage_text
 from sparse_jax.training.language_modelling import LanguageModelling
 from sparse_jax.training.objective import Objective
 from sparse_jax.training.settings import Settings
@@ -80,7 +80,16 @@ def load_material(settings: Settings, *, adapter: Adapter | None = None) -> Mate
         material = _labelled(settings, adapter, mesh)
     devices = material.base.devices
     devices.require_batch(settings.batch_size, settings.accumulate)
+    if adapter is not None:
+        _warn_of_lost(material.feed)
     return material
+
+
+def _warn_of_lost(feed: Feed) -> None:
+    """Warns of examples that are evaluated on in part, or not at all."""
+    for split, usage in feed.usage.items():
+        if split != "train" and (usage.cut or usage.dropped):
+            _log.warning("%s", usage_text(split, usage, feed.max_length))
 
 
 def _labelled(
