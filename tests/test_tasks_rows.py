@@ -80,6 +80,8 @@ def test_halves_of_broken_questions_are_dropped_for_qqp_only(rows_of):
     [
         ("a.tsv", "x\ty\n1\t2\n3\n", "a.tsv` line 3 must have 2 fields (x, y), got 1."),
         ("a.csv", "x,y\n1,2,3\n", "a.csv` line 2 must have 2 fields (x, y), got 3."),
+        ("a.csv", 'x;y\r\n"1";2\r\n', "line 1 must name the columns with commas "),
+        ("a.csv", "x\ty\n1\t2\n", "line 1 must name the columns with commas "),
         ("a.csv", 'x\n"1"2\n', "a.csv` line 2 must be CSV: "),
         ("a.csv", 'x\n"1\n\n', "a.csv` line 3 must be CSV: unexpected end of data. "),
         ("a.jsonl", "{}\n{x}\n", "a.jsonl` line 2 must be a JSON object: "),

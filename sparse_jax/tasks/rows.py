@@ -154,6 +154,13 @@ def _tab_separated(text: str, source: Source, task: Task) -> Numbered:
 def _comma_separated(text: str, source: Source, task: Task) -> Numbered:
     """Yields the rows of a CSV text; a row's line is its last one."""
     del task
+    header = text.partition("\n")[0].removesuffix("\r")
+    # As spreadsheets write where the comma is the decimal point.
+    if "," not in header and (";" in header or "\t" in header):
+        raise InputError(
+            f"{source.at(1)} must name the columns with commas between them, got "
+            f"{brief(header)}. Write the file with commas."
+        )
     rows = iter(_csv_rows(text, source))
     first, columns = next(rows, (1, []))
     _require_unique(source.at(first), columns)
