@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.models.hub import require_no_peft
+from sparse_jax.models.tensors import save_tensors
 
 __all__ = ["ADAPTER", "FORMAT", "Adapter", "load_adapter", "save_adapter"]
 
@@ -139,7 +139,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> int:
     for name, array in tensors.items():
         _require_finite("`adapter`", name, array, "Load an earlier checkpoint.")
     temporary = path.with_name(f".{path.name}.part")
-    save_file(tensors, temporary, metadata=_to_metadata(adapter, tensors))
+    save_tensors(tensors, temporary, _to_metadata(adapter, tensors))
     os.replace(temporary, path)
     return path.stat().st_size
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from sparse_jax.adapter_file import Adapter
 from sparse_jax.adapter_method import method_of_adapter, require_whole
@@ -22,6 +21,7 @@ from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf_names import is_stacked, tensor_name, to_tensor_layout
 from sparse_jax.models.hub import PEFT_CONFIG
 from sparse_jax.models.pure import PureModel
+from sparse_jax.models.tensors import save_tensors
 from sparse_jax.names import leaf_names
 
 __all__ = ["save_peft"]
@@ -72,7 +72,7 @@ def save_peft(folder: str | Path, adapter: Adapter, model: PureModel) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(_tensors(adapter, model.family))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
     text = json.dumps(_config(adapter, method, model), indent=2, sort_keys=True)
     (folder / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
 

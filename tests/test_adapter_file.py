@@ -1,5 +1,6 @@
 """An adapter file holds what was trained, to the bit, and says when it does not fit."""
 
+import os
 from dataclasses import replace
 
 import jax
@@ -17,6 +18,7 @@ from sparse_jax import (
     save_adapter,
 )
 from sparse_jax.adapter_use import swap
+from sparse_jax.models.tensors import write_tensors
 
 
 def make_params(dtype=jnp.bfloat16):
@@ -81,6 +83,17 @@ def test_swapping_back_restores_every_bit():
     params = make_params()
     changed, undo = swap(params, make_adapter(params))
     assert_same(swap(changed, undo)[0], params)
+
+
+def test_whoever_may_read_other_new_files_may_read_what_is_written(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_adapter(tmp_path / "a.safetensors", make_adapter(make_params()))
+        write_tensors({"w": np.zeros(2, np.float32)}, tmp_path)
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()]
+    assert modes == [0o640, 0o640]
 
 
 def test_bfloat16_takes_at_most_six_and_a_half_bytes_an_entry(tmp_path):

@@ -18,6 +18,7 @@ __all__ = [
     "WEIGHTS",
     "base_hash",
     "open_tensors",
+    "save_tensors",
     "shards_of",
     "write_tensors",
 ]
@@ -66,7 +67,18 @@ def write_tensors(tensors: Mapping[str, np.ndarray], folder: Path) -> None:
     """Writes tensors to one file, marked as PyTorch's layout for transformers."""
     # safetensors writes the memory of an array, whatever the strides say.
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def save_tensors(
+    tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]
+) -> None:
+    """Writes a safetensors file, which others may read if they may other new files."""
+    # From version 0.8 on safetensors writes files that only their owner may read.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def base_hash(folder: str | Path) -> str:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+
+from sparse_jax.models.tensors import save_tensors
 
 __all__ = [
     "Part",
@@ -83,7 +84,7 @@ def write_parts(
     temporary = path.with_name(f".{path.name}.part")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(words)})
+        save_tensors(tensors, temporary, {_KEY: json.dumps(words)})
         # The name must not reach the disk before the content does.
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
