@@ -167,7 +167,7 @@ def load_adapter(path: str | Path) -> Adapter:
             f"`{path}` must be an adapter of format {FORMAT!r}, got "
             f"{brief(words.get('format'))}. Write it with `save_adapter`."
         )
-    # Files of before have none.
+    # Files of earlier versions have none.
     digest = words.pop("digest", None)
     if digest is not None and digest != _digest(words, tensors):
         raise InputError(

@@ -199,7 +199,7 @@ def require_whole(params: Any, adapter: Adapter, *, new: Sequence[str] = ()) -> 
         if leaf not in adapter.dense and leaf not in adapter.support:
             raise InputError(
                 f"`adapter` must have the leaf `{leaf}`, which the checkpoint of its "
-                "base lacks, and has none. Train it with --dense, or copy it again."
+                "base lacks, and does not. Train it with --dense, or copy it again."
             )
 
 
@@ -230,7 +230,7 @@ def _options(adapter: Adapter) -> _Options:
     if missing and _is_of_run(adapter):
         raise InputError(
             f"`settings` of the adapter must have `{missing[0]}`, which its method "
-            f"{adapter.method} needs, and has none. Copy it again."
+            f"{adapter.method} needs, and does not. Copy it again."
         )
     given = {name: settings[name] for name in names if settings.get(name) is not None}
     rules = {
@@ -253,7 +253,7 @@ def _width(adapter: Adapter) -> dict[str, int]:
     if part not in parts or parts[part].ndim != 3:
         raise InputError(
             f"`adapter` must have a stack of matrices `{part}` at `{site}`, as "
-            f"{adapter.method} adds it, and has none. Copy it again."
+            f"{adapter.method} adds it, and does not. Copy it again."
         )
     return {option: parts[part].shape[axis]}
 
@@ -306,12 +306,12 @@ def _require_leaves(
         if role.kind in (DENSE, SPARSE) and not is_trained:
             raise InputError(
                 f"`adapter` must have the leaf `{name}`, which its settings train, "
-                "and has none. Copy it again, or load the base that it was trained on."
+                "and does not. Copy it again, or load the base that it was trained on."
             )
         is_foreign = is_whole and role.kind != DENSE and not is_free
         if is_foreign or (is_sparse and role.kind != SPARSE):
             raise InputError(
-                f"`adapter` must have what its settings train alone, got the leaf "
+                f"`adapter` must have only what its settings train, got the leaf "
                 f"`{name}`. Copy it again, or load the base that it was trained on."
             )
         if is_sparse:

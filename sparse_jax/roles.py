@@ -80,7 +80,7 @@ def roles_of(
         size = leaf.size // leaf.shape[0] if is_stacked and not is_empty else leaf.size
         if kind == SPARSE and size > _MOST_ENTRIES:
             raise InputError(
-                f"`{name}` must have less than 2**31 entries{' a layer' * is_stacked} "
+                f"`{name}` must have fewer than 2**31 entries{' a layer' * is_stacked} "
                 f"to be trained sparsely, got shape {list(leaf.shape)}. Name stacks of "
                 "layers by `stacked`, or leave it out of `where`."
             )

@@ -137,7 +137,7 @@ EDITS = [
     ("lora", lambda a: replace(a, added={}), "must have the arrays that lora adds"),
     ("lora", lambda a: replace(a, dense={}), "must have the leaf `classifier/bias`"),
     ("lora", without("classifier/kernel", of="dense"), "leaf `classifier/kernel`, whi"),
-    ("lora", more_dense, "train alone, got the leaf `embeddings/norm/bias`"),
+    ("lora", more_dense, "settings train, got the leaf `embeddings/norm/bias`"),
     ("lora", part("attention/query", "b", lambda x: x[:1]), r"be float32\[2, 3, 32"),
     ("lora", part("attention/query", "a", more_layers), r"got float32\[3, 32, 3\]"),
     ("lora", part("attention/query", "a", np.transpose), r"got float32\[3, 32, 2\]"),
@@ -154,10 +154,10 @@ EDITS = [
     ("sift", another("vera"), "`method` of the adapter must be one of full, head"),
     ("sift", shorter, r"attention/query/kernel.support` must be int32\[2, 82\]"),
     ("sift", renamed_leaf, "must have the leaf `layers/attention/query/kernel`, which"),
-    ("full", another("bitfit"), "train alone, got the leaf `embeddings/norm/scale`"),
+    ("full", another("bitfit"), "settings train, got the leaf `embeddings/norm/scale`"),
     ("full", without("pooler/bias", of="dense"), "must have the leaf `pooler/bias`"),
     ("bitfit", another("full"), "must have the leaf `embeddings/norm/scale`, which"),
-    ("bitfit", another("head"), "train alone, got the leaf `embeddings/norm/bias`"),
+    ("bitfit", another("head"), "settings train, got the leaf `embeddings/norm/bias`"),
 ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def loss_on(place, run, data):
 
 def test_a_file_that_was_not_trained_on_is_used_whole(place, told):
     found = loss_on(place, "folder", "other.jsonl")
-    assert f"evaluates on 20 examples of `{place}/other.jsonl`, which are all" in told()
+    assert f"evaluating on 20 examples of `{place}/other.jsonl`: all of them" in told()
     # As the file for validation of a folder, where nothing is held out.
     folder = place / "as validation"
     folder.mkdir()
@@ -70,28 +70,28 @@ def test_examples_that_are_cut_are_told(place, told):
 
 # run, data -> examples, and which they are
 USES = {
-    ("file", "chats.jsonl"): (8, "which were held out of the training"),
-    ("file", "renamed.jsonl"): (8, "which were held out of the training"),
-    ("file", "alone"): (8, "which were held out of the training"),
-    ("file", "data/validation.jsonl"): (10, "which are all"),
-    ("folder", "data"): (10, "which are all"),
-    ("folder", "data/validation.jsonl"): (10, "which are all"),
+    ("file", "chats.jsonl"): (8, "those held out of the training"),
+    ("file", "renamed.jsonl"): (8, "those held out of the training"),
+    ("file", "alone"): (8, "those held out of the training"),
+    ("file", "data/validation.jsonl"): (10, "all of them"),
+    ("folder", "data"): (10, "all of them"),
+    ("folder", "data/validation.jsonl"): (10, "all of them"),
     ("folder", "data/train.jsonl"): (
-        30, "which are all, and which the adapter was trained on",
+        30, "all of them, which the adapter was trained on",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("run", "data"), USES)
-def test_the_part_of_a_file_that_is_used_is_told(place, told, run, data):
+def test_the_part_of_a_file_that_is_used_is_logged(place, told, run, data):
     shutil.copy(place / "chats.jsonl", place / "renamed.jsonl")
     (place / "alone").mkdir(exist_ok=True)
     shutil.copy(place / "chats.jsonl", place / "alone" / "any.jsonl")
     found = loss_on(place, run, data)
     count, which = USES[run, data]
-    (line,) = [line for line in told() if line.startswith("evaluates on")]
-    assert line.startswith(f"evaluates on {count} examples of `{place}/{data}")
-    assert line.endswith(f", {which}")
+    (line,) = [line for line in told() if line.startswith("evaluating on")]
+    assert line.startswith(f"evaluating on {count} examples of `{place}/{data}")
+    assert line.endswith(f": {which}")
     if "held" in which or data == "data" or "data/val" in data and run == "folder":
         metrics = json.loads((place / run / "metrics.json").read_text())
         assert found == metrics["eval"]["loss"]

@@ -279,7 +279,7 @@ def test_a_row_that_is_none_is_refused_by_its_line(line, message, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "has not. Put it back"),
+        ({}, "does not. Put it back"),
         ({"eval": [1]}, r"must have metrics as `eval`, got \[1\]"),
         ({"eval": {"loss": "low"}}, "must have metrics as `eval`"),
         ({"steps": None}, "must have a number as `steps`, got None"),

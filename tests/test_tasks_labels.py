@@ -52,7 +52,7 @@ def splits_of(tmp_path):
         ([["x"], ["y", None]], "item 2 must have a label, got None. Leave out such "),
         (
             [["x", "y"], ["y", "y"]],
-            "item 2 must have every label once, got ['y', 'y'].",
+            "item 2 must have no label twice, got ['y', 'y'].",
         ),
         ([0.5, None], "item 2 must have a label, got None. Leave out such rows with "),
         (

@@ -89,7 +89,7 @@ def test_a_panic_is_an_error_and_prints_nothing(folder, capfd):
 
 
 def test_other_errors_of_a_tokenizer_are_input_errors():
-    message = "`tokenizer` must be able to write every text: "
+    message = "`tokenizer` must be able to encode every text: "
     with pytest.raises(InputError, match=message), tokenizing():
         characters()([None])
     with pytest.raises(KeyboardInterrupt), tokenizing():

@@ -37,7 +37,7 @@ TEMPLATE = _option("Prompt around an instruction: alpaca or llm_adapters.", "alp
 HELD_OUT = _option("Share of a file of texts that the run is judged on.", "0.05")
 DROP_UNLABELLED = _flag(
     "--drop-unlabelled",
-    "Leave out rows whose label is absent, null, NaN, - or, of classes, -1.",
+    "Leave out rows without a label: absent, null, NaN, - or, for classes, -1.",
 )
 _METHODS = (
     "full, head, bitfit, lora, dora, series, parallel, ia3, prefix, sift, random or "

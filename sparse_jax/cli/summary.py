@@ -43,13 +43,13 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     trained, total = metrics["trained_parameters"], metrics["total_parameters"]
     without_head = metrics["trained_parameters_without_head"]
     scores = [(name, _score(value)) for name, value in metrics["eval"].items()]
-    # A run of an earlier version has not all of these.
+    # A run of an earlier version lacks some of these.
     examples = [
         f"{use['used']:,} {split}" for split, use in metrics.get("examples", {}).items()
     ]
     seconds, warnings = metrics.get("selection_seconds"), metrics.get("warnings")
     selection = [] if seconds is None else [("selection", f"{seconds:.3g} s")]
-    told = [("warnings", f"{len(warnings)}, in metrics.json")] if warnings else []
+    noted = [("warnings", f"{len(warnings)}, in metrics.json")] if warnings else []
     # Their loss or gradient was not finite.
     skipped = [("skipped batches", f"{metrics['skipped_batches']:,}")]
     if not metrics["skipped_batches"]:
@@ -69,7 +69,7 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("time per update", f"{metrics['seconds_per_step']:.3g} s"),
         ("updates", f"{metrics['steps']:,}"),
         *skipped,
-        *told,
+        *noted,
     ]
 
 

@@ -78,7 +78,7 @@ class Writer:
                 key=jax.random.key(seed),
             )
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
-        with tokenizing("`tokenizer` must be able to spell every token"):
+        with tokenizing("`tokenizer` must be able to decode every token"):
             texts = [decode(row.tolist()) for row in rows]
         # A text can be spelled in other tokens than those it was expected in.
         return [_before(text, [one.text for one in stop if one.text]) for text in texts]
@@ -119,7 +119,9 @@ def load_writer(
     stop |= {tokenizer.eos_token_id} - {None}
     stop |= {*_trained_ends(found, pure.config.vocab_size)}
     if not stop:
-        _log.warning("nothing but `max_new_tokens` ends a text: the model has no end")
+        _log.warning(
+            "the model has no end-of-sequence token: only `max_new_tokens` ends a text"
+        )
     return Writer(pure, params, attachment, tokenizer, tuple(sorted(stop)), devices)
 
 

@@ -122,7 +122,7 @@ def _rope(theirs: Any, path: Path) -> Mapping[str, Any]:
     if missing:
         raise InputError(
             f"`rope_parameters` in `{path}` must have {listed(missing)} for the type "
-            f"{kind!r}, and lacks that. Copy the file that belongs to the model again."
+            f"{kind!r}, and does not. Copy the file that belongs to the model again."
         )
     return rope
 

@@ -107,14 +107,14 @@ class Weights:
                 part = layout.turned(leaf, lazy[layout.turned_index(leaf, index)])
             else:
                 part = layout.split(leaf, file.get_tensor(found), heads)[index]
-            # A number too large for the dtype becomes infinite, which is told below.
+            # A number too large for the dtype becomes infinite, and is reported below.
             with np.errstate(over="ignore"):
                 part = part.astype(dtype, copy=False)
             if not _is_finite(part):
                 raise InputError(
                     f"`{leaf}` must be finite in {part.dtype}, got NaN or infinite "
                     f"values in the tensor `{found}` of `{self.folder}`. Use a "
-                    "checkpoint of before its training diverged."
+                    "checkpoint from before its training diverged."
                 )
             parts.append(part)
         return np.stack(parts) if is_stacked(leaf) else parts[0]

@@ -1,4 +1,4 @@
-"""Lost processes: one of several that died, told by those that would wait for it."""
+"""Lost processes: one of several has died, and the others must not wait for it."""
 
 import atexit
 import contextlib
@@ -24,7 +24,7 @@ _LONG = 60.0
 
 
 def watch_processes() -> None:
-    """Shows the other processes that this one lives, and ends it if one of them died.
+    """Tells the other processes that this one is alive, and ends it if one has died.
 
     A process that waits for one that died waits in compiled code, which nothing else
     can interrupt.
@@ -64,8 +64,9 @@ def lost_processes() -> list[int]:
 def leave(lost: list[int]) -> NoReturn:
     """Ends this process at once, with a line that names those that are lost."""
     names = " and ".join(map(str, lost))
+    subject, verb = ("process", "is") if len(lost) == 1 else ("processes", "are")
     print(
-        f"error: process {names} of {jax.process_count()} is lost. Start all of them "
+        f"error: {subject} {names} of {jax.process_count()} {verb} lost. Start all "
         "again; with --resume, finetune continues from the last checkpoint.",
         file=sys.stderr,
         flush=True,

@@ -24,7 +24,7 @@ __all__ = [
     "without_unlabelled",
 ]
 
-# SNLI has these where the annotators do not agree, test files where nothing is told.
+# SNLI has these where the annotators disagree, test files where labels are withheld.
 _MARKS = ("-", "-1", "-1.0")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 # pandas writes whole numbers like this if a value of the column is missing.
@@ -198,7 +198,7 @@ def _set(place: str, label: Any) -> list[str]:
         )
     words = [_one(place, one) for one in label]
     if len({*words}) < len(words):
-        raise InputError(f"{place} must have every label once, got {brief(label)}.")
+        raise InputError(f"{place} must have no label twice, got {brief(label)}.")
     return words
 
 

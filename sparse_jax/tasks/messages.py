@@ -98,9 +98,7 @@ def _message(turn: Turn, place: str, *, may_train: bool) -> Message:
             "roles as `messages`."
         )
     if role not in _ROLES and role.strip().lower() in _ROLES:
-        raise InputError(
-            f"{place} must have a role in small letters, got {brief(role)}."
-        )
+        raise InputError(f"{place} must have a role in lower case, got {brief(role)}.")
     role = _ROLES.get(role, role)
     calls = _tool_calls(turn, place)
     fields = {name: value for name, value in turn.items() if name not in _READ}
@@ -189,8 +187,8 @@ def _is_wanted(turn: Turn, place: str, is_answer: bool) -> bool | None:
         said[name] = bool(value)
     if len(set(said.values())) > 1:
         raise InputError(
-            f"{place} must have one word on its training, got `weight` "
-            f"{brief(turn['weight'])} and `train` {brief(turn['train'])}."
+            f"{place} must have a `weight` and a `train` that agree, got "
+            f"{brief(turn['weight'])} and {brief(turn['train'])}."
         )
     wanted = next(iter(said.values()), None)
     if wanted and not is_answer:

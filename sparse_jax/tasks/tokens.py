@@ -101,7 +101,7 @@ def load_tokenizer(model: str | Path) -> Any:
 
 @contextlib.contextmanager
 def tokenizing(
-    rule: str = "`tokenizer` must be able to write every text",
+    rule: str = "`tokenizer` must be able to encode every text",
     remedy: str = "Use the tokenizer that belongs to the model",
 ) -> Iterator[None]:
     """Turns whatever a tokenizer raises into an `InputError`.

@@ -133,7 +133,7 @@ class Loop:
         if metrics.pop("is_skipped"):
             loss, norm = (float(metrics[name]) for name in ("loss", "gradient_norm"))
             return state, self._skip(
-                at, f"the loss {loss:.4g} or its gradient's {norm:.4g}"
+                at, f"the loss ({loss:.4g}) or the gradient norm ({norm:.4g})"
             )
         metrics = self._news(metrics)
         seconds = time.perf_counter() - began

@@ -45,9 +45,9 @@ _log = logging.getLogger(__name__)
 
 
 # Which part of a file is evaluated on.
-_WHOLE = "which are all"
-_HELD_OUT = "which were held out of the training"
-_TRAINED = "which are all, and which the adapter was trained on"
+_WHOLE = "all of them"
+_HELD_OUT = "those held out of the training"
+_TRAINED = "all of them, which the adapter was trained on"
 _RUN = ""  # none: a run trains
 
 
@@ -129,7 +129,7 @@ def _labelled(
         sizes = {name: size for name, size in feed.sizes.items() if name != "train"}
         parts = [f"{size} examples in {name}" for name, size in sizes.items()]
         place = "GLUE of the Hub" if settings.data is None else f"`{settings.data}`"
-        _log.warning("evaluates on %s of %s", " and ".join(parts), place)
+        _log.warning("evaluating on %s of %s", " and ".join(parts), place)
     kept = {
         "max_length": feed.max_length,
         "tokenizer_hash": tokenizer_digest(tokenizer),
@@ -183,7 +183,7 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh | None) -> M
     }
     if adapter is not None:
         count = feed.sizes["validation"]
-        _log.warning("evaluates on %d examples of `%s`, %s", count, path, part)
+        _log.warning("evaluating on %d examples of `%s`: %s", count, path, part)
     return Material(LanguageModelling(kept), base, feed)
 
 

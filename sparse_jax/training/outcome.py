@@ -24,7 +24,7 @@ def outcome_warnings(
     Args:
       rows: lines of `metrics.jsonl`.
       results: the last metrics of every evaluation split.
-      vocab_size: tokens that the model tells apart.
+      vocab_size: tokens of the model.
 
     Example:
       >>> rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]

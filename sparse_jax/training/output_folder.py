@@ -146,7 +146,7 @@ def require_same_files(path: Path, config: Mapping[str, Any]) -> None:
     """Raises unless the files that the settings name are those of the run."""
     before = read_json(path / CONFIG)
     for key, name in _NAMED.items():
-        # An earlier version did not tell.
+        # Earlier versions did not record it.
         if before.get(key, config[key]) != config[key]:
             raise InputError(
                 f"`{name}` must be what it was in the run to resume, got other "

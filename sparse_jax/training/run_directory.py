@@ -146,8 +146,8 @@ class RunDirectory:
         adapter, size = self.path / ADAPTER, metrics["adapter_bytes"]
         if not adapter.is_file() or adapter.stat().st_size != size:
             raise InputError(
-                f"`{adapter}` must have {size} bytes as `{METRICS}` says, and has not. "
-                "Put it back, or pass --overwrite to start anew."
+                f"`{adapter}` must have {size} bytes as `{METRICS}` says, and does "
+                "not. Put it back, or pass --overwrite to start anew."
             )
         return metrics
 
@@ -300,7 +300,7 @@ def _saved_elsewhere(save: Callable[[Path], int]) -> str:
 
 
 def _remove_run(path: Path) -> None:
-    """Removes the files of an earlier run, the one that tells what it was last."""
+    """Removes the files of an earlier run, the one that says what it was last."""
     shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
     _remove_parts(path)
     for name in reversed(FILES):
