@@ -45,6 +45,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     write_decoder(folder / "model")
     write_model(folder / "encoder")
+    (folder / "blank.txt").write_text("\n \n")
     model, params = tiny_decoder()
     noise = lambda leaf: np.random.default_rng(0).normal(size=leaf.shape)
     added = jax.tree.map(
@@ -150,6 +151,10 @@ def test_texts_end_where_the_model_says(command, place):
         (SAY[:2], "`prompt` must be given, got none."),
         (SAY[2:], "`model` must be given without an adapter"),
         ((*SAY, "--prompts", "PLACE/none"), "must be a file, and there is none"),
+        (
+            (*SAY, "--prompts", "PLACE/blank.txt"),
+            "`prompts` must be a file with a text in a line, got '",
+        ),
         ((*SAY, "--beams", "2", "--top-k", "3"), "`beams` must be left out with"),
         ((*SAY, "--length-penalty", "2"), "`length_penalty` must be left out"),
         ((*SAY, "--beams", "1"), "`beams` must be at least 2, got 1"),

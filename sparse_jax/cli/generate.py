@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from sparse_jax.cli import options
 from sparse_jax.cli.devices import take_devices
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief
 
 if TYPE_CHECKING:
     from sparse_jax.generation.choice import Choice
@@ -141,4 +141,10 @@ def _lines(path: str | None) -> list[str]:
         return []
     # Not `splitlines`, which also breaks at characters that occur in sentences.
     lines = (line.removesuffix("\r") for line in read_text(Path(path)).split("\n"))
-    return [line for line in lines if line.strip()]
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise InputError(
+            f"`prompts` must be a file with a text in a line, got {brief(path)}, "
+            "which has none."
+        )
+    return texts
