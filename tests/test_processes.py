@@ -21,12 +21,12 @@ def free_port():
         return found.getsockname()[1]
 
 
-def run_two(arguments):
+def run_two(arguments, program=("-m", "sparse_jax.cli.main")):
     """Runs the command line twice, with what differs between the two."""
     port = free_port()
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "sparse_jax.cli.main", "finetune", *own]
+            [sys.executable, *program, "finetune", *own]
             + ["--devices", "4", "--coordinator", f"localhost:{port}"]
             + ["--processes", "2", "--process", str(i)],
             stdout=subprocess.PIPE,
@@ -85,6 +85,38 @@ def test_two_processes_train_what_one_trains(files, tmp_path):
     adapters = [load_adapter(tmp_path / name) for name in ("one", "two")]
     for leaf, support in adapters[0].support.items():
         np.testing.assert_array_equal(support, adapters[1].support[leaf])
+
+
+STOPPED = """
+from sparse_jax.cli.main import main
+from sparse_jax.training.loop import Loop
+step = Loop._batch
+
+def stop(loop, state, at, batch):
+    if at.batches == 2:
+        raise SystemExit(7)
+    return step(loop, state, at, batch)
+
+Loop._batch = stop
+main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_the_checkpoint_of_both(files, tmp_path):
+    whole, parts = (
+        options(text_settings(*files, tmp_path / name), save_every=1)
+        for name in ("whole", "parts")
+    )
+    assert [code for code, *_ in run_two([whole] * 2)] == [0, 0]
+    assert [code for code, *_ in run_two([parts] * 2, ["-c", STOPPED])] == [7, 7]
+    steps = sorted(p.name for p in (tmp_path / "parts" / "checkpoints").iterdir())
+    assert steps == ["1", "2"]
+    first, second = run_two([[*parts, "--resume"]] * 2)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "damaged" not in first[2] + second[2]
+    one, two = (tmp_path / n / "adapter.safetensors" for n in ("whole", "parts"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_processes_that_disagree_all_stop(files, tmp_path):

@@ -1,11 +1,10 @@
 """Checkpoints of a run: what the base model does not already hold."""
 
-import contextlib
 import logging
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.compact import Compact, CompactState
-from sparse_jax.errors import InputError, reason_of
+from sparse_jax.errors import InputError
 from sparse_jax.local_support import Cut
 from sparse_jax.names import leaf_names
 from sparse_jax.packing import current_values, keep_masters
@@ -23,15 +22,13 @@ from sparse_jax.sharding.moving import moved
 from sparse_jax.sharding.processes import is_first_process, require_agreement
 from sparse_jax.support import scatter
 from sparse_jax.training.checkpoint_file import (
-    Part,
+    UNFINISHED,
     Position,
     Record,
-    has_parts,
-    read_arrays,
-    read_record,
-    write_parts,
+    read_checkpoint,
+    reason_of_orbax,
+    write_checkpoint,
 )
-from sparse_jax.training.orbax_checkpoint import is_orbax, read_orbax
 from sparse_jax.training.output_folder import CONFIG, ROWS
 from sparse_jax.training.run_directory import RunDirectory
 
@@ -44,8 +41,8 @@ class Checkpoints:
     """The checkpoints in a folder, of which the newest are kept.
 
     One holds trained values, supports and the optimiser's state: O(k), not the model.
-    Files are written while training goes on, under a temporary name and then moved; of
-    several processes each writes what it holds. Checksums cover all of it: arrays with
+    Orbax writes it while training goes on, under a temporary name and then moved; of
+    several processes the first one writes. Checksums cover all of it: arrays with
     their names, the position, and which run and rows it belongs to. A checkpoint may be
     read by a run on another mesh.
 
@@ -64,6 +61,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         # Compiled, because on a mesh every operation by itself is a program to compile.
         self._copied = jax.jit(lambda s: jax.tree.map(jnp.copy, self._trained(s)))
+        self._everywhere = devices.compiled(lambda leaf: leaf)
 
     def save(self, state: CompactState, position: Position) -> None:
         """Begins to write the state between two batches, whole or not at all.
@@ -72,23 +70,21 @@ class Checkpoints:
         before stays as it is.
         """
         self._wait()
+        # The next step overwrites the arrays of the state: these are copies.
+        names, leaves = _named(self._copied(state))
+        # Of several processes all take part, also if the first cannot write.
+        leaves = [self._whole(_plain(leaf)) for leaf in leaves]
+        if not is_first_process():
+            return
         if not self._directory.write_rows():
             self._report(f"its rows in {ROWS} could not")
             return
-        step = position.batches
-        # The next step overwrites the arrays of the state: these are copies.
-        names, leaves = _named(self._copied(state))
-        leaves = [_plain(leaf) for leaf in leaves]
         record = Record(
             position=position,
-            names=names,
-            shapes=[list(leaf.shape) for leaf in leaves],
-            dtypes=[str(leaf.dtype) for leaf in leaves],
             cuts={name: [*cut] for name, cut in self._tuner.cuts.items()},
-            processes=jax.process_count(),
+            names=names,
             run=self._directory.identity,
-            # The rows of the others have other durations.
-            rows=self._directory.rows_digest(step) if is_first_process() else "",
+            rows=self._directory.rows_digest(position.batches),
         )
         write = lambda: self._write(record, leaves)
         self._writer = threading.Thread(target=write, name="checkpoint")
@@ -104,6 +100,8 @@ class Checkpoints:
         Raises:
           InputError: if there are checkpoints, and all of them are damaged.
         """
+        if is_first_process():
+            self._remove_unfinished()
         steps = self._steps()
         for tried, step in enumerate(steps):
             try:
@@ -113,13 +111,13 @@ class Checkpoints:
                 _log.warning(
                     "the checkpoint %s is damaged (%s); trying the one before",
                     self._folder / str(step),
-                    _reason(error),
+                    reason_of_orbax(error),
                 )
                 continue
             require_agreement("checkpoint", position)
             # The run will come to these again.
-            for damaged in steps[:tried]:
-                self._remove(damaged)
+            for damaged in steps[:tried] if is_first_process() else ():
+                self._remove(str(damaged))
             return self._rebuilt(state, self._devices.hold(trained)), position
         require_agreement("checkpoint", None)
         if steps:
@@ -134,48 +132,50 @@ class Checkpoints:
         self._wait()
 
     def _wait(self) -> None:
-        """Waits until what was begun is written, and removes what is too old."""
+        """Waits until what was begun is written."""
         if self._writer is not None:
             self._writer.join()
         self._writer = None
-        self._prune()
 
-    def _write(self, record: Record, leaves: list[jax.Array]) -> None:
-        """Writes what this process holds of a checkpoint, or reports why it cannot."""
-        step, process = record.position.batches, jax.process_index()
-        folder = self._folder / str(step)
+    def _whole(self, leaf: jax.Array) -> jax.Array | np.ndarray:
+        """Returns an array of which the first process has all."""
+        if leaf.is_fully_addressable:
+            return leaf
+        # One at a time: programs that run at once may meet in another order elsewhere.
+        whole = jax.block_until_ready(self._everywhere(leaf))
+        return np.asarray(whole) if is_first_process() else leaf
+
+    def _write(self, record: Record, leaves: Sequence[Any]) -> None:
+        """Writes a checkpoint, or reports why it cannot."""
+        folder = self._folder / str(record.position.batches)
         try:
-            write_parts(folder, process, record, list(_parts(leaves, process)))
-        # Also what JAX or safetensors raise: the run can do without a checkpoint.
+            try:
+                write_checkpoint(folder, record, [np.asarray(leaf) for leaf in leaves])
+            finally:
+                self._remove_unfinished()
+            for step in self._steps()[self._keep :]:
+                self._remove(str(step))
+        # Orbax passes on what its threads met: the run can do without a checkpoint.
         except Exception as error:
-            self._report(_reason(error))
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        # Of several processes the others may still be writing.
-        if record.processes == 1:
-            self._prune()
+            self._report(reason_of_orbax(error))
 
     def _read(self, step: int, state: CompactState) -> tuple[CompactState, Position]:
         """Returns the reduced state in a checkpoint of this run."""
-        folder = self._folder / str(step)
-        if has_parts(folder):
-            record = read_record(folder)
-            self._require_own(step, record)
-            arrays = read_arrays(folder, record)
-        else:
-            record, arrays = read_orbax(folder)
-            self._require_own(step, record)
+        record, arrays = read_checkpoint(self._folder / str(step))
+        self._require_own(step, record)
         like = jax.eval_shape(self._trained, state)
         names, leaves = _named(like)
         cuts = {name: _cut(*cut) for name, cut in record.cuts.items()}
         # Another mesh may have others: supports are tables there.
-        if cuts == dict(self._tuner.cuts) and record.names not in ([], names):
+        if cuts == dict(self._tuner.cuts) and list(record.names) not in ([], names):
             raise ValueError("another version of the program wrote it")
         typed = [_typed(*pair) for pair in zip(arrays, leaves, strict=True)]
         trained = jax.tree.unflatten(jax.tree.structure(like), typed)
         trained = moved(trained, _shapes(state.params), cuts, self._tuner.cuts)
         for found, leaf in zip(jax.tree.leaves(trained), leaves, strict=True):
-            if (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
+            # Tables are as long as the fullest needs, which the selection decides.
+            of = np.ndim if self._tuner.cuts else np.shape
+            if of(found) != of(leaf) or found.dtype != leaf.dtype:
                 raise ValueError(f"it has an array of {found.shape} for {leaf.shape}")
         return trained, record.position
 
@@ -198,22 +198,16 @@ class Checkpoints:
         """Returns the steps of the checkpoints, the newest first."""
         places = self._folder.iterdir() if self._folder.is_dir() else ()
         steps = [int(p.name) for p in places if re.fullmatch("0|[1-9][0-9]*", p.name)]
-        is_begun = lambda folder: has_parts(folder) or is_orbax(folder)
-        steps = [step for step in steps if is_begun(self._folder / str(step))]
         return sorted(steps, reverse=True)
 
-    def _prune(self) -> None:
-        """Removes checkpoints that are older than the newest ones."""
-        processes = jax.process_count()
-        is_whole = lambda folder: has_parts(folder, processes) or is_orbax(folder)
-        steps = [s for s in self._steps() if is_whole(self._folder / str(s))]
-        for step in steps[self._keep :]:
-            self._remove(step)
+    def _remove_unfinished(self) -> None:
+        """Removes what was left of checkpoints that were not written to their end."""
+        for place in list(self._folder.glob(UNFINISHED)):
+            self._remove(place.name)
 
-    def _remove(self, step: int) -> None:
+    def _remove(self, name: str) -> None:
         """Removes a checkpoint."""
-        if is_first_process():
-            shutil.rmtree(self._folder / str(step), ignore_errors=True)
+        shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def _report(self, reason: str) -> None:
         """Warns that a checkpoint is missing."""
@@ -257,12 +251,6 @@ class Checkpoints:
         return CompactState(*trained._replace(params=params, masters=masters))
 
 
-def _reason(error: Exception) -> str:
-    """Returns the beginning of a message, which of Orbax's may be pages long."""
-    words = str(error).partition("[tensorstore_spec")[0]
-    return reason_of(ValueError(words or type(error).__name__))
-
-
 def _plain(leaf: jax.Array) -> jax.Array:
     """Returns an array of numbers, also for a key."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -279,19 +267,6 @@ def _named(state: Any) -> tuple[list[str], list[Any]]:
     """Returns the places of the leaves in a state, and the leaves."""
     found, _ = jax.tree.flatten_with_path(state)
     return [jax.tree_util.keystr(path) for path, _ in found], [x for _, x in found]
-
-
-def _parts(leaves: list[jax.Array], process: int) -> Iterator[Part]:
-    """Yields what a process writes of arrays: each part is written once."""
-    for i, leaf in enumerate(leaves):
-        if leaf.is_fully_addressable:
-            if process == 0:
-                yield Part(i, (0,) * leaf.ndim, np.asarray(leaf))
-            continue
-        for shard in leaf.addressable_shards:
-            if shard.replica_id == 0:
-                start = tuple(place.start or 0 for place in shard.index)
-                yield Part(i, start, np.asarray(shard.data))
 
 
 def _cut(names: Any, counts: Any) -> Cut:

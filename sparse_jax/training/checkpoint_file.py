@@ -1,31 +1,35 @@
-"""Checkpoint files: arrays and what they belong to, all of it under checksums."""
+"""Checkpoint files: Orbax writes the arrays, a record beside them what they are."""
 
+import functools
 import hashlib
 import json
-import os
+import logging
+import re
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from safetensors import safe_open
 
-from sparse_jax.models.tensors import save_tensors
+from sparse_jax.errors import reason_of
 
 __all__ = [
-    "Part",
+    "UNFINISHED",
     "Position",
     "Record",
-    "has_parts",
-    "read_arrays",
-    "read_record",
-    "write_parts",
+    "read_checkpoint",
+    "reason_of_orbax",
+    "write_checkpoint",
 ]
 
-_FORMAT = "sparse_jax checkpoint 1"
-_KEY = "sparse_jax"  # of the metadata of a safetensors file
+# Names that Orbax gives to what it has not yet finished.
+UNFINISHED = "*.orbax-checkpoint-tmp*"
+# What a record of an earlier version has, which knew no digest.
+_FIRST = {"position", "cuts", "arrays", "checksums"}
 
 
 class Position(NamedTuple):
@@ -36,129 +40,111 @@ class Position(NamedTuple):
     is_selected: bool = False  # whether the supports are chosen
 
 
-class Part(NamedTuple):
-    """What a process holds of an array."""
-
-    leaf: int  # which array
-    start: tuple[int, ...]  # of the part, in every dimension
-    array: np.ndarray
-
-
 @dataclass(frozen=True)
 class Record:
     """What the arrays of a checkpoint are, and which run they belong to."""
 
     position: Position
-    names: list[str]  # place of each array in the state; none if that is not known
-    shapes: list[list[int]]
-    dtypes: list[str]
     cuts: dict[str, Any]  # leaf: names and counts of its `Cut`
-    processes: int = 1  # each of them wrote a file
+    names: Sequence[str] = ()  # place of each array in the state; none if not known
     run: str = ""  # SHA-256 of its settings, model and data; empty if not known
     rows: str = ""  # SHA-256 of the rows before it; empty if not known
 
 
-def has_parts(folder: Path, processes: int = 1) -> bool:
-    """Returns whether a folder has the files of so many processes."""
-    return all(_file(folder, process).is_file() for process in range(processes))
-
-
-def write_parts(
-    folder: Path, process: int, record: Record, parts: Sequence[Part]
+def write_checkpoint(
+    folder: Path, record: Record, arrays: Sequence[np.ndarray]
 ) -> None:
-    """Writes what a process holds, whole or not at all.
+    """Writes a checkpoint, whole or not at all; one at the same place is replaced.
+
+    The items are those of Orbax's tools: `trained` with the arrays, by their number,
+    and `told` with the record.
 
     Raises:
-      OSError: if it cannot be written; or a `SafetensorError`.
+      OSError: or a `ValueError` of Orbax, if it cannot be written.
     """
-    tensors = {str(i): _bytes(part.array) for i, part in enumerate(parts)}
+    named = {str(i): array for i, array in enumerate(arrays)}
     told = {
         **asdict(record),
         "position": record.position._asdict(),
-        "process": process,
-        "parts": [[part.leaf, part.start, part.array.shape] for part in parts],
-        "checksums": [zlib.crc32(tensor.data) for tensor in tensors.values()],
+        "arrays": {n: [list(a.shape), str(a.dtype)] for n, a in named.items()},
+        "checksums": {n: zlib.crc32(a.tobytes()) for n, a in named.items()},
     }
-    words = {"format": _FORMAT, "digest": _digest(told), **told}
-    path = _file(folder, process)
-    temporary = path.with_name(f".{path.name}.part")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        save_tensors(tensors, temporary, {_KEY: json.dumps(words)})
-        # The name must not reach the disk before the content does.
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    told["digest"] = _digest(told)
+    ocp = _orbax()
+    # Orbax refuses arrays without elements.
+    stored = {name: array for name, array in named.items() if array.size}
+    args = ocp.args.Composite(
+        trained=ocp.args.StandardSave(stored), told=ocp.args.JsonSave(told)
+    )
+    with _checkpointer() as writer:
+        writer.save(folder.absolute(), args=args, force=True)
 
 
-def read_record(folder: Path) -> Record:
-    """Reads what a checkpoint is.
+def read_checkpoint(folder: Path) -> tuple[Record, list[np.ndarray]]:
+    """Reads a checkpoint, also one of an earlier version.
 
     Raises:
       ValueError: or any other error, if a file of it is damaged.
     """
-    return _record(_read(folder, 0)[0])
+    args = _orbax().args
+    with _checkpointer() as reader:
+        only = args.Composite(told=args.JsonRestore())
+        told = dict(reader.restore(folder.absolute(), args=only)["told"])
+        if told.keys() != _FIRST and told.pop("digest", "") != _digest(told):
+            raise ValueError("it does not say what was written")
+        # Templates of the host: the arrays may come from a mesh.
+        host = {
+            name: np.empty(shape, dtype)
+            for name, (shape, dtype) in told.pop("arrays").items()
+        }
+        stored = {name: array for name, array in host.items() if array.size}
+        only = args.Composite(trained=args.StandardRestore(stored))
+        host |= reader.restore(folder.absolute(), args=only)["trained"]
+    # Earlier versions had no checksums of arrays that several processes held.
+    for name, checksum in told.pop("checksums").items():
+        if zlib.crc32(host[name].tobytes()) != checksum:
+            raise ValueError("its arrays are not those that were written")
+    record = Record(**{**told, "position": Position(**told["position"])})
+    return record, [host[str(i)] for i in range(len(host))]
 
 
-def read_arrays(folder: Path, record: Record) -> list[np.ndarray]:
-    """Reads the arrays of a checkpoint, put together of the parts of all processes.
-
-    Raises:
-      ValueError: or any other error, if a file of it is damaged.
-    """
-    shapes = zip(record.shapes, record.dtypes, strict=True)
-    arrays = [np.empty(shape, np.dtype(dtype)) for shape, dtype in shapes]
-    found = [0] * len(arrays)
-    for process in range(record.processes):
-        told, tensors = _read(folder, process)
-        # Only the first process knows the rows.
-        own = replace(_record(told), rows=record.rows)
-        if own != record or told["process"] != process:
-            raise ValueError("its files belong to different checkpoints")
-        pieces = zip(told["parts"], told["checksums"], tensors, strict=True)
-        for (leaf, start, shape), checksum, tensor in pieces:
-            if zlib.crc32(tensor.data) != checksum:
-                raise ValueError("its arrays are not those that were written")
-            array = tensor.view(arrays[leaf].dtype).reshape(shape)
-            place = [slice(a, a + n) for a, n in zip(start, shape, strict=True)]
-            arrays[leaf][tuple(place)] = array
-            found[leaf] += array.size
-    if found != [array.size for array in arrays]:
-        raise ValueError("it has not all parts of its arrays")
-    return arrays
+def reason_of_orbax(error: Exception) -> str:
+    """Returns the end of a message, which names what went wrong, without the pages."""
+    words = re.sub(r" \[\w+=.*", "", str(error), flags=re.DOTALL)
+    return reason_of(ValueError(words.rpartition('": ')[2] or type(error).__name__))
 
 
-def _file(folder: Path, process: int) -> Path:
-    """Returns the file of a process."""
-    return folder / f"{process}.safetensors"
+def _checkpointer() -> Any:
+    """Returns what reads and writes in this process, which waits for no other."""
+    ocp = _orbax()
+    # Between processes Orbax waits for five minutes for one that has failed.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    handler = ocp.CompositeCheckpointHandler(composite_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _read(folder: Path, process: int) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Returns what a file says, which is what was written, and its bytes."""
-    with safe_open(_file(folder, process), framework="numpy") as file:
-        words = json.loads((file.metadata() or {})[_KEY])
-        names = sorted(file.keys(), key=int)
-        tensors = [file.get_tensor(name) for name in names]
-    if words.pop("format") != _FORMAT:
-        raise ValueError("another version of the program wrote it")
-    if words.pop("digest") != _digest(words):
-        raise ValueError("it does not say what was written")
-    return words, tensors
+@functools.cache
+def _orbax() -> Any:
+    """Returns Orbax, which reports at length what is reported here in one line."""
+    # It takes seconds to import, so it is imported where it is used.
+    import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
 
-def _record(told: Mapping[str, Any]) -> Record:
-    """Returns the record in a file."""
-    fields = {name: told[name] for name in Record.__dataclass_fields__}
-    return Record(**{**fields, "position": Position(**told["position"])})
+    def without_late_writes(said: Any) -> None:
+        # After a failed write TensorStore's threads find the event loop closed.
+        if str(said.exc_value) != "Event loop is closed":
+            hook(said)
 
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """Returns the bytes of an array: safetensors has not all of its types."""
-    return np.frombuffer(array.tobytes(), np.uint8)
+    sys.unraisablehook = without_late_writes
+    return ocp
 
 
 def _digest(told: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of what a file says."""
+    """Returns the SHA-256 of a record."""
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
