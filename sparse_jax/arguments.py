@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief
 
 __all__ = [
     "require_count",
@@ -121,5 +121,4 @@ def _short(value: Any) -> str:
     """Returns a value for a message: of an array, its type and shape."""
     if isinstance(value, jax.Array):
         return f"an array of {value.dtype}{list(value.shape)}"
-    words = repr(value)
-    return words if len(words) <= 60 else f"{words[:57]}..."
+    return brief(value)

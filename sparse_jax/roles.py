@@ -1,5 +1,6 @@
 """Which leaves are trained sparsely, which in full, and which not at all."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -76,8 +77,7 @@ def roles_of(
                 f"`{name}` must have an axis of layers to be stacked, got a scalar. "
                 "Leave it out of `stacked`."
             )
-        is_empty = leaf.size == 0
-        size = leaf.size // leaf.shape[0] if is_stacked and not is_empty else leaf.size
+        size = math.prod(leaf.shape[int(is_stacked) :])
         if kind == SPARSE and size > _MOST_ENTRIES:
             raise InputError(
                 f"`{name}` must have fewer than 2**31 entries{' a layer' * is_stacked} "

@@ -245,7 +245,7 @@ def test_the_loop_ends_with_the_end_of_every_row():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("end", [-1, (), (1, -1), 1.0, "a", ((1,),), None])
+@pytest.mark.parametrize("end", [-1, 2**31, (), (1, -1), 1.0, "a", ((1,),), None])
 def test_an_end_is_tokens(end):
     with pytest.raises(InputError, match="`stop` must be ids of tokens, or several"):
         end_table([end])

@@ -284,7 +284,7 @@ ARGUMENTS = {
         lambda: jax.eval_shape(
             sift(SGD).init, {"a": jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)}
         ),
-        r"`a` must have less than 2\*\*31 entries",
+        r"`a` must have fewer than 2\*\*31 entries",
     ),
 }
 

@@ -15,9 +15,9 @@ from sparse_jax.adapter_file import Adapter
 from sparse_jax.cli.summary import print_summary
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.classification import Classification
-from sparse_jax.training.history import skipped_at_end, updates_of
-from sparse_jax.training.outcome import outcome_warnings, require_finite
+from sparse_jax.training.history import outcome_warnings, skipped_at_end, updates_of
 from sparse_jax.training.progress import show_progress
+from sparse_jax.training.trained import require_finite
 
 
 @pytest.fixture(scope="module")
@@ -195,12 +195,14 @@ def losses(*values):
     [
         (losses(3.0, 2.0, 1.0), {"validation": {"loss": 1.0, "perplexity": 2.7}}, []),
         (losses(1.0), {"validation": {"accuracy": 0.5}}, []),
+        (losses(2.0, None, 1.0), {}, []),
+        (losses(None), {}, []),
         # Means of two: 1.5 and 2.5.
         (losses(1, 2, 9, 9, 3, 2), {}, ["the loss ends at 2.5, above 1.5 where it"]),
         (
             losses(3.0, 2.0, 1.0) + [{"step": 4, "is_skipped": True}],
             {},
-            ["the last 1 batches were skipped"],
+            ["batches skipped at the end, as their loss is not finite: 1."],
         ),
         (
             losses(2.0, 1.0),

@@ -17,6 +17,7 @@ End = int | Sequence[int]
 
 # In place of a token: any token, or none.
 _ANY = -1
+_LARGEST = 2**31 - 1  # ids are int32
 
 
 def end_table(ends: Sequence[End]) -> np.ndarray:
@@ -32,7 +33,8 @@ def end_table(ends: Sequence[End]) -> np.ndarray:
     """
     rows = [np.atleast_1d(np.asarray(end)) for end in ends]
     for end, row in zip(ends, rows, strict=True):
-        if row.ndim != 1 or not row.size or row.dtype.kind not in "iu" or min(row) < 0:
+        is_one = row.ndim == 1 and row.size and row.dtype.kind in "iu"
+        if not is_one or not 0 <= min(row) <= max(row) <= _LARGEST:
             raise InputError(
                 f"`stop` must be ids of tokens, or several in a row, got {brief(end)}."
             )

@@ -107,9 +107,10 @@ def load_writer(
     options: dict[str, Any] = {"head": CausalLM, **_as_trained(found)}
     pure, params, devices = load_onto(made, folder, **options)
     new = new_leaves(pure, folder)
-    _require_head(folder, new, found)
     attachment = Attachment()
-    if found is not None:
+    if found is None:
+        _require_head(folder, new)
+    else:
         base = {"base_hash": base_hash(folder), "model": pure}
         params, attachment = apply_adapter(params, found, **base, new=new)
     tokenizer = load_tokenizer(folder)
@@ -183,12 +184,11 @@ def _require_decoder(folder: Path) -> None:
         )
 
 
-def _require_head(folder: Path, new: Sequence[str], adapter: Adapter | None) -> None:
-    """Raises if neither the model nor the adapter has some leaf of the head."""
-    lacking = {*new} - {*(adapter.dense if adapter else ())}
-    if lacking:
+def _require_head(folder: Path, new: Sequence[str]) -> None:
+    """Raises if a model lacks some leaf of the head; `apply_adapter` has its own."""
+    if new:
         raise InputError(
-            f"`model` must have {listed(sorted(lacking))} to write text, and "
+            f"`model` must have {listed(new)} to write text, and "
             f"`{folder}` has no such tensor. Copy the weights again, or pass the "
             "adapter that it was trained for."
         )

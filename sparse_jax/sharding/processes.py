@@ -83,7 +83,7 @@ def on_first_process(act: Callable[[], None]) -> None:
         try:
             act()
         except InputError as error:
-            text = str(error).encode()[:_LONGEST]
+            text = str(error).encode(errors="backslashreplace")[:_LONGEST]
             message[: len(text)] = np.frombuffer(text, np.uint8)
     words = bytes(np.asarray(multihost_utils.process_allgather(message))[0])
     if text := words.rstrip(b"\0").decode(errors="ignore"):

@@ -138,9 +138,8 @@ def is_folder(path: Path) -> bool:
         return is_there
     except OSError as error:
         raise InputError(
-            f"`data` must be a file or folder that can be read, got "
-            f"{brief(str(path))}: "
-            f"{reason_of(error)}."
+            "`data` must be a file or folder that can be read, got "
+            f"{brief(str(path))}: {reason_of(error)}."
         ) from error
 
 

@@ -26,6 +26,7 @@ from sparse_jax.training.feed import usage_text
 from sparse_jax.training.folder_lock import require_unlocked
 from sparse_jax.training.history import (
     evaluations_of,
+    outcome_warnings,
     selection_seconds,
     updates_of,
 )
@@ -35,14 +36,13 @@ from sparse_jax.training.loop import Loop
 from sparse_jax.training.memory import bytes_shown, peak_bytes
 from sparse_jax.training.objective import flattened
 from sparse_jax.training.optimizer import schedule_of
-from sparse_jax.training.outcome import outcome_warnings, require_finite
 from sparse_jax.training.output_folder import CURVE, LAYERS, require_usable
 from sparse_jax.training.progress import Progress, show_progress, warnings_kept
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.signals import StopSignals, stop_signals
 from sparse_jax.training.surroundings import surroundings
-from sparse_jax.training.trained import adapter_of
+from sparse_jax.training.trained import adapter_of, require_finite
 from sparse_jax.training.tuner import make_tuner
 
 __all__ = ["finetune"]

@@ -1,19 +1,25 @@
 """The rows of `metrics.jsonl`: updates, evaluations, skipped batches, a selection."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
+from statistics import mean
 from typing import Any
 
 __all__ = [
     "Rows",
     "evaluations_of",
     "is_evaluation",
+    "outcome_warnings",
     "selection_seconds",
     "skipped_at_end",
     "updates_of",
 ]
 
 Rows = Sequence[Mapping[str, Any]]
+
+_MOST_AVERAGED = 50  # updates at the beginning and at the end
+_GUESSING = 0.9  # share of the vocabulary: fewer tokens are something learnt
 
 
 def updates_of(rows: Rows) -> list[Mapping[str, Any]]:
@@ -58,3 +64,42 @@ def selection_seconds(rows: Rows) -> float | None:
     """
     found = [row["seconds"] for row in rows if row.get("is_selection")]
     return sum(found) if found else None
+
+
+def outcome_warnings(
+    rows: Rows, results: Mapping[str, Mapping[str, float]], vocab_size: int
+) -> Iterator[str]:
+    """Yields a line for whatever looks like training that went wrong.
+
+    Args:
+      rows: lines of `metrics.jsonl`.
+      results: the last metrics of every evaluation split.
+      vocab_size: tokens of the model.
+
+    Example:
+      >>> rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]
+      >>> [line.split(":")[0] for line in outcome_warnings(rows, {}, 100)]
+      ['the loss ends at 2.5, above 1 where it began']
+    """
+    # Earlier versions wrote a null for one that is not finite.
+    losses = [row["loss"] for row in updates_of(rows) if row["loss"] is not None]
+    width = min(_MOST_AVERAGED, max(1, len(losses) // 3))
+    first, last = (mean(part or [0.0]) for part in (losses[:width], losses[-width:]))
+    if last > first:
+        averaged = f" (means of {width} updates)" if width > 1 else ""
+        yield (
+            f"the loss ends at {last:.4g}, above {first:.4g} where it began{averaged}: "
+            "the run has not learned, or diverged. Lower --learning-rate."
+        )
+    if in_a_row := skipped_at_end(rows):
+        yield f"batches skipped at the end, as their loss is not finite: {in_a_row}."
+    for split, metrics in results.items():
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            yield f"{split}: not finite: {', '.join(bad)}."
+        perplexity = metrics.get("perplexity", 0.0)
+        if perplexity > _GUESSING * vocab_size:
+            yield (
+                f"{split}: the perplexity is {perplexity:,.0f}, and that of guessing "
+                f"is {vocab_size:,}, the tokens of the vocabulary."
+            )

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,6 @@ from sparse_jax.training.settings import Settings
 __all__ = ["Material", "load_material"]
 
 _log = logging.getLogger(__name__)
-
 
 # Which part of a file is evaluated on.
 _WHOLE = "all of them"
@@ -153,7 +153,7 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh | None) -> M
     share = {"held_out": settings.resolved_held_out, "seed": settings.seed}
     files = data_files(settings.data)
     hashes = [None if file is None else _file_hash(file) for file in files]
-    path, part = _part_to_use(settings.data, files, adapter)
+    path, part = _part_to_use(settings.data, files, hashes, adapter)
     if part in (_RUN, _HELD_OUT):
         splits = load_conversations(path, tokenizer, **share, **options)
     else:
@@ -199,7 +199,10 @@ def _tokenizer(base: Base, adapter: Adapter | None) -> Any:
 
 
 def _part_to_use(
-    data: str, files: tuple[Path, Path | None], adapter: Adapter | None
+    data: str,
+    files: tuple[Path, Path | None],
+    hashes: Sequence[str | None],
+    adapter: Adapter | None,
 ) -> tuple[str | Path, str]:
     """Returns the file that an adapter is evaluated on, and which part of it.
 
@@ -207,8 +210,8 @@ def _part_to_use(
     """
     if adapter is None:
         return data, _RUN
-    path = files[1] or files[0]
-    found, trained = _file_hash(path), adapter.settings.get("data_hash")
+    path, found = files[1] or files[0], hashes[1] or hashes[0]
+    trained = adapter.settings.get("data_hash")
     validation = adapter.settings.get("validation_hash")
     # Of a folder, earlier versions did not say what was in it.
     is_old = "data_hash" in adapter.settings and trained is None

@@ -3,16 +3,18 @@
 from typing import Any
 
 import jax
+import numpy as np
 
 from sparse_jax.adapter_file import Adapter
 from sparse_jax.compact import CompactState
 from sparse_jax.entries import canonical, fetch, read_entries
+from sparse_jax.errors import InputError
 from sparse_jax.models.pretrained import base_config
 from sparse_jax.roles import DENSE, SPARSE, Role, map_roles
 from sparse_jax.training.job import Job
 from sparse_jax.training.settings import OPTIONS
 
-__all__ = ["adapter_of"]
+__all__ = ["adapter_of", "require_finite"]
 
 
 def adapter_of(job: Job, state: CompactState) -> Adapter:
@@ -44,6 +46,25 @@ def adapter_of(job: Job, state: CompactState) -> Adapter:
         task=job.objective.name,
         labels=job.objective.labels,
     )
+
+
+def require_finite(adapter: Adapter) -> None:
+    """Raises if training left a value that is not finite.
+
+    Raises:
+      InputError: naming the leaf.
+    """
+    added = {
+        f"{site}/{part}": array
+        for site, parts in adapter.added.items()
+        for part, array in parts.items()
+    }
+    for name, array in {**adapter.values, **adapter.dense, **added}.items():
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"`{name}` must be finite after training, and is not. Lower "
+                "--learning-rate, or pass --dtype float32. No adapter is written."
+            )
 
 
 def _settings(job: Job) -> dict[str, Any]:
