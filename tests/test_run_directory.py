@@ -259,7 +259,7 @@ def test_a_setting_of_another_version_is_refused(tmp_path):
         (b'{"step": 1, "loss": "\xff"}', "which it is not: 'utf-8' codec"),
         (b'{"step": 1, "loss": ' + b"9" * 5000 + b"}", "which it is not: Exceeds the"),
         (b"[" * 10_000, "which it is not: maximum recursion depth"),
-        (b'{"step": 1, "loss": NaN}', "which it is not: NaN is no JSON"),
+        (b'{"step": 1, "loss": NaN}', "which it is not: NaN is not JSON"),
         (b"[1]", "must be a JSON object, got list"),
         (b'{"loss": 1.0}', "must have a `step`, a whole number, got None"),
         (b'{"step": "1"}', "must have a `step`, a whole number, got '1'"),

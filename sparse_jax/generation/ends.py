@@ -24,7 +24,7 @@ def end_table(ends: Sequence[End]) -> np.ndarray:
     """Returns ends as an array, int32 `[num_ends, tokens]`, last tokens at the right.
 
     Raises:
-      InputError: if an end is no token or tokens.
+      InputError: if an end is neither a token nor several.
 
     Example:
       >>> end_table([5, (1, 2)])

@@ -213,7 +213,7 @@ class Checkpoints:
         """Warns that a checkpoint is missing."""
         _log.warning(
             "a checkpoint in %s could not be written (%s); the run goes on, and "
-            "--resume would continue from the one before",
+            "--resume would continue from the previous one",
             self._folder,
             reason,
         )

@@ -119,7 +119,7 @@ def _parse(place: str, text: bytes) -> dict[str, Any]:
 
 def _refuse(word: str) -> Any:
     """Raises for NaN and Infinity, which JSON does not have."""
-    raise ValueError(f"{word} is no JSON")
+    raise ValueError(f"{word} is not JSON")
 
 
 def _row(place: str, line: bytes) -> dict[str, Any]:
