@@ -199,6 +199,14 @@ def losses(*values):
         (losses(None), {}, []),
         # Means of two: 1.5 and 2.5.
         (losses(1, 2, 9, 9, 3, 2), {}, ["the loss ends at 2.5, above 1.5 where it"]),
+        # The means of two fall from 7 to 5.
+        (
+            losses(1, 13, 9, 9, 5, 5),
+            {},
+            ["the loss ends at 5, above 1 where it began:"],
+        ),
+        # One lucky batch is nothing to go by.
+        (losses(1, 13, 9, 9, 5, 2), {}, []),
         (
             losses(3.0, 2.0, 1.0) + [{"step": 4, "is_skipped": True}],
             {},

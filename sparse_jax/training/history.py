@@ -85,8 +85,11 @@ def outcome_warnings(
     losses = [row["loss"] for row in updates_of(rows) if row["loss"] is not None]
     width = min(_MOST_AVERAGED, max(1, len(losses) // 3))
     first, last = (mean(part or [0.0]) for part in (losses[:width], losses[-width:]))
+    averaged = f" (means of {width} updates)" if width > 1 else ""
+    # A loss that explodes at once raises the first mean too, but not the first loss.
+    if losses and all(loss > 2 * losses[0] for loss in losses[-width:]):
+        first, averaged = losses[0], ""
     if last > first:
-        averaged = f" (means of {width} updates)" if width > 1 else ""
         yield (
             f"the loss ends at {last:.4g}, above {first:.4g} where it began{averaged}: "
             "the run has not learned, or diverged. Lower --learning-rate."
