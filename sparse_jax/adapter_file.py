@@ -68,7 +68,7 @@ _RULES = {
     ),
     f"one of {', '.join(_DTYPES)}": (lambda value: value in _DTYPES, ("dtype",)),
     "true or false": (
-        lambda value: type(value) is bool, ("rslora", "packing", "drop_unlabelled"),
+        lambda value: type(value) is bool, ("rslora", "packing", "drop_unlabeled"),
     ),
     "a regular expression, or a list of them": (_is_rule, ("where", "dense")),
     "text": (

@@ -90,7 +90,7 @@ def test_a_run_whose_loss_is_never_finite_stops(
 
 
 def test_skipped_updates_are_counted_and_a_resumed_run_skips_the_same(
-    model, data, tmp_path, monkeypatch
+    model, data, tmp_path, monkeypatch, caplog
 ):
     bad = lambda key: jax.random.bernoulli(jax.random.fold_in(key, 7), 0.4)
     spoil(monkeypatch, bad)
@@ -118,7 +118,9 @@ def test_skipped_updates_are_counted_and_a_resumed_run_skips_the_same(
         finetune(tiny_settings(model, data, tmp_path / "broken", **options))
     monkeypatch.setattr(Checkpoints, "save", save)
     again = tiny_settings(model, data, tmp_path / "broken", resume=True, **options)
+    caplog.set_level("INFO", logger="sparse_jax")
     assert finetune(again)["skipped_batches"] == len(skipped)
+    assert "resuming after update 7 of 12" in caplog.messages
     a, b = (tmp_path / name / "adapter.safetensors" for name in ("whole", "broken"))
     assert a.read_bytes() == b.read_bytes()
     losses = [

@@ -245,7 +245,7 @@ def test_the_quickstart_task_loads():
             "stsb",
             {"train_json": '[{"sentence1": "A", "sentence2": "B", "label": NaN}]'},
             "train.json` item 1 must have a label, got nan. Leave out such rows with "
-            "`drop_unlabelled` (--drop-unlabelled).",
+            "`drop_unlabeled` (--drop-unlabeled).",
         ),
         (
             "classification",

@@ -83,7 +83,7 @@ def check_labelled(kind, seed, folder):
     (folder / f"dev.{suffix}").write_bytes(content.encode())
     (folder / f"train.{suffix}").write_bytes(damaged(content.encode(), seed))
     try:
-        splits = load(TASKS["classification"], folder, drop_unlabelled=bool(seed % 2))
+        splits = load(TASKS["classification"], folder, drop_unlabeled=bool(seed % 2))
     except InputError as error:
         assert len(str(error)) < 1000
         assert str(error).isprintable()

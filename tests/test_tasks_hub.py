@@ -43,7 +43,7 @@ def test_classes_of_the_hub_have_the_numbers_of_the_task(monkeypatch):
     split = datasets.Dataset.from_list(rows, features=features)
     served = {"train": split, "validation": split}
     monkeypatch.setattr(datasets, "load_dataset", lambda *names: served)
-    splits = load(TASKS["mnli"], "owner/nli", drop_unlabelled=True)
+    splits = load(TASKS["mnli"], "owner/nli", drop_unlabeled=True)
     # GLUE has entailment, neutral, contradiction.
     assert splits.train.labels.tolist() == [2, 0, 1]
 

@@ -161,16 +161,16 @@ def test_numbers_in_lists_are_labels_or_flags(splits_of):
             OWN,
             [["a"], None, []],
             [[1], [0]],
-            "1 of 3 rows are dropped as unlabelled, 1",
+            "1 of 3 rows are dropped as unlabeled, 1",
         ),
     ],
 )
 def test_rows_without_a_label_can_be_dropped(splits_of, task, labels, left, counts):
-    splits = splits_of(labels, task, drop_unlabelled=True)
+    splits = splits_of(labels, task, drop_unlabeled=True)
     assert splits.train.labels.tolist() == left
     assert len(splits.train.text_a) == len(left)
     assert any(counts in note for note in splits.notes)
-    with pytest.raises(InputError, match="drop-unlabelled"):
+    with pytest.raises(InputError, match="drop-unlabeled"):
         splits_of(labels, task)
 
 
@@ -182,15 +182,14 @@ def test_rows_of_snli_without_a_label_can_be_dropped(tmp_path):
     )
     for name in ("train", "dev"):
         (tmp_path / f"{name}.jsonl").write_text(content)
-    with pytest.raises(InputError, match=r"line 2 must have one .*--drop-unlabelled"):
+    with pytest.raises(InputError, match=r"line 2 must have one .*--drop-unlabeled"):
         load(TASKS["mnli"], tmp_path)
-    splits = load(TASKS["mnli"], tmp_path, drop_unlabelled=True)
+    splits = load(TASKS["mnli"], tmp_path, drop_unlabeled=True)
     assert splits.train.labels.tolist() == [1, 0]
     assert splits.train.text_a == ["p", "s"]
     assert splits.train.text_b == ["h", "h"]
     assert splits.notes[0].endswith(
-        "2 of 4 rows are dropped as unlabelled, 1 with the label -, 1 with the "
-        "label -1."
+        "2 of 4 rows are dropped as unlabeled, 1 with the label -, 1 with the label -1."
     )
 
 
@@ -198,7 +197,7 @@ def test_a_split_whose_rows_are_all_dropped_is_refused(splits_of):
     with pytest.raises(
         InputError, match="dev.json` must have labelled examples, got n"
     ):
-        splits_of(["a", "b"], dev=[None, "-"], drop_unlabelled=True)
+        splits_of(["a", "b"], dev=[None, "-"], drop_unlabeled=True)
 
 
 def test_labels_are_numbered_in_the_order_of_a_model(splits_of):
@@ -215,12 +214,12 @@ def test_labels_are_numbered_in_the_order_of_a_model(splits_of):
         (
             ["-", "a", "b"],
             None,
-            "the label - is a class. Pass --drop-unlabelled if it ",
+            "the label - is a class. Pass --drop-unlabeled if it ",
         ),
         (
             [-1, 0, 1, 2],
             None,
-            "the label -1 is a class. Pass --drop-unlabelled if it m",
+            "the label -1 is a class. Pass --drop-unlabeled if it m",
         ),
         (["a", "b"], ["b", "b"], "validation: all 2 examples have the label b."),
         ([0.5, 1], [2, 2], "validation: all 2 examples have the label 2.0."),

@@ -16,7 +16,7 @@ def evaluate(
     data: Annotated[str | None, options.DATA] = None,
     batch_size: Annotated[int | None, options.BATCH] = None,
     max_length: Annotated[int | None, options.ADAPTER_LENGTH] = None,
-    drop_unlabelled: Annotated[bool, options.DROP_UNLABELLED] = False,
+    drop_unlabeled: Annotated[bool, options.DROP_UNLABELED] = False,
     mesh: Annotated[str | None, options.MESH] = None,
     devices: Annotated[int | None, options.DEVICES] = None,
 ) -> None:
@@ -32,7 +32,7 @@ def evaluate(
         data=data,
         batch_size=batch_size,
         max_length=max_length,
-        drop_unlabelled=drop_unlabelled,
+        drop_unlabeled=drop_unlabeled,
         mesh=mesh,
     )
     print(json.dumps(metrics, indent=2))

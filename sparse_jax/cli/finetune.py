@@ -24,7 +24,7 @@ def finetune(
     packing: Annotated[bool, options.PACKING] = False,
     template: Annotated[str | None, options.TEMPLATE] = None,
     held_out: Annotated[float | None, options.HELD_OUT] = None,
-    drop_unlabelled: Annotated[bool, options.DROP_UNLABELLED] = False,
+    drop_unlabeled: Annotated[bool, options.DROP_UNLABELED] = False,
     method: Annotated[str, options.METHOD] = "sift",
     density: Annotated[float, options.DENSITY] = 0.008,
     granularity: Annotated[str, options.GRANULARITY] = "entry",

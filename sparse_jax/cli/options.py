@@ -35,8 +35,8 @@ LOSS_ON = _option("Tokens that causal trains on: response or all.", "response")
 PACKING = _flag("--packing", "Put several texts in a row, each seeing only itself.")
 TEMPLATE = _option("Prompt around an instruction: alpaca or llm_adapters.", "alpaca")
 HELD_OUT = _option("Share of a file of texts that the run is judged on.", "0.05")
-DROP_UNLABELLED = _flag(
-    "--drop-unlabelled",
+DROP_UNLABELED = _flag(
+    "--drop-unlabeled",
     "Leave out rows without a label: absent, null, NaN, - or, for classes, -1.",
 )
 _METHODS = (

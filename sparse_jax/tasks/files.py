@@ -19,7 +19,7 @@ from sparse_jax.tasks.labels import (
     labels_of_flags,
     number_labels,
     resolved,
-    without_unlabelled,
+    without_unlabeled,
 )
 from sparse_jax.tasks.remarks import kind_of, oddities
 from sparse_jax.tasks.rows import SUFFIXES, Rows, read_rows
@@ -43,7 +43,7 @@ def load(
     data: str | Path | None = None,
     *,
     order: Sequence[str] = (),
-    drop_unlabelled: bool = False,
+    drop_unlabeled: bool = False,
 ) -> Splits:
     """Returns the training and evaluation examples of a task.
 
@@ -59,7 +59,7 @@ def load(
         `nyu-mll/glue`.
       order: names of the labels in the order of a model; labels of the same names are
         numbered like this, others as they are.
-      drop_unlabelled: whether to leave out rows without a label.
+      drop_unlabeled: whether to leave out rows without a label.
 
     Raises:
       InputError: if `data` is neither, has no training split or no evaluation split,
@@ -73,9 +73,9 @@ def load(
             _require_same_texts(columns["train"], one)
             columns[name] = one
     task = resolved(task, columns["train"])
-    if drop_unlabelled:
+    if drop_unlabeled:
         for name, one in columns.items():
-            columns[name], remark = without_unlabelled(one, task)
+            columns[name], remark = without_unlabeled(one, task)
             dropped += [] if remark is None else [remark]
     count = flag_count(columns["train"]) if task.is_multilabel else 0
     if count:

@@ -17,11 +17,11 @@ __all__ = [
     "class_numbers",
     "flag_count",
     "has_labels",
-    "is_unlabelled",
+    "is_unlabeled",
     "labels_of_flags",
     "number_labels",
     "resolved",
-    "without_unlabelled",
+    "without_unlabeled",
 ]
 
 # SNLI has these where the annotators disagree, test files where labels are withheld.
@@ -29,18 +29,18 @@ _MARKS = ("-", "-1", "-1.0")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 # pandas writes whole numbers like this if a value of the column is missing.
 _WITH_POINT = re.compile(r"(-?)(0|[1-9]\d{0,3999})\.0+")
-_REMEDY = "Leave out such rows with `drop_unlabelled` (--drop-unlabelled)."
+_REMEDY = "Leave out such rows with `drop_unlabeled` (--drop-unlabeled)."
 
 Words = Mapping[str, int]
 
 
-def is_unlabelled(label: Any, task: Task) -> bool:
+def is_unlabeled(label: Any, task: Task) -> bool:
     """Says whether a label means that there is none.
 
     These are null, NaN and an empty text; `-` and, of classes, -1.
 
     Example:
-      >>> [is_unlabelled(label, TASKS["mnli"]) for label in (None, "-", -1, 0)]
+      >>> [is_unlabeled(label, TASKS["mnli"]) for label in (None, "-", -1, 0)]
       [True, True, True, False]
     """
     if _is_missing(label):
@@ -64,7 +64,7 @@ def resolved(task: Task, train: Columns) -> Task:
     """
     if task.labels is not None or task.is_multilabel:
         return task
-    labels = [label for label in train.labels if not is_unlabelled(label, task)]
+    labels = [label for label in train.labels if not is_unlabeled(label, task)]
     if any(isinstance(label, list) for label in labels):
         return TASKS["multilabel"]
     found = [_number(label, train.source.has_types) for label in labels]
@@ -123,9 +123,9 @@ def number_labels(columns: Columns, task: Task, words: Words) -> Examples:
     return Examples(columns.text_a, columns.text_b, labels)
 
 
-def without_unlabelled(columns: Columns, task: Task) -> tuple[Columns, str | None]:
+def without_unlabeled(columns: Columns, task: Task) -> tuple[Columns, str | None]:
     """Returns the rows that have a label, and what to say about the others."""
-    kept = [i for i, x in enumerate(columns.labels) if not is_unlabelled(x, task)]
+    kept = [i for i, x in enumerate(columns.labels) if not is_unlabeled(x, task)]
     if len(kept) == len(columns.labels):
         return columns, None
     if not kept:
@@ -136,12 +136,12 @@ def without_unlabelled(columns: Columns, task: Task) -> tuple[Columns, str | Non
     others = Counter(
         "no label" if _is_missing(label) else f"the label {_word(label)}"
         for label in columns.labels
-        if is_unlabelled(label, task)
+        if is_unlabeled(label, task)
     )
     counts = ", ".join(f"{count:,} with {what}" for what, count in others.items())
     remark = (
         f"{columns.source.name}: {others.total():,} of {len(columns.labels):,} rows "
-        f"are dropped as unlabelled, {counts}."
+        f"are dropped as unlabeled, {counts}."
     )
     text_b = columns.text_b
     return Columns(

@@ -91,7 +91,7 @@ def _alike(task: Task) -> Iterator[str]:
     if task.name == "classification" and len(task.labels or ()) > 2:
         for mark in {"-", "-1"} & {*(task.labels or ())}:
             yield (
-                f"the label {mark} is a class. Pass --drop-unlabelled if it means that "
+                f"the label {mark} is a class. Pass --drop-unlabeled if it means that "
                 "there is no label."
             )
 

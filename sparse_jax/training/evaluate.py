@@ -15,7 +15,7 @@ __all__ = ["evaluate_adapter"]
 # What the evaluation of an adapter takes from the run that wrote it.
 _KEPT = (
     "dtype", "seed", "max_length", "batch_size", "loss_on", "packing", "template",
-    "held_out", "drop_unlabelled",
+    "held_out", "drop_unlabeled",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def evaluate_adapter(
     data: str | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
-    drop_unlabelled: bool = False,
+    drop_unlabeled: bool = False,
     mesh: str | None = None,
 ) -> dict[str, float]:
     """Returns the metrics of an adapter, those that its run reported.
@@ -41,7 +41,7 @@ def evaluate_adapter(
         language model was trained on, the part held out; of others, all.
       batch_size: examples at a time; None is as in training.
       max_length: most tokens of an example; None is as in training.
-      drop_unlabelled: whether to leave out rows without a label, as the adapter's run
+      drop_unlabeled: whether to leave out rows without a label, as the adapter's run
         may have done.
       mesh: devices to share the work, such as "data=4"; None is one device.
 
@@ -60,7 +60,7 @@ def evaluate_adapter(
             found,
             max_length=max_length,
             batch_size=batch_size,
-            drop_unlabelled=drop_unlabelled or None,
+            drop_unlabeled=drop_unlabeled or None,
         ),
     )
     objective, base, feed = load_material(settings, adapter=found)

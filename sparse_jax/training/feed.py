@@ -43,10 +43,10 @@ def usage_text(split: str, usage: Usage, max_length: int) -> str:
     Example:
       >>> usage_text("train", Usage(711, cut=866, dropped=238), 128)
       'train: 711 examples used, 866 cut to 128 tokens, 238 dropped without a target'
-      >>> usage_text("validation", Usage(50), 128)
-      'validation: 50 examples used'
+      >>> usage_text("validation", Usage(1), 128)
+      'validation: 1 example used'
     """
-    text = f"{split}: {usage.used:,} examples used"
+    text = f"{split}: {usage.used:,} example{'s'[: usage.used != 1]} used"
     if usage.cut:
         text += f", {usage.cut:,} cut to {max_length:,} tokens"
     if usage.dropped:

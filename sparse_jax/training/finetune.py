@@ -113,6 +113,8 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, An
     with closing(checkpoints), stop_signals() as signals:
         state, at = checkpoints.restore(state)
         directory.rewind(at.batches)
+        if job.settings.resume:
+            _log.info("resuming after update %d of %d", at.batches, total)
         with show_progress(total, at.batches) as progress:
             judge = _judge(job, tuner, state)
             loop = _loop(

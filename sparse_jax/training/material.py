@@ -100,7 +100,7 @@ def _labelled(
         find_task(settings.task),
         settings.data,
         order=label_names(settings.model) if adapter is None else adapter.labels,
-        drop_unlabelled=settings.drop_unlabelled,
+        drop_unlabeled=settings.drop_unlabeled,
     )
     if is_first_process():
         for note in splits.notes:
@@ -133,7 +133,7 @@ def _labelled(
     kept = {
         "max_length": feed.max_length,
         "tokenizer_hash": tokenizer_digest(tokenizer),
-        "drop_unlabelled": settings.drop_unlabelled,
+        "drop_unlabeled": settings.drop_unlabeled,
     }
     return Material(Classification(splits.task, kept), base, feed)
 

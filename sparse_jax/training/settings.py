@@ -91,7 +91,7 @@ class Settings:
     held_out: float | None = (
         None  # share of a file for validation; None is 0.05; causal
     )
-    drop_unlabelled: bool = False  # whether to leave out rows without a label
+    drop_unlabeled: bool = False  # whether to leave out rows without a label
     method: str = "sift"  # a word of LEARNING_RATES
     density: float = 0.008  # fraction of entries trained, in (0, 1]; sparse methods
     granularity: str = "entry"  # or lane: of every 128 rows of a column
@@ -186,9 +186,9 @@ class Settings:
                     f"`{name}` must be left out with task {self.task!r}, got "
                     f"{getattr(self, name)!r}. It belongs to {CAUSAL}."
                 )
-        if self.is_causal and self.drop_unlabelled:
+        if self.is_causal and self.drop_unlabeled:
             raise InputError(
-                f"`drop_unlabelled` must be left out with task {CAUSAL!r}, got True. "
+                f"`drop_unlabeled` must be left out with task {CAUSAL!r}, got True. "
                 "Its texts have no labels."
             )
         require_word("loss_on", self.resolved_loss_on, ("response", "all"))
