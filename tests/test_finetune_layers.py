@@ -1,6 +1,7 @@
 """Runs that train a few layers at a time, from settings to the run directory."""
 
 import json
+import logging
 
 import pytest
 from tiny_run import tiny_settings, write_data, write_model
@@ -37,6 +38,23 @@ def test_a_run_with_ist_tells_which_layers_it_trained(method, files, tmp_path):
     assert (output / "layers.png").read_bytes().startswith(b"\x89PNG")
     found = evaluate_adapter(output, data=str(files[1]))
     assert found == metrics["eval"]
+
+
+def test_the_layers_of_an_update_are_counted_before_it(
+    files, tmp_path, monkeypatch, caplog
+):
+    # A command that ran before may have sent the lines to standard error alone.
+    monkeypatch.setattr(logging.getLogger("sparse_jax"), "propagate", True)
+    caplog.set_level(logging.INFO, "sparse_jax")
+    options = {"method": "bitfit", "sampler": "cyclic", "max_steps": 1}
+    # A quarter of two layers is rounded up to one.
+    metrics = finetune(tiny_settings(*files, tmp_path / "run", **options))
+    assert "training bitfit, 1 of 2 layers at a time by cyclic: " in caplog.text
+    caplog.clear()
+    again = tiny_settings(*files, tmp_path / "run", **options, resume=True)
+    assert finetune(again) == metrics
+    assert f"the run in {tmp_path / 'run'} is complete: nothing to" in caplog.text
+    assert "training bitfit" not in caplog.text
 
 
 @pytest.mark.parametrize("recompute", ["frozen", "all"])

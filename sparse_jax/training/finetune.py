@@ -95,6 +95,7 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Any]:
     directory = RunDirectory.create(settings, about)
     with closing(directory):
         if settings.resume and (metrics := directory.finished()):
+            _log.info("the run in %s is complete: nothing to resume", directory.path)
             return metrics
         with job.base.devices.active():
             return _run(job, directory, warnings)
@@ -127,7 +128,10 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, An
 def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
     """Logs what is trained and on what; a warning if examples were too long."""
     settings, share = job.settings, counts.trained / counts.total
-    layers = "" if settings.sampler is None else f", layers by {settings.sampler}"
+    layers = ""
+    if job.sampler is not None:
+        some, every = job.sampler.num_active, job.sampler.num_layers
+        layers = f", {some} of {every} layers at a time by {settings.sampler}"
     _log.info(
         "training %s%s: %s of %s parameters (%.3g %%), %s of state, %d updates at a "
         "learning rate of %g",
