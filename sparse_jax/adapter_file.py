@@ -74,8 +74,8 @@ _RULES = {
     "text": (
         lambda value: isinstance(value, str),
         (
-            "activation", "data_hash", "granularity", "loss_on", "template",
-            "tokenizer_hash", "validation_hash",
+            "activation", "chat_template_hash", "data_hash", "granularity", "loss_on",
+            "template", "tokenizer_hash", "validation_hash",
         ),
     ),
 }  # fmt: skip

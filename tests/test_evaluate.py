@@ -184,6 +184,61 @@ def test_another_tokenizer_is_warned_of(place, tmp_path, told):
     assert any("the tokenizer of the model is not the one" in line for line in told())
 
 
+@pytest.fixture(scope="module")
+def chatted(tmp_path_factory):
+    """Returns a folder with a decoder that has a chat template, and a run on chats."""
+    folder = tmp_path_factory.mktemp("chatted")
+    write_decoder(folder / "model")
+    _edit_tokenizer(
+        folder / "model",
+        chat_template="{% for m in messages %}{{ 'say ' if m.role == 'user' else '' }}"
+        "{{ m.content }}{{ ' : ' if m.role == 'user' else ' </s> ' }}{% endfor %}",
+    )
+    turn = lambda role: {"role": role, "content": "red"}
+    line = json.dumps({"messages": [turn("user"), turn("assistant")]}) + "\n"
+    (folder / "chats.jsonl").write_text(20 * line)
+    finetune(
+        text_settings(
+            folder / "model", folder / "chats.jsonl", folder / "run", max_steps=1
+        )
+    )
+    return folder
+
+
+def _edit_tokenizer(model, **changes):
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_another_chat_template_is_warned_of(chatted, tmp_path, told):
+    model, run = tmp_path / "model", chatted / "run"
+    data = str(chatted / "chats.jsonl")
+    shutil.copytree(chatted / "model", model)
+    found = evaluate_adapter(run, model=str(model), data=data)
+    load_writer(model, run)
+    assert not any("chat template" in line for line in told())
+    _edit_tokenizer(
+        model,
+        chat_template="{% for m in messages %}{{ m.content }} "
+        "{{ ': ' if m.role == 'user' else '</s> ' }}{% endfor %}",
+    )
+    assert found != evaluate_adapter(run, model=str(model), data=data)
+    load_writer(model, run)
+    lines = [line for line in told() if "the chat template of the model is not" in line]
+    assert len(lines) == 2
+
+
+def test_another_end_of_texts_is_warned_of(place, tmp_path, told):
+    model, data = tmp_path / "model", str(place / "chats.jsonl")
+    shutil.copytree(place / "model", model)
+    _edit_tokenizer(model, eos_token="<s>")
+    evaluate_adapter(place / "file", model=str(model), data=data)
+    assert any(
+        line.startswith("the texts end in the token 8, and those that the adapter was "
+                        "trained on in 9") for line in told()
+    )  # fmt: skip
+
+
 def test_the_base_that_a_file_names_is_told_and_never_fetched(
     place, tmp_path, told, monkeypatch
 ):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_run import WORDS, tiny_settings, write_model
 
-from sparse_jax import evaluate_adapter, finetune, load_adapter
+from sparse_jax import InputError, evaluate_adapter, finetune, load_adapter
 from sparse_jax.sites import Attachment
 from sparse_jax.training.loss import make_loss
 
@@ -61,6 +61,17 @@ def test_a_run_and_its_evaluation_agree(
     adapter = load_adapter(settings.output)
     assert (adapter.task, adapter.labels) == (found, labels)
     assert evaluate_adapter(settings.output, data=str(data)) == results
+
+
+def test_sets_of_labels_are_not_evaluated_with_one_label_for_each(model, tmp_path):
+    one = write_rows(tmp_path / "one", lambda words: "ab"["good" in words])
+    sets = write_rows(tmp_path / "sets", lambda words: ["ab"["good" in words]])
+    run = tmp_path / "run"
+    options = {"task": "classification", "method": "lora", "max_steps": 1}
+    finetune(tiny_settings(model, one, run, **options))
+    # The labels are the same, and one of two outputs is the larger; not above zero.
+    with pytest.raises(InputError, match="`data` must have one label for every"):
+        evaluate_adapter(run, data=str(sets))
 
 
 @pytest.mark.parametrize("problem", ["multi_label", "single_label", "regression"])

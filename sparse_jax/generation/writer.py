@@ -27,6 +27,7 @@ from sparse_jax.sharding.loading import load_onto
 from sparse_jax.sharding.mesh import make_mesh, parse_mesh
 from sparse_jax.sites import Attachment
 from sparse_jax.tasks.glue import TASKS
+from sparse_jax.tasks.rendering import warn_of_template
 from sparse_jax.tasks.tokens import load_tokenizer, tokenizing, warn_of_tokenizer
 
 __all__ = ["Writer", "load_writer"]
@@ -116,6 +117,7 @@ def load_writer(
     tokenizer = load_tokenizer(folder)
     if found is not None:
         warn_of_tokenizer(found.settings.get("tokenizer_hash"), tokenizer)
+        warn_of_template(found.settings.get("chat_template_hash"), tokenizer)
     stop = ends_of_model(folder, pure.config.eos_ids, pure.config.vocab_size)
     stop |= {tokenizer.eos_token_id} - {None}
     stop |= {*_trained_ends(found, pure.config.vocab_size)}

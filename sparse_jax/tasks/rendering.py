@@ -1,6 +1,8 @@
 """A tokenizer's chat template, and the texts that it writes."""
 
+import hashlib
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,9 @@ from typing import Any
 from sparse_jax.errors import InputError, listed, reason_of
 from sparse_jax.tasks.template_trial import MEMORY, OUT_OF_MEMORY, SECONDS
 
-__all__ = ["render", "require_template"]
+__all__ = ["render", "require_template", "template_digest", "warn_of_template"]
+
+_log = logging.getLogger(__name__)
 
 Fields = Mapping[str, Any]
 
@@ -39,6 +43,22 @@ def require_template(tokenizer: Any, place: str) -> None:
         raise InputError(
             f"{place} has messages, so `tokenizer` must have a default chat template, "
             f"got {listed(template)}. Name one of them `default`."
+        )
+
+
+def template_digest(tokenizer: Any) -> str:
+    """Returns the SHA-256 of a tokenizer's chat template, of all if it has several."""
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+def warn_of_template(digest: str | None, tokenizer: Any) -> None:
+    """Warns if a chat template is not the one of a digest; None is not known."""
+    if digest is not None and digest != template_digest(tokenizer):
+        _log.warning(
+            "the chat template of the model is not the one that the adapter was "
+            "trained with: chats are written differently, and results are worse or "
+            "wrong"
         )
 
 

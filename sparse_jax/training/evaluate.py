@@ -6,8 +6,9 @@ from typing import Any
 from sparse_jax.adapter_file import Adapter, load_adapter
 from sparse_jax.adapter_use import apply_adapter, base_folder
 from sparse_jax.errors import InputError, listed
+from sparse_jax.tasks.glue import TASKS
 from sparse_jax.training.material import load_material
-from sparse_jax.training.objective import flattened
+from sparse_jax.training.objective import Objective, flattened
 from sparse_jax.training.settings import Settings
 
 __all__ = ["evaluate_adapter"]
@@ -64,7 +65,7 @@ def evaluate_adapter(
         ),
     )
     objective, base, feed = load_material(settings, adapter=found)
-    _require_labels(found, objective.labels)
+    _require_labels(found, objective)
     params, attachment = apply_adapter(
         base.params, found, base_hash=base.hash, model=base.model, new=base.new
     )
@@ -84,11 +85,20 @@ def _kept(adapter: Adapter, **given: int | None) -> dict[str, Any]:
     }
 
 
-def _require_labels(adapter: Adapter, labels: tuple[str, ...]) -> None:
+def _require_labels(adapter: Adapter, objective: Objective) -> None:
     """Raises unless the data have the labels that the adapter was trained on."""
-    if labels != adapter.labels:
+    if objective.labels != adapter.labels:
         raise InputError(
             f"`data` must have the labels of the adapter, "
             f"{listed(adapter.labels) or 'numbers'}, got "
-            f"{listed(labels) or 'numbers'}. Pass the task it was trained on."
+            f"{listed(objective.labels) or 'numbers'}. Pass the task it was trained on."
+        )
+    # Of one output for each label, one is the largest; or any number are above zero.
+    tasks = [TASKS.get(name) for name in (adapter.task, objective.name)]
+    are_sets = [task is not None and task.is_multilabel for task in tasks]
+    if are_sets[0] != are_sets[1]:
+        kinds = ["any number of labels" if one else "one label" for one in are_sets]
+        raise InputError(
+            f"`data` must have {kinds[0]} for every example, as those that the adapter "
+            f"was trained on, got {kinds[1]}. Pass data of its task, {adapter.task}."
         )

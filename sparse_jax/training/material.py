@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from sparse_jax.adapter_file import Adapter
 from sparse_jax.adapter_use import require_base
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, listed
+from sparse_jax.generation.ends import require_ends
 from sparse_jax.models.hub import local_folder
 from sparse_jax.sharding.mesh import make_mesh, parse_mesh
 from sparse_jax.sharding.processes import is_first_process
@@ -22,6 +23,7 @@ from sparse_jax.tasks.instructions import (
     load_whole,
 )
 from sparse_jax.tasks.prompts import PROMPTS
+from sparse_jax.tasks.rendering import template_digest, warn_of_template
 from sparse_jax.tasks.tokens import (
     load_tokenizer,
     tokenizer_digest,
@@ -181,10 +183,29 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh | None) -> M
         "tokenizer_hash": tokenizer_digest(tokenizer),
         "eos_token_id": list(feed.end_ids),
     }
+    has_chats = any(one.is_rendered for part in splits.values() for one in part)
+    if has_chats:
+        kept["chat_template_hash"] = template_digest(tokenizer)
     if adapter is not None:
+        if has_chats:
+            warn_of_template(adapter.settings.get("chat_template_hash"), tokenizer)
+        _warn_of_ends(adapter, feed.end_ids)
         count = feed.sizes["validation"]
         _log.warning("evaluating on %d examples of `%s`: %s", count, path, part)
     return Material(LanguageModelling(kept), base, feed)
+
+
+def _warn_of_ends(adapter: Adapter, end_ids: Sequence[int]) -> None:
+    """Warns if texts end in a token that an adapter was not trained to end with."""
+    trained = adapter.settings.get("eos_token_id")
+    trained = require_ends(trained, "`eos_token_id` of the adapter")
+    # Earlier versions did not record them.
+    if trained and (other := sorted({*end_ids} - {*trained})):
+        _log.warning(
+            "the texts end in the token %s, and those that the adapter was trained on "
+            "in %s: check the tokenizer's `eos_token` and chat template",
+            listed(map(str, other)), listed(map(str, trained)),
+        )  # fmt: skip
 
 
 def _tokenizer(base: Base, adapter: Adapter | None) -> Any:
