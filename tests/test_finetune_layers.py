@@ -47,7 +47,7 @@ def test_the_layers_of_an_update_are_counted_before_it(
     monkeypatch.setattr(logging.getLogger("sparse_jax"), "propagate", True)
     caplog.set_level(logging.INFO, "sparse_jax")
     options = {"method": "bitfit", "sampler": "cyclic", "max_steps": 1}
-    # A quarter of two layers is rounded up to one.
+    # A quarter of two layers is rounded down, but at least one to one.
     metrics = finetune(tiny_settings(*files, tmp_path / "run", **options))
     assert "training bitfit, 1 of 2 layers at a time by cyclic: " in caplog.text
     caplog.clear()

@@ -1,4 +1,4 @@
-"""Processes that died are told by name, in bounded time."""
+"""Processes that died are named, in bounded time."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a folder's tensors say that its `config.json` does not: all of it is told."""
+"""What a folder's tensors say that its `config.json` does not: all is reported."""
 
 import json
 
