@@ -5,8 +5,10 @@ from typing import Any
 
 from sparse_jax.adapter_file import Adapter, load_adapter
 from sparse_jax.adapter_use import apply_adapter, base_folder
-from sparse_jax.errors import InputError, listed
+from sparse_jax.errors import InputError, brief, listed
+from sparse_jax.models.labelled_head import label_leaves
 from sparse_jax.tasks.glue import TASKS
+from sparse_jax.training.base import Base
 from sparse_jax.training.material import load_material
 from sparse_jax.training.objective import Objective, flattened
 from sparse_jax.training.settings import Settings
@@ -66,6 +68,7 @@ def evaluate_adapter(
     )
     objective, base, feed = load_material(settings, adapter=found)
     _require_labels(found, objective)
+    _require_same_head(found, objective, base)
     params, attachment = apply_adapter(
         base.params, found, base_hash=base.hash, model=base.model, new=base.new
     )
@@ -102,3 +105,22 @@ def _require_labels(adapter: Adapter, objective: Objective) -> None:
             f"`data` must have {kinds[0]} for every example, as those that the adapter "
             f"was trained on, got {kinds[1]}. Pass data of its task, {adapter.task}."
         )
+
+
+def _require_same_head(adapter: Adapter, objective: Objective, base: Base) -> None:
+    """Raises if outputs of a head that is in the base have got other names since.
+
+    The order of the names decides which output is taken for which label.
+    """
+    before = adapter.settings.get("base_labels")
+    now = objective.settings.get("base_labels")
+    # Earlier versions did not record them; a head in the adapter needs no names.
+    if None in (before, now) or before == now:
+        return
+    if {*label_leaves(base.model)} <= adapter.dense.keys():
+        return
+    raise InputError(
+        "`model` must be the base of the adapter, whose `config.json` has the labels "
+        f"{brief(before)}, got {brief(now)} with the same weights. Pass the "
+        "`config.json` that the adapter was trained with."
+    )

@@ -136,6 +136,7 @@ def _labelled(
         "max_length": feed.max_length,
         "tokenizer_hash": tokenizer_digest(tokenizer),
         "drop_unlabeled": settings.drop_unlabeled,
+        "base_labels": list(label_names(settings.model)),
     }
     return Material(Classification(splits.task, kept), base, feed)
 
