@@ -51,7 +51,7 @@ Place = Callable[[Any], tuple[Any, Attachment]]
 class CompactState(NamedTuple):
     """What a step reads and returns; donate it to `jax.jit`."""
 
-    count: jax.typing.ArrayLike  # shape=(), int32: updates made
+    count: jax.typing.ArrayLike  # shape=(), int32: updates made; -1 before a selection
     params: Any  # current parameters, in their own dtypes
     support: Any  # sparse leaves: shape=(k,) or (L, k), int32, or tables
     masters: Any  # trained leaves below float32: their float32 values
@@ -140,7 +140,10 @@ class Compact:
 
         empty = map_roles(support, roles, params, only=(SPARSE,))
         state = self.begin(params, empty, self.method.added(params, key))
-        return UnselectedState(*state) if jax.tree.leaves(empty) else state
+        if not jax.tree.leaves(empty):
+            return state
+        # Where a compiled `select` returns it, only the count says what it is.
+        return UnselectedState(*state._replace(count=jnp.full([], -1, jnp.int32)))
 
     def select(
         self, state: CompactState, batch: Any, key: jax.Array
@@ -155,7 +158,7 @@ class Compact:
 
         Returns:
           The new state, and whether the gradient was finite. If it was not, the
-          state is as before: try another batch.
+          state is as before: try another batch. Without a selection every step skips.
         """
         support, finite, _ = self.choose(state, batch, key)
         chosen = self.begin(state.params, support, state.added)
@@ -200,8 +203,8 @@ class Compact:
 
         Returns:
           The new state, and `loss`, `gradient_norm` of the trained values, and
-          `is_skipped`: whether one of these is not finite. The state is then as
-          before, bit for bit.
+          `is_skipped`: whether one of these is not finite, or nothing was selected.
+          The state is then as before, bit for bit.
 
         Raises:
           InputError: while it is traced, if the supports were never selected, the state
@@ -214,15 +217,15 @@ class Compact:
         loss, grads = self._gradients(place, values, batch, key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        ready = finite & jnp.greater_equal(state.count, 0)
 
         def update(count: Any, values: Any, opt_state: Any) -> tuple[Any, Any, Any]:
             updates, opt_state = self._tx.update(grads, opt_state, values, **extra_args)
             values = optax.apply_updates(values, updates)
             return optax.safe_increment(count), values, opt_state
 
-        count, values, opt_state = update_if(
-            finite, update, state.count, values, state.opt_state
-        )
+        kept = (state.count, values, state.opt_state)
+        count, values, opt_state = update_if(ready, update, *kept)
         leaves = values["leaves"]
         state = state._replace(
             count=count,
@@ -231,7 +234,7 @@ class Compact:
             added=values["added"],
             opt_state=opt_state,
         )
-        return state, {"loss": loss, "gradient_norm": norm, "is_skipped": ~finite}
+        return state, {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
 
     @property
     def _tx(self) -> optax.GradientTransformationExtraArgs:
@@ -285,10 +288,7 @@ class Compact:
         self, place: Place, values: Any, batch: Any, key: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Returns the loss and its gradient with respect to the trained values."""
-
-        def total(values: Any, batch: Any, key: jax.Array) -> Any:
-            return sums_of(self, *place(values), batch, key)
-
+        total = lambda values, batch, key: sums_of(self, *place(values), batch, key)
         require_groups(batch, self.accumulate)
         parts = {"accumulate": self.accumulate, "data_axes": self.data_axes}
         (loss, weight), grads = summed_gradients(total, values, batch, key, **parts)
@@ -362,8 +362,7 @@ class Compact:
 
     def _wanted(self, role: Role) -> Wanted:
         """Returns what to select in a leaf, or in each layer of it."""
-        k = self.method.support_size(role)
-        cut = self.cuts.get(role.name)
+        k, cut = self.method.support_size(role), self.cuts.get(role.name)
         return Wanted(self.method.score, k, cut, self.method.unit)
 
     def _inside(self, tree: Any) -> Any:

@@ -157,6 +157,7 @@ class Layerwise(Compact):
         # compiler of TPUs would keep it through both passes.
         active, norm = lax.optimization_barrier((active, norm))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        ready = finite & jnp.greater_equal(state.count, 0)
         values = self._trained(roles, state, active)
 
         def update(count: Any, values: Any, sampler: Any, rows: Any, outside: Any):
@@ -180,14 +181,14 @@ class Layerwise(Compact):
 
         rows = take_rows(opt.rows, active)
         count, values, sampler, rows, outside = update_if(
-            finite, update, state.count, values, opt.sampler, rows, opt.outside
+            ready, update, state.count, values, opt.sampler, rows, opt.outside
         )
         opt = opt._replace(
             sampler=sampler, rows=put_rows(opt.rows, rows, active), outside=outside
         )
         state = self._written(roles, state, values, active)
         state = state._replace(count=count, opt_state=opt)
-        metrics = {"loss": loss, "gradient_norm": norm, "is_skipped": ~finite}
+        metrics = {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
         return state, metrics | {"active": active} | self.sampler.shown(sampler.memory)
 
     def _start(self, roles: Any, params: Any, leaves: Any, added: Any) -> Any:
@@ -195,7 +196,8 @@ class Layerwise(Compact):
         inside = _only(roles, leaves, stacked=True)
         origin: Any = ()
         if self.sampler.period is not None:
-            start = lambda role, values, leaf: _like(values, leaf)
+            # A copy, because the step gives away what it gets.
+            start = lambda role, values, leaf: jnp.array(values, leaf.dtype)
             layers = _side(roles, stacked=True)
             origin = map_roles(start, layers, inside, params, only=TRAINED)
         rows = {"leaves": inside, "added": added}

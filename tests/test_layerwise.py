@@ -235,3 +235,14 @@ def test_a_method_without_a_stack_is_refused():
     method = Dense(dense=".*", stack=None)
     with pytest.raises(InputError, match="`stack` of the method must name"):
         tuner_of(method)
+
+
+def test_the_first_step_may_be_given_the_state_right_after_init():
+    probing = Importance(**SIZES, num_suppressed=1, probe_every=1)
+    tuner = tuner_of(METHODS["biases"], sampler=probing)
+    state = tuner.init(make_params(), jax.random.key(0))
+    # One array in two places of the state could not be given away.
+    step = jax.jit(tuner.step, donate_argnums=0)
+    for i in range(2):
+        state, _ = step(state, make_batch(i), jax.random.key(i))
+    assert int(state.count) == 2

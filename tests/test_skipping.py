@@ -104,6 +104,23 @@ def test_a_gradient_that_is_not_finite_is_as_if_it_had_not_come(name, dtype):
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("name", ["sift", "sift, importance"])
+def test_nothing_moves_until_a_selection_has_been_made(name):
+    tuner = TUNERS[name]
+    select, step = jax.jit(tuner.select), jax.jit(tuner.step)
+    state = tuner.init(make_params(), jax.random.key(1))
+    good, bad = (batch_of(0, tuner, factor) for factor in (1.0, jnp.nan))
+    kept, finite = select(state, bad, jax.random.key(0))
+    assert not finite
+    after, metrics = step(kept, good, jax.random.key(0))
+    assert metrics["is_skipped"]
+    assert bits(after) == bits(kept) == bits(state)
+    state, finite = select(after, good, jax.random.key(0))
+    assert finite
+    state, metrics = step(state, good, jax.random.key(0))
+    assert (int(state.count), bool(metrics["is_skipped"])) == (1, False)
+
+
 def test_a_batch_without_targets_is_skipped():
     nothing = lambda params, batch, key, attachment: (0.0 * jnp.sum(params["w"]), 0.0)
     tuner = Compact(nothing, Dense(dense="w", stack=None), optax.adam(0.1))
