@@ -112,6 +112,11 @@ def test_outputs_without_names_are_taken_in_their_order(names, labels, order):
     assert "are taken as" in use.remark
 
 
+def test_outputs_that_are_named_by_numbers_follow_them():
+    config = tiny_config("bert", num_labels=2, label_names=("1", "0"))
+    assert use_of_head(config, ("0", "1")).order == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("labels", "names", "order"),
     [
@@ -123,6 +128,7 @@ def test_outputs_without_names_are_taken_in_their_order(names, labels, order):
         (("not_duplicate", "duplicate"), ("duplicate", "not_duplicate"), (1, 0)),
         (MNLI, ("contradiction", "entailment", "neutral"), (1, 2, 0)),
         (("a", "A"), ("A", "a"), (1, 0)),
+        (("0", "1"), ("1", "0"), (1, 0)),
         (("a", "A"), ("b", "a"), None),
         (("a", "A"), ("A ", "A"), None),
         (("negative", "positive"), ("NEGATIVE", "neutral", "POSITIVE"), None),

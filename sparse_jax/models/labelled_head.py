@@ -77,11 +77,12 @@ def use_of_head(config: EncoderConfig, labels: Sequence[str]) -> HeadUse:
     if not labels:
         # The name of a single number says nothing that could be wrong.
         return HeadUse(as_it_is, config, "its head is used", is_certain=True)
-    if not names or _are_numbers(names) or _are_numbers(labels):
+    order = order_of(labels, names)
+    is_number = _are_numbers(names) or _are_numbers(labels)
+    if not names or (order is None and is_number):
         remark = f"the outputs of its head, for {theirs}, are taken as {ours}"
         named = config if _are_numbers(labels) else own
         return HeadUse(as_it_is, named, remark, is_certain=False)
-    order = order_of(labels, names)
     if order is None:
         return HeadUse(None, own, new, is_certain=False)
     return HeadUse(order, own, f"its head is used for {ours}", is_certain=True)
