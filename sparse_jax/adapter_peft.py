@@ -15,6 +15,7 @@ from sparse_jax.adapters.dora import DoRA
 from sparse_jax.adapters.ia3 import IA3
 from sparse_jax.adapters.lora import LoRA
 from sparse_jax.errors import InputError
+from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.decoder_family import DecoderFamily
 from sparse_jax.models.family import Family
 from sparse_jax.models.heads import SequenceClassifier
@@ -30,6 +31,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 # What PEFT puts before the name of every module of the base.
 _PREFIX = "base_model.model."
+_WORDS = "embeddings/word/embedding"
 # part of the added arrays -> what PEFT puts behind the name of the module
 _SUFFIXES = {
     "a": "lora_A.weight",
@@ -72,6 +74,9 @@ def save_peft(folder: str | Path, adapter: Adapter, model: PureModel) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(_tensors(adapter, model.family))
+    if _has_tied_table(adapter, model):
+        head = f"{_PREFIX}{model.family.names['lm_head']}.weight"
+        tensors[head] = adapter.dense[_WORDS].copy()
     save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
     text = json.dumps(_config(adapter, method, model), indent=2, sort_keys=True)
     (folder / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -93,6 +98,14 @@ def _tensors(adapter: Adapter, family: Family) -> Iterator[tuple[str, np.ndarray
             yield f"{_PREFIX}{tensor_name(family, leaf, layer)}", tensor
 
 
+def _has_tied_table(adapter: Adapter, model: PureModel) -> bool:
+    """Says whether a word table was trained that is the head of a decoder as well.
+
+    PEFT trains a copy of a module and leaves the head to the table of the base.
+    """
+    return model.head is CausalLM and model.config.tied and _WORDS in adapter.dense
+
+
 def _to_peft(part: str, array: np.ndarray) -> np.ndarray:
     """Turns an array [in, out] to [out, in]; factors are a row or a column of that."""
     if part == "input":
@@ -110,8 +123,11 @@ def _config(adapter: Adapter, method: LoRA | IA3, model: PureModel) -> dict[str,
         for leaf, module in _saved_modules(adapter.dense, model.family).items()
         for layer in range(model.config.num_layers if is_stacked(leaf) else 1)
     }
+    if _has_tied_table(adapter, model):
+        modules.add(model.family.names["lm_head"])
     # With this task PEFT wants the classifier, trained or not.
     is_classifier = model.head is SequenceClassifier and "classifier" in modules
+    is_causal = model.head is CausalLM
     return {
         **kinds,
         "base_model_name_or_path": adapter.base_model,
@@ -119,7 +135,7 @@ def _config(adapter: Adapter, method: LoRA | IA3, model: PureModel) -> dict[str,
         "inference_mode": True,
         "modules_to_save": sorted(modules),
         "target_modules": _pattern(model.family, sorted(adapter.added)),
-        "task_type": "SEQ_CLS" if is_classifier else None,
+        "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM" if is_causal else None,
     }
 
 

@@ -2,15 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_models import FAMILIES, tiny_config
+from tiny_text import CONFIG
 
 from sparse_jax import Adapter, InputError
 from sparse_jax.adapter_peft import save_peft
+from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.llama import LLAMA
 from sparse_jax.models.pure import PureModel
 
 L, D, F, R = 2, 32, 48, 4
@@ -91,6 +95,28 @@ def test_the_config_of_lora(tmp_path):
     assert re.fullmatch(target, layer + "attention.self.query")
     assert re.fullmatch(target, layer + "output.dense")
     assert not re.fullmatch(target, layer + "attention.output.dense")
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_trained_word_table_is_also_the_head_that_is_tied_to_it(tmp_path, is_tied):
+    """PEFT trains a copy of a module, and a head left alone would be the old one."""
+    model = PureModel(CausalLM, LLAMA, replace(CONFIG, tied=is_tied))
+    words = draw(CONFIG.vocab_size, CONFIG.hidden_size)
+    site = {"a": draw(4, 16, R), "b": draw(4, R, 16)}
+    adapter = Adapter(
+        added={"attention/query": site},
+        dense={"embeddings/word/embedding": words},
+        method="lora",
+    )
+    config, tensors = saved(tmp_path, adapter, model)
+    heads = ["lm_head"] if is_tied else []
+    assert config["modules_to_save"] == [*heads, "model.embed_tokens"]
+    assert config["task_type"] == "CAUSAL_LM"
+    for module in config["modules_to_save"]:
+        np.testing.assert_array_equal(
+            tensors[f"base_model.model.{module}.weight"], words
+        )
+    assert ("base_model.model.lm_head.weight" in tensors) == is_tied
 
 
 def test_dora_has_a_magnitude(tmp_path):
