@@ -10,7 +10,7 @@ from jax import lax
 
 from sparse_jax.axes import inside_replicas
 
-__all__ = ["summed_gradients", "update_if"]
+__all__ = ["as_types", "choose_if", "summed_gradients", "update_if"]
 
 # (values, batch, key) -> (sum of the losses, number they are averaged by)
 Total = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array]]
@@ -54,11 +54,20 @@ def update_if(finite: jax.Array, update: Callable[..., Any], *state: Any) -> Any
 
     # A choice between arrays would copy whole leaves that are trained (measured on a
     # CPU: 10 times the time of the update), a branch works in place.
-    def updated(*state: Any) -> Any:
-        cast = lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype)
-        return jax.tree.map(cast, update(*state), state)
-
+    updated = lambda *state: as_types(update(*state), state)
     return lax.cond(finite, updated, lambda *state: state, *state)
+
+
+def choose_if(finite: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the new arrays if a gradient was finite, else the old ones."""
+    pick = lambda new, old: jnp.where(finite, new, old)
+    return jax.tree.map(pick, as_types(new, old), old)
+
+
+def as_types(new: Any, old: Any) -> Any:
+    """Returns arrays in the dtypes of others."""
+    cast = lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype)
+    return jax.tree.map(cast, new, old)
 
 
 def _in_parts(

@@ -12,7 +12,7 @@ from jax import lax
 from sparse_jax.adapters.tap import tap
 from sparse_jax.compact import Compact, CompactState
 from sparse_jax.errors import InputError
-from sparse_jax.gradients import update_if
+from sparse_jax.gradients import as_types, choose_if, update_if
 from sparse_jax.packing import below_float32, current_values
 from sparse_jax.roles import DENSE, FROZEN, SPARSE, TRAINED, Role, map_roles
 from sparse_jax.rows import init_rows, put_rows, restart_rows, take_rows, update_rows
@@ -160,32 +160,35 @@ class Layerwise(Compact):
         ready = finite & jnp.greater_equal(state.count, 0)
         values = self._trained(roles, state, active)
 
-        def update(count: Any, values: Any, sampler: Any, rows: Any, outside: Any):
-            del sampler
-            if self.restart:
-                is_new = (is_active(self.sampler, active) & ~before)[active]
-                fresh = init_rows(self._tx, values["rows"], self.sampler.num_active)
-                rows = restart_rows(is_new, fresh, rows)
-            steps, rows = update_rows(
-                self._tx, grads["rows"], rows, values["rows"], **extra_args
-            )
-            outside_steps, outside = self._tx.update(
-                grads["outside"], outside, values["outside"], **extra_args
-            )
-            steps = {"rows": steps, "outside": outside_steps}
-            values = optax.apply_updates(values, steps)
-            norms = _row_norms(grads["rows"], self.sampler.num_active)
-            memory = self.sampler.observe(chosen.memory, active, norms)
-            sampler = chosen._replace(memory=memory)
-            return optax.safe_increment(count), values, sampler, rows, outside
+        rows, inside = take_rows(opt.rows, active), values["rows"]
+        if self.restart:
+            is_new = (is_active(self.sampler, active) & ~before)[active]
+            fresh = init_rows(self._tx, inside, self.sampler.num_active)
+            rows = restart_rows(is_new, fresh, rows)
+        steps, moved = update_rows(self._tx, grads["rows"], rows, inside, **extra_args)
+        rows = as_types(moved, rows)
+        norms = _row_norms(grads["rows"], self.sampler.num_active)
+        memory = self.sampler.observe(chosen.memory, active, norms)
+        # Nothing is chosen of the states: where nothing is ready they are not written.
+        # For a choice or a branch, compilers of TPUs keep the rows of all leaves.
+        inside, sampler = choose_if(
+            ready,
+            (optax.apply_updates(inside, steps), chosen._replace(memory=memory)),
+            (inside, opt.sampler),
+        )
 
-        rows = take_rows(opt.rows, active)
-        count, values, sampler, rows, outside = update_if(
-            ready, update, state.count, values, opt.sampler, rows, opt.outside
-        )
-        opt = opt._replace(
-            sampler=sampler, rows=put_rows(opt.rows, rows, active), outside=outside
-        )
+        def update(count: Any, values: Any, outside: Any) -> tuple[Any, Any, Any]:
+            steps, outside = self._tx.update(
+                grads["outside"], outside, values, **extra_args
+            )
+            values = optax.apply_updates(values, steps)
+            return optax.safe_increment(count), values, outside
+
+        kept = (state.count, values["outside"], opt.outside)
+        count, beyond, outside = update_if(ready, update, *kept)
+        values = {"rows": inside, "outside": beyond}
+        rows = put_rows(opt.rows, rows, active, ready)
+        opt = opt._replace(sampler=sampler, rows=rows, outside=outside)
         state = self._written(roles, state, values, active)
         state = state._replace(count=count, opt_state=opt)
         metrics = {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}

@@ -67,10 +67,12 @@ def take_rows(tree: Any, active: jax.Array) -> Any:
     return jax.tree.map(take, tree)
 
 
-def put_rows(tree: Any, rows: Any, active: jax.Array) -> Any:
+def put_rows(
+    tree: Any, rows: Any, active: jax.Array, ready: jax.Array | None = None
+) -> Any:
     """Returns a tree, such as a state, with the rows of the active layers replaced.
 
-    The counts of schedules are replaced in all rows.
+    The counts of schedules are replaced in all rows. Unless `ready`, nothing is.
 
     Example:
       >>> put_rows(jnp.array([1, 2, 3]), jnp.array([8, 9]), jnp.array([0, 2]))
@@ -78,9 +80,18 @@ def put_rows(tree: Any, rows: Any, active: jax.Array) -> Any:
     """
 
     def put(leaf: jax.Array, rows: jax.Array) -> jax.Array:
-        return leaf.at[active].set(rows, **_IN_ORDER, out_sharding=_sharding(leaf))
+        place, options = active, _IN_ORDER
+        if ready is not None:
+            # Rows behind the end are not written.
+            behind = leaf.shape[0] + jnp.arange(active.size, dtype=active.dtype)
+            place = jnp.where(ready, active, behind)
+            options = {**_IN_ORDER, "mode": "drop"}
+        return leaf.at[place].set(rows, **options, out_sharding=_sharding(leaf))
 
-    spread = lambda leaf, rows: jnp.broadcast_to(rows[:1], leaf.shape)
+    def spread(leaf: jax.Array, rows: jax.Array) -> jax.Array:
+        new = jnp.broadcast_to(rows[:1], leaf.shape)
+        return new if ready is None else jnp.where(ready, new, leaf)
+
     return _map(put, spread, tree, rows)
 
 

@@ -309,9 +309,9 @@ def test_a_gradient_is_sent_once_and_only_to_where_its_weight_is():
 def test_rows_leave_the_stacks_after_the_gradients():
     layers = {"sampler": "ist", "active": 0.25, "recompute": "all"}
     plan = plan_of_stacks(density=0.1, **layers)
-    # Masters and two moments of the active layers are three times their gradients. The
-    # branch that skips an update takes them all, but not before the gradients are made.
-    assert plan.peak - plan.state < 3.2 * plan.held["gradients"]
+    # Masters and two moments of the active layers are three times their gradients.
+    # Without the barrier before the update it is 2.23 times, with it 1.99.
+    assert plan.peak - plan.state < 2.1 * plan.held["gradients"]
 
 
 @needs_compiler
