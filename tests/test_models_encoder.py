@@ -311,7 +311,7 @@ def test_abstract_parameters_have_the_shapes_of_new_ones():
     [
         ({"num_heads": 5}, "`num_heads` must divide `hidden_size`, got 5"),
         ({"hidden_act": "mish"}, "`hidden_act` must be one of gelu, .*got 'mish'"),
-        ({"num_labels": 0}, "`num_labels` must be at least 1, got 0"),
+        ({"num_labels": 0}, "`num_labels` must be a whole number from 1"),
         ({"label_names": ("a",)}, "`label_names` must have one name for each of the 3"),
     ],
 )

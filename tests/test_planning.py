@@ -286,7 +286,7 @@ def test_the_compiler_of_tpus_takes_every_kind_of_step(name):
 
 
 @needs_compiler
-@pytest.mark.parametrize("density", [0.02, 0.1])
+@pytest.mark.parametrize("density", [pytest.param(0.02, marks=pytest.mark.slow), 0.1])
 def test_a_tpu_keeps_no_second_copy_of_a_stack(density):
     plan = plan_of_stacks(density=density)
     one_stack = 16 * 1024 * 1024 * 2

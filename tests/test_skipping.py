@@ -75,8 +75,8 @@ def bits(state):
     ("name", "dtype"),
     [
         ("sift", jnp.float32),
-        ("sift, two parts", jnp.bfloat16),
-        ("full", jnp.bfloat16),
+        pytest.param("sift, two parts", jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("full", jnp.bfloat16, marks=pytest.mark.slow),
         ("sift, importance", jnp.float32),
         ("full, norms, restarted", jnp.bfloat16),
         ("lora, held", jnp.float32),

@@ -11,7 +11,7 @@ from tiny_text import text_settings, write_chats, write_decoder
 from sparse_jax import finetune
 from sparse_jax.training.history import updates_of
 from sparse_jax.training.job import make_job
-from sparse_jax.training.optimizer import learning_rate_at
+from sparse_jax.training.optimizer import learning_rate_at, schedule_of
 
 UPDATES = 40
 ATTENTION = ("query", "key", "value", "attention.output.dense")
@@ -95,7 +95,8 @@ def torch_losses(model, settings, loss_of):
         if TRAINED[settings.method](name)
     }
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
-    peak, losses, masks = settings.learning_rate, [], None
+    schedule = schedule_of(settings.learning_rate, UPDATES)
+    losses, masks = [], None
     for count, batch in enumerate(batches_of(settings)):
         model.zero_grad()
         loss = loss_of(model, batch)
@@ -109,7 +110,7 @@ def torch_losses(model, settings, loss_of):
         for name, mask in (masks or {}).items():
             trained[name].grad *= mask
         torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
-        optimizer.param_groups[0]["lr"] = float(learning_rate_at(count, peak, UPDATES))
+        optimizer.param_groups[0]["lr"] = float(learning_rate_at(count, schedule))
         optimizer.step()
         losses.append(loss.item())
     return losses
