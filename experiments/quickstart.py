@@ -13,6 +13,7 @@ minutes on two cores.
 """
 
 import argparse
+import logging
 import math
 import os
 from dataclasses import dataclass, replace
@@ -127,6 +128,11 @@ def main() -> None:
     """Trains all methods, then shows them side by side."""
     # The advice of transformers is to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Five runs would warn of the same new classifier and of the same long sentences;
+    # `metrics.json` of each run has these lines.
+    log = logging.getLogger("sparse_jax")
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
