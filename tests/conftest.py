@@ -9,6 +9,9 @@ from pathlib import Path
 # The programs of the tests run for milliseconds and compile for seconds: without LLVM's
 # optimisations the suite takes 40 % less time.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Eight simulated devices on few cores may wait for each other longer than XLA allows,
+# 40 seconds, after which it aborts the process.
+_QUICK += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 # XLA:CPU's MLIR emitters of fusions take half of the time that is left; newer versions
 # have no others.
 if version("jaxlib").startswith("0.10."):
