@@ -24,9 +24,9 @@ from sparse_jax import (
     save_pretrained,
 )
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.decoder_config import DecoderConfig
-from sparse_jax.models.llama import LLAMA
-from sparse_jax.models.pure import PureModel
+from sparse_jax.models.config import DecoderConfig
+from sparse_jax.models.families.llama import LLAMA
+from sparse_jax.models.functional import PureModel
 
 LENGTH = 128  # tokens
 END = "<|end|>"

@@ -12,11 +12,10 @@ from rich.table import Table
 
 from experiments.trials import LOSS, grid_of, make_trial, run_folder, trial_parser
 from sparse_jax import Beams, Greedy, Settings
+from sparse_jax.data.conversations import PROMPTS
+from sparse_jax.data.llm_adapters import QUESTION_SETS, accuracy, load_questions
 from sparse_jax.generation.ranking import rank_candidates
-from sparse_jax.generation.wording import text_tokens
-from sparse_jax.generation.writer import load_writer
-from sparse_jax.tasks.llm_adapters import QUESTION_SETS, accuracy, load_questions
-from sparse_jax.tasks.prompts import PROMPTS
+from sparse_jax.generation.writer import load_writer, text_tokens
 
 __all__ = ["compare", "parser_of"]
 

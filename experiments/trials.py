@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_jax import Settings, finetune
-from sparse_jax.tasks.glue import find_task
+from sparse_jax.data.glue import find_task
 
 __all__ = [
     "LOSS",

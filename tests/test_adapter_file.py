@@ -17,8 +17,8 @@ from sparse_jax import (
     merge_adapter,
     save_adapter,
 )
-from sparse_jax.adapter_use import swap
-from sparse_jax.models.tensors import write_tensors
+from sparse_jax.adapter.use import swap
+from sparse_jax.models.hf.tensors import write_tensors
 
 
 def make_params(dtype=jnp.bfloat16):

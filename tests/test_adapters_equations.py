@@ -5,15 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_jax.adapters.dora import DoRA
-from sparse_jax.adapters.ia3 import IA3
-from sparse_jax.adapters.lora import LoRA
-from sparse_jax.adapters.parallel import Parallel
-from sparse_jax.adapters.prefix import Prefix
-from sparse_jax.adapters.series import Series
-from sparse_jax.models.attend import attend
-from sparse_jax.models.memory import no_memory, remember
-from sparse_jax.sites import MEMORY, Memory
+from sparse_jax.methods.bottlenecks import Parallel, Series
+from sparse_jax.methods.ia3 import IA3
+from sparse_jax.methods.lora import DoRA, LoRA
+from sparse_jax.methods.prefix import Prefix
+from sparse_jax.models.attachment import MEMORY, Memory
+from sparse_jax.models.attend import attend, no_memory, remember
 
 
 def attend_to(q, seen, rate=0.0, key=None):

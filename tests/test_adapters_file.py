@@ -18,9 +18,9 @@ from sparse_jax import (
     merge_adapter,
     save_adapter,
 )
-from sparse_jax.adapter_method import method_of_adapter
+from sparse_jax.adapter.rebuild import method_of_adapter
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.training.methods import method_of
+from sparse_jax.training.build import method_of
 from sparse_jax.training.settings import OPTIONS
 
 BATCH = jax_batch(padded_batch("bert"))

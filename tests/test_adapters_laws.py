@@ -11,16 +11,13 @@ import pytest
 from tiny_models import jax_batch, padded_batch, tiny_config, tiny_params
 
 from sparse_jax import Attachment, Compact, InputError
-from sparse_jax.adapters.bottleneck import PFEIFFER
-from sparse_jax.adapters.dora import DoRA
-from sparse_jax.adapters.ia3 import IA3
-from sparse_jax.adapters.lora import LoRA
-from sparse_jax.adapters.parallel import Parallel
-from sparse_jax.adapters.prefix import Prefix
-from sparse_jax.adapters.series import Series
-from sparse_jax.models.bert import BERT
+from sparse_jax.methods.bottlenecks import PFEIFFER, Parallel, Series
+from sparse_jax.methods.ia3 import IA3
+from sparse_jax.methods.lora import DoRA, LoRA
+from sparse_jax.methods.prefix import Prefix
+from sparse_jax.models.families.bert import BERT
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.models.pure import PureModel
 
 MODEL = PureModel(SequenceClassifier, BERT, tiny_config("bert"))
 BATCH = jax_batch(padded_batch("bert"))

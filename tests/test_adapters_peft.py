@@ -11,11 +11,11 @@ from tiny_models import FAMILIES, tiny_config
 from tiny_text import CONFIG
 
 from sparse_jax import Adapter, InputError
-from sparse_jax.adapter_peft import save_peft
+from sparse_jax.adapter.peft import save_peft
 from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.families.llama import LLAMA
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.models.llama import LLAMA
-from sparse_jax.models.pure import PureModel
 
 L, D, F, R = 2, 32, 48, 4
 BERT = PureModel(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))

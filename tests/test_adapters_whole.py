@@ -33,13 +33,13 @@ from sparse_jax import (
     save_adapter,
     save_peft,
 )
-from sparse_jax.adapter_method import METHODS, method_of_adapter
-from sparse_jax.models.bert import BERT
+from sparse_jax.adapter.rebuild import METHODS, method_of_adapter
+from sparse_jax.models.families.bert import BERT
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.models.pretrained import base_config
-from sparse_jax.models.pure import PureModel
-from sparse_jax.roles import SPARSE, map_roles
-from sparse_jax.training.trained import adapter_of
+from sparse_jax.models.hf.pretrained import base_config
+from sparse_jax.params.roles import SPARSE, map_roles
+from sparse_jax.training.job import adapter_of
 
 MODEL = PureModel(SequenceClassifier, BERT, tiny_config("bert"))
 QUERY = "layers/attention/query/kernel"

@@ -13,9 +13,9 @@ from tiny_text import tiny_decoder
 from sparse_jax import from_pretrained, save_pretrained
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.hf_config import read_config
-from sparse_jax.models.ranges import check_fields
-from sparse_jax.models.tensors import base_hash, open_tensors
+from sparse_jax.models.config_checks import check_fields
+from sparse_jax.models.hf.read_config import read_config
+from sparse_jax.models.hf.tensors import base_hash, open_tensors
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,

@@ -16,12 +16,11 @@ import pytest
 from tiny_text import text_settings, write_chats, write_decoder
 
 from sparse_jax import finetune
-from sparse_jax.adapter_file import load_adapter
+from sparse_jax.adapter.file import load_adapter
 from sparse_jax.errors import InputError
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.checkpoint_file import write_checkpoint
-from sparse_jax.training.loop import Loop
-from sparse_jax.training.signals import stop_signals
+from sparse_jax.training.loop import Loop, stop_signals
 
 
 @pytest.fixture(scope="module")

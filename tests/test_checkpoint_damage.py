@@ -26,10 +26,9 @@ from sparse_jax.training.checkpoint_file import (
     write_checkpoint,
 )
 from sparse_jax.training.finetune import _tuner
-from sparse_jax.training.job import make_job
+from sparse_jax.training.job import make_job, surroundings
 from sparse_jax.training.loop import Loop
 from sparse_jax.training.run_directory import RunDirectory
-from sparse_jax.training.surroundings import surroundings
 
 
 class Stopped:

@@ -7,11 +7,11 @@ import optax
 import pytest
 
 from sparse_jax import Attachment, Compact, Dense, LoRA, Sparse, sift
-from sparse_jax.models.bert import BERT
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.families.bert import BERT
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.models.pure import PureModel
-from sparse_jax.scores import SCORES
+from sparse_jax.supports.scores import SCORES
 
 CONFIG = EncoderConfig(
     vocab_size=50,

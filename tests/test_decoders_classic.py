@@ -20,11 +20,11 @@ from sparse_jax import (
     from_pretrained,
     save_pretrained,
 )
-from sparse_jax.adapter_peft import save_peft
+from sparse_jax.adapter.peft import save_peft
 from sparse_jax.errors import InputError
-from sparse_jax.models.alibi import slopes
+from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.sites import Attachment
+from sparse_jax.models.position_embeddings import slopes
 
 SIZES = {
     "vocab_size": 61, "n_layer": 2, "n_head": 4, "initializer_range": 0.2,

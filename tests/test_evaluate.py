@@ -17,7 +17,7 @@ from sparse_jax import (
     save_adapter,
 )
 from sparse_jax.generation.writer import load_writer
-from sparse_jax.training import material
+from sparse_jax.training import setup as material
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 from tiny_run import write_data, write_model
 
 from experiments import glue, quickstart, sweep
+from sparse_jax.data.glue import find_task
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.families.bert import ROBERTA
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.models.pure import PureModel
-from sparse_jax.models.roberta import ROBERTA
-from sparse_jax.roles import SPARSE, map_roles
-from sparse_jax.tasks.glue import find_task
-from sparse_jax.training.methods import method_of
+from sparse_jax.params.roles import SPARSE, map_roles
+from sparse_jax.training.build import method_of
 
 ROOT = Path(quickstart.__file__).parent
 MODULES = sorted(

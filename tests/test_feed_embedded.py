@@ -8,15 +8,15 @@ from tiny_models import jax_batch
 from tiny_run import CONFIG, write_model
 from tiny_text import tiny_decoder, write_chats, write_decoder
 
+from sparse_jax.data.examples import Examples, Splits
+from sparse_jax.data.glue import TASKS
+from sparse_jax.data.instructions import load_conversations
+from sparse_jax.data.tokenizer import load_tokenizer
 from sparse_jax.errors import InputError
-from sparse_jax.models.bert import BERT
+from sparse_jax.models.families.bert import BERT
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.models.pure import PureModel
-from sparse_jax.names import map_named
-from sparse_jax.tasks.examples import Examples, Splits
-from sparse_jax.tasks.glue import TASKS
-from sparse_jax.tasks.instructions import load_conversations
-from sparse_jax.tasks.tokens import load_tokenizer
+from sparse_jax.params.names import map_named
 from sparse_jax.training.causal_feed import make_causal_feed
 from sparse_jax.training.feed import make_feed
 

@@ -8,7 +8,7 @@ from tiny_run import tiny_settings, write_data, write_model
 from tiny_text import text_settings, write_chats, write_decoder
 
 from sparse_jax import evaluate_adapter, finetune
-from sparse_jax.adapter_file import load_adapter
+from sparse_jax.adapter.file import load_adapter
 from sparse_jax.errors import InputError
 from sparse_jax.training.history import updates_of
 

@@ -11,14 +11,14 @@ import pytest
 from tiny_decoders import batch_of, random_model
 
 from sparse_jax import Beams, CausalLM, Greedy, Sample, from_pretrained, generate
-from sparse_jax.adapters.lora import LoRA
-from sparse_jax.adapters.prefix import Prefix
 from sparse_jax.errors import InputError
-from sparse_jax.models.bert import BERT
+from sparse_jax.methods.lora import LoRA
+from sparse_jax.methods.prefix import Prefix
+from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.families.bert import BERT
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import MaskedLM
-from sparse_jax.models.pure import PureModel
-from sparse_jax.sites import Attachment
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2,

@@ -26,17 +26,22 @@ from sparse_jax import (
 )
 from sparse_jax.cli.generate import _show
 from sparse_jax.cli.main import main
+from sparse_jax.data.conversations import ALPACA
 from sparse_jax.generation.ends import before_end, end_table, ends_of_model
 from sparse_jax.generation.prompts import Prompts
-from sparse_jax.generation.wording import Stop, chat_tokens, read_stop, text_tokens
-from sparse_jax.generation.writer import load_writer
+from sparse_jax.generation.writer import (
+    Stop,
+    chat_tokens,
+    load_writer,
+    read_stop,
+    text_tokens,
+)
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.hf_config import read_config
-from sparse_jax.models.llama import LLAMA
-from sparse_jax.models.pretrained import base_hash
-from sparse_jax.models.pure import PureModel
-from sparse_jax.tasks.prompts import ALPACA
-from sparse_jax.training.material import load_material
+from sparse_jax.models.families.llama import LLAMA
+from sparse_jax.models.functional import PureModel
+from sparse_jax.models.hf.pretrained import base_hash
+from sparse_jax.models.hf.read_config import read_config
+from sparse_jax.training.setup import load_material
 
 
 @pytest.fixture(scope="module")

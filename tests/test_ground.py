@@ -13,11 +13,11 @@ from flax import linen as nn
 from flax import nnx
 
 from sparse_jax import InputError, gather, scatter, sift
-from sparse_jax.names import first_match, leaf_names, require_match
-from sparse_jax.packing import current_values, keep_masters, pack, unpack
-from sparse_jax.roles import DENSE, FROZEN, SPARSE, map_roles, roles_of
-from sparse_jax.scores import gradient, leaf_key, random, select
-from sparse_jax.support import require_density, support_size
+from sparse_jax.params.names import first_match, leaf_names, require_match
+from sparse_jax.params.roles import DENSE, FROZEN, SPARSE, map_roles, roles_of
+from sparse_jax.supports.packing import current_values, keep_masters, pack, unpack
+from sparse_jax.supports.scores import gradient, leaf_key, random, select
+from sparse_jax.supports.support import require_density, support_size
 
 
 class Toy(nnx.Module):

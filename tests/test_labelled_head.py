@@ -25,10 +25,10 @@ from sparse_jax import (
     save_adapter,
     save_pretrained,
 )
-from sparse_jax.adapter_file import Adapter
+from sparse_jax.adapter.file import Adapter
 from sparse_jax.errors import InputError
-from sparse_jax.models.labelled_head import order_of, use_of_head
-from sparse_jax.models.pretrained import base_hash, new_leaves
+from sparse_jax.models.hf.labels import order_of, use_of_head
+from sparse_jax.models.hf.pretrained import base_hash, new_leaves
 from sparse_jax.sharding.mesh import make_mesh, parse_mesh
 from sparse_jax.sharding.placement import Placement
 

@@ -24,24 +24,24 @@ from sparse_jax import (
     load_adapter,
     scatter,
 )
-from sparse_jax.entries import canonical
-from sparse_jax.granularity import LANE
-from sparse_jax.lanes import LaneSupport, empty_lanes, top_lanes
-from sparse_jax.lanes_tpu import get_rows, has_kernel, set_rows
-from sparse_jax.local_support import map_supports
-from sparse_jax.models.bert import BERT
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.families.bert import BERT
+from sparse_jax.models.families.llama import LLAMA
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.models.llama import LLAMA
-from sparse_jax.models.pure import PureModel
-from sparse_jax.names import map_named
-from sparse_jax.scores import SCORES
+from sparse_jax.params.names import map_named
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner, SingleRunner
+from sparse_jax.supports.granularity import LANE
+from sparse_jax.supports.lanes import LaneSupport, empty_lanes, top_lanes
+from sparse_jax.supports.lanes_tpu import get_rows, has_kernel, set_rows
+from sparse_jax.supports.positions import canonical
+from sparse_jax.supports.scores import SCORES
+from sparse_jax.supports.sharded import map_supports
 from sparse_jax.training.checkpoint import Checkpoints
-from sparse_jax.training.token_loss import make_token_loss
+from sparse_jax.training.language_modelling import make_token_loss
 
 CONFIG = EncoderConfig(
     vocab_size=50,

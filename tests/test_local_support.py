@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from sparse_jax.local_support import (
+from sparse_jax.supports.sharded import (
     Cut,
     LocalSupport,
     gather_local,
@@ -15,9 +15,8 @@ from sparse_jax.local_support import (
     scatter_local,
     unused_tables,
 )
-from sparse_jax.support import gather, scatter
-from sparse_jax.top_k import top_k_support
-from sparse_jax.top_k_local import top_k_tables
+from sparse_jax.supports.support import gather, scatter
+from sparse_jax.supports.top_k import top_k_support, top_k_tables
 
 SHAPE = (8, 16)
 CUTS = {

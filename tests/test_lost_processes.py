@@ -9,7 +9,7 @@ import pytest
 from test_processes import free_port, options
 from tiny_text import text_settings, write_chats, write_decoder
 
-from sparse_jax.sharding import lost_processes as lost
+from sparse_jax.sharding import processes as lost
 
 
 class Store:

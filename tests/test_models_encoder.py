@@ -15,11 +15,11 @@ from tiny_models import (
 )
 
 from sparse_jax.errors import InputError
+from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import EncoderConfig, max_length_of
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
-from sparse_jax.models.pure import PureModel
-from sparse_jax.names import leaf_names
-from sparse_jax.sites import Attachment
+from sparse_jax.params.names import leaf_names
 
 SITES = [
     "attention/query",

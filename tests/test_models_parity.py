@@ -16,9 +16,9 @@ from tiny_models import (
     torch_output,
 )
 
+from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
-from sparse_jax.models.pretrained import from_pretrained, save_pretrained
-from sparse_jax.sites import Attachment
+from sparse_jax.models.hf.pretrained import from_pretrained, save_pretrained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -18,11 +18,11 @@ from tiny_models import (
 )
 
 from sparse_jax.errors import InputError
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
-from sparse_jax.models.hf_config import read_config
-from sparse_jax.models.hub import local_folder
-from sparse_jax.models.pretrained import base_hash, from_pretrained, save_pretrained
-from sparse_jax.models.pure import PureModel
+from sparse_jax.models.hf.model_files import local_folder
+from sparse_jax.models.hf.pretrained import base_hash, from_pretrained, save_pretrained
+from sparse_jax.models.hf.read_config import read_config
 
 both_families = pytest.mark.parametrize("name", ["bert", "roberta"])
 

@@ -13,14 +13,14 @@ from tiny_models import FAMILIES, tiny_config, tiny_params
 from tiny_text import text_settings, tiny_decoder, write_chats, write_decoder
 
 from sparse_jax import evaluate_adapter, finetune, from_pretrained, save_pretrained
-from sparse_jax.adapter_file import load_adapter
+from sparse_jax.adapter.file import load_adapter
 from sparse_jax.errors import InputError
 from sparse_jax.generation.choice import Greedy
 from sparse_jax.generation.writer import load_writer
 from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import MaskedLM
-from sparse_jax.models.pure import PureModel
-from sparse_jax.sharding.loading import load_onto
+from sparse_jax.sharding.load_sharded import load_onto
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
 
 HEAD, WORDS = "lm_head.weight", "model.embed_tokens.weight"

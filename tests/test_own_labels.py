@@ -10,8 +10,8 @@ import pytest
 from tiny_run import WORDS, tiny_settings, write_model
 
 from sparse_jax import InputError, evaluate_adapter, finetune, load_adapter
-from sparse_jax.sites import Attachment
-from sparse_jax.training.loss import make_loss
+from sparse_jax.models.attachment import Attachment
+from sparse_jax.training.classification import make_loss
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,13 @@ from tiny_text import CONFIG, write_decoder
 from sparse_jax.cli.main import main
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.llama import LLAMA
-from sparse_jax.models.pure import PureModel
+from sparse_jax.models.families.llama import LLAMA
+from sparse_jax.models.functional import PureModel
 from sparse_jax.planning import target as targets
-from sparse_jax.planning.abstract import abstract_run, read_model
-from sparse_jax.planning.bytes import held_bytes
-from sparse_jax.planning.chips import CHIPS, Chip
-from sparse_jax.planning.collectives import Traffic, collectives_of
-from sparse_jax.planning.flops import count_flops
+from sparse_jax.planning.abstract import abstract_run, held_bytes, read_model
+from sparse_jax.planning.hlo import Traffic, collectives_of, count_flops
 from sparse_jax.planning.plan import make_plan, with_largest_batch
-from sparse_jax.planning.target import Target, find_target
+from sparse_jax.planning.target import CHIPS, Chip, Target, find_target
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.training.settings import Settings
 

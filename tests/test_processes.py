@@ -10,7 +10,7 @@ import pytest
 from tiny_text import text_settings, write_chats, write_decoder
 
 from sparse_jax import finetune
-from sparse_jax.adapter_file import load_adapter
+from sparse_jax.adapter.file import load_adapter
 from sparse_jax.errors import InputError
 from sparse_jax.sharding.processes import join_processes, require_agreement
 

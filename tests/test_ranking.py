@@ -9,11 +9,11 @@ import pytest
 from tiny_text import tiny_decoder, write_decoder
 
 from experiments import arithmetic, commonsense
+from sparse_jax.data.conversations import PromptTemplate
+from sparse_jax.data.llm_adapters import Question
+from sparse_jax.data.tokenizer import load_tokenizer
 from sparse_jax.errors import InputError
 from sparse_jax.generation.ranking import rank_candidates
-from sparse_jax.tasks.llm_adapters import Question
-from sparse_jax.tasks.prompts import PromptTemplate
-from sparse_jax.tasks.tokens import load_tokenizer
 
 PLAIN = PromptTemplate("{instruction} {input}", "{instruction}")
 COLOURS = ("red", "blue", "green red")

@@ -14,8 +14,11 @@ import pytest
 from sparse_jax import Settings
 from sparse_jax.errors import InputError
 from sparse_jax.training import run_directory
-from sparse_jax.training.folder_lock import FolderLock, require_unlocked
-from sparse_jax.training.output_folder import require_usable
+from sparse_jax.training.output_folder import (
+    FolderLock,
+    require_unlocked,
+    require_usable,
+)
 from sparse_jax.training.run_directory import RunDirectory
 
 CONFIG = {"base_hash": "1", "examples_hash": "2"}
@@ -60,7 +63,7 @@ def test_a_second_run_in_a_folder_is_refused(changes, tmp_path):
 def test_a_killed_run_leaves_no_lock(tmp_path):
     code = (
         "import sys, time, pathlib\n"
-        "from sparse_jax.training.folder_lock import FolderLock\n"
+        "from sparse_jax.training.output_folder import FolderLock\n"
         "lock = FolderLock(pathlib.Path(sys.argv[1]))\n"
         "lock.acquire()\n"
         "print('locked', flush=True)\n"

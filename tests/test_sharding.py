@@ -12,19 +12,19 @@ from jax.sharding import AxisType
 from tiny_text import CONFIG, tiny_decoder
 
 from sparse_jax import Compact, Importance, Layerwise, LoRA
-from sparse_jax.adapters.dense import Dense
-from sparse_jax.adapters.sparse import Sparse
 from sparse_jax.errors import InputError
-from sparse_jax.local_support import LocalSupport, global_positions, map_supports
+from sparse_jax.methods.dense import Dense
+from sparse_jax.methods.sparse import Sparse
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.pretrained import save_pretrained
-from sparse_jax.scores import SCORES
-from sparse_jax.sharding.loading import load_onto
+from sparse_jax.models.hf.pretrained import save_pretrained
+from sparse_jax.sharding.load_sharded import load_onto
 from sparse_jax.sharding.mesh import MeshShape, make_mesh, parse_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.rules import specs_of
 from sparse_jax.sharding.runner import MeshRunner, SingleRunner
-from sparse_jax.training.token_loss import make_token_loss
+from sparse_jax.supports.scores import SCORES
+from sparse_jax.supports.sharded import LocalSupport, global_positions, map_supports
+from sparse_jax.training.language_modelling import make_token_loss
 
 MESHES = {
     "data": MeshShape(data=8),

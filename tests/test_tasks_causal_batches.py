@@ -6,11 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_jax.data.batches import bucket_lengths
+from sparse_jax.data.causal_batches import (
+    causal_eval_batches,
+    causal_train_batches,
+    pack_rows,
+    segment_arrays,
+)
+from sparse_jax.data.causal_tokens import TokenSequences
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.causal_batches import causal_eval_batches, causal_train_batches
-from sparse_jax.tasks.causal_tokens import TokenSequences
-from sparse_jax.tasks.padding import bucket_lengths
-from sparse_jax.tasks.segments import pack_rows, segment_arrays
 
 packed_or_not = pytest.mark.parametrize("is_packed", [False, True])
 

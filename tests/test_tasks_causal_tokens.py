@@ -3,17 +3,17 @@ import pytest
 from tiny_tokenizers import CHATML, characters
 from tokenizers import processors
 
-from sparse_jax.errors import InputError
-from sparse_jax.tasks.causal_tokens import tokenize
-from sparse_jax.tasks.chat import render_chat
-from sparse_jax.tasks.conversations import (
+from sparse_jax.data.causal_tokens import tokenize
+from sparse_jax.data.chat import render_chat
+from sparse_jax.data.conversations import (
     Conversation,
     Piece,
     plain_text,
     prompt_and_response,
 )
-from sparse_jax.tasks.instructions import load_conversations
-from sparse_jax.tasks.tokens import load_tokenizer
+from sparse_jax.data.instructions import load_conversations
+from sparse_jax.data.tokenizer import load_tokenizer
+from sparse_jax.errors import InputError
 
 END = 1
 

@@ -6,12 +6,11 @@ import re
 import pytest
 from tiny_tokenizers import CHATML, characters
 
+from sparse_jax.data.causal_tokens import tokenize
+from sparse_jax.data.chat import render_chat, render_prompt
+from sparse_jax.data.conversations import ALPACA, Piece
+from sparse_jax.data.instructions import read_record
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.causal_tokens import tokenize
-from sparse_jax.tasks.chat import render_chat, render_prompt
-from sparse_jax.tasks.conversations import Piece
-from sparse_jax.tasks.prompts import ALPACA
-from sparse_jax.tasks.records import read_record
 
 # Each of a well-known shape, with what a model writes between the tags.
 _CHATML = (

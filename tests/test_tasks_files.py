@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sparse_jax.data.files import load
+from sparse_jax.data.glue import TASKS
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.files import load
-from sparse_jax.tasks.glue import TASKS
 
 RTE = "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tentailment\n1\tC.\tD.\t1\n"
 OWN = '{"text": "good", "label": "plus"}\n{"text": "bad", "label": "minus"}\n'

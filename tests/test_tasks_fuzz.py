@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 
+from sparse_jax.data.files import load
+from sparse_jax.data.glue import TASKS
+from sparse_jax.data.instructions import load_conversations
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.files import load
-from sparse_jax.tasks.glue import TASKS
-from sparse_jax.tasks.instructions import load_conversations
 
 _TEXTS = ("a good film", "a bad one", 'he said "no", twice', "naïve\u2028🙂")
 

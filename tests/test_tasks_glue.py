@@ -1,8 +1,8 @@
 import pytest
 
+from sparse_jax.data.glue import TASKS, find_task
+from sparse_jax.data.metrics import METRICS
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.glue import TASKS, find_task
-from sparse_jax.tasks.metrics import METRICS
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 import datasets
 import pytest
 
+from sparse_jax.data.files import load
+from sparse_jax.data.glue import TASKS
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.files import load
-from sparse_jax.tasks.glue import TASKS
 
 
 @pytest.fixture

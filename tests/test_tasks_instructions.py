@@ -4,11 +4,16 @@ import re
 import pytest
 from tiny_tokenizers import CHATML, characters
 
+from sparse_jax.data.chat import render_chat
+from sparse_jax.data.conversations import (
+    ALPACA,
+    LLM_ADAPTERS,
+    Piece,
+    plain_text,
+    prompt_and_response,
+)
+from sparse_jax.data.instructions import load_conversations
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.chat import render_chat
-from sparse_jax.tasks.conversations import Piece, plain_text, prompt_and_response
-from sparse_jax.tasks.instructions import load_conversations
-from sparse_jax.tasks.prompts import ALPACA, LLM_ADAPTERS
 
 ADD = {"instruction": "Add.", "input": "1, 2", "output": "3"}
 CHAT = {

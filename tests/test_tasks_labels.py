@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sparse_jax.data.files import load
+from sparse_jax.data.glue import TASKS
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.files import load
-from sparse_jax.tasks.glue import TASKS
 
 OWN = TASKS["classification"]
 

@@ -3,14 +3,14 @@ import re
 
 import pytest
 
-from sparse_jax.errors import InputError
-from sparse_jax.tasks.llm_adapters import (
+from sparse_jax.data.conversations import ALPACA, LLM_ADAPTERS
+from sparse_jax.data.llm_adapters import (
     QUESTION_SETS,
     Question,
     accuracy,
     load_questions,
 )
-from sparse_jax.tasks.prompts import ALPACA, LLM_ADAPTERS
+from sparse_jax.errors import InputError
 
 ARC = (
     "Please choose the correct answer to the question: Which is wet?\n\n"

@@ -7,8 +7,8 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_jax.tasks.glue import TASKS
-from sparse_jax.tasks.metrics import (
+from sparse_jax.data.glue import TASKS
+from sparse_jax.data.metrics import (
     accuracy,
     evaluate,
     exact_match,

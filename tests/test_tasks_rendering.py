@@ -8,10 +8,10 @@ import time
 import pytest
 from tiny_tokenizers import CHATML, characters
 
+from sparse_jax.data.chat import render_chat
+from sparse_jax.data.chat_template import render, require_template
+from sparse_jax.data.tokenizer import load_tokenizer
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.chat import render_chat
-from sparse_jax.tasks.rendering import render, require_template
-from sparse_jax.tasks.tokens import load_tokenizer
 
 CHAT = [{"role": "user", "content": "Hi"}]
 NESTED = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2

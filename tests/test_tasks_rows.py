@@ -3,9 +3,9 @@ import re
 
 import pytest
 
+from sparse_jax.data.glue import TASKS
+from sparse_jax.data.read_rows import read_rows
 from sparse_jax.errors import InputError
-from sparse_jax.tasks.glue import TASKS
-from sparse_jax.tasks.rows import read_rows
 
 
 @pytest.fixture

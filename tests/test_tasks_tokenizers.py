@@ -6,12 +6,12 @@ import random
 import pytest
 from tiny_tokenizers import CHATML, characters
 
+from sparse_jax.data.causal_tokens import tokenize
+from sparse_jax.data.conversations import ALPACA
+from sparse_jax.data.instructions import read_record
+from sparse_jax.data.tokenizer import load_tokenizer, tokenizing
 from sparse_jax.errors import InputError
-from sparse_jax.generation.wording import chat_tokens, text_tokens
-from sparse_jax.tasks.causal_tokens import tokenize
-from sparse_jax.tasks.prompts import ALPACA
-from sparse_jax.tasks.records import read_record
-from sparse_jax.tasks.tokens import load_tokenizer, tokenizing
+from sparse_jax.generation.writer import chat_tokens, text_tokens
 
 CHAT = {
     "messages": [

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from tiny_text import CONFIG, tiny_decoder
 
+from sparse_jax.data.causal_batches import causal_eval_batches
+from sparse_jax.data.causal_tokens import TokenSequences
+from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.next_token import summed_token_loss
-from sparse_jax.sites import Attachment
-from sparse_jax.tasks.causal_batches import causal_eval_batches
-from sparse_jax.tasks.causal_tokens import TokenSequences
-from sparse_jax.training.token_loss import make_token_loss
+from sparse_jax.training.language_modelling import make_token_loss
 
 VOCAB = CONFIG.vocab_size
 

@@ -9,8 +9,8 @@ from safetensors.numpy import load, save
 from test_adapters_laws import shaken
 
 from sparse_jax import Adapter, Settings
-from sparse_jax.roles import DENSE, SPARSE, map_roles
-from sparse_jax.training.methods import method_of
+from sparse_jax.params.roles import DENSE, SPARSE, map_roles
+from sparse_jax.training.build import method_of
 from sparse_jax.training.settings import OPTIONS
 
 # method -> options

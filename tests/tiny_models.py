@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.models.bert import BERT
 from sparse_jax.models.config import EncoderConfig
-from sparse_jax.models.pure import PureModel
-from sparse_jax.models.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
-from sparse_jax.names import map_named
+from sparse_jax.models.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
+from sparse_jax.models.functional import PureModel
+from sparse_jax.params.names import map_named
 
 FAMILIES = {family.name: family for family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT)}
 PAD_IDS = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}

@@ -8,11 +8,11 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from sparse_jax import Settings, save_pretrained
-from sparse_jax.models.bert import BERT
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.families.bert import BERT
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import MaskedLM
-from sparse_jax.models.pure import PureModel
-from sparse_jax.names import map_named
+from sparse_jax.params.names import map_named
 
 WORDS = ["good", "great", "fine", "bad", "poor", "awful", "film", "book", "a", "the"]
 VOCABULARY = {

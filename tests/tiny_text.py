@@ -8,10 +8,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sparse_jax import Settings, save_pretrained
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.decoder_config import DecoderConfig
-from sparse_jax.models.llama import LLAMA
-from sparse_jax.models.pure import PureModel
-from sparse_jax.names import map_named
+from sparse_jax.models.config import DecoderConfig
+from sparse_jax.models.families.llama import LLAMA
+from sparse_jax.models.functional import PureModel
+from sparse_jax.params.names import map_named
 
 WORDS = ["say", "red", "blue", "green", "twice", "once", ":", "<unk>", "<s>", "</s>"]
 CONFIG = DecoderConfig(

@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_jax import LANE, gather, scatter
-from sparse_jax.granularity import ENTRY, Granularity
-from sparse_jax.roles import SPARSE, Role
-from sparse_jax.support import Support
+from sparse_jax.params.roles import SPARSE, Role
+from sparse_jax.supports.granularity import ENTRY, Granularity
+from sparse_jax.supports.support import Support
 
 PEAK, BANDWIDTH = 197e12, 819e9  # of a TPU v5e, in bfloat16
 CLOCK = PEAK / (4 * 128 * 128 * 2)  # four units of 128 x 128 products and sums

@@ -35,7 +35,7 @@ from sparse_jax import (
     Static,
     Uniform,
 )
-from sparse_jax.sites import Recompute
+from sparse_jax.models.attachment import Recompute
 
 MIB = 2**20
 LAYERS, ACTIVE = stacks.LAYERS, stacks.LAYERS // 4

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from sparse_jax import Attachment
-from sparse_jax.models.bert import BERT
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.families.bert import BERT
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.models.pure import PureModel
 from sparse_jax.models.slots import run_slots
 from sparse_jax.models.stack import default_unroll
 

@@ -23,13 +23,13 @@ import optax
 from flax import nnx
 
 from experiments.quickstart_data.windows import Windows, draw_windows
-from sparse_jax.models.bert import BERT
+from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.families.bert import BERT
 from sparse_jax.models.family import Family
+from sparse_jax.models.functional import Params, PureModel
 from sparse_jax.models.heads import MaskedLM
-from sparse_jax.models.pretrained import save_pretrained
-from sparse_jax.models.pure import Params, PureModel
-from sparse_jax.sites import Attachment
+from sparse_jax.models.hf.pretrained import save_pretrained
 
 CONFIG = EncoderConfig(
     vocab_size=4096,

@@ -4,7 +4,7 @@ import json
 from typing import Annotated
 
 from sparse_jax.cli import options
-from sparse_jax.cli.devices import take_devices
+from sparse_jax.cli.options import take_devices
 
 __all__ = ["evaluate"]
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sparse_jax.cli import options
-from sparse_jax.cli.devices import take_devices
-from sparse_jax.cli.given import require_used
+from sparse_jax.cli.options import require_used, take_devices
 from sparse_jax.errors import InputError, printable
 
 __all__ = ["LogLines", "finetune"]
@@ -81,8 +80,7 @@ def finetune(
     # JAX takes seconds to import, and `--help` has to be quick.
     import sparse_jax
     from sparse_jax.cli.summary import print_summary
-    from sparse_jax.sharding.lost_processes import leave, lost_processes
-    from sparse_jax.sharding.processes import is_first_process
+    from sparse_jax.sharding.processes import is_first_process, leave, lost_processes
 
     settings = sparse_jax.Settings(**given)
     require_used(context, [(method, sampler)])

@@ -5,12 +5,12 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 from sparse_jax.cli import options
-from sparse_jax.cli.devices import take_devices
+from sparse_jax.cli.options import take_devices
 from sparse_jax.errors import InputError, brief
 
 if TYPE_CHECKING:
+    from sparse_jax.data.conversations import PromptTemplate
     from sparse_jax.generation.choice import Choice
-    from sparse_jax.tasks.prompts import PromptTemplate
 
 __all__ = ["generate"]
 
@@ -46,8 +46,12 @@ def generate(
         raise InputError(f"`seed` must be in [0, 2**32), got {seed}.")
     take_devices(devices, mesh=mesh)
     # JAX takes seconds to import, and `--help` has to be quick.
-    from sparse_jax.generation.wording import chat_tokens, read_stop, text_tokens
-    from sparse_jax.generation.writer import load_writer
+    from sparse_jax.generation.writer import (
+        chat_tokens,
+        load_writer,
+        read_stop,
+        text_tokens,
+    )
 
     prompt_template = _template(template)
     texts = [*(prompt or ()), *_lines(prompts)]
@@ -122,7 +126,7 @@ def _choice(
 
 def _template(name: str | None) -> "PromptTemplate | None":
     """Returns the prompt of a name."""
-    from sparse_jax.tasks.prompts import PROMPTS
+    from sparse_jax.data.conversations import PROMPTS
 
     if name is not None and name not in PROMPTS:
         raise InputError(
@@ -135,7 +139,7 @@ def _lines(path: str | None) -> list[str]:
     """Returns the lines of a file that are not empty."""
     from pathlib import Path
 
-    from sparse_jax.tasks.rows import read_text
+    from sparse_jax.data.read_rows import read_text
 
     if path is None:
         return []

@@ -1,8 +1,105 @@
-"""The options of the commands, with their help."""
+"""The options of the commands, with their help, and what is checked of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import typer
 from typer import Option
+
+from sparse_jax.errors import InputError
+
+__all__ = ["require_used", "take_devices"]
+
+
+def take_devices(
+    devices: int | None,
+    *,
+    mesh: str | None = None,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> None:
+    """Prepares JAX for a command; comes before all else.
+
+    Args:
+      devices: number to simulate on the CPU of this process; None takes what there is.
+      mesh: what the devices are for; without one a single device is used.
+      distributed: whether other processes run the same command.
+      coordinator, processes, process: as for `join_processes`; each implies
+        `distributed`.
+
+    Raises:
+      InputError: if a number is out of range, nothing uses the devices, or JAX has
+        another kind of device.
+    """
+    if devices is not None and devices < 1:
+        raise InputError(f"`devices` must be positive, got {devices}.")
+    if devices is not None and devices > 1 and mesh is None:
+        raise InputError(
+            f"`devices` must come with a mesh, got {devices} and none. Say what they "
+            f"are for, as in --mesh data={devices}."
+        )
+    given = (coordinator, processes, process)
+    if devices is None and not distributed and given == (None, None, None):
+        return
+    import jax
+
+    if devices is not None:
+        jax.config.update("jax_num_cpu_devices", devices)
+    if distributed or given != (None, None, None):
+        from sparse_jax.sharding.processes import join_processes, watch_processes
+
+        join_processes(coordinator, processes, process)
+        watch_processes()
+    if devices is not None and jax.default_backend() != "cpu":
+        raise InputError(
+            f"`devices` must be left out where there are real ones, got {devices} and "
+            f"{jax.device_count()} of kind {jax.default_backend()}. Set "
+            "JAX_PLATFORMS=cpu to simulate some all the same."
+        )
+
+
+def require_used(
+    context: typer.Context, runs: Sequence[tuple[str, str | None]]
+) -> None:
+    """Raises for an option that no run of a command has.
+
+    `Settings` have a rank whatever the method, so that programs can share them. On the
+    command line an option without an effect is a mistake, even at its default.
+
+    Args:
+      context: the options of the command.
+      runs: method and sampler of every run, not empty.
+
+    Raises:
+      InputError: naming the option and what it belongs to.
+    """
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        refusals = [_refusal(name, value, *run) for run in runs]
+        if refusals[0] is not None and all(refusals):
+            raise refusals[0]
+
+
+def _refusal(
+    name: str, value: Any, method: str, sampler: str | None
+) -> InputError | None:
+    """Returns the error of an option that a run does not have."""
+    # JAX takes seconds to import, and `--help` has to be quick.
+    from sparse_jax.training import settings
+
+    try:
+        if any(name in names for names in settings.OPTIONS.values()):
+            settings.require_method(name, value, method)
+        if name in settings.LAYER_DEFAULTS:
+            settings.require_sampler(name, value, sampler)
+    except InputError as error:
+        return error
+    return None
+
 
 # Imported as a module: `options.MODEL`.
 __all__: list[str] = []

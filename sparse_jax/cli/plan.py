@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparse_jax.cli import options
-from sparse_jax.cli.given import require_used
+from sparse_jax.cli.options import require_used
 from sparse_jax.errors import InputError
 
 if TYPE_CHECKING:

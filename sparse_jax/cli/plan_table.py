@@ -8,7 +8,7 @@ from typing import Any
 from sparse_jax.planning.plan import SECONDS_PER_ENTRY, UTILISATION, Plan
 from sparse_jax.planning.target import Target
 from sparse_jax.sharding.mesh import MeshShape
-from sparse_jax.training.memory import bytes_shown
+from sparse_jax.training.progress import bytes_shown
 
 __all__ = ["print_plans", "write_plans"]
 

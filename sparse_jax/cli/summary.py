@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparse_jax.errors import printable
-from sparse_jax.training.memory import bytes_shown
+from sparse_jax.training.progress import bytes_shown
 from sparse_jax.training.settings import Settings
 
 __all__ = ["print_summary"]

@@ -10,8 +10,7 @@ import numpy as np
 
 from sparse_jax.errors import InputError
 from sparse_jax.generation.ends import ends_here
-from sparse_jax.generation.prompts import Prompts
-from sparse_jax.generation.reader import Reader
+from sparse_jax.generation.prompts import Prompts, Reader
 from sparse_jax.models.causal_lm import Cache
 
 __all__ = ["Beams"]

@@ -11,12 +11,11 @@ import numpy as np
 from sparse_jax.errors import InputError
 from sparse_jax.generation.choice import Choice, Greedy
 from sparse_jax.generation.ends import before_end, end_table
-from sparse_jax.generation.prompts import Prompts, padded_batches
-from sparse_jax.generation.reader import Reader
+from sparse_jax.generation.prompts import Prompts, Reader, padded_batches
+from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import max_length_of
-from sparse_jax.models.pure import PureModel
-from sparse_jax.sites import Attachment
+from sparse_jax.models.functional import PureModel
 
 __all__ = ["generate"]
 

@@ -1,16 +1,21 @@
-"""Prompts of unequal length as arrays of a few shapes, so that few programs serve all.
+"""Prompts of unequal length in a few shapes, and the model that reads them.
 
 A program is compiled for every shape. Rows are padded to a fixed number and columns to
 a power of two, on the left: then the last column is the last token of every prompt.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Prompts", "bucket", "padded_batches"]
+from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.causal_lm import Cache
+from sparse_jax.models.functional import PureModel
+
+__all__ = ["Prompts", "Reader", "bucket", "padded_batches"]
 
 # Fewer columns cost as much as these.
 _LEAST = 16
@@ -69,3 +74,38 @@ def padded_batches(
             mask[row, width - size :] = 1
         spare = range(len(prompts), len(prompts) + batch_size - len(chosen))
         yield Prompts(ids, mask, np.array([*chosen, *spare], np.int32))
+
+
+class Reader(NamedTuple):
+    """A decoder with its parameters and what is attached to it."""
+
+    model: PureModel
+    params: Any
+    attachment: Attachment
+
+    def start(self, prompts: Prompts, num_more: int) -> tuple[jax.Array, Cache]:
+        """Reads prompts.
+
+        Args:
+          prompts: padded on the left.
+          num_more: tokens that will be read after them.
+
+        Returns:
+          Float32 logits of the first new token `[B, V]`, and the cache.
+        """
+        rows, columns = jnp.shape(prompts.input_ids)
+        cache = self.model.cache(self.params, rows, columns + num_more)
+        return self._extend(prompts.input_ids, prompts.attention_mask, cache)
+
+    def read(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Reads one token more in each row, int32 `[B]`; returns as `start` does."""
+        tokens = tokens[:, None]
+        return self._extend(tokens, jnp.ones_like(tokens), cache)
+
+    def _extend(self, ids: Any, mask: Any, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Reads columns, and scores what follows the last."""
+        batch = {"input_ids": ids, "attention_mask": mask}
+        hidden, cache = self.model.extend(
+            self.params, batch, cache, attachment=self.attachment
+        )
+        return self.model.logits(self.params, hidden[:, -1]), cache

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax.data.causal_batches import causal_eval_batches
+from sparse_jax.data.causal_tokens import TokenSequences, tokenize
+from sparse_jax.data.conversations import ALPACA, PromptTemplate
+from sparse_jax.data.llm_adapters import Question
 from sparse_jax.errors import InputError
+from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import max_length_of
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.next_token import summed_token_loss
-from sparse_jax.models.pure import PureModel
-from sparse_jax.sites import Attachment
-from sparse_jax.tasks.causal_batches import causal_eval_batches
-from sparse_jax.tasks.causal_tokens import TokenSequences, tokenize
-from sparse_jax.tasks.llm_adapters import Question
-from sparse_jax.tasks.prompts import ALPACA, PromptTemplate
 
 __all__ = ["log_likelihoods", "rank_candidates"]
 

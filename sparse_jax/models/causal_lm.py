@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_jax.models.classic_config import ClassicConfig
+from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.config import ClassicConfig, DecoderConfig
 from sparse_jax.models.decoder import Cached
-from sparse_jax.models.decoder_config import DecoderConfig
-from sparse_jax.models.decoder_family import DecoderFamily
-from sparse_jax.models.linear import linear
+from sparse_jax.models.family import DecoderFamily
+from sparse_jax.models.modules import linear
 from sparse_jax.models.stack import run_cached_layers, run_layers, stack_layers
-from sparse_jax.sites import Attachment
 
 __all__ = ["Cache", "CausalLM"]
 

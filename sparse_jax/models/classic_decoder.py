@@ -1,4 +1,4 @@
-"""The decoders with layer norms: GPT-2 and its relatives."""
+"""A decoder with layer norms: GPT-2, GPT-J and BLOOM."""
 
 from typing import Any, NamedTuple
 
@@ -7,17 +7,49 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.attend import attend, split_heads
-from sparse_jax.models.classic_config import ClassicConfig
+from sparse_jax.models.attachment import MEMORY, Respond
+from sparse_jax.models.attend import Attended, attend, no_memory, remember, split_heads
+from sparse_jax.models.config import ClassicConfig
 from sparse_jax.models.decoder import Cached
-from sparse_jax.models.dropout import dropout, split_key
-from sparse_jax.models.linear import layer_norm, linear
-from sparse_jax.models.memory import Attended, no_memory, remember
-from sparse_jax.models.rope import Turn
-from sparse_jax.models.rope_pairs import rotate_pairs
-from sparse_jax.sites import MEMORY, Respond
+from sparse_jax.models.modules import dropout, embed, layer_norm, linear, split_key
+from sparse_jax.models.position_embeddings import Turn, rotate_pairs
 
-__all__ = ["ClassicLayer", "Place"]
+__all__ = ["ClassicEmbeddings", "ClassicLayer", "Place"]
+
+_EMBEDDINGS = 0x656D  # any number above that of the layers, whose keys are the others
+
+
+class ClassicEmbeddings(nnx.Module):
+    """Vectors of words, of their positions if these have a table, and a norm if any.
+
+    Leaves are `word/embedding`, `position/embedding`, `norm/scale` and `norm/bias`.
+    """
+
+    def __init__(
+        self,
+        config: ClassicConfig,
+        rngs: nnx.Rngs,
+        *,
+        has_positions: bool = False,
+        has_norm: bool = False,
+    ):
+        self.rate = config.embedding_dropout
+        self.word = embed(config, config.vocab_size, rngs)
+        rows = config.max_positions
+        self.position = embed(config, rows, rngs) if has_positions else None
+        self.norm = layer_norm(config, rngs) if has_norm else None
+
+    def __call__(
+        self, input_ids: jax.Array, positions: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Looks up the vectors `[B, T, D]` of int32 ids and positions `[B, T]`."""
+        x = self.word(input_ids)
+        if self.position is not None:
+            x = x + self.position(positions)
+        if self.norm is not None:
+            x = self.norm(x)
+        key = None if key is None else jax.random.fold_in(key, _EMBEDDINGS)
+        return dropout(x, self.rate, key)
 
 
 class Place(NamedTuple):

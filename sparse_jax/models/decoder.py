@@ -1,20 +1,35 @@
-"""The decoder that Llama and its relatives share: gated layers, normed before."""
+"""A decoder with rotary positions: its word table and its layers."""
 
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.attend import attend, split_heads
-from sparse_jax.models.decoder_config import DecoderConfig
-from sparse_jax.models.linear import linear
-from sparse_jax.models.memory import no_memory, remember
-from sparse_jax.models.rms_norm import RmsNorm
-from sparse_jax.models.rope import Turn, rotate
-from sparse_jax.sites import MEMORY, Respond
+from sparse_jax.models.attachment import MEMORY, Respond
+from sparse_jax.models.attend import attend, no_memory, remember, split_heads
+from sparse_jax.models.config import DecoderConfig
+from sparse_jax.models.modules import RmsNorm, embed, linear
+from sparse_jax.models.position_embeddings import Turn, rotate
 
-__all__ = ["Cached", "DecoderLayer"]
+__all__ = ["Cached", "DecoderLayer", "Words"]
+
+
+class Words(nnx.Module):
+    """Vectors of words, whatever their positions; the leaf is `word/embedding`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.factor = config.hidden_size**0.5 if config.scales_words else None
+        self.word = embed(config, config.vocab_size, rngs)
+
+    def __call__(
+        self, input_ids: jax.Array, positions: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Looks up the vectors `[B, T, D]` of int32 ids `[B, T]`."""
+        del positions, key
+        x = self.word(input_ids)
+        return x if self.factor is None else x * jnp.asarray(self.factor, x.dtype)
 
 
 class Cached(NamedTuple):

@@ -1,21 +1,55 @@
-"""The encoder that BERT and RoBERTa share: tables, then a stack of layers."""
+"""The encoder: self-attention over a padded batch, layer by layer."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.attention import Attention
+from sparse_jax.models.attachment import MEMORY, Attachment, Respond
+from sparse_jax.models.attend import attend, no_memory, remember, split_heads
 from sparse_jax.models.config import EncoderConfig
-from sparse_jax.models.dropout import dropout, split_key
 from sparse_jax.models.family import Family
-from sparse_jax.models.linear import embed, layer_norm, linear
+from sparse_jax.models.modules import dropout, embed, layer_norm, linear, split_key
 from sparse_jax.models.stack import run_layers, stack_layers
-from sparse_jax.sites import Attachment, Respond
 
-__all__ = ["Embeddings", "Encoder", "EncoderConfig", "EncoderLayer", "Mlp"]
+__all__ = ["Attention", "Embeddings", "Encoder", "EncoderConfig", "EncoderLayer", "Mlp"]
+
+
+class Attention(nnx.Module):
+    """Self-attention with its residual connection and layer norm: `[B, T, D]`."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        size = config.hidden_size
+        self.num_heads = config.num_heads
+        self.attention_dropout = config.attention_dropout
+        self.hidden_dropout = config.hidden_dropout
+        self.query = linear(config, size, size, rngs)
+        self.key = linear(config, size, size, rngs)
+        self.value = linear(config, size, size, rngs)
+        self.output = linear(config, size, size, rngs)
+        self.norm = layer_norm(config, rngs)
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, key: jax.Array | None, respond: Respond
+    ) -> jax.Array:
+        """Attends within each sequence; `mask` is True at tokens, `[B, 1, 1, T]`."""
+        attention_key, output_key = split_key(key, 2)
+        width = x.shape[-1] // self.num_heads
+        q = split_heads(respond("attention/query", self.query, x), width)
+        k = split_heads(respond("attention/key", self.key, x), width)
+        v = split_heads(respond("attention/value", self.value, x), width)
+        memory: Any = respond(MEMORY, no_memory, x)
+        seen = remember(memory, k, v, mask)
+        rate = self.attention_dropout
+        mixed = attend(q, seen.k, seen.v, seen.bias, seen.mask, rate, attention_key)
+        mixed = mixed.reshape(x.shape)
+        y = respond("attention/output", self.output, mixed)
+        x = x + dropout(y, self.hidden_dropout, output_key)
+        return respond("attention/norm", self.norm, x)
+
 
 Batch = Mapping[str, jax.Array]
 

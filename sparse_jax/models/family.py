@@ -1,16 +1,140 @@
-"""What one family of encoders does in its own way."""
+"""What one family of models does in its own way: its names, tensors and parts."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from sparse_jax.models.config import EncoderConfig
-from sparse_jax.models.layout import PLAIN, Layout
+from sparse_jax.models.decoder import DecoderLayer, Words
+from sparse_jax.models.modules import RmsNorm
+from sparse_jax.models.position_embeddings import turn_of
 
-__all__ = ["Create", "Family"]
+__all__ = [
+    "ClassicFamily",
+    "Create",
+    "DecoderFamily",
+    "FUSED",
+    "Family",
+    "GATED",
+    "Layout",
+    "NAMES",
+    "PLAIN",
+    "Parts",
+    "mlp_size",
+]
+
+FUSED = tuple(f"layers/attention/{name}" for name in ("query", "key", "value"))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layout:
+    """How the tensors of a family lie.
+
+    `fused` modules have one tensor in common, which holds their outputs one after the
+    other. With `by_head` the outputs of a head come first, `[H, 3, K]`, and otherwise
+    those of a module, `[3, H, K]`.
+    """
+
+    is_upright: bool = False  # whether kernels of layers are [in, out], as ours are
+    fused: tuple[str, ...] = ()  # modules, in their order in the tensor
+    by_head: bool = False
+
+    def turned(self, leaf: str, array: np.ndarray) -> np.ndarray:
+        """Turns a kernel `[in, out]` as its tensor lies, or the tensor back.
+
+        Example:
+          >>> PLAIN.turned("lm_head/kernel", np.zeros((2, 3))).shape
+          (3, 2)
+        """
+        is_kept = self.is_upright and leaf.startswith("layers/")
+        return array.T if leaf.endswith("/kernel") and not is_kept else array
+
+    def turned_index(self, leaf: str, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Returns where a part of a leaf lies in its tensor.
+
+        Example:
+          >>> PLAIN.turned_index("lm_head/kernel", (slice(0, 2), slice(4, 8)))
+          (slice(4, 8, None), slice(0, 2, None))
+        """
+        is_kept = self.is_upright and leaf.startswith("layers/")
+        return index[::-1] if leaf.endswith("/kernel") and not is_kept else index
+
+    def part_of(self, leaf: str) -> int | None:
+        """Returns which part of a fused tensor a leaf is; None is no part."""
+        module = leaf.rpartition("/")[0]
+        return self.fused.index(module) if module in self.fused else None
+
+    def tensor_shape(self, leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the tensor that holds a leaf of some shape.
+
+        Example:
+          >>> Layout(fused=FUSED).tensor_shape(f"{FUSED[0]}/kernel", (2, 5))
+          (15, 2)
+        """
+        count = 1 if self.part_of(leaf) is None else len(self.fused)
+        whole = (*shape[:-1], count * shape[-1])
+        return self.turned(leaf, np.broadcast_to(np.int8(0), whole)).shape
+
+    def split(self, leaf: str, tensor: np.ndarray, num_heads: int) -> np.ndarray:
+        """Returns the leaf that a tensor holds, a part of it or all.
+
+        Example:
+          >>> Layout(fused=FUSED).split(f"{FUSED[1]}/bias", np.arange(6), 1)
+          array([2, 3])
+          >>> Layout(fused=FUSED, by_head=True).split(
+          ...     f"{FUSED[1]}/bias", np.arange(6), 2
+          ... )
+          array([1, 4])
+        """
+        array, part = self.turned(leaf, tensor), self.part_of(leaf)
+        if part is None:
+            return array
+        blocks = num_heads if self.by_head else 1
+        blocked = array.reshape(*array.shape[:-1], blocks, len(self.fused), -1)
+        return blocked[..., part, :].reshape(*array.shape[:-1], -1)
+
+    def fuse(
+        self, leaf: str, arrays: Sequence[np.ndarray], num_heads: int
+    ) -> np.ndarray:
+        """Returns the tensor of a leaf, or that of all its parts in their order.
+
+        Example:
+          >>> parts = [np.array([0, 3]), np.array([1, 4]), np.array([2, 5])]
+          >>> Layout(fused=FUSED, by_head=True).fuse(f"{FUSED[0]}/bias", parts, 2)
+          array([0, 1, 2, 3, 4, 5])
+        """
+        if self.part_of(leaf) is None:
+            return self.turned(leaf, arrays[0])
+        blocks = num_heads if self.by_head else 1
+        blocked = [x.reshape(*x.shape[:-1], blocks, -1) for x in arrays]
+        whole = np.stack(blocked, axis=-2).reshape(*arrays[0].shape[:-1], -1)
+        return self.turned(leaf, whole)
+
+
+PLAIN = Layout()
+
+
+CreatePart = Callable[[Any, nnx.Rngs], Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Parts:
+    """Functions that create the parts of a decoder from its configuration."""
+
+    # Module called as (input_ids, positions, key), with the table `word`.
+    embeddings: CreatePart
+    layer: CreatePart  # module with the methods that `run_layers` and its sibling call
+    norm: CreatePart  # of the last hidden states
+    # What layers know of where tokens are, from the configuration and the positions of
+    # queries `[B, T]` and of keys `[B, S]`.
+    place: Callable[[Any, jax.Array, jax.Array], Any]
+    has_head_bias: bool = False  # of a head that is not tied
+
 
 Create = Callable[[EncoderConfig, nnx.Rngs], Any]
 
@@ -31,3 +155,64 @@ class Family:
     names: Mapping[str, str]  # our module path -> Hugging Face module path
     layout: Layout = PLAIN
     bare: str = r"(embeddings|encoder|pooler)\."  # how names without a prefix begin
+
+
+NAMES = MappingProxyType(
+    {
+        "embeddings/word": "model.embed_tokens",
+        "layers/attention/norm": "model.layers.{}.input_layernorm",
+        "layers/attention/query": "model.layers.{}.self_attn.q_proj",
+        "layers/attention/key": "model.layers.{}.self_attn.k_proj",
+        "layers/attention/value": "model.layers.{}.self_attn.v_proj",
+        "layers/attention/output": "model.layers.{}.self_attn.o_proj",
+        "layers/attention/query_norm": "model.layers.{}.self_attn.q_norm",
+        "layers/attention/key_norm": "model.layers.{}.self_attn.k_norm",
+        "layers/mlp/norm": "model.layers.{}.post_attention_layernorm",
+        "layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
+        "layers/mlp/up": "model.layers.{}.mlp.up_proj",
+        "layers/mlp/down": "model.layers.{}.mlp.down_proj",
+        "norm": "model.norm",
+        "lm_head": "lm_head",
+    }
+)
+
+GATED = Parts(
+    embeddings=Words,
+    layer=DecoderLayer,
+    norm=lambda config, rngs: RmsNorm(
+        config.hidden_size, config.norm_eps, config.norm_offset
+    ),
+    place=lambda config, positions, seen: turn_of(config, positions),
+)
+
+
+# Families are compared by identity, which also makes them hashable.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecoderFamily:
+    """The differences between two decoders."""
+
+    name: str  # `model_type` in a Hugging Face configuration
+    # Fields of our configuration that depend on the family, from a Hugging Face one.
+    fields: Callable[[Any], Mapping[str, Any]]
+    # Fields of a Hugging Face configuration that depend on the family, from ours.
+    their_fields: Callable[[Any], Mapping[str, Any]]
+    architectures: Mapping[str, str]  # our module -> Hugging Face class
+    names: Mapping[str, str]  # our module path -> Hugging Face module path
+    parts: Parts = GATED
+    layout: Layout = PLAIN
+    prefix: str = "model"  # what a bare model's tensors lack in front
+    bare: str = r"(embed_tokens|layers|norm)\."  # how the names of such tensors begin
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassicFamily(DecoderFamily):
+    """The differences between two decoders that share a `ClassicConfig`."""
+
+    # Fields of a Hugging Face configuration that must have these values.
+    required: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    prefix: str = "transformer"
+
+
+def mlp_size(theirs: Any) -> int:
+    """Returns the hidden size of the MLP, four times that of the model if not given."""
+    return 4 * theirs.n_embd if theirs.n_inner is None else theirs.n_inner

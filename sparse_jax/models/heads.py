@@ -5,12 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
+from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import EncoderConfig
-from sparse_jax.models.dropout import split_key
 from sparse_jax.models.encoder import Batch, Encoder
 from sparse_jax.models.family import Family
-from sparse_jax.models.linear import layer_norm, linear
-from sparse_jax.sites import Attachment
+from sparse_jax.models.modules import layer_norm, linear, split_key
 
 __all__ = ["MaskedLM", "SequenceClassifier"]
 

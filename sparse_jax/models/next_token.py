@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.axes import rows_here
-from sparse_jax.models.pure import PureModel
+from sparse_jax.models.functional import PureModel
+from sparse_jax.params.axes import rows_here
 
 __all__ = ["summed_token_loss"]
 

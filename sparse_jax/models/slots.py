@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax.sites import Recompute
+from sparse_jax.models.attachment import Recompute
 
 __all__ = ["run_slots"]
 

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from sparse_jax.axes import keep_batch_cut
+from sparse_jax.models.attachment import Attachment, Slots
 from sparse_jax.models.slots import run_slots
-from sparse_jax.sites import Attachment, Slots
+from sparse_jax.params.axes import keep_batch_cut
 
 _METHOD = 0x6D  # any number; the layer splits its key and folds nothing in
 

@@ -1,6 +1,7 @@
-"""A run without its arrays: the shapes that a step takes, and where they would lie."""
+"""A run without its arrays: the shapes a step takes, where they lie, their bytes."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.compact import Compact, CompactState, Loss
+from sparse_jax.compact.compact import Compact, CompactState, Loss
+from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import max_length_of
+from sparse_jax.models.functional import PureModel
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.models.hf_config import read_config
-from sparse_jax.models.hub import config_folder
-from sparse_jax.models.pure import PureModel
+from sparse_jax.models.hf.model_files import config_folder
+from sparse_jax.models.hf.read_config import read_config
 from sparse_jax.sharding.devices import MeshDevices
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner
-from sparse_jax.training.loss import make_loss
-from sparse_jax.training.methods import head_rules, method_of
+from sparse_jax.supports.packing import current_values
+from sparse_jax.training.build import head_rules, make_tuner, method_of, sampler_of
+from sparse_jax.training.classification import make_loss
+from sparse_jax.training.language_modelling import make_token_loss
 from sparse_jax.training.optimizer import Schedule
-from sparse_jax.training.sampling import sampler_of
 from sparse_jax.training.settings import Settings
-from sparse_jax.training.token_loss import make_token_loss
-from sparse_jax.training.tuner import make_tuner
 
-__all__ = ["AbstractRun", "abstract_run", "read_model"]
+__all__ = ["AbstractRun", "abstract_run", "held_bytes", "read_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,3 +135,85 @@ def _batch(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for name, (shape, dtype) in shapes.items()
     }
+
+
+def held_bytes(run: AbstractRun) -> Mapping[str, int]:
+    """Returns bytes of one device, exact for the state and for the gradients.
+
+    Returns:
+      `parameters`; `added` arrays of the method; `masters`, packed float32 values of
+      coarser leaves; `supports`; `optimizer`; `batch`; and `gradients` of what is
+      trained, which live for a part of the step only.
+    """
+    state = run.state
+    return {
+        "parameters": _bytes(state.params),
+        "added": _bytes(state.added),
+        "masters": _bytes(state.masters),
+        "supports": _bytes(state.support),
+        "optimizer": _bytes(state.opt_state),
+        "batch": _bytes(run.batch),
+        "gradients": _gradients(run),
+    }
+
+
+def _gradients(run: AbstractRun) -> int:
+    """Returns the bytes of the gradients of what is trained."""
+    roles = run.tuner.method.roles(run.state.params)
+
+    def values(state: Any) -> Any:
+        leaves = current_values(roles, state.support, state.masters, state.params)
+        return state._replace(params=leaves, masters=(), opt_state=())
+
+    with jax.set_mesh(run.placement.mesh):
+        shapes = jax.eval_shape(values, run.state)
+    placed = run.placement.trained(shapes)
+    trees = (
+        (shapes.params, placed.params, _gradient_dtypes(run)),
+        (shapes.added, placed.added, {}),
+    )
+    total = 0
+    for tree, where, dtypes in trees:
+        for shape, sharding in zip(*map(_with_names, (tree, where)), strict=True):
+            share = _active(run) if shape[0].startswith("layers/") else 1.0
+            dtype = dtypes.get(shape[0], np.float32)
+            total += int(share * _size(shape[1].shape, dtype, sharding[1]))
+    return total
+
+
+def _gradient_dtypes(run: AbstractRun) -> dict[str, Any]:
+    """Returns the dtypes of the gradients of leaves that are not float32."""
+    # What is added up, over micro-batches or replicas, and rows of layers are float32.
+    sums = run.tuner.accumulate > 1 or run.tuner.data_axes
+    if sums or isinstance(run.tuner, Layerwise):
+        return {}
+    return {name: leaf.dtype for name, leaf in _with_names(run.state.params)}
+
+
+def _active(run: AbstractRun) -> float:
+    """Returns the share of the layers that an update trains."""
+    if not isinstance(run.tuner, Layerwise):
+        return 1.0
+    sampler = run.tuner.sampler
+    return sampler.num_active / sampler.num_layers
+
+
+def _with_names(tree: Any) -> list[tuple[str, Any]]:
+    """Returns the leaves of a tree with their names."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return [(name(path), leaf) for path, leaf in paths]
+
+
+def _bytes(tree: Any) -> int:
+    """Returns the bytes of the parts of arrays that lie on one device."""
+    return sum(
+        _size(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _size(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> int:
+    """Returns the bytes of the part of an array that lies on one device."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return 8
+    return math.prod(sharding.shard_shape(tuple(shape))) * np.dtype(dtype).itemsize

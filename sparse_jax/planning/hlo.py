@@ -1,12 +1,15 @@
-"""The text of a compiled program: its instructions, and how often each one runs."""
+"""The text of a compiled program: instructions, collectives, FLOPs."""
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-__all__ = ["Instruction", "instructions"]
+import jax
+import numpy as np
+
+__all__ = ["Instruction", "Traffic", "collectives_of", "count_flops", "instructions"]
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(")
@@ -148,3 +151,149 @@ def _constants(lines: list[str]) -> dict[str, int]:
     """Returns the integers of a computation by their names."""
     found = (_CONSTANT.search(line) for line in lines)
     return {one[1]: int(one[2]) for one in found if one is not None}
+
+
+_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+_GROUPS_OF_AXES = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+# The compiler of TPUs writes a reduce-scatter as an all-reduce and a slice, in a
+# computation of this name, and sends what a reduce-scatter sends.
+_SCATTERED = "all-reduce-scatter"
+# It also cuts one collective into several pieces, to run beside other work: they lie in
+# computations of these names and have one channel. (So have others, when they were put
+# together from several.)
+_OF_PIECES = ("fused_computation", "async_collective_fusion")
+# In the tuple of an asynchronous start operands come before results.
+_PAIRED = ("all-gather-start", "collective-permute-start")
+
+
+class Traffic(NamedTuple):
+    """What is sent by collectives of one kind in one step."""
+
+    count: int  # how often
+    bytes: int  # of the larger of input and output, on each device
+
+
+def collectives_of(text: str) -> Mapping[str, Traffic]:
+    """Returns the collectives of a program by kind.
+
+    Args:
+      text: of `jax.stages.Compiled.as_text()`.
+
+    Example:
+      >>> text = '''
+      ... ENTRY %main (x: f32[2]) -> f32[8] {
+      ...   ROOT %y = f32[8]{0} all-gather(%x), replica_groups={{0,1,2,3}}
+      ... }'''
+      >>> collectives_of(text)
+      {'all-gather': Traffic(count=1, bytes=32)}
+    """
+    channels: dict[Any, list[Instruction]] = {}
+    for number, one in enumerate(instructions(text)):
+        kind = one.operation.removesuffix("-start")
+        if kind in _KINDS:
+            if kind == "all-reduce" and one.computation.startswith(_SCATTERED):
+                kind = "reduce-scatter"
+            channel = _CHANNEL.search(one.line)
+            place = (kind, -number)
+            if channel is not None and one.computation.startswith(_OF_PIECES):
+                place = (kind, channel[1])
+            channels.setdefault(place, []).append(one)
+    found: dict[str, Traffic] = {}
+    for (kind, _), pieces in channels.items():
+        times = min(piece.times for piece in pieces)
+        before = found.get(kind, Traffic(0, 0))
+        size = times * _bytes(pieces[0])
+        found[kind] = Traffic(before.count + times, before.bytes + size)
+    return found
+
+
+def _bytes(one: Instruction) -> int:
+    """Returns the bytes of the larger of input and output."""
+    arrays = [_size(*array) for array in _ARRAY.findall(one.result)]
+    if one.operation in _PAIRED:
+        # Behind the results some have words for their own use.
+        arrays = [size for size in arrays if size > 4] or arrays
+        arrays = arrays[len(arrays) // 2 :]
+    is_part = one.operation.startswith("reduce-scatter")
+    return sum(arrays) * (_group(one.line) if is_part else 1)
+
+
+def _group(line: str) -> int:
+    """Returns the devices that take part in a collective."""
+    found = _GROUPS.search(line)
+    if found is not None:
+        return int(found[1]) if found[1] else found[2].count(",") + 1
+    axes = _GROUPS_OF_AXES.search(line)
+    if axes is None:
+        return 1
+    sizes = dict(part.split("=") for part in axes[1].split(","))
+    return math.prod(int(sizes[axis.strip()]) for axis in axes[2].split(","))
+
+
+def _size(dtype: str, dimensions: str) -> int:
+    """Returns the bytes of an array by its type in the text."""
+    count = math.prod(int(n) for n in dimensions.split(",") if n)
+    if dtype == "pred":
+        return count
+    bits = re.search(r"\d+", dtype)
+    return 0 if bits is None else int(np.ceil(count * int(bits[0]) / 8))
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Returns the multiplications and additions in the matrix products of a function.
+
+    Loops count as often as they run, which compilers' own counts leave out. A loop
+    without a fixed number of rounds counts once, and of branches the largest.
+
+    Args:
+      function: any function that JAX can trace.
+      *args: arrays or their shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> count_flops(jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 5)))
+      60
+    """
+    return _in_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _in_jaxpr(jaxpr: Any) -> int:
+    """Returns the operations of a traced function."""
+    return sum(_in_equation(equation) for equation in jaxpr.eqns)
+
+
+def _in_equation(equation: Any) -> int:
+    """Returns the operations of one equation, and of the functions it calls."""
+    if equation.primitive.name == "dot_general":
+        return _in_product(equation)
+    inner = [
+        _in_jaxpr(getattr(value, "jaxpr", value))
+        for parameter in equation.params.values()
+        for value in (parameter if isinstance(parameter, tuple | list) else [parameter])
+        if hasattr(getattr(value, "jaxpr", value), "eqns")
+    ]
+    if equation.primitive.name == "cond":
+        return max(inner)
+    times = equation.params["length"] if equation.primitive.name == "scan" else 1
+    if equation.primitive.name == "shard_map":
+        mesh = equation.params["mesh"]
+        manual = equation.params.get("manual_axes", mesh.axis_names)
+        times = math.prod(mesh.shape[axis] for axis in manual)
+    return times * sum(inner)
+
+
+def _in_product(equation: Any) -> int:
+    """Returns the operations of a matrix product."""
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval
+    depth = math.prod(left.shape[axis] for axis in contracted)
+    return 2 * depth * math.prod(equation.outvars[0].aval.shape)

@@ -9,14 +9,11 @@ from typing import Any
 import jax
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.pure import PureModel
-from sparse_jax.planning.abstract import AbstractRun, abstract_run
-from sparse_jax.planning.bytes import held_bytes
-from sparse_jax.planning.chips import Chip
-from sparse_jax.planning.collectives import Traffic, collectives_of
-from sparse_jax.planning.flops import count_flops
-from sparse_jax.planning.target import Target
-from sparse_jax.roles import SPARSE, map_roles
+from sparse_jax.models.functional import PureModel
+from sparse_jax.params.roles import SPARSE, map_roles
+from sparse_jax.planning.abstract import AbstractRun, abstract_run, held_bytes
+from sparse_jax.planning.hlo import Traffic, collectives_of, count_flops
+from sparse_jax.planning.target import Chip, Target
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.training.counts import count_trained
 from sparse_jax.training.settings import Settings

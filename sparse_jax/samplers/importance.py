@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sparse_jax.arguments import require_count, require_whole
 from sparse_jax.errors import InputError
+from sparse_jax.params.arguments import require_count, require_whole
 from sparse_jax.samplers.sampler import Sampler, ValueFn, draw_layers, is_active
 
 __all__ = ["Importance", "ImportanceMemory"]

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_jax.arguments import require_count, require_whole
 from sparse_jax.errors import InputError
+from sparse_jax.params.arguments import require_count, require_whole
 
 __all__ = [
     "Sampler",

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.compact import Compact, CompactState
-from sparse_jax.local_support import Cut
+from sparse_jax.compact.compact import Compact, CompactState
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner, Runner, SingleRunner
+from sparse_jax.supports.sharded import Cut
 
 __all__ = ["Devices", "MeshDevices", "OneDevice"]
 

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_jax.axes import BATCH_AXES, DATA
-from sparse_jax.compact import CompactState
+from sparse_jax.compact.compact import CompactState
 from sparse_jax.errors import InputError
-from sparse_jax.local_support import Cut, Tables, map_supports
-from sparse_jax.names import leaf_names, map_named
+from sparse_jax.params.axes import BATCH_AXES, DATA
+from sparse_jax.params.names import leaf_names, map_named
 from sparse_jax.sharding.rules import RULES, Rules, cuts_of, specs_of
+from sparse_jax.supports.sharded import Cut, Tables, map_supports
 
 __all__ = ["Placement"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_jax.axes import FSDP, TENSOR
 from sparse_jax.errors import InputError
-from sparse_jax.local_support import Cut
-from sparse_jax.names import map_named
+from sparse_jax.params.axes import FSDP, TENSOR
+from sparse_jax.params.names import map_named
+from sparse_jax.supports.sharded import Cut
 
 __all__ = ["RULES", "Rules", "cuts_of", "specs_of"]
 

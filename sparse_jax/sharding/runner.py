@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from sparse_jax.compact import Compact, CompactState
-from sparse_jax.granularity import ENTRY
-from sparse_jax.local_support import LocalSupport, map_supports
-from sparse_jax.roles import SPARSE, Role, map_roles
+from sparse_jax.compact.compact import Compact, CompactState
+from sparse_jax.params.roles import SPARSE, Role, map_roles
 from sparse_jax.sharding.placement import Placement
+from sparse_jax.supports.granularity import ENTRY
+from sparse_jax.supports.sharded import LocalSupport, map_supports
 
 __all__ = ["MeshRunner", "Runner", "SingleRunner"]
 

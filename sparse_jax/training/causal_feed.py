@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparse_jax.models.config import max_length_of
-from sparse_jax.models.pure import PureModel
-from sparse_jax.tasks.causal_batches import (
+from sparse_jax.data.causal_batches import (
     CausalBatches,
     causal_eval_batches,
     causal_train_batches,
 )
-from sparse_jax.tasks.causal_tokens import Loss, TokenSequences, tokenize
-from sparse_jax.tasks.conversations import Conversation
+from sparse_jax.data.causal_tokens import Loss, TokenSequences, tokenize
+from sparse_jax.data.conversations import Conversation
+from sparse_jax.models.config import max_length_of
+from sparse_jax.models.functional import PureModel
 from sparse_jax.training.feed import Usage, digest_of, embedded_pad, require_embedded
 
 __all__ = ["CausalFeed", "make_causal_feed"]

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.compact import Compact, CompactState
+from sparse_jax.compact.compact import Compact, CompactState
 from sparse_jax.errors import InputError
-from sparse_jax.local_support import Cut
-from sparse_jax.names import leaf_names
-from sparse_jax.packing import current_values, keep_masters
-from sparse_jax.roles import FROZEN, SPARSE, TRAINED, Role, map_roles
+from sparse_jax.params.names import leaf_names
+from sparse_jax.params.roles import FROZEN, SPARSE, TRAINED, Role, map_roles
 from sparse_jax.sharding.devices import Devices
-from sparse_jax.sharding.moving import moved
 from sparse_jax.sharding.processes import is_first_process, require_agreement
-from sparse_jax.support import scatter
+from sparse_jax.sharding.resharding import moved
+from sparse_jax.supports.packing import current_values, keep_masters
+from sparse_jax.supports.sharded import Cut
+from sparse_jax.supports.support import scatter
 from sparse_jax.training.checkpoint_file import (
     UNFINISHED,
     Position,

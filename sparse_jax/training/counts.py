@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sparse_jax.adapters.method import Method
-from sparse_jax.compact import CompactState
-from sparse_jax.names import first_match
-from sparse_jax.roles import FROZEN, SPARSE, Role, map_roles
+from sparse_jax.compact.compact import CompactState
+from sparse_jax.methods.method import Method
+from sparse_jax.params.names import first_match
+from sparse_jax.params.roles import FROZEN, SPARSE, Role, map_roles
 
 __all__ = ["Counts", "count_trained", "optimizer_bytes"]
 
@@ -35,7 +35,7 @@ def count_trained(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from sparse_jax.adapters.sparse import Sparse
+      >>> from sparse_jax.methods.sparse import Sparse
       >>> params = {"w": jnp.zeros((10, 10)), "classifier": jnp.zeros(7)}
       >>> method = Sparse(density=0.05, dense="classifier", stack=None)
       >>> count_trained(method, params, {}, head=["^classifier"])

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from sparse_jax.adapter_file import Adapter, load_adapter
-from sparse_jax.adapter_use import apply_adapter, base_folder
+from sparse_jax.adapter.file import Adapter, load_adapter
+from sparse_jax.adapter.use import apply_adapter, base_folder
+from sparse_jax.data.glue import TASKS
 from sparse_jax.errors import InputError, brief, listed
-from sparse_jax.models.labelled_head import label_leaves
-from sparse_jax.tasks.glue import TASKS
-from sparse_jax.training.base import Base
-from sparse_jax.training.material import load_material
+from sparse_jax.models.hf.labels import label_leaves
+from sparse_jax.training.base_model import Base
 from sparse_jax.training.objective import Objective, flattened
 from sparse_jax.training.settings import Settings
+from sparse_jax.training.setup import load_material
 
 __all__ = ["evaluate_adapter"]
 

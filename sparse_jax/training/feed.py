@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from sparse_jax.data.batches import Batch, Batches, eval_batches, train_batches
+from sparse_jax.data.examples import Splits
+from sparse_jax.data.tokenizer import Encoded, encode
 from sparse_jax.errors import InputError
 from sparse_jax.models.config import max_length_of
-from sparse_jax.models.pure import PureModel
-from sparse_jax.tasks.batches import Batch, Batches, eval_batches, train_batches
-from sparse_jax.tasks.examples import Splits
-from sparse_jax.tasks.tokens import Encoded, encode
+from sparse_jax.models.functional import PureModel
 
 __all__ = [
     "Feed",

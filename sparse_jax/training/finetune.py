@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from sparse_jax.adapter_file import save_adapter
-from sparse_jax.compact import Compact, CompactState
+from sparse_jax.adapter.file import save_adapter
+from sparse_jax.compact.compact import Compact, CompactState
 from sparse_jax.errors import listed
 from sparse_jax.sharding.processes import (
     is_first_process,
@@ -19,31 +19,42 @@ from sparse_jax.sharding.processes import (
     require_agreement,
 )
 from sparse_jax.sharding.runner import Runner
+from sparse_jax.training.build import make_tuner
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.counts import Counts, count_trained, optimizer_bytes
-from sparse_jax.training.curve import draw_curve
 from sparse_jax.training.feed import usage_text
-from sparse_jax.training.folder_lock import require_unlocked
+from sparse_jax.training.figures import draw_curve, draw_layers
 from sparse_jax.training.history import (
     evaluations_of,
     outcome_warnings,
     selection_seconds,
     updates_of,
 )
-from sparse_jax.training.job import Job, make_job
-from sparse_jax.training.layer_map import draw_layers
-from sparse_jax.training.loop import Loop
-from sparse_jax.training.memory import bytes_shown, peak_bytes
+from sparse_jax.training.job import (
+    Job,
+    adapter_of,
+    make_job,
+    require_finite,
+    surroundings,
+)
+from sparse_jax.training.loop import Loop, StopSignals, stop_signals
 from sparse_jax.training.objective import flattened
 from sparse_jax.training.optimizer import schedule_of
-from sparse_jax.training.output_folder import CURVE, LAYERS, require_usable
-from sparse_jax.training.progress import Progress, show_progress, warnings_kept
+from sparse_jax.training.output_folder import (
+    CURVE,
+    LAYERS,
+    require_unlocked,
+    require_usable,
+)
+from sparse_jax.training.progress import (
+    Progress,
+    bytes_shown,
+    peak_bytes,
+    show_progress,
+    warnings_kept,
+)
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.settings import Settings
-from sparse_jax.training.signals import StopSignals, stop_signals
-from sparse_jax.training.surroundings import surroundings
-from sparse_jax.training.trained import adapter_of, require_finite
-from sparse_jax.training.tuner import make_tuner
 
 __all__ = ["finetune"]
 

@@ -1,24 +1,32 @@
-"""A job: everything a run needs, loaded and checked before anything is written."""
+"""A job: everything a run needs, and what it leaves behind."""
 
+import platform
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
 
 import jax
+import numpy as np
 
-from sparse_jax.adapters.method import Method
+from sparse_jax.adapter.file import Adapter
+from sparse_jax.compact.compact import CompactState
 from sparse_jax.errors import InputError
-from sparse_jax.models.hf_names import modules_called
-from sparse_jax.names import leaf_names
+from sparse_jax.methods.method import Method
+from sparse_jax.models.hf.pretrained import base_config
+from sparse_jax.models.hf.tensor_names import modules_called
+from sparse_jax.params.names import leaf_names
+from sparse_jax.params.roles import DENSE, SPARSE, Role, map_roles
 from sparse_jax.samplers.sampler import Sampler
-from sparse_jax.training.base import Base
+from sparse_jax.supports.positions import canonical, fetch, read_entries
+from sparse_jax.training.base_model import Base
+from sparse_jax.training.build import head_rules, method_of, sampler_of
 from sparse_jax.training.feed import Feed
-from sparse_jax.training.material import load_material
-from sparse_jax.training.methods import head_rules, method_of
 from sparse_jax.training.objective import Objective
-from sparse_jax.training.sampling import sampler_of
-from sparse_jax.training.settings import Settings
+from sparse_jax.training.settings import OPTIONS, Settings
+from sparse_jax.training.setup import load_material
 
-__all__ = ["Job", "make_job"]
+__all__ = ["Job", "adapter_of", "make_job", "require_finite", "surroundings"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,3 +73,89 @@ def _translation(settings: Settings, base: Base) -> str:
             names = " and ".join(f"`{module}`" for module in modules)
             sentences.append(f" What Hugging Face calls {pattern!r} is {names} here.")
     return "".join(sentences)
+
+
+_PACKAGES = ("sparse_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
+
+
+def surroundings(job: Job) -> dict[str, Any]:
+    """Returns what `config.json` says beside the settings."""
+    device = jax.local_devices()[0]
+    return {
+        "learning_rate": job.settings.resolved_learning_rate,
+        "base_hash": job.base.hash,
+        "base_config": base_config(job.base.model, training=True),
+        "labels": list(job.objective.labels),
+        "examples": job.feed.sizes,
+        "examples_hash": job.feed.digest,
+        "max_length": job.feed.max_length,
+        "new_parameters": list(job.base.new),
+        "dense": list(_rules(job.method.dense)),
+        "versions": {name: version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{device.platform} {device.device_kind} x{jax.device_count()}",
+    }
+
+
+def _rules(rules: Any) -> tuple[str, ...]:
+    """Returns rules as a tuple."""
+    return (rules,) if isinstance(rules, str) else tuple(rules or ())
+
+
+def adapter_of(job: Job, state: CompactState) -> Adapter:
+    """Returns the trained values of a run.
+
+    Leaves that the base's checkpoint lacks are in it as a whole, however much of them
+    was trained: the base alone does not define them.
+    """
+    support, values, dense = {}, {}, {}
+
+    def collect(role: Role, leaf: jax.Array, positions: Any) -> None:
+        if role.kind == DENSE or role.name in job.base.new:
+            dense[role.name] = fetch(leaf)
+        elif role.kind == SPARSE:
+            (support[role.name],) = canonical(positions, leaf.shape)
+            values[role.name] = read_entries(leaf, support[role.name])
+
+    map_roles(collect, job.method.roles(state.params), state.params, state.support)
+    return Adapter(
+        support=support,
+        values=values,
+        dense=dense,
+        added=jax.tree.map(fetch, state.added),
+        method=job.settings.method,
+        settings=_settings(job),
+        base_model=job.settings.model,
+        base_hash=job.base.hash,
+        base_config=base_config(job.base.model),
+        task=job.objective.name,
+        labels=job.objective.labels,
+    )
+
+
+def require_finite(adapter: Adapter) -> None:
+    """Raises if training left a value that is not finite.
+
+    Raises:
+      InputError: naming the leaf.
+    """
+    added = {
+        f"{site}/{part}": array
+        for site, parts in adapter.added.items()
+        for part, array in parts.items()
+    }
+    for name, array in {**adapter.values, **adapter.dense, **added}.items():
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"`{name}` must be finite after training, and is not. Lower "
+                "--learning-rate, or pass --dtype float32. No adapter is written."
+            )
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """Returns the settings that say what the arrays mean."""
+    names = OPTIONS[job.settings.method]
+    kept = ("learning_rate", "batch_size", "dtype", "seed", "dense", *names)
+    given = {name: getattr(job.settings, name) for name in kept}
+    return {**given, **job.objective.settings}

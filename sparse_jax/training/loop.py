@@ -3,33 +3,113 @@
 import itertools
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
-from sparse_jax.compact import CompactState
+from sparse_jax.compact.compact import CompactState
+from sparse_jax.data.batches import Batch
 from sparse_jax.errors import InputError
 from sparse_jax.sharding.runner import Runner
-from sparse_jax.tasks.batches import Batch
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.history import skipped_at_end
 from sparse_jax.training.optimizer import Schedule, learning_rate_at
 from sparse_jax.training.progress import Progress
 from sparse_jax.training.run_directory import RunDirectory
-from sparse_jax.training.signals import StopSignals
 
-__all__ = ["Loop"]
+__all__ = ["Loop", "StopSignals", "stop_signals"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_log = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """Remembers that a run was asked to stop, until the run is ready for it.
+
+    A second signal, and one that comes where nothing is left to save, stops at once.
+    """
+
+    def __init__(self):
+        self._received, self._is_at_once = 0, False
+
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """Takes a signal, as a handler of `signal.signal`."""
+        del frame
+        if self._received or self._is_at_once:
+            _stop(number)
+        self._received = number
+        name = signal.Signals(number).name
+        _log.warning("%s: saving after this update; once more stops at once", name)
+
+    def requested(self) -> int:
+        """Returns the signal that any of the processes received, or 0."""
+        if jax.process_count() == 1:
+            return self._received
+        # Loads the communication between processes, which one of them does not need.
+        from jax.experimental import multihost_utils
+
+        # All of them save the same step: signals reach hosts at different times.
+        mine = np.asarray(self._received, np.int32)
+        return int(np.max(multihost_utils.process_allgather(mine)))
+
+    def stop_if_requested(self) -> None:
+        """Leaves the run if it was asked to stop; all it has is saved by now.
+
+        Raises:
+          KeyboardInterrupt: after SIGINT.
+          SystemExit: with the exit code 143 after SIGTERM.
+        """
+        if number := self.requested():
+            _stop(number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Lets signals stop what changes nothing, such as an evaluation."""
+        self.stop_if_requested()
+        self._is_at_once = True
+        try:
+            yield
+        finally:
+            self._is_at_once = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Yields the signals SIGINT and SIGTERM, which do not end the program meanwhile.
+
+    Only the main thread may take signals: in any other one they act as before.
+    """
+    signals = StopSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {number: signal.signal(number, signals.receive) for number in _SIGNALS}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int) -> NoReturn:
+    """Raises what a signal stands for."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
 
 # Batches in a row whose loss or gradient is not finite. Some are bad luck; a model that
 # has diverged does not come back.
 _MOST_SKIPPED = 20
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from sparse_jax.compact import Loss
-from sparse_jax.models.pure import PureModel
+from sparse_jax.compact.compact import Loss
+from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.functional import PureModel
 from sparse_jax.sharding.devices import Devices
-from sparse_jax.sites import Attachment
 from sparse_jax.training.feed import Feed
 
 __all__ = ["Judge", "Metrics", "Objective", "flattened"]

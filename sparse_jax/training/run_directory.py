@@ -14,10 +14,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparse_jax.adapter_file import ADAPTER
+from sparse_jax.adapter.file import ADAPTER
 from sparse_jax.errors import InputError, reason_of
 from sparse_jax.sharding.processes import is_first_process, on_first_process
-from sparse_jax.training.folder_lock import FolderLock
 from sparse_jax.training.history import is_evaluation
 from sparse_jax.training.output_folder import (
     CHECKPOINTS,
@@ -26,6 +25,7 @@ from sparse_jax.training.output_folder import (
     FREE,
     METRICS,
     ROWS,
+    FolderLock,
     require_same_files,
     require_usable,
 )

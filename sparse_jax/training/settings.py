@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sparse_jax.adapter_method import OPTIONS
+from sparse_jax.adapter.rebuild import OPTIONS
+from sparse_jax.data.causal_tokens import Loss
+from sparse_jax.data.conversations import PROMPTS
+from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError
-from sparse_jax.granularity import GRANULARITIES
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.sharding.mesh import parse_mesh
-from sparse_jax.tasks.causal_tokens import Loss
-from sparse_jax.tasks.glue import CAUSAL
-from sparse_jax.tasks.prompts import PROMPTS
+from sparse_jax.supports.granularity import GRANULARITIES
 
 __all__ = [
     "DTYPES",
@@ -82,7 +82,7 @@ class Settings:
     """
 
     model: str  # folder in the Hugging Face layout, or id on the Hub
-    task: str  # as `sparse_jax.tasks.TASKS`
+    task: str  # as `sparse_jax.data.TASKS`
     output: str  # run directory, to be created
     data: str | None = None  # file or folder; None asks the Hub for GLUE
     loss_on: str | None = None  # response or all; None is response; causal

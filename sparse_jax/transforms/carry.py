@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_jax.lanes import LaneSupport
-from sparse_jax.roles import DENSE, TRAINED, Role, map_roles
+from sparse_jax.params.roles import DENSE, TRAINED, Role, map_roles
+from sparse_jax.supports.lanes import LaneSupport
 
 __all__ = ["carry_state", "carry_values"]
 

@@ -7,27 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_jax.arguments import require_key, require_transformation
 from sparse_jax.errors import InputError
-from sparse_jax.layers import (
-    LAYER,
-    OUTSIDE,
-    STACKED,
-    LayerOf,
-    Place,
-    places_of,
-    places_only,
-)
-from sparse_jax.names import Rule
-from sparse_jax.rows import (
-    init_rows,
-    put_rows,
-    restart_rows,
-    take_rows,
-    update_rows,
-    where,
-)
-from sparse_jax.samplers.cyclic import Cyclic
+from sparse_jax.params.arguments import require_key, require_transformation
+from sparse_jax.params.names import Rule
 from sparse_jax.samplers.importance import Importance
 from sparse_jax.samplers.sampler import (
     Sampler,
@@ -37,7 +19,24 @@ from sparse_jax.samplers.sampler import (
     begin,
     is_active,
 )
-from sparse_jax.samplers.uniform import Uniform
+from sparse_jax.samplers.simple import Cyclic, Uniform
+from sparse_jax.transforms.layer_state import (
+    init_rows,
+    put_rows,
+    restart_rows,
+    take_rows,
+    update_rows,
+    where,
+)
+from sparse_jax.transforms.layers import (
+    LAYER,
+    OUTSIDE,
+    STACKED,
+    LayerOf,
+    Place,
+    places_of,
+    places_only,
+)
 
 __all__ = ["IstState", "ist", "ist_value_fn"]
 

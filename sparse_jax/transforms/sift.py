@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sparse_jax.arguments import (
+from sparse_jax.errors import InputError
+from sparse_jax.params.arguments import (
     require_count,
     require_key,
     require_one_device_view,
     require_transformation,
 )
-from sparse_jax.errors import InputError
-from sparse_jax.granularity import ENTRY, Granularity, require_granularity
-from sparse_jax.names import Rule
-from sparse_jax.packing import (
+from sparse_jax.params.names import Rule
+from sparse_jax.params.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
+from sparse_jax.supports.granularity import ENTRY, Granularity, require_granularity
+from sparse_jax.supports.packing import (
     below_float32,
     current_values,
     keep_masters,
@@ -27,9 +28,8 @@ from sparse_jax.packing import (
     value_dtype,
     zeros_like,
 )
-from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
-from sparse_jax.scores import leaf_key, score_named
-from sparse_jax.support import Support, require_density
+from sparse_jax.supports.scores import leaf_key, score_named
+from sparse_jax.supports.support import Support, require_density
 from sparse_jax.transforms.carry import carry_state, carry_values
 from sparse_jax.transforms.torch_sift import torch_sift
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sparse_jax.arguments import require_one_device_view
-from sparse_jax.names import Rule
-from sparse_jax.packing import unpack
-from sparse_jax.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
-from sparse_jax.scores import gradient, select
-from sparse_jax.support import gather
+from sparse_jax.params.arguments import require_one_device_view
+from sparse_jax.params.names import Rule
+from sparse_jax.params.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
+from sparse_jax.supports.packing import unpack
+from sparse_jax.supports.scores import gradient, select
+from sparse_jax.supports.support import gather
 
 __all__ = ["TorchSiftState", "torch_sift"]
 

@@ -1,0 +1,1 @@
+"""Adapters: what was trained, as a file, on its base, and for PEFT."""

@@ -1,0 +1,354 @@
+"""The adapter file: what was trained, and nothing else."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from sparse_jax.errors import InputError, brief, reason_of
+from sparse_jax.models.hf.model_files import require_no_peft
+from sparse_jax.models.hf.tensors import save_tensors
+
+__all__ = ["ADAPTER", "FORMAT", "Adapter", "load_adapter", "save_adapter"]
+
+ADAPTER = "adapter.safetensors"
+FORMAT = "sparse_jax adapter 1"
+
+_KEY = "sparse_jax"  # of the metadata of a safetensors file
+_WORDS = ("method", "base_model", "base_hash", "task")
+_POSITIONS, _VALUES, _ADDED = ".support", ".values", "added/"
+_DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the base
+# What a whole number in the settings never reaches; a batch of more fills any memory.
+_LARGEST = 1 << 20
+
+Arrays = dict[str, np.ndarray]
+
+
+def _is_number(value: Any) -> bool:
+    """Returns whether a value is a finite number."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _is_count(value: Any) -> bool:
+    """Returns whether a value is a whole number of some size."""
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _is_rule(value: Any) -> bool:
+    """Returns whether a value is an expression, or a list of them."""
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(one, str) for one in value)
+    )
+
+
+_TYPES = {
+    **{name: (str, "text") for name in _WORDS},
+    "base_config": (dict, "an object"),
+    "settings": (dict, "an object"),
+    "labels": (list, "a list of texts"),
+}
+# rule -> whether a value keeps it, and the settings that have to
+_RULES = {
+    "a number": (
+        _is_number,
+        ("learning_rate", "alpha", "dropout", "density", "held_out", "scale"),
+    ),
+    f"a whole number from 0 to {_LARGEST}": (
+        _is_count,
+        ("batch_size", "rank", "size", "prefix_length", "max_length"),
+    ),
+    "in [0, 2**32)": (
+        lambda value: type(value) is int and 0 <= value < 1 << 32, ("seed",),
+    ),
+    f"one of {', '.join(_DTYPES)}": (lambda value: value in _DTYPES, ("dtype",)),
+    "true or false": (
+        lambda value: type(value) is bool, ("rslora", "packing", "drop_unlabeled"),
+    ),
+    "a regular expression, or a list of them": (_is_rule, ("where", "dense")),
+    "text": (
+        lambda value: isinstance(value, str),
+        (
+            "activation", "chat_template_hash", "data_hash", "granularity", "loss_on",
+            "template", "tokenizer_hash", "validation_hash",
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Trained values, absolute ones, so that loading restores every bit.
+
+    Example:
+      >>> adapter = Adapter(
+      ...     support={"w": np.array([0, 3], np.int32)},
+      ...     values={"w": np.array([1.0, 2.0], np.float32)},
+      ... )
+      >>> adapter.entries
+      2
+    """
+
+    support: Arrays = field(default_factory=dict)  # leaf: (k,) or (L, k), int32
+    values: Arrays = field(default_factory=dict)  # leaf: as its support, base dtype
+    dense: Arrays = field(default_factory=dict)  # leaf: the whole array, base dtype
+    added: dict[str, Arrays] = field(
+        default_factory=dict
+    )  # site: {part: array}, float32
+    method: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    base_model: str = ""
+    base_hash: str = ""  # SHA-256 of the base's weights, hexadecimal
+    # What the base computes with them, as `base_config` returns it; empty: not known.
+    base_config: Mapping[str, Any] = field(default_factory=dict)
+    task: str = ""
+    labels: tuple[str, ...] = ()  # empty for regression
+
+    @property
+    def entries(self) -> int:
+        """Numbers in the file that are not positions."""
+        arrays = [*self.values.values(), *self.dense.values()]
+        arrays += [array for parts in self.added.values() for array in parts.values()]
+        return sum(array.size for array in arrays)
+
+
+def save_adapter(path: str | Path, adapter: Adapter) -> int:
+    """Writes an adapter, whole or not at all.
+
+    A sparse leaf takes 4 bytes a position and the base's bytes a value: 6 in all with
+    bfloat16.
+
+    Args:
+      path: file to write.
+      adapter: what was trained.
+
+    Returns:
+      Bytes of the file.
+
+    Raises:
+      InputError: naming the leaf, if an array has NaN or infinity in it; or if the
+        settings are not values of JSON.
+    """
+    path = Path(path)
+    tensors = dict(_to_tensors(adapter))
+    for name, array in tensors.items():
+        _require_finite("`adapter`", name, array, "Load an earlier checkpoint.")
+    temporary = path.with_name(f".{path.name}.part")
+    save_tensors(tensors, temporary, _to_metadata(adapter, tensors))
+    os.replace(temporary, path)
+    return path.stat().st_size
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Reads an adapter.
+
+    Args:
+      path: adapter file, or the run directory that holds one.
+
+    Raises:
+      InputError: if there is no such file, or if it is truncated, of another format,
+        or not what was written; or if it holds supports that are not ascending
+        positions, values that are not finite, or settings of a wrong type.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / ADAPTER).is_file():
+        require_no_peft("adapter", path)
+    path = path / ADAPTER if path.is_dir() else path
+    metadata, tensors = _read(path)
+    words = _words(path, metadata.get(_KEY, "{}"))
+    if words.get("format") != FORMAT:
+        require_no_peft("adapter", path.parent)
+        raise InputError(
+            f"`{path}` must be an adapter of format {FORMAT!r}, got "
+            f"{brief(words.get('format'))}. Write it with `save_adapter`."
+        )
+    # Files of earlier versions have none.
+    digest = words.pop("digest", None)
+    if digest is not None and digest != _digest(words, tensors):
+        raise InputError(
+            f"`{path}` must hold what was written to it, but its checksum is that of "
+            "other content. Copy it again."
+        )
+    _require_words(path, words)
+    adapter = _from_tensors(tensors, words)
+    for name in sorted({*adapter.support, *adapter.values}):
+        _require_support(path, name, adapter)
+    for name, array in tensors.items():
+        if not name.endswith(_POSITIONS):
+            _require_finite(f"`{path}`", name, array, "Train it again.")
+    return adapter
+
+
+def _to_tensors(adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the arrays by their names in the file."""
+    found = {f"{name}{_POSITIONS}": array for name, array in adapter.support.items()}
+    found |= {f"{name}{_VALUES}": array for name, array in adapter.values.items()}
+    for name, array in adapter.dense.items():
+        if name.startswith(_ADDED) or name.endswith((_POSITIONS, _VALUES)):
+            raise InputError(
+                f"`dense` must have no leaf that begins with {_ADDED!r} or ends with "
+                f"{_POSITIONS!r} or {_VALUES!r}, got {name!r}: the file has another "
+                "use for these. Rename the parameter."
+            )
+        found[name] = array
+    for site, parts in adapter.added.items():
+        found |= {f"{_ADDED}{site}/{part}": array for part, array in parts.items()}
+    for name, array in found.items():
+        # safetensors writes the memory of an array, whatever the strides say.
+        yield name, np.asarray(array, order="C")
+
+
+def _to_metadata(adapter: Adapter, tensors: Arrays) -> dict[str, str]:
+    """Returns what is not an array, as one string.
+
+    safetensors writes several in an order of its own, so that equal adapters would
+    be unequal files.
+    """
+    names = (*_WORDS, "base_config", "settings", "labels")
+    words = {"format": FORMAT, **{name: getattr(adapter, name) for name in names}}
+    try:
+        # What a reader gets: lists for tuples.
+        words = json.loads(json.dumps(words, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"`settings` must be values of JSON to be saved, got one that is not: "
+            f"{error}. Convert arrays and NumPy numbers to Python's."
+        ) from error
+    words["digest"] = _digest(words, tensors)
+    return {_KEY: json.dumps(words, sort_keys=True)}
+
+
+def _digest(words: Mapping[str, Any], tensors: Arrays) -> str:
+    """Returns the SHA-256 of all that an adapter says and holds."""
+    found = hashlib.sha256(json.dumps(words, sort_keys=True).encode())
+    for name, array in sorted(tensors.items()):
+        found.update(repr((name, str(array.dtype), array.shape)).encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, str], Arrays]:
+    """Returns the metadata and the tensors of a safetensors file."""
+    if not path.is_file():
+        raise InputError(
+            f"`adapter` must be a file or a run directory with `{ADAPTER}`, got "
+            f"`{path}`, which does not exist."
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, tensors
+    # A damaged file may raise anything at all.
+    except Exception as error:
+        require_no_peft("adapter", path.parent)
+        raise InputError(
+            f"`{path}` must be a complete safetensors file: {reason_of(error)}. "
+            "Copy it again."
+        ) from error
+
+
+def _words(path: Path, text: str) -> dict[str, Any]:
+    """Returns the metadata that was written as one string."""
+    try:
+        words = json.loads(text)
+        reason = f"got {type(words).__name__}"
+    except (ValueError, RecursionError) as error:
+        words, reason = None, f"which it is not: {reason_of(error)}"
+    if not isinstance(words, dict):
+        raise InputError(
+            f"`{_KEY}` in the metadata of `{path}` must be a JSON object, {reason}. "
+            "Copy the file again."
+        )
+    return words
+
+
+def _require_words(path: Path, words: dict[str, Any]) -> None:
+    """Raises unless what is not an array is there, and of the right type."""
+    words.setdefault("base_config", {})
+    for name, (kind, rule) in _TYPES.items():
+        if name not in words:
+            raise InputError(
+                f"`{path}` must name its method, base and labels, but `{name}` is "
+                "missing. Copy it again."
+            )
+        if not isinstance(words[name], kind):
+            raise _wrong(path, name, rule, words[name])
+    labels = words["labels"]
+    are_texts = all(isinstance(label, str) for label in labels)
+    if not are_texts or len({*labels}) < len(labels):
+        raise _wrong(path, "labels", "different texts", labels)
+    for rule, (keeps, names) in _RULES.items():
+        for name in names:
+            value = words["settings"].get(name)
+            if value is not None and not keeps(value):
+                raise _wrong(path, name, rule, value)
+
+
+def _wrong(path: Path, name: str, rule: str, value: Any) -> InputError:
+    """Returns the error of a word or a setting that breaks a rule."""
+    return InputError(
+        f"`{name}` in `{path}` must be {rule}, got {brief(value)}. Copy it again."
+    )
+
+
+def _from_tensors(tensors: Arrays, words: Mapping[str, Any]) -> Adapter:
+    """Sorts tensors by what their names say."""
+    support, values, dense, added = {}, {}, {}, {}
+    for name, array in tensors.items():
+        if name.startswith(_ADDED):
+            site, _, part = name.removeprefix(_ADDED).rpartition("/")
+            added.setdefault(site, {})[part] = array
+        elif name.endswith(_POSITIONS):
+            support[name.removesuffix(_POSITIONS)] = array
+        elif name.endswith(_VALUES):
+            values[name.removesuffix(_VALUES)] = array
+        else:
+            dense[name] = array
+    return Adapter(
+        support, values, dense, added,
+        settings=words["settings"],
+        labels=tuple(words["labels"]),
+        base_config=words["base_config"],
+        **{name: words[name] for name in _WORDS},
+    )  # fmt: skip
+
+
+def _require_support(path: Path, name: str, adapter: Adapter) -> None:
+    """Raises unless a leaf has ascending positions and as many values."""
+    support, values = adapter.support.get(name), adapter.values.get(name)
+    if support is None or values is None or support.shape != values.shape:
+        raise InputError(
+            f"`{name}` in `{path}` must have as many positions as values. "
+            "Copy it again."
+        )
+    is_sorted = (
+        support.dtype == np.int32
+        and support.ndim in (1, 2)
+        and (np.diff(support) > 0).all()
+    )
+    if not is_sorted or (support < 0).any():
+        raise InputError(
+            f"`{name}{_POSITIONS}` in `{path}` must hold ascending int32 positions. "
+            "Copy it again."
+        )
+    if name in adapter.dense:
+        raise InputError(
+            f"`{name}` in `{path}` must be there as a whole or as some of its entries, "
+            "got both. Copy it again."
+        )
+
+
+def _require_finite(place: str, name: str, array: np.ndarray, remedy: str) -> None:
+    """Raises if an array of numbers has NaN or infinity in it."""
+    if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
+        return
+    if not (bad := np.isfinite(array)).all():
+        raise InputError(
+            f"`{name}` in {place} must hold finite numbers, got "
+            f"{array.size - int(bad.sum())} of {array.size} that are not. {remedy}"
+        )

@@ -1,0 +1,218 @@
+"""Put an adapter on its base model, and take it off again."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax.adapter.file import Adapter
+from sparse_jax.adapter.rebuild import method_of_adapter, require_whole
+from sparse_jax.errors import InputError, brief, listed, printable
+from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.functional import PureModel
+from sparse_jax.models.hf.model_files import cached_folder, local_folder
+from sparse_jax.models.hf.pretrained import base_config, changed_field
+from sparse_jax.params.names import leaf_names, map_named
+from sparse_jax.supports.positions import fetch, read_entries, write_entries
+
+__all__ = ["apply_adapter", "base_folder", "merge_adapter", "require_base", "swap"]
+
+_log = logging.getLogger(__name__)
+
+_LONGEST = 200  # characters of a name that are shown
+
+
+def apply_adapter(
+    params: Any,
+    adapter: Adapter,
+    *,
+    base_hash: str | None = None,
+    model: PureModel | None = None,
+    new: Sequence[str] = (),
+) -> tuple[Any, Attachment]:
+    """Returns a base model's parameters with an adapter, and what it attaches.
+
+        logits = model(params, batch, attachment=attachment)
+
+    Methods that add arrays to the layers, such as LoRA, attach something; use
+    `merge_adapter` to have it in the parameters, where the method allows it.
+
+    Args:
+      params: parameters of the base model, in the dtype the adapter was trained in.
+      adapter: as `load_adapter` returns it.
+      base_hash: `base_hash` of the folder the parameters come from; None trusts them.
+      model: that the parameters belong to; None trusts its configuration.
+      new: leaves that the checkpoint of the base lacks, as from `new_leaves`.
+
+    Raises:
+      InputError: if the base is another one or has other labels, the method is not
+        known, or a leaf or a part of a site is missing, does not fit or does not
+        belong there.
+    """
+    require_base(adapter, base_hash, model)
+    _require_labels(adapter, model)
+    require_whole(params, adapter, new=new)
+    _warn_of_dtype(params, adapter)
+    params, _ = swap(params, adapter)
+    method, added = method_of_adapter(adapter), jax.tree.map(jnp.asarray, adapter.added)
+    respond = lambda site, module, x, trained, key: method.response(
+        site, module, x, trained["added"], key=key
+    )
+    return params, Attachment(trained={"added": added}, response=respond)
+
+
+def merge_adapter(params: Any, adapter: Adapter, **options: Any) -> Any:
+    """Returns parameters that alone compute what the adapted model computes.
+
+    The arguments and errors are those of `apply_adapter`; bottleneck adapters and
+    prefixes are not linear and cannot be merged either. To undo it bit for bit, keep
+    the second value of `swap`, or the base's parameters if the method adds arrays.
+    """
+    params, _ = apply_adapter(params, adapter, **options)
+    return method_of_adapter(adapter).merge(params, adapter.added)
+
+
+def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
+    """Exchanges the values at the supports of an adapter with those of a model.
+
+    Returns:
+      The new parameters, and an adapter that holds the old values: swapping it in
+      restores every bit.
+
+    Raises:
+      InputError: if a leaf is missing or does not fit.
+
+    Example:
+      >>> params = {"w": jnp.array([1.0, 2.0, 3.0])}
+      >>> support = {"w": np.array([0, 2], np.int32)}
+      >>> other = Adapter(support, {"w": np.array([8.0, 9.0], np.float32)})
+      >>> changed, undo = swap(params, other)
+      >>> changed["w"], swap(changed, undo)[0]["w"]
+      (Array([8., 2., 9.], dtype=float32), Array([1., 2., 3.], dtype=float32))
+    """
+    _require_names(params, adapter)
+    old_values, old_dense = {}, {}
+
+    def exchange(name: str, leaf: jax.Array) -> jax.Array:
+        if name in adapter.dense:
+            old_dense[name] = fetch(leaf)
+            values = _fitting(name, adapter.dense[name], leaf, leaf.shape)
+            return jax.device_put(values, leaf.sharding)
+        if name not in adapter.support:
+            return leaf
+        values = _fitting(name, adapter.values[name], leaf, adapter.values[name].shape)
+        support = _inside(name, adapter.support[name], leaf)
+        old_values[name] = read_entries(leaf, support)
+        return write_entries(leaf, support, values)
+
+    changed = map_named(exchange, params)
+    return changed, Adapter(dict(adapter.support), old_values, old_dense)
+
+
+def base_folder(adapter: Adapter, model: str | Path | None) -> Path:
+    """Returns the folder of an adapter's base, which a run may be given otherwise.
+
+    A base that the adapter names is reported, and never fetched: the file may come
+    from anybody.
+
+    Args:
+      adapter: as `load_adapter` returns it.
+      model: folder or id; None is what the adapter names.
+
+    Raises:
+      InputError: if the model cannot be fetched, or the named one is not here.
+    """
+    if model is not None:
+        return local_folder(model)
+    named = printable(adapter.base_model)[:_LONGEST]
+    _log.warning("the adapter names the base model `%s`", named)
+    return cached_folder(adapter.base_model)
+
+
+def require_base(
+    adapter: Adapter, base_hash: str | None, model: PureModel | None = None
+) -> None:
+    """Raises if the base is not the one that was adapted.
+
+    The arguments are those of `apply_adapter`.
+    """
+    if base_hash is not None and base_hash != adapter.base_hash:
+        raise InputError(
+            "`model` must be the base of the adapter, "
+            f"{brief(adapter.base_model)} with SHA-256 {adapter.base_hash[:12]}..., "
+            f"got SHA-256 {base_hash[:12]}... Pass the folder that the adapter "
+            "was trained on."
+        )
+    if model is None:
+        return
+    now = base_config(model)
+    if field := changed_field(adapter.base_config, now):
+        raise InputError(
+            f"`model` must be the base of the adapter, which has `{field}`="
+            f"{brief(adapter.base_config[field])} in its configuration, got "
+            f"{brief(now[field])} with the same weights. Pass the `config.json` that "
+            "the adapter was trained with."
+        )
+
+
+def _require_labels(adapter: Adapter, model: PureModel | None) -> None:
+    """Raises if the outputs of a model belong to labels in another order."""
+    names = getattr(model.config, "label_names", None) if model is not None else None
+    if names and adapter.labels and tuple(names) != tuple(adapter.labels):
+        raise InputError(
+            f"`model` must have the labels of the adapter, {listed(adapter.labels)}, "
+            f"got {listed(names)}. Load it with `labels=adapter.labels`."
+        )
+
+
+def _warn_of_dtype(params: Any, adapter: Adapter) -> None:
+    """Warns if the parameters are not of the dtype that an adapter was trained in."""
+    trained, found = adapter.settings.get("dtype"), jax.tree.leaves(params)[0].dtype
+    if trained is not None and trained != found:
+        _log.warning(
+            "the adapter was trained on parameters in %s, and these are in %s",
+            trained, found,
+        )  # fmt: skip
+
+
+def _require_names(params: Any, adapter: Adapter) -> None:
+    """Raises if the adapter holds a leaf that the model does not have."""
+    known = {*jax.tree.leaves(leaf_names(params))}
+    unknown = sorted({*adapter.support, *adapter.dense} - known)
+    if unknown:
+        raise InputError(
+            f"`params` must have the leaf `{unknown[0]}` of the adapter, but has none. "
+            "Load the base model with the head that was trained."
+        )
+
+
+def _fitting(
+    name: str, values: np.ndarray, leaf: jax.Array, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Returns values after comparing their shape and dtype with those of a leaf."""
+    if values.shape != shape or values.dtype != leaf.dtype:
+        raise InputError(
+            f"`{name}` must be {leaf.dtype}{list(leaf.shape)} as in the model, got "
+            f"{values.dtype}{list(values.shape)} in the adapter. Load the base in "
+            "the dtype and with the labels that were trained."
+        )
+    return values
+
+
+def _inside(name: str, support: np.ndarray, leaf: jax.Array) -> np.ndarray:
+    """Returns a support after checking that its positions lie in the leaf."""
+    layers = () if support.ndim == 1 else support.shape[:1]
+    size = math.prod(leaf.shape[len(layers) :])
+    most = support.max(initial=-1)
+    if leaf.shape[: len(layers)] != layers or most >= size:
+        raise InputError(
+            f"`{name}.support` must hold positions below {size} for "
+            f"{leaf.dtype}{list(leaf.shape)}, got {list(support.shape)} up to {most}. "
+            "Load the base that the adapter was trained on."
+        )
+    return support

@@ -1,1 +1,0 @@
-"""Methods that choose what is trained, one file for each."""

@@ -1,0 +1,1 @@
+"""The compact tier: training steps whose gradients are never dense."""

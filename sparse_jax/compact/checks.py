@@ -1,0 +1,172 @@
+"""What a tuner checks when it is made or traced; a compiled update checks nothing."""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax.errors import InputError
+from sparse_jax.models.attachment import Attachment
+from sparse_jax.params.names import map_named
+
+__all__ = [
+    "require_groups",
+    "require_loss",
+    "require_state",
+    "sums_of",
+]
+
+_SIGNATURE = "(params, batch, key, attachment) -> (total, weight)"
+
+
+def require_loss(loss: Any) -> None:
+    """Raises unless a loss takes the four arguments of `Compact`.
+
+    Raises:
+      InputError: if it does not.
+
+    Example:
+      >>> require_loss(lambda params, batch, key, attachment: (0.0, 1))
+    """
+    problem = "" if callable(loss) else repr(type(loss).__name__)
+    if not problem:
+        try:
+            inspect.signature(loss).bind(*[None] * 4)
+        except TypeError as error:
+            problem = f"{getattr(loss, '__name__', 'a callable')!r}: {error}"
+        except ValueError:
+            pass  # A callable of C has no signature.
+    if problem:
+        raise InputError(
+            f"`loss` must be a function {_SIGNATURE}, got {problem}. Take all four, "
+            "and ignore those it does not need."
+        )
+
+
+def sums_of(
+    tuner: Any, params: Any, attachment: Attachment, batch: Any, key: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what the loss of a tuner gives, as two float32 scalars.
+
+    Raises:
+      InputError: if that is not a sum and a weight, or if the model never asks its
+        attachment for what is trained in the layers.
+    """
+    use = _UseOfStack()
+    sums = tuner.loss(params, batch, key, use.watch(attachment))
+    slots, trained = attachment.slots, attachment.trained
+    inside = trained["tapped"] if slots is None else slots.rows["leaves"]
+    use.require(tuner.method.stack, bool(jax.tree.leaves(inside)), trained["added"])
+    return _two_scalars(sums)
+
+
+def _two_scalars(sums: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the two results of a loss, or raises if it has others."""
+    is_pair = isinstance(sums, tuple | list) and len(sums) == 2
+    shapes = [jnp.shape(part) for part in sums] if is_pair else None
+    if shapes != [(), ()]:
+        got = f"shapes {shapes}" if is_pair else jax.tree.map(jnp.shape, sums)
+        raise InputError(
+            f"`loss` must return two scalars, {_SIGNATURE}, got {got}. Return the sum "
+            "of the losses and the number they are averaged by, such as "
+            "`losses.sum(), losses.size`."
+        )
+    total, weight = (jnp.asarray(part) for part in sums)
+    if jnp.issubdtype(total.dtype, jnp.complexfloating):
+        raise InputError(
+            f"`loss` must return a real total, got {total.dtype}. Take its absolute "
+            "value."
+        )
+    return total.astype(jnp.float32), weight.astype(jnp.float32)
+
+
+def require_groups(batch: Any, accumulate: int) -> None:
+    """Raises unless the leaves of a batch are `[accumulate, ...]`.
+
+    Raises:
+      InputError: naming the leaf.
+    """
+    if accumulate == 1:
+        return
+
+    def require(name: str, leaf: Any) -> None:
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] != accumulate:
+            raise InputError(
+                f"`batch` must have leaves of shape [accumulate={accumulate}, ...], "
+                f"got {list(shape)} for `{name}`. Reshape a batch of B examples to "
+                "[accumulate, B / accumulate, ...]."
+            )
+
+    map_named(require, batch)
+
+
+class _UseOfStack:
+    """Notes what a model asks of an attachment while it is traced."""
+
+    def __init__(self):
+        self.weights = False
+        self.sites: set[str] = set()
+
+    def watch(self, attachment: Attachment) -> Attachment:
+        """Returns an attachment that does the same and is noted."""
+
+        def weights(layer_params: Any, trained: Any) -> Any:
+            self.weights = True
+            return attachment.weights(layer_params, trained)
+
+        def response(site: str, module: Any, x: Any, trained: Any, key: Any) -> Any:
+            self.sites.add(site)
+            return attachment.response(site, module, x, trained, key)
+
+        return attachment._replace(weights=weights, response=response)
+
+    def require(self, stack: str | None, needs_weights: bool, added: Any) -> None:
+        """Raises if what is trained in the layers was never asked for."""
+        if needs_weights and not self.weights:
+            raise InputError(
+                "`loss` must hand `attachment` on to a model that asks for the weights "
+                f"of its layers, got one that never did: nothing in `{stack}` would be "
+                "trained. Call `attachment.weights(layer_params, trained[l])` in every "
+                "layer, or pass `stack=None` to the method."
+            )
+        if missing := sorted({*added} - self.sites):
+            raise InputError(
+                "`loss` must hand `attachment` on to a model that asks for the "
+                f"response of every site of the method, got none for {missing[0]!r}. "
+                "Call `attachment.response(site, module, x, trained[l], key)` in every "
+                "layer, or leave the site out of `where`."
+            )
+
+
+def require_state(tuner: Any, state: Any) -> None:
+    """Raises unless a state has the arrays that its tuner gives one.
+
+    Args:
+      tuner: a `Compact`.
+      state: with supports chosen.
+
+    Raises:
+      InputError: if the method or the optimiser is another.
+    """
+    init = lambda params: tuner.init(params, jax.random.key(0))
+    fresh = jax.eval_shape(init, state.params)
+    # Shards of a leaf that is cut have as many slots as they need.
+    _require_same("support", state.support, None if tuner.cuts else fresh.support)
+    _require_same("added", state.added, fresh.added)
+    begun = jax.eval_shape(tuner.begin, state.params, state.support, state.added)
+    _require_same("masters", state.masters, begun.masters)
+    _require_same("opt_state", state.opt_state, begun.opt_state)
+
+
+def _require_same(part: str, given: Any, expected: Any) -> None:
+    """Raises unless the arrays of a part of a state have the expected shapes."""
+    shapes = lambda tree: [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    same = jax.tree.structure(given) == jax.tree.structure(expected)
+    if expected is not None and not (same and shapes(given) == shapes(expected)):
+        raise InputError(
+            f"`state` must be one of this tuner, got other arrays in its `{part}`. "
+            "Start with `init` and `select` of a tuner with the same `method` and `tx`."
+        )

@@ -1,0 +1,393 @@
+"""The compact tier of a few layers at a time: nothing dense, and nothing of size L."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sparse_jax.compact.compact import Compact, CompactState
+from sparse_jax.compact.gradients import as_types, choose_if, update_if
+from sparse_jax.compact.tap import tap
+from sparse_jax.errors import InputError
+from sparse_jax.models.attachment import Attachment, Recompute, Slots
+from sparse_jax.params.roles import DENSE, FROZEN, SPARSE, TRAINED, Role, map_roles
+from sparse_jax.samplers.sampler import (
+    Sampler,
+    SamplerState,
+    advance,
+    begin,
+    is_active,
+)
+from sparse_jax.supports.packing import below_float32, current_values
+from sparse_jax.supports.support import gather, scatter
+from sparse_jax.transforms.layer_state import (
+    init_rows,
+    put_rows,
+    restart_rows,
+    take_rows,
+    update_rows,
+)
+
+__all__ = ["Layerwise", "LayerwiseState"]
+
+
+class LayerwiseState(NamedTuple):
+    """What takes the place of the optimiser's state in a `CompactState`."""
+
+    sampler: SamplerState
+    rows: optax.OptState  # every array has the layers in front
+    outside: optax.OptState  # of trained leaves outside the layers
+    origin: Any  # values before training, if probes have to damp what was learnt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layerwise(Compact):
+    """Fine-tunes a few layers at a time by a method.
+
+    With A the layers that `sampler` draws for an update,
+
+        values_l, state_l = tx(d loss / d values_l, state_l, values_l)    for l in A,
+
+    where `values_l` is whatever the method trains in layer l: packed entries, the
+    arrays it adds, whole leaves. Gradients are of size (num_active, ...), frozen layers
+    keep nothing for a weight gradient, there is no backward pass below the lowest
+    active layer, and one compiled step serves all choices of layers. The numbers are
+    those of `ist` with the same sampler and key.
+
+    Leaves outside the stack are trained at every update. `tx` sees one layer at a
+    time, and all leaves outside as one; use `max_norm` to clip.
+
+    A sampler that probes damps what a layer has learnt: it scales what the method adds,
+    and moves trained entries back to where they started. This keeps the starting
+    values, in the dtype of the parameters: for whole leaves a second copy of them.
+    Probes use the (first micro-)batch of the update, without dropout; the released
+    code draws another training batch.
+
+    Attributes:
+      sampler: which layers are active.
+      seed: of the draws.
+      max_norm: global norm that the gradient is clipped to, active layers and outside
+        leaves together; None does not clip.
+      restart: whether a layer that was not active at the last update starts with a
+        fresh state of `tx`.
+      recompute: which layers run forward again in the backward pass: "none", the
+        "frozen" ones, which then keep nothing but their input, or "all".
+
+    Example:
+      >>> from sparse_jax import LoRA, Uniform
+      >>> Layerwise(lambda *_: (0.0, 1), LoRA(rank=4), optax.adam(1e-3),
+      ...           sampler=Uniform(num_layers=12, num_active=3)).recompute
+      'none'
+
+    References:
+      Yao et al., 2024, https://arxiv.org/abs/2410.11772
+    """
+
+    sampler: Sampler
+    seed: int = 0
+    max_norm: float | None = None
+    restart: bool = False
+    recompute: Recompute = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method.stack is None:
+            raise InputError(
+                "`stack` of the method must name the subtree of the layers, got None."
+            )
+        if not isinstance(self.sampler, Sampler):
+            raise InputError(
+                f"`sampler` must be a `Sampler`, got {self.sampler!r}. Pass one such "
+                "as `Uniform(num_layers=12, num_active=3)`."
+            )
+        if self.recompute not in ("none", "frozen", "all"):
+            raise InputError(
+                "`recompute` must be 'none', 'frozen' or 'all', got "
+                f"{self.recompute!r}."
+            )
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise InputError(f"`max_norm` must be positive, got {self.max_norm!r}.")
+
+    def init(
+        self, params: Any, key: jax.Array, capacity: Mapping[str, int] | None = None
+    ) -> CompactState:
+        """Returns the state before the selection, as `Compact.init`."""
+        stack = self.method.stack
+        layers = params.get(stack, {}) if isinstance(params, Mapping) else {}
+        numbers = {leaf.shape[:1] for leaf in jax.tree.leaves(layers)}
+        if numbers != {(self.sampler.num_layers,)}:
+            found = sorted(number for shape in numbers for number in shape)
+            raise InputError(
+                f"`num_layers` of the sampler must be the first axis of all leaves of "
+                f"`{stack}`, got {self.sampler.num_layers} where they have {found}. "
+                "Name the subtree of the layers by `stack` of the method."
+            )
+        return super().init(params, key, capacity)
+
+    def step(
+        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
+    ) -> tuple[CompactState, dict[str, jax.Array]]:
+        """Makes one update.
+
+        Args:
+          state: with supports chosen; donate it.
+          batch: whatever `loss` takes.
+          key: for dropout.
+          **extra_args: of the `update` of `tx`, the same for every layer.
+
+        Returns:
+          The new state, and `loss`, `gradient_norm` (before clipping), `is_skipped`
+          as of `Compact`, `active`, the layers updated, int32, and what the sampler
+          has to show.
+        """
+        self._require_state(state)
+        roles = self.method.roles(state.params)
+        opt: Any = state.opt_state
+        value_fn = lambda strength: self._value(roles, state, batch, strength)
+        before = is_active(self.sampler, opt.sampler.active)
+        chosen = advance(self.sampler, opt.sampler, value_fn)
+        active = chosen.active
+
+        values = self._trained(roles, state, active)
+        place = lambda values: self._place_rows(roles, state, values, active)
+        loss, grads = self._gradients(place, values, batch, key)
+        norm = optax.tree.norm(grads)
+        if self.max_norm is not None:
+            grads = optax.tree.scale(jnp.minimum(1.0, self.max_norm / norm), grads)
+
+        # What is taken out of the stacks for the update waits for the gradients: the
+        # compiler of TPUs would keep it through both passes.
+        active, norm = lax.optimization_barrier((active, norm))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        ready = finite & jnp.greater_equal(state.count, 0)
+        values = self._trained(roles, state, active)
+
+        rows, inside = take_rows(opt.rows, active), values["rows"]
+        if self.restart:
+            is_new = (is_active(self.sampler, active) & ~before)[active]
+            fresh = init_rows(self._tx, inside, self.sampler.num_active)
+            rows = restart_rows(is_new, fresh, rows)
+        steps, moved = update_rows(self._tx, grads["rows"], rows, inside, **extra_args)
+        rows = as_types(moved, rows)
+        norms = _row_norms(grads["rows"], self.sampler.num_active)
+        memory = self.sampler.observe(chosen.memory, active, norms)
+        # Nothing is chosen of the states: where nothing is ready they are not written.
+        # For a choice or a branch, compilers of TPUs keep the rows of all leaves.
+        inside, sampler = choose_if(
+            ready,
+            (optax.apply_updates(inside, steps), chosen._replace(memory=memory)),
+            (inside, opt.sampler),
+        )
+
+        def update(count: Any, values: Any, outside: Any) -> tuple[Any, Any, Any]:
+            steps, outside = self._tx.update(
+                grads["outside"], outside, values, **extra_args
+            )
+            values = optax.apply_updates(values, steps)
+            return optax.safe_increment(count), values, outside
+
+        kept = (state.count, values["outside"], opt.outside)
+        count, beyond, outside = update_if(ready, update, *kept)
+        values = {"rows": inside, "outside": beyond}
+        rows = put_rows(opt.rows, rows, active, ready)
+        opt = opt._replace(sampler=sampler, rows=rows, outside=outside)
+        state = self._written(roles, state, values, active)
+        state = state._replace(count=count, opt_state=opt)
+        metrics = {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
+        return state, metrics | {"active": active} | self.sampler.shown(sampler.memory)
+
+    def _start(self, roles: Any, params: Any, leaves: Any, added: Any) -> Any:
+        """Returns the state before the first update."""
+        inside = _only(roles, leaves, stacked=True)
+        origin: Any = ()
+        if self.sampler.period is not None:
+            # A copy, because the step gives away what it gets.
+            start = lambda role, values, leaf: jnp.array(values, leaf.dtype)
+            layers = _side(roles, stacked=True)
+            origin = map_roles(start, layers, inside, params, only=TRAINED)
+        rows = {"leaves": inside, "added": added}
+        return LayerwiseState(
+            sampler=begin(self.sampler, jax.random.key(self.seed)),
+            rows=init_rows(self._tx, rows, self.sampler.num_layers),
+            outside=self._tx.init(_only(roles, leaves, stacked=False)),
+            origin=origin,
+        )
+
+    def _trained(self, roles: Any, state: CompactState, active: jax.Array) -> Any:
+        """Returns the trained values of the active layers, and those outside."""
+
+        def row(role: Role, leaf: jax.Array, support: Any, master: Any) -> Any:
+            if not role.stacked:
+                return optax.MaskedNode()
+            if below_float32(leaf):
+                return take_rows(master, active)
+            if role.kind == DENSE:
+                return take_rows(leaf, active)
+            return gather(leaf, take_rows(support, active), active)
+
+        trees = (state.params, state.support, state.masters)
+        outside = _side(roles, stacked=False)
+        values = current_values(outside, state.support, state.masters, state.params)
+        return {
+            "rows": {
+                "leaves": map_roles(row, roles, *trees, only=TRAINED),
+                "added": take_rows(state.added, active),
+            },
+            "outside": values,
+        }
+
+    def _place_rows(
+        self, roles: Any, state: CompactState, values: Any, active: jax.Array
+    ) -> tuple[Any, Attachment]:
+        """Returns what the loss needs for a gradient of the active layers' values."""
+
+        def place(role: Role, leaf: jax.Array, value: Any, support: Any) -> Any:
+            if role.stacked or role.kind not in TRAINED:
+                return leaf
+            return (
+                tap(leaf, value, support) if role.kind == SPARSE else _like(value, leaf)
+            )
+
+        def row_of(role: Role, leaf: jax.Array, support: Any) -> jax.Array:
+            # The values of sparse entries are in the weights; a tap does not read them.
+            if role.kind == SPARSE:
+                return jnp.zeros(support.shape, jnp.float32)
+            return leaf.astype(jnp.float32)
+
+        def rows_of(layer_params: Any, trained: Any) -> Any:
+            trees = (layer_params, trained["support"])
+            leaves = map_roles(row_of, inside, *trees, only=TRAINED)
+            return {"leaves": self._around(roles, leaves), "added": trained["added"]}
+
+        def weight(role: Role, leaf: jax.Array, row: Any, support: Any) -> jax.Array:
+            if role.kind == SPARSE:
+                return tap(leaf, row, support)
+            return _like(row, leaf) if role.kind == DENSE else leaf
+
+        def weights(layer_params: Any, trained: Any) -> Any:
+            row = _row_of(trained)["leaves"][self.method.stack]
+            return map_roles(weight, inside, layer_params, row, trained["support"])
+
+        inside = roles[self.method.stack]
+        respond = lambda site, module, x, trained, key: self.method.response(
+            site, module, x, _row_of(trained)["added"], key=key
+        )
+        trained = {"support": self._inside(state.support), "added": state.added}
+        slots = Slots(values["rows"], active, rows_of, self.recompute)
+        params = map_roles(place, roles, state.params, values["outside"], state.support)
+        return params, Attachment(trained, weights, respond, slots)
+
+    def _value(
+        self, roles: Any, state: CompactState, batch: Any, strength: jax.Array
+    ) -> jax.Array:
+        """Returns the loss when layers are damped to a strength [L]."""
+        opt: Any = state.opt_state
+
+        def weights(layer_params: Any, trained: Any) -> Any:
+            def damp(role: Role, leaf: jax.Array, support: Any, origin: Any) -> Any:
+                if role.kind not in TRAINED:
+                    return leaf
+                start = origin.astype(jnp.float32)
+                now = gather(leaf, support) if role.kind == SPARSE else leaf
+                values = start + trained["strength"] * (now.astype(jnp.float32) - start)
+                sparse = role.kind == SPARSE
+                return scatter(leaf, support, values) if sparse else _like(values, leaf)
+
+            trees = (layer_params, trained["support"], trained["origin"])
+            return map_roles(damp, inside, *trees)
+
+        inside = roles[self.method.stack]
+        respond = lambda site, module, x, trained, key: self.method.response(
+            site, module, x, trained["added"], trained["strength"], key=key
+        )
+        trained = {
+            "support": self._inside(state.support),
+            "origin": self._inside(opt.origin),
+            "added": state.added,
+            "strength": strength,
+        }
+        if self.accumulate > 1:
+            batch = jax.tree.map(lambda leaf: leaf[0], batch)
+        attachment = Attachment(trained, weights, respond)
+        total, weight = self.loss(state.params, batch, None, attachment)
+        return total / weight
+
+    def _written(
+        self, roles: Any, state: CompactState, values: Any, active: jax.Array
+    ) -> CompactState:
+        """Returns the state with new values, in place if it is donated."""
+        rows, outside = values["rows"], values["outside"]
+
+        def write(
+            role: Role, leaf: jax.Array, support: Any, row: Any, value: Any
+        ) -> jax.Array:
+            if role.kind not in TRAINED:
+                return leaf
+            if not role.stacked:
+                sparse = role.kind == SPARSE
+                return scatter(leaf, support, value) if sparse else _like(value, leaf)
+            if role.kind == SPARSE:
+                return scatter(leaf, take_rows(support, active), row, active)
+            return put_rows(leaf, _like(row, leaf), active)
+
+        def keep(role: Role, master: Any, row: Any, value: Any) -> Any:
+            if isinstance(master, optax.MaskedNode):
+                return master
+            return put_rows(master, row, active) if role.stacked else value
+
+        trees = (state.params, state.support, rows["leaves"], outside)
+        return state._replace(
+            params=map_roles(write, roles, *trees),
+            masters=map_roles(
+                keep, roles, state.masters, rows["leaves"], outside, only=TRAINED
+            ),
+            added=put_rows(state.added, rows["added"], active),
+        )
+
+    def _around(self, roles: Any, inside: Any) -> Any:
+        """Returns a subtree of the layers in a tree that holds nothing else."""
+        nothing = map_roles(lambda role: role, roles, only=())
+        return {**nothing, self.method.stack: inside}
+
+
+def _row_of(trained: Any) -> Any:
+    """Returns the trained values of the layer that asks."""
+    if "row" not in trained:
+        raise InputError(
+            "`loss` must run the layers of a model by `attachment.slots`, got a model "
+            "that does not. Use `run_layers` of `sparse_jax.models.stack`."
+        )
+    return trained["row"]
+
+
+def _side(roles: Any, *, stacked: bool) -> Any:
+    """Returns roles in which all but the leaves inside, or outside, are frozen."""
+
+    def freeze(role: Role) -> Role:
+        return role if role.stacked == stacked else role._replace(kind=FROZEN)
+
+    return jax.tree.map(freeze, roles, is_leaf=lambda node: isinstance(node, Role))
+
+
+def _only(roles: Any, tree: Any, *, stacked: bool) -> Any:
+    """Returns the trained leaves inside or outside the layers; others are masked."""
+    keep = lambda role, leaf: leaf
+    return map_roles(keep, _side(roles, stacked=stacked), tree, only=TRAINED)
+
+
+def _like(values: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns values in the dtype of a leaf."""
+    return values.astype(leaf.dtype)
+
+
+def _row_norms(rows: Any, num_rows: int) -> jax.Array:
+    """Returns the norm of every row of a tree, shape=(num_rows,), float32."""
+    squares = [
+        jnp.sum(jnp.square(leaf).reshape(num_rows, -1), axis=1)
+        for leaf in jax.tree.leaves(rows)
+    ]
+    return jnp.sqrt(sum(squares, jnp.zeros(num_rows, jnp.float32)))

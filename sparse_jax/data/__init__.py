@@ -1,0 +1,1 @@
+"""Data: files, tokens, batches and metrics."""

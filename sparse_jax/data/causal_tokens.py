@@ -1,0 +1,232 @@
+"""Token sequences for causal language models, and which tokens are trained on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from sparse_jax.data.conversations import Conversation
+from sparse_jax.data.tokenizer import tokenizing
+from sparse_jax.errors import InputError
+
+__all__ = ["Loss", "TokenSequences", "tokenize"]
+
+Loss = Literal["response", "all"]
+
+# Conversations that are tokenized at once, to bound the memory.
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequences:
+    """Token ids with marks on those that are predicted, not padded yet."""
+
+    input_ids: list[np.ndarray]  # N arrays, shape=(tokens,), int32
+    is_target: list[np.ndarray]  # the same, bool; never the first token
+    max_length: int  # no sequence has more tokens
+    pad_id: int
+    num_cut: int = 0  # conversations that lost tokens at their end
+    num_dropped: int = 0  # conversations that lost every target
+    end_ids: tuple[int, ...] = ()  # tokens that end the responses
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted in one pass."""
+        return sum(int(marks.sum()) for marks in self.is_target)
+
+
+class _Ends(NamedTuple):
+    """The special tokens round a text."""
+
+    begin: list[int]  # what the tokenizer puts before a text
+    end: int  # the end-of-sequence token
+    added: frozenset[int]  # tokens that no other text has
+
+
+def tokenize(
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    positions: int,
+    loss: Loss = "response",
+) -> TokenSequences:
+    """Returns the tokens of conversations, each with a token that ends it.
+
+    That is the tokenizer's end-of-sequence token, unless the text has it already or a
+    chat template wrote an end of its own.
+
+    A response has the tokens that follow those of its prompt: where the two would
+    share a token, they are tokenized apart, as they are when a model writes the
+    response. What exceeds `max_length` is cut off at the end, and a conversation
+    whose targets are all cut off is dropped. A plain text is not cut off but cut into
+    sequences, each beginning with the last token of the one before it, so that every
+    token but the first is predicted exactly once.
+
+    Args:
+      conversations: texts in pieces.
+      tokenizer: a tokenizer of transformers.
+      max_length: most tokens of a sequence, special tokens included.
+      positions: tokens that the model can tell apart.
+      loss: "response" trains on the responses and their end, "all" on every token.
+
+    Raises:
+      InputError: if `max_length` is not in [2, `positions`], if `loss` is unknown, if
+        the tokenizer has no end-of-sequence token, or if there are no targets.
+    """
+    _check(max_length, positions, loss, tokenizer)
+    ends = _ends(tokenizer)
+    all_ids, targets = [], []
+    num_cut = num_dropped = 0
+    end_ids: set[int] = set()
+    for marked in _marked(conversations, tokenizer, ends):
+        ids, marks = marked.ids, marked.marks
+        marks[1:] |= (loss == "all") & ~marked.is_excluded[1:]
+        marks[:1] = False
+        spans = _spans(len(ids), max_length, marked.is_plain)
+        num_cut += len(ids) > max_length and not marked.is_plain
+        kept = [span for span in spans if marks[span][1:].any()]
+        num_dropped += not kept
+        end_ids |= marked.ends
+        all_ids += [ids[span] for span in kept]
+        targets += [_without_first(marks[span]) for span in kept]
+    if not (all_ids or num_cut):
+        raise InputError(
+            f"`data` must have responses to train on, got none in {num_dropped} "
+            "examples."
+        )
+    if not all_ids:
+        raise InputError(
+            f"`max_length` must leave tokens to train on, got {max_length}: each of "
+            f"the {num_dropped} examples lost its response. Raise it."
+        )
+    # Any id will do for a tokenizer without one: no token attends to padding.
+    pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+    counts = {"num_cut": num_cut, "num_dropped": num_dropped}
+    stop = tuple(sorted(end_ids))
+    return TokenSequences(all_ids, targets, max_length, pad_id, **counts, end_ids=stop)
+
+
+def _check(max_length: int, positions: int, loss: str, tokenizer: Any) -> None:
+    """Raises if a number or word is outside its range."""
+    if not 2 <= max_length <= positions:
+        raise InputError(
+            f"`max_length` must be in [2, {positions}], the positions of the model, "
+            f"got {max_length}."
+        )
+    if loss not in ("response", "all"):
+        raise InputError(f'`loss` must be "response" or "all", got {loss!r}.')
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "`tokenizer` must have an end-of-sequence token, got none, and a model "
+            "could not learn to stop. Set `tokenizer.eos_token` and save it."
+        )
+
+
+def _ends(tokenizer: Any) -> _Ends:
+    """Returns the special tokens that belong round a text."""
+    (bare,) = _ids(tokenizer, ["a"])
+    whole = tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    begin = next((i for i in starts if whole[i : i + len(bare)] == bare), 0)
+    end = tokenizer.eos_token_id
+    return _Ends(whole[:begin], end, frozenset({*tokenizer.added_tokens_decoder, end}))
+
+
+class _Marked(NamedTuple):
+    """The tokens of a conversation, not cut yet."""
+
+    ids: np.ndarray  # shape=(tokens,), int32
+    marks: np.ndarray  # the same, bool: tokens of responses
+    is_excluded: np.ndarray  # the same: tokens that are never targets
+    is_plain: bool
+    ends: set[int]  # tokens that end its responses
+
+
+def _marked(
+    conversations: Sequence[Conversation], tokenizer: Any, ends: _Ends
+) -> Iterator[_Marked]:
+    """Yields the tokens of conversations."""
+    for start in range(0, len(conversations), _CHUNK):
+        chunk = conversations[start : start + _CHUNK]
+        pieces = iter(_piece_ids(chunk, tokenizer))
+        for conversation in chunk:
+            parts = list(islice(pieces, len(conversation.pieces)))
+            yield _with_ends(conversation, parts, ends)
+
+
+def _with_ends(
+    conversation: Conversation, parts: list[list[int]], ends: _Ends
+) -> _Marked:
+    """Returns the tokens of the pieces between those that begin and end a text."""
+    ids = list(chain.from_iterable(parts))
+    # The text itself may begin with them.
+    is_begun = conversation.is_rendered or ids[: len(ends.begin)] == ends.begin
+    begin = [] if is_begun else ends.begin
+    is_ended = conversation.is_ended or ids[-1:] == [ends.end]
+    end = [] if is_ended else [ends.end]
+    lengths = [len(begin), *map(len, parts), len(end)]
+    last = conversation.pieces[-1]
+    kinds = [(False, False), *(piece[1:] for piece in conversation.pieces), last[1:]]
+    marks, is_excluded = (np.repeat(kind, lengths) for kind in zip(*kinds, strict=True))
+    responses = zip(conversation.pieces, parts, strict=True)
+    last_ids = {part[-1] for piece, part in responses if piece.is_response and part}
+    found = last_ids & ends.added if conversation.is_ended else {ends.end}
+    all_ids = np.array([*begin, *ids, *end], np.int32)
+    return _Marked(all_ids, marks, is_excluded, conversation.is_plain, found)
+
+
+def _piece_ids(
+    conversations: Sequence[Conversation], tokenizer: Any
+) -> Iterator[list[int]]:
+    """Yields the tokens of every piece, as they are after the piece before it."""
+    texts, before = [], []
+    for conversation in conversations:
+        pieces = [piece.text for piece in conversation.pieces]
+        texts += pieces
+        before += ["", *pieces][: len(pieces)]
+    both = [context + text for context, text in zip(before, texts, strict=True)]
+    heads, wholes = _ids(tokenizer, before), _ids(tokenizer, both)
+    for text, head, whole in zip(texts, heads, wholes, strict=True):
+        if whole[: len(head)] == head:
+            yield whole[len(head) :]
+        else:
+            yield _apart(tokenizer, text)
+
+
+def _apart(tokenizer: Any, text: str) -> list[int]:
+    """Returns the tokens of a text that follows another one but shares no token."""
+    # Many tokenizers put a space before a text; after a line break they do not.
+    for context in ("\n", "."):
+        head, whole = _ids(tokenizer, [context, context + text])
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return _ids(tokenizer, [text])[0]
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Returns the tokens of texts without special ones."""
+    # Not verbose: it warns of long texts, which are cut here, not by the tokenizer.
+    with tokenizing():
+        return tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+
+def _spans(num_tokens: int, max_length: int, is_plain: bool) -> list[slice]:
+    """Returns the parts of a sequence that fit."""
+    if not is_plain:
+        return [slice(0, max_length)]
+    # The last token of one part is the first of the next, where it is only read.
+    starts = range(0, max(num_tokens - 1, 1), max_length - 1)
+    return [slice(start, start + max_length) for start in starts]
+
+
+def _without_first(marks: np.ndarray) -> np.ndarray:
+    """Returns marks of which the first is not set."""
+    return np.concatenate([[False], marks[1:]])

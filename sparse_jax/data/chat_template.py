@@ -1,0 +1,239 @@
+"""A tokenizer's chat template: tried once in a process of its own, then rendered.
+
+A template is a program of a stranger: one line of it fills the memory, or never ends,
+and inside a single operation of Python nothing can stop it but the system. This file
+is run as a script, so it imports nothing of this library.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_jax.errors import InputError, listed, reason_of
+
+__all__ = [
+    "MEMORY",
+    "OUT_OF_MEMORY",
+    "SECONDS",
+    "render",
+    "require_template",
+    "template_digest",
+    "warn_of_template",
+]
+
+SECONDS = 2  # of the processor; templates take milliseconds
+MEMORY = 1 << 30  # bytes of addresses
+OUT_OF_MEMORY = 3  # exit code
+
+
+def _bound() -> None:
+    """Limits this process, where the system can."""
+    try:
+        import resource
+    except ImportError:
+        return
+    # What the start of Python took, with whatever it imports there, does not count.
+    seconds = math.ceil(time.process_time()) + SECONDS
+    for kind, limit in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, _addresses() + MEMORY),
+    ):
+        try:
+            resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
+        except (ValueError, OSError):
+            continue
+
+
+def _addresses() -> int:
+    """Returns the bytes of addresses that this process has, 0 if not known."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def _render(template: str, calls: Sequence[Mapping[str, Any]]) -> None:
+    """Renders a template in an environment like that of transformers."""
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def stop(message: str) -> None:
+        raise ValueError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = json.dumps
+    environment.globals |= {"raise_exception": stop, "strftime_now": lambda _: "now"}
+    compiled = environment.from_string(template)
+    for call in calls:
+        compiled.render(**call)
+
+
+def main() -> int:
+    """Renders what standard input asks for; returns whether memory was enough.
+
+    Any other error of the template is left to the rendering that counts.
+    """
+    _bound()
+    wanted = json.load(sys.stdin)
+    try:
+        _render(wanted["template"], wanted["calls"])
+    except MemoryError:
+        return OUT_OF_MEMORY
+    except Exception:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+_log = logging.getLogger(__name__)
+
+Fields = Mapping[str, Any]
+
+# The system's clock runs on while other programs have the processor.
+_WALL_SECONDS = 60
+# Characters that a template may add to a chat, and how often it may repeat it.
+_MOST_ADDED, _MOST_REPEATED = 1_000_000, 100
+# Templates that have been tried; each costs a tenth of a second, once.
+_tried: set[str] = set()
+
+
+def require_template(tokenizer: Any, place: str) -> None:
+    """Raises unless a tokenizer has one chat template to use.
+
+    Raises:
+      InputError: if it has none, or several and no default.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise InputError(
+            f"{place} has messages, so `tokenizer` must have a chat template, got "
+            "none. Set `tokenizer.chat_template`, or use the tokenizer of the "
+            "model's instruction-tuned variant and save it beside the model."
+        )
+    if isinstance(template, dict) and "default" not in template:
+        raise InputError(
+            f"{place} has messages, so `tokenizer` must have a default chat template, "
+            f"got {listed(template)}. Name one of them `default`."
+        )
+
+
+def template_digest(tokenizer: Any) -> str:
+    """Returns the SHA-256 of a tokenizer's chat template, of all if it has several."""
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+def warn_of_template(digest: str | None, tokenizer: Any) -> None:
+    """Warns if a chat template is not the one of a digest; None is not known."""
+    if digest is not None and digest != template_digest(tokenizer):
+        _log.warning(
+            "the chat template of the model is not the one that the adapter was "
+            "trained with: chats are written differently, and results are worse or "
+            "wrong"
+        )
+
+
+def render(
+    messages: Sequence[Fields],
+    tokenizer: Any,
+    place: str,
+    *,
+    tools: Sequence[Fields] | None = None,
+    asks: bool = False,
+) -> str:
+    """Returns messages as the chat template writes them.
+
+    Args:
+      messages: as the template takes them, at least one.
+      tokenizer: a tokenizer of transformers with a chat template.
+      place: file and line, for messages of errors.
+      tools: schemas of the functions that the assistant may call.
+      asks: whether the assistant is to answer.
+
+    Raises:
+      InputError: if the template does not accept the messages, or takes more time or
+        memory than any honest one.
+    """
+    options: dict[str, Any] = {"add_generation_prompt": asks}
+    if tools:
+        options["tools"] = list(tools)
+    chat = list(map(dict, messages))
+    try:
+        template = tokenizer.get_chat_template(tools=options.get("tools"))
+        _try(template, chat, tokenizer, options)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    except InputError:
+        raise
+    # A template raises what it likes.
+    except Exception as error:
+        raise InputError(
+            f"{place} must be messages that the chat template accepts: "
+            f"{reason_of(error)}."
+        ) from error
+    given = len(json.dumps([chat, options]))
+    if not isinstance(text, str) or len(text) > _MOST_ADDED + _MOST_REPEATED * given:
+        raise InputError(
+            f"{place} must be messages for which the chat template writes a text of "
+            f"their size, got {len(text):,} characters for {given:,}. Use another "
+            "chat template."
+        )
+    return text
+
+
+def _try(
+    template: str, chat: Sequence[Fields], tokenizer: Any, options: Mapping[str, Any]
+) -> None:
+    """Renders a template that was not used before in a process with bounds."""
+    if template in _tried or not sys.executable:
+        return
+    words = {name: str(word) for name, word in tokenizer.special_tokens_map.items()}
+    calls = [
+        {**words, "tools": None, "messages": chat, **options, **flag}
+        for flag in (
+            {},
+            {"add_generation_prompt": not options["add_generation_prompt"]},
+        )
+    ]
+    script = Path(__file__).with_name("template_trial.py")
+    try:
+        code = subprocess.run(
+            [sys.executable, "-P", str(script)],
+            input=json.dumps({"template": template, "calls": calls}).encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_WALL_SECONDS,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        code = -1
+    except OSError:  # there can be no more processes
+        return
+    # The system ends a process with a signal, whose code is negative.
+    if code < 0 or code == OUT_OF_MEMORY:
+        raise InputError(
+            f"`tokenizer` must have a chat template that needs at most {SECONDS} s and "
+            f"{MEMORY >> 30} GiB for a chat, got one that needs more. Use another chat "
+            "template."
+        )
+    _tried.add(template)

@@ -1,0 +1,262 @@
+"""The data of a task: a folder of files, or a data set of the Hub."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sparse_jax.data.columns import Columns, read_columns
+from sparse_jax.data.data_checks import kind_of, oddities
+from sparse_jax.data.examples import Splits
+from sparse_jax.data.glue import Task
+from sparse_jax.data.labels import (
+    class_numbers,
+    flag_count,
+    has_labels,
+    labels_of_flags,
+    number_labels,
+    resolved,
+    without_unlabeled,
+)
+from sparse_jax.data.read_rows import SUFFIXES, Rows, Source, read_rows
+from sparse_jax.errors import InputError, brief, listed, reason_of
+from sparse_jax.models.hf.labels import order_of
+
+__all__ = ["fetch_rows", "find_file", "is_folder", "is_hub_name", "load"]
+
+_GLUE = "nyu-mll/glue"
+
+
+def is_hub_name(name: str) -> bool:
+    """Says whether a word has the form of a data set's name, `owner/name`.
+
+    Example:
+      >>> is_hub_name("nyu-mll/glue"), is_hub_name("./glue"), is_hub_name("glue")
+      (True, False, False)
+    """
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+
+
+def fetch_rows(task: Task, name: str | None) -> dict[str, Callable[[], Rows]]:
+    """Returns readers of the splits of a data set, the training one first.
+
+    Args:
+      task: says which splits count, and which configuration of GLUE.
+      name: `owner/name`; None is `nyu-mll/glue`.
+
+    Raises:
+      InputError: if the data set cannot be fetched or has no split "train".
+    """
+    splits = _fetch(task, name or _GLUE)
+    readers = {}
+    for split in ("train", *task.evaluation):
+        # The Hub calls the main evaluation of MNLI "validation_matched".
+        for theirs in (split, f"{split}_matched"):
+            if theirs in splits and split not in readers:
+                source = Source(f"`{name or _GLUE}` {theirs}", "row")
+                readers[split] = partial(_rows, source, splits[theirs], task)
+    if "train" not in readers:
+        raise InputError(
+            f"`{name or _GLUE}` must have a split `train`, got {listed(splits)}."
+        )
+    return readers
+
+
+def _fetch(task: Task, name: str) -> Any:
+    """Returns a data set's splits by name."""
+    # datasets takes seconds to import, so it is imported where it is used.
+    from datasets import load_dataset
+
+    configuration = task.name if name == _GLUE else None
+    try:
+        return load_dataset(name, configuration)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise InputError(
+            f"`data` must be a folder or a data set on the Hugging Face Hub, got "
+            f"{name!r}, which is no folder and cannot be fetched: {reason}. Check the "
+            "spelling and the connection, or download the files and pass their folder."
+        ) from error
+
+
+def _rows(source: Source, split: Any, task: Task) -> Rows:
+    """Returns the rows of one split, whose classes may be numbered in another order."""
+    rows: Iterable[dict[str, Any]] = split
+    for column in task.label:
+        feature = (getattr(split, "features", None) or {}).get(column)
+        order = order_of(task.labels or (), getattr(feature, "names", None) or ())
+        if order:
+            rows = map(partial(_renumbered, column, order), rows)
+    return Rows(source, enumerate(rows))
+
+
+def _renumbered(
+    column: str, order: tuple[int, ...], row: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns a row with the number that a task gives to its class."""
+    label = row[column]
+    return {**row, column: order.index(label) if label in order else label}
+
+
+# Earlier names win. Official folders hold both `train.tsv` and the original files of
+# MRPC; a part of the training data held out as `val` gives way to the real `dev`.
+_STEMS = MappingProxyType(
+    {
+        "train": ("train", "msr_paraphrase_train"),
+        "validation": ("dev", "validation", "val", "dev_matched", "validation_matched"),
+        "validation_mismatched": ("dev_mismatched", "validation_mismatched"),
+        "test": ("test", "msr_paraphrase_test"),
+    }
+)
+
+
+def load(
+    task: Task,
+    data: str | Path | None = None,
+    *,
+    order: Sequence[str] = (),
+    drop_unlabeled: bool = False,
+) -> Splits:
+    """Returns the training and evaluation examples of a task.
+
+    A folder has one file for each split: `train` for training, and for evaluation
+    `dev` (or `validation`, or else `val`), `dev_mismatched`, and `test`, with the
+    extension `.tsv`, `.txt`, `.csv`, `.json` or `.jsonl`. A split without labels is
+    not an evaluation split. Files with other names are not read: where the training
+    data are in two files, such as `train` and `val`, join them first to use both.
+
+    Args:
+      task: what the columns mean.
+      data: folder, or the name of a data set on the Hugging Face Hub; None is
+        `nyu-mll/glue`.
+      order: names of the labels in the order of a model; labels of the same names are
+        numbered like this, others as they are.
+      drop_unlabeled: whether to leave out rows without a label.
+
+    Raises:
+      InputError: if `data` is neither, has no training split or no evaluation split,
+        or if a row is wrong: the message has the file and the line.
+    """
+    asked, found, dropped = task, _splits(task, data), []
+    columns = {"train": read_columns(found.pop("train")(), task)}
+    for name, rows in found.items():
+        one = read_columns(rows(), task, needs_labels=name != "test")
+        if name != "test" or has_labels(one):
+            _require_same_texts(columns["train"], one)
+            columns[name] = one
+    task = resolved(task, columns["train"])
+    if drop_unlabeled:
+        for name, one in columns.items():
+            columns[name], remark = without_unlabeled(one, task)
+            dropped += [] if remark is None else [remark]
+    count = flag_count(columns["train"]) if task.is_multilabel else 0
+    if count:
+        task = replace(task, labels=tuple(map(str, range(count))))
+        columns = {name: labels_of_flags(one, count) for name, one in columns.items()}
+    task, words = _numbered(task, columns["train"], order)
+    examples = {name: number_labels(one, task, words) for name, one in columns.items()}
+    if len(examples) == 1:
+        raise InputError(
+            f"{columns['train'].source.name} must have labelled examples for "
+            "evaluation beside it, and there are none. Add a file `dev.tsv` or "
+            "`validation.jsonl`."
+        )
+    is_own = asked.has_optional_text_b
+    kind = kind_of(asked, task, examples["train"], are_flags=count > 0)
+    notes = (*([kind] if is_own else []), *dropped)
+    return Splits(task, examples, notes, tuple(oddities(task, examples)))
+
+
+def _numbered(
+    task: Task, train: Columns, order: Sequence[str]
+) -> tuple[Task, dict[str, int]]:
+    """Returns a task with the names of its labels, and the class of every word."""
+    if task.is_regression:
+        return task, {}
+    words = class_numbers(task, train)
+    labels = task.labels or tuple(words)
+    places = order_of(labels, order) or tuple(range(len(labels)))
+    names = tuple(labels[places.index(i)] for i in range(len(labels)))
+    task = replace(task, labels=names)
+    return task, {word: places[i] for word, i in words.items()}
+
+
+def _splits(task: Task, data: str | Path | None) -> dict[str, Callable[[], Rows]]:
+    """Returns readers of the splits that there are, the training one first."""
+    if data is None and task.labels is None:
+        raise InputError(
+            f"`data` must be given for the task {task.name}, got nothing. Pass a "
+            "folder with the files `train.jsonl` and `validation.jsonl`."
+        )
+    if data is not None and is_folder(Path(data)):
+        return _files(task, Path(data))
+    if data is None or is_hub_name(str(data)):
+        return fetch_rows(task, None if data is None else str(data))
+    raise InputError(
+        f"`data` must be a folder or the name of a data set on the Hugging Face Hub, "
+        f"got {brief(str(data))}, and there is no such folder."
+    )
+
+
+def is_folder(path: Path) -> bool:
+    """Says whether there is a folder of this name.
+
+    Raises:
+      InputError: if there may be none of this name, or its files cannot be listed.
+    """
+    try:
+        if is_there := path.is_dir():
+            next(path.iterdir(), None)
+        return is_there
+    except OSError as error:
+        raise InputError(
+            "`data` must be a file or folder that can be read, got "
+            f"{brief(str(path))}: {reason_of(error)}."
+        ) from error
+
+
+def _files(task: Task, folder: Path) -> dict[str, Callable[[], Rows]]:
+    """Returns readers of the files of a folder."""
+    names = ("train", *task.evaluation)
+    paths = {name: path for name in names if (path := find_file(folder, _STEMS[name]))}
+    if "train" not in paths:
+        found = sorted(path.name for path in folder.iterdir())
+        raise InputError(
+            f"`{folder}` must hold a training file such as `train.tsv` or "
+            f"`train.jsonl`, got {listed(found) or 'an empty folder'}."
+        )
+    return {name: partial(read_rows, path, task) for name, path in paths.items()}
+
+
+def find_file(
+    folder: Path, stems: tuple[str, ...], suffixes: tuple[str, ...] = SUFFIXES
+) -> Path | None:
+    """Returns the file of a split, or None.
+
+    Raises:
+      InputError: if several files have one name and known extensions.
+    """
+    for stem in stems:
+        paths = sorted(path for path in folder.iterdir() if path.stem.lower() == stem)
+        known = [path for path in paths if path.suffix.lower() in suffixes]
+        if len(known) > 1:
+            raise InputError(
+                f"`{folder}` must hold one file `{stem}`, got "
+                f"{' and '.join(path.name for path in known)}. Rename one of them."
+            )
+        # A file of an unknown kind is returned for its reader to refuse.
+        if files := known or [path for path in paths if path.is_file()]:
+            return files[0]
+    return None
+
+
+def _require_same_texts(train: Columns, other: Columns) -> None:
+    """Raises if only one of two splits has pairs of texts."""
+    if (train.text_b is None) != (other.text_b is None):
+        raise InputError(
+            f"{other.source.name} must have a second text exactly if "
+            f"{train.source.name} does. Write the same columns in both."
+        )

@@ -1,0 +1,258 @@
+"""The metrics of GLUE, and of one's own labels."""
+
+import math
+from types import MappingProxyType
+
+import numpy as np
+from scipy.stats import rankdata
+
+from sparse_jax.data.glue import Task
+from sparse_jax.errors import brief, listed
+
+__all__ = [
+    "METRICS",
+    "accuracy",
+    "evaluate",
+    "exact_match",
+    "f1",
+    "majority_baseline",
+    "matthews",
+    "micro_f1",
+    "mse",
+    "one_class_warning",
+    "pearson",
+    "spearman",
+]
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the fraction of predictions that are right.
+
+    Args:
+      predictions: classes, `[N]`.
+      labels: classes, `[N]`.
+    """
+    return float(np.mean(predictions == labels))
+
+
+def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the F1 score of class 1, 0 if it is never right.
+
+        F1 = 2 TP / (2 TP + FP + FN)
+
+    Args:
+      predictions: classes 0 and 1, `[N]`.
+      labels: classes 0 and 1, `[N]`.
+
+    Example:
+      >>> f1(np.array([1, 1, 0]), np.array([1, 0, 1]))
+      0.5
+    """
+    hits = np.sum((predictions == 1) & (labels == 1))
+    claims = np.sum(predictions == 1) + np.sum(labels == 1)
+    return float(2 * hits / claims) if claims else 0.0
+
+
+def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the Matthews correlation of two classes or more, in [-1, 1].
+
+    With c of n examples right, p_k predicted to be of class k, and t_k truly so,
+
+        R = (c n - sum_k p_k t_k) / sqrt((n^2 - sum_k p_k^2) (n^2 - sum_k t_k^2)),
+
+    and 0 if all predictions, or all labels, are the same.
+
+    Args:
+      predictions: classes, `[N]`.
+      labels: classes, `[N]`.
+
+    References:
+      Gorodkin, 2004, Comparing two K-category assignments by a K-category correlation
+      coefficient, Computational Biology and Chemistry 28.
+    """
+    classes = np.union1d(predictions, labels)
+    predicted = np.array([np.sum(predictions == k) for k in classes], np.float64)
+    true = np.array([np.sum(labels == k) for k in classes], np.float64)
+    n = float(len(labels))
+    spread = (n**2 - predicted @ predicted) * (n**2 - true @ true)
+    if spread == 0:
+        return 0.0
+    right = float(np.sum(predictions == labels))
+    return float((right * n - predicted @ true) / np.sqrt(spread))
+
+
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the linear correlation, in [-1, 1].
+
+    It is 0 where it is not defined: if all predictions or all labels are the same, or
+    one of them is not finite.
+
+    Args:
+      predictions: values, `[N]`.
+      labels: values, `[N]`.
+    """
+    x, y = _centred(predictions), _centred(labels)
+    norms = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(np.clip(x @ y / norms, -1, 1)) if norms else 0.0
+
+
+def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the correlation of the ranks, equal values sharing their mean rank.
+
+    It is 0 where `pearson` is.
+
+    Args:
+      predictions: values, `[N]`.
+      labels: values, `[N]`.
+    """
+    if not np.isfinite(predictions).all() or not np.isfinite(labels).all():
+        return 0.0
+    return pearson(rankdata(predictions), rankdata(labels))
+
+
+def mse(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the mean squared error.
+
+    Args:
+      predictions: values, `[N]`.
+      labels: values, `[N]`.
+    """
+    errors = np.asarray(predictions, np.float64) - np.asarray(labels, np.float64)
+    return float(np.mean(errors**2))
+
+
+def exact_match(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the fraction of examples all of whose labels are right.
+
+    Args:
+      predictions: 0 or 1 for every label, `[N, C]`.
+      labels: 0 or 1 for every label, `[N, C]`.
+    """
+    return float(np.mean(np.all(predictions == labels, axis=-1)))
+
+
+def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the F1 score of all labels of all examples together.
+
+    Args:
+      predictions: 0 or 1 for every label, `[N, C]`.
+      labels: 0 or 1 for every label, `[N, C]`.
+    """
+    return f1(np.ravel(predictions), np.ravel(labels))
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    """Returns values less their mean, or zeros where that means nothing."""
+    values = np.asarray(values, np.float64)
+    # The mean of equal values is off by rounding, so they are told apart before.
+    if not np.isfinite(values).all() or np.all(values == values[0]):
+        return np.zeros_like(values)
+    # Correlation does not depend on the scale, and squares of scaled values are finite.
+    values = values / np.abs(values).max()
+    return values - values.mean()
+
+
+METRICS = MappingProxyType(
+    {
+        "accuracy": accuracy,
+        "exact_match": exact_match,
+        "f1": f1,
+        "matthews": matthews,
+        "micro_f1": micro_f1,
+        "mse": mse,
+        "pearson": pearson,
+        "spearman": spearman,
+    }
+)
+
+
+def evaluate(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Returns the metrics of a task, the primary one first.
+
+    They are NaN if an output is not finite.
+
+    Args:
+      task: names the metrics, and the class that F1 is about.
+      outputs: logits `[N, C]`, or values `[N]` or `[N, 1]` for regression.
+      labels: `[N]`, classes or values; `[N, C]`, 0 or 1, if any number of labels fit.
+
+    Example:
+      >>> from sparse_jax.data.glue import TASKS
+      >>> evaluate(TASKS["rte"], np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 0]))
+      {'accuracy': 0.5}
+    """
+    outputs = np.asarray(outputs)
+    if not np.isfinite(outputs).all():
+        return dict.fromkeys(task.metrics, math.nan)
+    predictions = _predictions(task, outputs)
+    if task.positive is not None and task.labels:
+        positive = task.labels.index(task.positive)
+        predictions, labels = predictions == positive, labels == positive
+    return {name: METRICS[name](predictions, labels) for name in task.metrics}
+
+
+def majority_baseline(labels: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns the most frequent label, or set of labels, and the fraction that has it.
+
+    That fraction is the accuracy of a model that always gives the same answer.
+
+    Args:
+      labels: classes `[N]`, or 0 or 1 for every label `[N, C]`.
+
+    Example:
+      >>> majority_baseline(np.array([2, 0, 2, 2]))
+      (array(2), 0.75)
+    """
+    kinds, counts = np.unique(labels, axis=0, return_counts=True)
+    return np.asarray(kinds[counts.argmax()]), float(counts.max() / len(labels))
+
+
+def one_class_warning(
+    task: Task, outputs: np.ndarray, labels: np.ndarray
+) -> str | None:
+    """Returns a line if a model gives every example the same answer, None otherwise.
+
+    Args:
+      task: names the labels.
+      outputs: as of `evaluate`.
+      labels: as of `evaluate`.
+
+    Example:
+      >>> from sparse_jax.data.glue import TASKS
+      >>> outputs, labels = np.array([[2.0, 1.0]] * 3), np.array([0, 1, 0])
+      >>> one_class_warning(TASKS["rte"], outputs, labels)[:52]
+      "all 3 predictions are 'entailment'. Always predictin"
+    """
+    outputs = np.asarray(outputs)
+    predictions = _predictions(task, outputs)
+    is_varied = np.any(predictions != predictions[0])
+    if is_varied or len(predictions) < 2 or not np.isfinite(outputs).all():
+        return None
+    if task.is_regression:
+        return (
+            f"all {len(labels)} predictions are {predictions[0]:.4g}: a correlation is "
+            "not defined, and reported as 0."
+        )
+    answer, (usual, share) = predictions[0], majority_baseline(labels)
+    return (
+        f"all {len(labels)} predictions are {_answer(task, answer)}. Always predicting "
+        f"{_answer(task, usual)}, the most frequent answer, is right for {share:.4f} "
+        "of the examples."
+    )
+
+
+def _predictions(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """Returns values, classes, or 0 or 1 for every label."""
+    if task.is_regression:
+        return outputs.ravel()
+    # The sigmoid of a logit is above one half exactly if the logit is positive.
+    return (outputs > 0) if task.is_multilabel else outputs.argmax(axis=-1)
+
+
+def _answer(task: Task, label: np.ndarray) -> str:
+    """Returns the name of a class, or those of a set of labels."""
+    names = task.labels or ()
+    if not task.is_multilabel:
+        return brief(names[int(label)]) if names else str(label)
+    found = [name for name, has in zip(names, label, strict=True) if has]
+    return listed(found) or "without a label"

@@ -1,0 +1,304 @@
+"""Rows of a file: tab-separated, CSV, JSON or JSON lines."""
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from sparse_jax.data.glue import Task
+from sparse_jax.errors import InputError, brief, listed, reason_of
+
+__all__ = ["SUFFIXES", "Rows", "Source", "read_objects", "read_rows", "read_text"]
+
+# Of characters; the reader of the standard library refuses fields above 131,072.
+_LONGEST_FIELD = 2**31 - 1
+_BETWEEN = " \t\r\n,"  # the items of a list
+
+
+class Source(NamedTuple):
+    """Where rows come from, in the words of a message.
+
+    Example:
+      >>> Source("`a.csv`", "line").at(3)
+      '`a.csv` line 3'
+    """
+
+    name: str
+    unit: str
+    has_types: bool = True  # whether numbers and words differ, as in JSON
+
+    def at(self, number: int) -> str:
+        """Returns the place of a row."""
+        return f"{self.name} {self.unit} {number}"
+
+
+Numbered = Iterator[tuple[int, Mapping[str, Any]]]
+
+
+Reader = Callable[..., Numbered]
+
+
+class Rows(NamedTuple):
+    """Numbered rows, each a mapping from columns to values, and their source."""
+
+    source: Source
+    numbered: Numbered
+
+
+def read_rows(path: str | Path, task: Task) -> Rows:
+    """Returns the rows of a file, with the numbers of their lines.
+
+    The extension says the format: `.tsv` and `.txt` are tab-separated and have no
+    quoting (GLUE has unbalanced quotes), `.csv` has quoting, `.jsonl` has one object
+    in each line, and `.json` is a list of objects. No column, and no key of an object,
+    is there twice.
+
+    Args:
+      path: file in UTF-8, with or without a byte-order mark.
+      task: knows the columns of official files without a header.
+
+    Raises:
+      InputError: if the file is absent, has another extension or is not UTF-8; while
+        iterating, if a row breaks the format.
+    """
+    path = Path(path)
+    reader, source = _reader(path, _READERS), _source(path)
+    return Rows(source, reader(read_text(path), source, task))
+
+
+def read_objects(path: str | Path) -> Rows:
+    """Returns the objects of a `.json` or `.jsonl` file, with their numbers.
+
+    Raises:
+      InputError: as `read_rows`.
+    """
+    path = Path(path)
+    reader, source = _reader(path, _OBJECT_READERS), _source(path)
+    return Rows(source, reader(read_text(path), source))
+
+
+def _reader(path: Path, readers: Mapping[str, Reader]) -> Reader:
+    """Returns the reader for a file's extension."""
+    if path.suffix.lower() not in readers:
+        raise InputError(
+            f"`{path}` must end in {', '.join(readers)}, got {path.suffix!r}. "
+            "Convert the file to one of these."
+        )
+    return readers[path.suffix.lower()]
+
+
+def _source(path: Path) -> Source:
+    """Returns a file as the source of its rows."""
+    suffix = path.suffix.lower()
+    unit = "item" if suffix == ".json" else "line"
+    return Source(f"`{path}`", unit, has_types=suffix in _OBJECT_READERS)
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+      InputError: if there is no file or it cannot be read, or if it is not UTF-8 or
+        has a byte 0, with the line.
+    """
+    try:
+        if not path.is_file():
+            raise InputError(f"`{path}` must be a file, and there is none.")
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise InputError(
+            f"`{path}` must be a file that can be read: {reason_of(error)}."
+        ) from error
+    text, wrong = "", content.find(b"\0")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        wrong = error.start
+    if wrong >= 0:
+        line = content.count(b"\n", 0, wrong) + 1
+        raise InputError(
+            f"`{path}` line {line} must be UTF-8, got the byte 0x{content[wrong]:02x}. "
+            "Convert the file to UTF-8."
+        )
+    return text
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yields the lines that are not blank, with their numbers."""
+    # Not `splitlines`, which also breaks at characters that occur in sentences.
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if line:
+            yield number, line
+
+
+def _tab_separated(text: str, source: Source, task: Task) -> Numbered:
+    """Yields the rows of a tab-separated text."""
+    lines = ((number, line.split("\t")) for number, line in _lines(text))
+    first = next(lines, (1, []))
+    columns = first[1]
+    if columns and task.headerless and not {*columns} & {*task.text_a, *task.label}:
+        columns = list(task.headerless)
+        yield first[0], _fields(source.at(first[0]), columns, first[1])
+    _require_unique(source.at(first[0]), columns)
+    for number, values in lines:
+        if task.drops_short_rows and len(values) < len(columns):
+            continue
+        yield number, _fields(source.at(number), columns, values)
+
+
+def _comma_separated(text: str, source: Source, task: Task) -> Numbered:
+    """Yields the rows of a CSV text; a row's line is its last one."""
+    del task
+    header = text.partition("\n")[0].removesuffix("\r")
+    # As spreadsheets write where the comma is the decimal point.
+    if "," not in header and (";" in header or "\t" in header):
+        raise InputError(
+            f"{source.at(1)} must name the columns with commas between them, got "
+            f"{brief(header)}. Write the file with commas."
+        )
+    rows = iter(_csv_rows(text, source))
+    first, columns = next(rows, (1, []))
+    _require_unique(source.at(first), columns)
+    for number, values in rows:
+        yield number, _fields(source.at(number), columns, values)
+
+
+def _csv_rows(text: str, source: Source) -> list[tuple[int, list[str]]]:
+    """Returns the rows of a CSV text that are not blank, with their last lines."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    # The limit is one for all of Python, so it is put back.
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        return [(reader.line_num, values) for values in reader if values]
+    except csv.Error as error:
+        raise InputError(
+            f"{source.at(reader.line_num)} must be CSV: {error}. "
+            "Write a quote inside a field twice."
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _json_lines(text: str, source: Source, task: Task | None = None) -> Numbered:
+    """Yields the objects of a text with one in each line."""
+    del task
+    for number, line in _lines(text):
+        place = source.at(number)
+        try:
+            value = _json(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{place} must be a JSON object: {error.msg} at character "
+                f"{error.colno}."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{place} must be a JSON object: {_reason(error)}."
+            ) from error
+        yield number, _object(place, value)
+
+
+def _json_list(text: str, source: Source, task: Task | None = None) -> Numbered:
+    """Yields the objects of a JSON list."""
+    del task
+    try:
+        values = _json(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{source.name} line {error.lineno} must be JSON: {error.msg} at "
+            f"character {error.colno}. Objects in lines belong in a `.jsonl` file."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{_place_in_list(text, source)} must be JSON: {_reason(error)}."
+        ) from error
+    if not isinstance(values, list):
+        raise InputError(
+            f"{source.name} must be a list of objects, got {type(values).__name__}."
+        )
+    for number, value in enumerate(values, start=1):
+        yield number, _object(source.at(number), value)
+
+
+def _json(text: str) -> Any:
+    """Returns a JSON value, none of whose objects has a key twice."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object; of two values of one key Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {brief(twice)} is there twice")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """Returns what is wrong with JSON that is more than its spelling."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    # Python reads no integer of more than 4,300 digits, and advises programmers.
+    return str(error).partition(";")[0]
+
+
+def _place_in_list(text: str, source: Source) -> str:
+    """Returns the item of a list that is no JSON, or the file if none is found."""
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    end, number = text.find("[") + 1, 0
+    while end:
+        number += 1
+        while end < len(text) and text[end] in _BETWEEN:
+            end += 1
+        try:
+            _, end = decoder.raw_decode(text, end)
+        except json.JSONDecodeError:
+            break
+        except (ValueError, RecursionError):
+            return source.at(number)
+    return source.name
+
+
+def _fields(place: str, columns: list[str], values: list[str]) -> Mapping[str, Any]:
+    """Returns the fields of a row by column."""
+    if len(values) != len(columns):
+        raise InputError(
+            f"{place} must have {len(columns)} fields ({listed(columns)}), "
+            f"got {len(values)}."
+        )
+    return dict(zip(columns, values, strict=True))
+
+
+def _require_unique(place: str, columns: list[str]) -> None:
+    """Raises if a header has a name twice; spreadsheets leave empty ones at its end."""
+    twice = next((name for name in columns if name and columns.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"{place} must name every column once, got {brief(twice)} "
+            f"{columns.count(twice)} times. Rename or remove one of them."
+        )
+
+
+def _object(place: str, value: Any) -> Mapping[str, Any]:
+    """Returns a JSON object."""
+    if not isinstance(value, dict):
+        raise InputError(f"{place} must be an object, got {type(value).__name__}.")
+    return value
+
+
+_OBJECT_READERS = MappingProxyType({".json": _json_list, ".jsonl": _json_lines})
+_READERS = MappingProxyType(
+    {
+        ".tsv": _tab_separated,
+        ".txt": _tab_separated,
+        ".csv": _comma_separated,
+        **_OBJECT_READERS,
+    }
+)
+SUFFIXES = tuple(_READERS)

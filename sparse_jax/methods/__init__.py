@@ -1,0 +1,1 @@
+"""Methods: what is trained, and what is added to the layers."""

@@ -1,0 +1,171 @@
+"""Bottleneck adapters: behind a linear map (series) or beside it (parallel)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax.errors import InputError
+from sparse_jax.methods.method import Method, refuse_to_merge
+from sparse_jax.methods.sites import channels, kernels_at, uniform
+from sparse_jax.models.attachment import Module
+from sparse_jax.params.arguments import require_whole
+from sparse_jax.params.names import Rule
+
+__all__ = ["Bottleneck", "HOULSBY", "PFEIFFER", "Parallel", "Series"]
+
+# Houlsby et al., 2019: before both residual connections of a layer.
+HOULSBY = ("^attention/output$", "^mlp/down$")
+# Pfeiffer et al., 2021: once for each layer.
+PFEIFFER = ("^mlp/down$",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck(Method):
+    """The base of adapters with two thin linear maps and an activation between.
+
+        branch(z) = scale * (activation(z @ D + d) @ U + u)
+
+    D, shape=(L, in, size), starts uniform in +-1 / sqrt(in), everything else at zero,
+    so that the start is the base model. All are float32 and used in the dtype of z.
+
+    It cannot be merged: an activation is no linear map.
+
+    Raises:
+      InputError: if `size` or `scale` is not positive, or (on `added`) nothing matches
+        `where`.
+    """
+
+    size: int
+    where: Rule = HOULSBY
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
+    scale: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_whole("size", self.size)
+        if self.size < 1:
+            raise InputError(
+                f"`size` must be at least 1, got {self.size}. It is the width of the "
+                "bottleneck, commonly 16 to 256."
+            )
+        if not 0 < self.scale < math.inf:
+            raise InputError(
+                f"`scale` must be positive, got {self.scale}. Leave it out for 1."
+            )
+
+    def merge(self, params: Any, added: Any) -> Any:
+        """Raises if anything is added."""
+        return refuse_to_merge(self, params, added)
+
+    def _branches(self, params: Any, key: jax.Array, *, width_axis: int) -> Any:
+        """Returns the arrays; axis 1 or 2 of a kernel is as wide as the input."""
+
+        def create(site: str, kernel: jax.Array) -> dict[str, jax.Array]:
+            layers, _, height = kernel.shape
+            width = kernel.shape[width_axis]
+            return {
+                "down": uniform(key, site, (layers, width, self.size)),
+                "down_bias": jnp.zeros((layers, self.size), jnp.float32),
+                "up": jnp.zeros((layers, self.size, height), jnp.float32),
+                "up_bias": jnp.zeros((layers, height), jnp.float32),
+            }
+
+        kernels = kernels_at("where", self.where, params, self.stack)
+        return {site: create(site, kernel) for site, kernel in kernels.items()}
+
+    def _branch(
+        self, arrays: Any, z: jax.Array, strength: jax.typing.ArrayLike
+    ) -> jax.Array:
+        """Returns what is added to the output of a site."""
+        low = z @ arrays["down"].astype(z.dtype) + channels(arrays["down_bias"], z)
+        high = self.activation(low) @ arrays["up"].astype(z.dtype)
+        high = high + channels(arrays["up_bias"], z)
+        return jnp.asarray(self.scale * strength, z.dtype) * high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series(Bottleneck):
+    """Trains a bottleneck behind the linear maps at the sites that `where` matches.
+
+        y' = y + scale * (activation(y @ D + d) @ U + u),   y = x @ W + bias
+
+    `where` is `HOULSBY` by default, both sublayers of a layer; `PFEIFFER` is one.
+    The arrays and errors are those of `Bottleneck`; it cannot be merged.
+
+    Differs from the paper: the adapter sees y before the dropout, not after it, and
+    the norms are not trained unless `dense` matches them ("norm/").
+
+    Example:
+      >>> from sparse_jax.methods.bottlenecks import PFEIFFER
+      >>> Series(size=64, where=PFEIFFER, dense="classifier").size
+      64
+
+    References:
+      Houlsby et al., 2019, https://arxiv.org/abs/1902.00751
+      Pfeiffer et al., 2021, https://arxiv.org/abs/2005.00247
+    """
+
+    def added(self, params: Any, key: jax.Array) -> Any:
+        """Returns {site: {"down", "down_bias", "up", "up_bias"}} of matching sites."""
+        return self._branches(params, key, width_axis=2)
+
+    def response(
+        self,
+        site: str,
+        module: Module,
+        x: jax.Array,
+        added: Any,
+        strength: jax.typing.ArrayLike = 1.0,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the output of the linear map plus the bottleneck of that output."""
+        del key
+        y = module(x)
+        return y + self._branch(added[site], y, strength) if site in added else y
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(Bottleneck):
+    """Trains a bottleneck beside the linear maps at the sites that `where` matches.
+
+        y' = x @ W + bias + scale * (activation(x @ D + d) @ U + u)
+
+    The arrays and errors are those of `Bottleneck`; it cannot be merged.
+
+    Differs from the paper: the adapter stands beside one linear map, as in
+    LLM-Adapters, not beside the whole feed-forward part.
+
+    Example:
+      >>> Parallel(size=64, where="^mlp/(up|down)$", scale=4.0).scale
+      4.0
+
+    References:
+      He et al., 2022, https://arxiv.org/abs/2110.04366
+      Hu et al., 2023, LLM-Adapters, https://arxiv.org/abs/2304.01933
+    """
+
+    where: Rule = PFEIFFER
+
+    def added(self, params: Any, key: jax.Array) -> Any:
+        """Returns {site: {"down", "down_bias", "up", "up_bias"}} of matching sites."""
+        return self._branches(params, key, width_axis=1)
+
+    def response(
+        self,
+        site: str,
+        module: Module,
+        x: jax.Array,
+        added: Any,
+        strength: jax.typing.ArrayLike = 1.0,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the output of the linear map plus the bottleneck of its input."""
+        del key
+        y = module(x)
+        return y + self._branch(added[site], x, strength) if site in added else y

@@ -1,0 +1,23 @@
+"""Dense: train whole leaves (full fine-tuning, the head alone, the biases alone)."""
+
+from dataclasses import dataclass
+
+from sparse_jax.methods.method import Method
+
+__all__ = ["Dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Method):
+    """Trains every leaf that `dense` matches, and nothing else.
+
+    Full fine-tuning is `Dense(dense=".*")`, BitFit (Ben Zaken et al., 2022,
+    https://arxiv.org/abs/2106.10199) is `Dense(dense=("bias$", "^classifier/"))`.
+
+    It adds nothing, so `strength` has nothing to damp here. w0 + strength * (w - w0)
+    would, and needs a second copy of the trained leaves.
+
+    Example:
+      >>> Dense(dense="^classifier/").dense
+      '^classifier/'
+    """

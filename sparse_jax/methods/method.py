@@ -1,0 +1,123 @@
+"""What a method is: which leaves it trains, and what it adds to the layers."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+
+from sparse_jax.errors import InputError
+from sparse_jax.models.attachment import Module
+from sparse_jax.params.names import Rule
+from sparse_jax.params.roles import Role, roles_of
+from sparse_jax.supports.granularity import ENTRY, Granularity
+from sparse_jax.supports.scores import Score, gradient
+
+__all__ = ["Method", "refuse_to_merge"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to fine-tune a model: hashable, without arrays.
+
+    The base class trains nothing; each method overrides what it needs.
+    """
+
+    # Expressions of the leaves trained in full, such as the classifier.
+    dense: Rule | None = None
+    # Top-level subtree whose leaves start with the layer axis [L] and which the model
+    # runs through its `Attachment`; None if the model has no such stack.
+    stack: str | None = "layers"
+
+    def __post_init__(self):
+        # Rules may be given as lists, which have no hash.
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+
+    @property
+    def score(self) -> Score:
+        """What the sparse leaves are selected by."""
+        return gradient
+
+    @property
+    def unit(self) -> Granularity:
+        """What is chosen in the sparse leaves."""
+        return ENTRY
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the selection has to see a gradient."""
+        return False
+
+    def roles(self, params: Any) -> Any:
+        """Returns the role of every leaf of the parameters."""
+        return self._roles(params, where=())
+
+    def support_size(self, role: Role) -> int:
+        """Returns the entries trained in a sparse leaf, or in one layer of it."""
+        return role.size
+
+    def added(self, params: Any, key: jax.Array) -> Any:
+        """Returns the new arrays of the method, leading axis [L], float32."""
+        del params, key
+        return {}
+
+    def response(
+        self,
+        site: str,
+        module: Module,
+        x: jax.Array,
+        added: Any,
+        strength: jax.typing.ArrayLike = 1.0,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the output of a site in one layer, changed by the method.
+
+        Args:
+          site: name of the module inside its layer, such as "attention/query".
+          module: maps x to the output of the base model; has the weights.
+          x: input of the module, such as `[B, T, in]`.
+          added: the slice of `added` that belongs to the layer.
+          strength: shape=(), factor of what the method adds; 0 is the base model.
+          key: of the layer, for dropout inside the method; None turns it off.
+        """
+        del site, added, strength, key
+        return module(x)
+
+    def merge(self, params: Any, added: Any) -> Any:
+        """Returns parameters that alone compute what the method computes.
+
+        Raises:
+          InputError: if no parameters do, because the method is not linear.
+        """
+        del added
+        return params
+
+    def _roles(self, params: Any, *, where: Rule | None) -> Any:
+        """Returns the roles by the rules of this method."""
+        subtrees = params if isinstance(params, Mapping) else {}
+        stacked = (
+            f"^{re.escape(self.stack)}/"
+            if self.stack and self.stack in subtrees
+            else None
+        )
+        return roles_of(params, where=where, dense=self.dense, stacked=stacked)
+
+
+def refuse_to_merge(method: Method, params: Any, added: Any) -> Any:
+    """Returns the parameters if nothing is added, and raises otherwise.
+
+    Raises:
+      InputError: saying what to do instead.
+    """
+    if added:
+        raise InputError(
+            "`method` must be linear in its input to be merged, got "
+            f"{type(method).__name__}. Keep it attached: `apply_adapter` returns the "
+            "attachment that the model takes."
+        )
+    return params

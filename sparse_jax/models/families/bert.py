@@ -1,0 +1,160 @@
+"""BERT and RoBERTa.
+
+XLM-RoBERTa and CamemBERT are the same architecture with other words.
+
+References:
+  Liu et al., 2019. https://arxiv.org/abs/1907.11692
+  Conneau et al., 2020. https://arxiv.org/abs/1911.02116
+  Martin et al., 2020. https://arxiv.org/abs/1911.03894
+
+References:
+  Devlin et al., 2018. https://arxiv.org/abs/1810.04805
+"""
+
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.family import Family
+from sparse_jax.models.modules import dropout, linear, split_key
+
+__all__ = ["BERT", "BERT_NAMES", "CAMEMBERT", "ROBERTA", "ROBERTA_NAMES", "XLM_ROBERTA"]
+
+BERT_NAMES = MappingProxyType(
+    {
+        "embeddings/word": "bert.embeddings.word_embeddings",
+        "embeddings/position": "bert.embeddings.position_embeddings",
+        "embeddings/token_type": "bert.embeddings.token_type_embeddings",
+        "embeddings/norm": "bert.embeddings.LayerNorm",
+        "layers/attention/query": "bert.encoder.layer.{}.attention.self.query",
+        "layers/attention/key": "bert.encoder.layer.{}.attention.self.key",
+        "layers/attention/value": "bert.encoder.layer.{}.attention.self.value",
+        "layers/attention/output": "bert.encoder.layer.{}.attention.output.dense",
+        "layers/attention/norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
+        "layers/mlp/up": "bert.encoder.layer.{}.intermediate.dense",
+        "layers/mlp/down": "bert.encoder.layer.{}.output.dense",
+        "layers/mlp/norm": "bert.encoder.layer.{}.output.LayerNorm",
+        "pooler": "bert.pooler.dense",
+        "classifier": "classifier",
+        "lm_head": "cls.predictions",
+        "lm_head/dense": "cls.predictions.transform.dense",
+        "lm_head/norm": "cls.predictions.transform.LayerNorm",
+    }
+)
+
+
+class BertClassifier(nnx.Linear):
+    """A linear map of the pooled vector, with dropout: `[B, num_labels]`."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(config.initializer_range)
+        size = config.hidden_size
+        super().__init__(size, config.num_labels, kernel_init=init, rngs=rngs)
+        self.dropout = config.classifier_dropout
+
+    def __call__(
+        self, inputs: jax.Array, out_sharding=None, *, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Maps `[B, D]` to logits."""
+        return super().__call__(dropout(inputs, self.dropout, key), out_sharding)
+
+
+def _pooler(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    """Creates the linear map of the first token."""
+    return linear(config, config.hidden_size, config.hidden_size, rngs)
+
+
+def _bert_position_ids(input_ids: jax.Array, pad_id: int) -> jax.Array:
+    """Counts the columns of the batch from zero."""
+    del pad_id
+    return jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+
+
+BERT = Family(
+    name="bert",
+    prefix="bert",
+    position_offset=lambda pad_id: 0,
+    position_ids=_bert_position_ids,
+    pooler=_pooler,
+    classifier=BertClassifier,
+    lm_activation=None,
+    architectures=MappingProxyType(
+        {
+            "SequenceClassifier": "BertForSequenceClassification",
+            "MaskedLM": "BertForMaskedLM",
+        }
+    ),
+    names=BERT_NAMES,
+)
+
+
+ROBERTA_NAMES = MappingProxyType(
+    {
+        "embeddings/word": "roberta.embeddings.word_embeddings",
+        "embeddings/position": "roberta.embeddings.position_embeddings",
+        "embeddings/token_type": "roberta.embeddings.token_type_embeddings",
+        "embeddings/norm": "roberta.embeddings.LayerNorm",
+        "layers/attention/query": "roberta.encoder.layer.{}.attention.self.query",
+        "layers/attention/key": "roberta.encoder.layer.{}.attention.self.key",
+        "layers/attention/value": "roberta.encoder.layer.{}.attention.self.value",
+        "layers/attention/output": "roberta.encoder.layer.{}.attention.output.dense",
+        "layers/attention/norm": "roberta.encoder.layer.{}.attention.output.LayerNorm",
+        "layers/mlp/up": "roberta.encoder.layer.{}.intermediate.dense",
+        "layers/mlp/down": "roberta.encoder.layer.{}.output.dense",
+        "layers/mlp/norm": "roberta.encoder.layer.{}.output.LayerNorm",
+        "classifier/dense": "classifier.dense",
+        "classifier/out_proj": "classifier.out_proj",
+        "lm_head": "lm_head",
+        "lm_head/dense": "lm_head.dense",
+        "lm_head/norm": "lm_head.layer_norm",
+    }
+)
+
+
+class RobertaClassifier(nnx.Module):
+    """Two linear maps of the first token with tanh between: `[B, num_labels]`."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.dropout = config.classifier_dropout
+        self.dense = linear(config, config.hidden_size, config.hidden_size, rngs)
+        self.out_proj = linear(config, config.hidden_size, config.num_labels, rngs)
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Maps `[B, D]` to logits."""
+        first_key, second_key = split_key(key, 2)
+        x = jnp.tanh(self.dense(dropout(x, self.dropout, first_key)))
+        return self.out_proj(dropout(x, self.dropout, second_key))
+
+
+def _roberta_position_ids(input_ids: jax.Array, pad_id: int) -> jax.Array:
+    """Counts the tokens of each row from `pad_id + 1`; padding gets `pad_id`."""
+    is_token = (input_ids != pad_id).astype(jnp.int32)
+    return jnp.cumsum(is_token, axis=1) * is_token + pad_id
+
+
+def _family(name: str, class_name: str) -> Family:
+    """Returns a family of this architecture."""
+    return Family(
+        name=name,
+        prefix="roberta",
+        position_offset=lambda pad_id: pad_id + 1,
+        position_ids=_roberta_position_ids,
+        pooler=None,
+        classifier=RobertaClassifier,
+        lm_activation="gelu",
+        architectures=MappingProxyType(
+            {
+                "SequenceClassifier": f"{class_name}ForSequenceClassification",
+                "MaskedLM": f"{class_name}ForMaskedLM",
+            }
+        ),
+        names=ROBERTA_NAMES,
+    )
+
+
+ROBERTA = _family("roberta", "Roberta")
+XLM_ROBERTA = _family("xlm-roberta", "XLMRoberta")
+CAMEMBERT = _family("camembert", "Camembert")

@@ -1,0 +1,67 @@
+"""GPT-2: learnt positions, layer norms before attention and MLP.
+
+References:
+  Radford et al., 2019. Language Models are Unsupervised Multitask Learners.
+"""
+
+from functools import partial
+from types import MappingProxyType
+
+from sparse_jax.models.classic_decoder import ClassicEmbeddings, ClassicLayer, Place
+from sparse_jax.models.family import FUSED, ClassicFamily, Layout, Parts, mlp_size
+from sparse_jax.models.modules import layer_norm
+
+__all__ = ["GPT2"]
+
+GPT2 = ClassicFamily(
+    name="gpt2",
+    parts=Parts(
+        embeddings=partial(ClassicEmbeddings, has_positions=True),
+        layer=ClassicLayer,
+        norm=layer_norm,
+        place=lambda config, positions, seen: Place(),
+    ),
+    # Its linear maps are PyTorch's `Conv1D`, and the first makes all three of these.
+    layout=Layout(is_upright=True, fused=FUSED),
+    required=MappingProxyType(
+        {
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        }
+    ),
+    fields=lambda theirs: {
+        "intermediate_size": mlp_size(theirs),
+        "max_positions": theirs.n_positions,
+        "hidden_act": theirs.activation_function,
+        "embedding_dropout": theirs.embd_pdrop,
+        "hidden_dropout": theirs.resid_pdrop,
+        "attention_dropout": theirs.attn_pdrop,
+    },
+    their_fields=lambda config: {
+        "n_inner": config.intermediate_size,
+        "n_positions": config.max_positions,
+        "activation_function": config.hidden_act,
+        "embd_pdrop": config.embedding_dropout,
+        "resid_pdrop": config.hidden_dropout,
+        "attn_pdrop": config.attention_dropout,
+    },
+    architectures=MappingProxyType({"CausalLM": "GPT2LMHeadModel"}),
+    names=MappingProxyType(
+        {
+            "embeddings/word": "transformer.wte",
+            "embeddings/position": "transformer.wpe",
+            "layers/attention/norm": "transformer.h.{}.ln_1",
+            "layers/attention/query": "transformer.h.{}.attn.c_attn",
+            "layers/attention/key": "transformer.h.{}.attn.c_attn",
+            "layers/attention/value": "transformer.h.{}.attn.c_attn",
+            "layers/attention/output": "transformer.h.{}.attn.c_proj",
+            "layers/mlp/norm": "transformer.h.{}.ln_2",
+            "layers/mlp/up": "transformer.h.{}.mlp.c_fc",
+            "layers/mlp/down": "transformer.h.{}.mlp.c_proj",
+            "norm": "transformer.ln_f",
+            "lm_head": "lm_head",
+        }
+    ),
+    bare=r"(wte|wpe|h|ln_f)\.",
+)

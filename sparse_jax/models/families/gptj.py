@@ -1,0 +1,84 @@
+"""GPT-J: rotary positions in a part of every head, attention and MLP side by side.
+
+References:
+  Wang and Komatsuzaki, 2021. https://github.com/kingoflolz/mesh-transformer-jax
+"""
+
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+from sparse_jax.errors import InputError
+from sparse_jax.models.classic_decoder import ClassicEmbeddings, ClassicLayer, Place
+from sparse_jax.models.config import ClassicConfig
+from sparse_jax.models.family import ClassicFamily, Parts, mlp_size
+from sparse_jax.models.modules import layer_norm
+from sparse_jax.models.position_embeddings import angles, base_frequencies
+
+__all__ = ["GPTJ"]
+
+
+def _place(config: ClassicConfig, positions: jax.Array, seen: jax.Array) -> Place:
+    """Returns the angles of the tokens."""
+    del seen
+    return Place(turn=angles(positions, base_frequencies(config.rotary_size, 10000.0)))
+
+
+def _rotary_size(theirs: Any) -> int:
+    """Returns how many entries of every head are turned."""
+    if theirs.rotary_dim == 0:
+        raise InputError(
+            "`rotary_dim` must be positive, or null for whole heads, got 0."
+        )
+    return theirs.rotary_dim or theirs.n_embd // theirs.n_head
+
+
+GPTJ = ClassicFamily(
+    name="gptj",
+    parts=Parts(
+        embeddings=ClassicEmbeddings,
+        layer=partial(ClassicLayer, is_parallel=True),
+        norm=layer_norm,
+        place=_place,
+        has_head_bias=True,
+    ),
+    # A tied head would have a bias and no kernel.
+    required=MappingProxyType({"tie_word_embeddings": False}),
+    fields=lambda theirs: {
+        "intermediate_size": mlp_size(theirs),
+        "max_positions": theirs.n_positions,
+        "hidden_act": theirs.activation_function,
+        "attention_bias": False,
+        "rotary_size": _rotary_size(theirs),
+        "embedding_dropout": theirs.embd_pdrop,
+        "hidden_dropout": theirs.resid_pdrop,
+        "attention_dropout": theirs.attn_pdrop,
+    },
+    their_fields=lambda config: {
+        "n_inner": config.intermediate_size,
+        "n_positions": config.max_positions,
+        "activation_function": config.hidden_act,
+        "rotary_dim": config.rotary_size,
+        "embd_pdrop": config.embedding_dropout,
+        "resid_pdrop": config.hidden_dropout,
+        "attn_pdrop": config.attention_dropout,
+    },
+    architectures=MappingProxyType({"CausalLM": "GPTJForCausalLM"}),
+    names=MappingProxyType(
+        {
+            "embeddings/word": "transformer.wte",
+            "layers/attention/norm": "transformer.h.{}.ln_1",
+            "layers/attention/query": "transformer.h.{}.attn.q_proj",
+            "layers/attention/key": "transformer.h.{}.attn.k_proj",
+            "layers/attention/value": "transformer.h.{}.attn.v_proj",
+            "layers/attention/output": "transformer.h.{}.attn.out_proj",
+            "layers/mlp/up": "transformer.h.{}.mlp.fc_in",
+            "layers/mlp/down": "transformer.h.{}.mlp.fc_out",
+            "norm": "transformer.ln_f",
+            "lm_head": "lm_head",
+        }
+    ),
+    bare=r"(wte|h|ln_f)\.",
+)

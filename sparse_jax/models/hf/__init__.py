@@ -1,0 +1,1 @@
+"""Models and Hugging Face's files."""

@@ -1,0 +1,102 @@
+"""Linear maps, tables, norms and dropout as every model creates them."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_jax.models.config import ClassicConfig, DecoderConfig, EncoderConfig
+from sparse_jax.params.axes import keep_rows_whole
+
+__all__ = ["RmsNorm", "dropout", "embed", "layer_norm", "linear", "split_key"]
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a fraction `rate` of the entries and scales the others by 1/(1 - rate).
+
+    Without a key the array passes unchanged.
+
+    Example:
+      >>> dropout(jnp.ones(2), 0.5, None)
+      Array([1., 1.], dtype=float32)
+    """
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def split_key(key: jax.Array | None, num: int) -> list[jax.Array | None]:
+    """Splits a key into `num` keys, or no key into `num` times no key.
+
+    Example:
+      >>> split_key(None, 2)
+      [None, None]
+    """
+    return [None] * num if key is None else list(jax.random.split(key, num))
+
+
+Config = EncoderConfig | DecoderConfig | ClassicConfig
+
+
+def linear(
+    config: Config, num_in: int, num_out: int, rngs: nnx.Rngs, *, use_bias: bool = True
+) -> nnx.Linear:
+    """Creates `x @ kernel + bias` with a normal kernel and a zero bias, if any."""
+    init = _normal(config)
+    return nnx.Linear(num_in, num_out, use_bias=use_bias, kernel_init=init, rngs=rngs)
+
+
+class Table(nnx.Embed):
+    """A table of vectors, of which a lookup sees whole ones on a mesh."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Returns the vectors `[..., D]` of some rows."""
+        return jnp.take(keep_rows_whole(self.embedding[...]), inputs, axis=0)
+
+
+def embed(config: Config, num_rows: int, rngs: nnx.Rngs) -> Table:
+    """Creates a table of normal vectors of the hidden size."""
+    init = _normal(config)
+    table = Table(num_rows, config.hidden_size, embedding_init=init, rngs=rngs)
+    return table
+
+
+def layer_norm(config: EncoderConfig | ClassicConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Creates a layer norm over the hidden size, with statistics in float32."""
+    # The fast variance E[x^2] - E[x]^2 loses digits that PyTorch keeps.
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=config.layer_norm_eps,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def _normal(config: Config) -> jax.nn.initializers.Initializer:
+    """Returns the initialiser of kernels and tables."""
+    return jax.nn.initializers.normal(config.initializer_range, jnp.float32)
+
+
+class RmsNorm(nnx.Module):
+    """Scales vectors to a root mean square of one, then by a learnt scale.
+
+        y = x / sqrt(mean(x^2) + eps) * (offset + scale)
+
+    The mean is taken in float32.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
+        self.eps = eps
+        self.offset = offset
+        self.scale = nnx.Param(jnp.full(size, 1.0 - offset))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Norms the last axis, in the dtype of `x`."""
+        wide = x.astype(jnp.float32)
+        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(mean + self.eps)
+        scale = self.scale[...].reshape(*[1] * (x.ndim - 1), -1)
+        if self.offset:
+            # Gemma multiplies in float32 and rounds last; the others round first.
+            return (y * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
+        return y.astype(x.dtype) * scale

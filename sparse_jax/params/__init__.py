@@ -1,0 +1,1 @@
+"""Parameters: the names, roles and axes of their leaves."""

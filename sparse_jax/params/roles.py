@@ -1,0 +1,129 @@
+"""Which leaves are trained sparsely, which in full, and which not at all."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_jax.errors import InputError
+from sparse_jax.params.names import Rule, first_match, map_named, require_match
+
+__all__ = ["DENSE", "FROZEN", "SPARSE", "TRAINED", "Role", "map_roles", "roles_of"]
+
+SPARSE, DENSE, FROZEN = "sparse", "dense", "frozen"
+TRAINED = (SPARSE, DENSE)
+
+# Positions and counts are int32.
+_MOST_ENTRIES = 2**31 - 1
+
+
+class Role(NamedTuple):
+    """What a method does with one leaf."""
+
+    kind: str  # SPARSE, DENSE or FROZEN
+    name: str
+    stacked: bool  # whether the first axis counts layers
+    size: int  # entries of the array, or of one layer of the stack
+
+    def packed_shape(self, shape: tuple[int, ...], k: int) -> tuple[int, ...]:
+        """Returns (k,), or (L, k) for a stack of L layers."""
+        return (shape[0], k) if self.stacked else (k,)
+
+
+def roles_of(
+    tree: Any,
+    *,
+    where: Rule | None = None,
+    dense: Rule | None = None,
+    stacked: Rule | None = None,
+) -> Any:
+    """Returns the role of every leaf, by ordered rules over leaf names.
+
+    `dense` comes first, then `where` (everything, if it is None), then frozen; leaves
+    that do not hold floating-point numbers are frozen. Every leaf gets a role.
+
+    Raises:
+      InputError: if a pattern matches no leaf.
+
+    Example:
+      >>> tree = {"query": jnp.zeros((4, 4)), "classifier": jnp.zeros(4)}
+      >>> jax.tree.map(lambda role: role.kind, roles_of(tree, dense="classifier"),
+      ...              is_leaf=lambda node: isinstance(node, Role))
+      {'classifier': 'dense', 'query': 'sparse'}
+    """
+    kinds: dict[str, Any] = {}
+    map_named(lambda name, leaf: kinds.update({name: _dtype(name, leaf)}), tree)
+    names = list(kinds)
+    # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
+    if names:
+        require_match("where", where, names)
+        require_match("dense", dense, names)
+        require_match("stacked", stacked, names)
+        _require_floats("where", where, kinds)
+        _require_floats("dense", dense, kinds)
+    rules = {DENSE: dense, SPARSE: ".*" if where is None else where}
+
+    def role(name: str, leaf: Any) -> Role:
+        kind = first_match(rules, name, FROZEN)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.size == 0:
+            kind = FROZEN
+        is_stacked = first_match({"stacked": stacked}, name, "") == "stacked"
+        if is_stacked and not leaf.shape:
+            raise InputError(
+                f"`{name}` must have an axis of layers to be stacked, got a scalar. "
+                "Leave it out of `stacked`."
+            )
+        size = math.prod(leaf.shape[int(is_stacked) :])
+        if kind == SPARSE and size > _MOST_ENTRIES:
+            raise InputError(
+                f"`{name}` must have fewer than 2**31 entries{' a layer' * is_stacked} "
+                f"to be trained sparsely, got shape {list(leaf.shape)}. Name stacks of "
+                "layers by `stacked`, or leave it out of `where`."
+            )
+        return Role(kind, name, is_stacked, size)
+
+    return map_named(role, tree)
+
+
+def _dtype(name: str, leaf: Any) -> Any:
+    """Returns the dtype of a leaf, or raises if it is no array."""
+    if not hasattr(leaf, "dtype"):
+        raise InputError(
+            f"`{name}` must be an array, got {leaf!r}. Convert it by `jnp.asarray`."
+        )
+    return leaf.dtype
+
+
+def _require_floats(argument: str, rule: Rule | None, dtypes: dict[str, Any]) -> None:
+    """Raises if all that an expression matches holds something else than reals."""
+    for pattern in (rule,) if isinstance(rule, str) else rule or ():
+        found = [dtype for name, dtype in dtypes.items() if re.search(pattern, name)]
+        if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in found):
+            raise InputError(
+                f"`{argument}` must match a leaf of real floating-point numbers, got "
+                f"{pattern!r} for {', '.join(sorted({str(d) for d in found}))}."
+            )
+
+
+def map_roles(
+    function: Callable[..., Any],
+    roles: Any,
+    *trees: Any,
+    only: Sequence[str] = (SPARSE, DENSE, FROZEN),
+) -> Any:
+    """Maps `function(role, *leaves)` over trees that have a node for every role.
+
+    Leaves of a kind that is not in `only` become `optax.MaskedNode()`, and may be
+    that in any of the trees, so that trees of trained leaves keep the structure of
+    the parameters.
+    """
+
+    def masked(role: Role, *leaves: Any) -> Any:
+        return function(role, *leaves) if role.kind in only else optax.MaskedNode()
+
+    is_role = lambda node: isinstance(node, Role)
+    return jax.tree.map(masked, roles, *trees, is_leaf=is_role)

@@ -1,0 +1,127 @@
+"""Packing: trees of trained values, and the parameters they came from.
+
+A packed tree has the structure of the parameters: float32 values at the support of a
+sparse leaf, the whole array of a dense leaf, `optax.MaskedNode()` for a frozen one.
+Only values of float64 leaves are float64.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_jax.params.roles import DENSE, SPARSE, TRAINED, Role, map_roles
+from sparse_jax.supports.support import gather, scatter
+
+__all__ = [
+    "below_float32",
+    "current_values",
+    "keep_masters",
+    "pack",
+    "route",
+    "unpack",
+    "value_dtype",
+    "write_back",
+    "zeros_like",
+]
+
+
+def below_float32(leaf: Any) -> bool:
+    """Returns whether a leaf is too coarse for small updates (bfloat16, float16)."""
+    return jnp.dtype(leaf.dtype).itemsize < 4
+
+
+def value_dtype(leaf: Any) -> Any:
+    """Returns the dtype of the trained values of a leaf: float32, or its float64."""
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def pack(roles: Any, support: Any, tree: Any) -> Any:
+    """Returns the trained values of a tree shaped like the parameters."""
+
+    def pack_leaf(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
+        values = gather(leaf, support) if role.kind == SPARSE else leaf
+        return values.astype(value_dtype(leaf))
+
+    return map_roles(pack_leaf, roles, tree, support, only=TRAINED)
+
+
+def unpack(roles: Any, support: Any, like: Any, packed: Any) -> Any:
+    """Returns packed values in the shapes and dtypes of `like`, zero elsewhere."""
+
+    def unpack_leaf(role: Role, leaf: Any, support: Any, values: Any) -> Any:
+        if role.kind == DENSE:
+            return values.astype(leaf.dtype)
+        zeros = _zeros(leaf)
+        return scatter(zeros, support, values) if role.kind == SPARSE else zeros
+
+    return map_roles(unpack_leaf, roles, like, support, packed)
+
+
+def keep_masters(roles: Any, packed: Any, params: Any) -> Any:
+    """Returns the packed values of the leaves below float32, `MaskedNode()` elsewhere.
+
+    A float32 leaf is its own master: a second copy would cost 4 bytes an entry.
+    """
+
+    def keep(role: Role, values: Any, leaf: Any) -> Any:
+        return values if below_float32(leaf) else optax.MaskedNode()
+
+    return map_roles(keep, roles, packed, params, only=TRAINED)
+
+
+def current_values(roles: Any, support: Any, masters: Any, params: Any) -> Any:
+    """Returns the packed values: masters where there are any, else the parameters."""
+
+    def current(role: Role, leaf: Any, support: Any, master: Any) -> Any:
+        if below_float32(leaf):
+            return master
+        return gather(leaf, support) if role.kind == SPARSE else leaf
+
+    return map_roles(current, roles, params, support, masters, only=TRAINED)
+
+
+def route(
+    roles: Any, params: Any, tap_leaf: Callable[..., Any], *trees: Any
+) -> tuple[Any, tuple]:
+    """Puts dense values and taps into the parameters, and splits off the stack's.
+
+    Returns the parameters for the forward pass and, for every tree, its sparse
+    leaves that are stacked: these are tapped inside the stack, one layer at a time.
+    """
+
+    def place(role: Role, leaf: jax.Array, *values: Any) -> jax.Array:
+        if role.kind == DENSE and not isinstance(values[0], optax.MaskedNode):
+            return values[0].astype(leaf.dtype)
+        if role.kind == SPARSE and not role.stacked:
+            return tap_leaf(role, leaf, *values)
+        return leaf
+
+    def inside(role: Role, value: Any) -> Any:
+        return value if role.stacked else optax.MaskedNode()
+
+    placed = map_roles(place, roles, params, *trees)
+    return placed, tuple(map_roles(inside, roles, t, only=(SPARSE,)) for t in trees)
+
+
+def write_back(roles: Any, params: Any, support: Any, leaves: Any) -> Any:
+    """Writes the trained values into the parameters, in place if these are donated."""
+
+    def write(role: Role, leaf: jax.Array, support: Any, values: Any) -> jax.Array:
+        if role.kind == SPARSE:
+            return scatter(leaf, support, values)
+        return values.astype(leaf.dtype) if role.kind in TRAINED else leaf
+
+    return map_roles(write, roles, params, support, leaves)
+
+
+def zeros_like(tree: Any) -> Any:
+    """Returns zeros in the shapes and dtypes of a tree of gradients."""
+    return jax.tree.map(_zeros, tree)
+
+
+def _zeros(leaf: Any) -> Any:
+    """Returns zeros like a leaf; a gradient of integers (float0) is zero already."""
+    return leaf if leaf.dtype == jax.dtypes.float0 else jnp.zeros_like(leaf)

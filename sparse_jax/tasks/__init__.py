@@ -1,1 +1,0 @@
-"""Tasks: examples from files, metrics, and batches of tokens."""
