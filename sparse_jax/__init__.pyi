@@ -49,3 +49,5 @@ from .transforms.ist import ist as ist
 from .transforms.ist import ist_value_fn as ist_value_fn
 from .transforms.sift import SiftState as SiftState
 from .transforms.sift import sift as sift
+
+__version__: str

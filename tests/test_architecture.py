@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -49,30 +50,45 @@ def name(path):
     return str(path.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_imports_point_downwards(path):
+def arrows(path):
+    """Rooms that a file imports from and must not."""
     here = room(path.relative_to(PACKAGE).with_suffix("").parts)
     for module in imported(path):
-        assert not module.startswith(("experiments", "tests"))
+        if module.startswith(("experiments", "tests")):
+            yield f"{here} -> {module}"
         if module.startswith("sparse_jax."):
             there = room(module.split(".")[1:])
-            assert there == here or LEVEL[there] < LEVEL[here], f"{here} -> {there}"
+            if there != here and LEVEL[there] >= LEVEL[here]:
+                yield f"{here} -> {there}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_no_file_needs_a_table_of_contents(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
-
-
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_slow_libraries_are_imported_where_they_are_used(path):
+def heavy(path):
+    """Slow libraries that a file loads when it is imported."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         modules = []
         if isinstance(node, ast.ImportFrom) and node.module:
             modules = [node.module]
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-        assert not {module.split(".")[0] for module in modules} & SLOW
+        yield from {module.split(".")[0] for module in modules} & SLOW
+
+
+def too_long(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    return [f"{lines} lines"] if lines > 400 else []
+
+
+LINTS = {
+    "imports point downwards": arrows,
+    "no file needs a table of contents": too_long,
+    "slow libraries are imported where they are used": heavy,
+}
+
+
+@pytest.mark.parametrize("lint", LINTS.values(), ids=LINTS)
+def test_every_file_of_the_package(lint):
+    offenders = [f"{name(path)}: {what}" for path in FILES for what in lint(path)]
+    assert not offenders, "\n".join(offenders)
 
 
 IMPORTS = {
@@ -91,3 +107,7 @@ def test_an_import_loads_no_library_that_it_does_not_need(code, heavy):
 def test_every_public_name_can_be_reached():
     for public in sparse_jax.__all__:
         assert getattr(sparse_jax, public) is not None
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert sparse_jax.__version__ == version("sparse_jax")
