@@ -282,6 +282,7 @@ SETTINGS = {
     "max_length": ("9", "must be a whole number .*, got '9'"),
     "seed": (2**32, r"must be in \[0, 2\*\*32\), got 4294967296"),
     "rslora": (1, "must be true or false, got 1"),
+    "base_labels": (["a", 1], r"must be a list of texts, got \['a', 1\]"),
     "drop_unlabeled": ("no", "must be true or false, got 'no'"),
     "where": ([["query"]], "must be a regular expression, or a list of them, got"),
     "dtype": ("int8", "must be one of float32, bfloat16, float16, float64, got 'int8'"),

@@ -262,23 +262,28 @@ def test_the_order_of_an_adapter_wins_over_that_of_the_model(trained, tmp_path):
     assert metrics == {"accuracy": 1.0}
 
 
-def test_other_names_for_the_outputs_of_a_frozen_head_are_refused(trained, tmp_path):
+def test_another_order_of_a_frozen_head_is_refused_and_no_other_spelling(
+    trained, tmp_path
+):
     """The weights are the same, and the answers would be turned round."""
     folder, _, _ = trained
     data = write_rows(tmp_path / "data", "sentence", lambda label: label)
-    model = shutil.copytree(folder, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    names = {"0": "negative", "1": "positive"}
-    (model / "config.json").write_text(json.dumps({**config, "id2label": names}))
+    config = json.loads((folder / "config.json").read_text())
     for name, dense in (("frozen", ("^pooler/",)), ("trained", None)):
         settings = tiny_settings(
             folder, data, tmp_path / name, method="lora", dense=dense, max_steps=1,
             learning_rate=1e-9,
         )  # fmt: skip
         assert finetune(settings)["eval"] == {"accuracy": 1.0}
-    evaluate = lambda name: evaluate_adapter(
-        tmp_path / name, model=str(model), data=str(data)
-    )
+
+    def evaluate(adapter, *names):
+        model = shutil.copytree(folder, tmp_path / "model", dirs_exist_ok=True)
+        renamed = {**config, "id2label": dict(enumerate(names))}
+        (model / "config.json").write_text(json.dumps(renamed))
+        return evaluate_adapter(tmp_path / adapter, model=str(model), data=str(data))
+
     with pytest.raises(InputError, match="whose `config.json` has the labels"):
-        evaluate("frozen")
-    assert evaluate("trained") == {"accuracy": 1.0}
+        evaluate("frozen", "negative", "positive")
+    assert evaluate("frozen", "POS", "NEG") == {"accuracy": 1.0}
+    assert evaluate("frozen", "LABEL_0", "LABEL_1") == {"accuracy": 1.0}
+    assert evaluate("trained", "negative", "positive") == {"accuracy": 1.0}

@@ -71,6 +71,9 @@ _RULES = {
         lambda value: type(value) is bool, ("rslora", "packing", "drop_unlabeled"),
     ),
     "a regular expression, or a list of them": (_is_rule, ("where", "dense")),
+    "a list of texts": (
+        lambda value: isinstance(value, list) and _is_rule(value), ("base_labels",),
+    ),
     "text": (
         lambda value: isinstance(value, str),
         (

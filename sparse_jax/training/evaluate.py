@@ -1,5 +1,7 @@
 """Evaluation of a saved adapter."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ from sparse_jax.adapter.file import Adapter, load_adapter
 from sparse_jax.adapter.use import apply_adapter, base_folder
 from sparse_jax.data.glue import TASKS
 from sparse_jax.errors import InputError, brief, listed
-from sparse_jax.models.hf.labels import label_leaves
+from sparse_jax.models.hf.labels import label_leaves, use_of_head
 from sparse_jax.training.base_model import Base
 from sparse_jax.training.objective import Objective, flattened
 from sparse_jax.training.settings import Settings
@@ -108,19 +110,23 @@ def _require_labels(adapter: Adapter, objective: Objective) -> None:
 
 
 def _require_same_head(adapter: Adapter, objective: Objective, base: Base) -> None:
-    """Raises if outputs of a head that is in the base have got other names since.
+    """Raises if outputs of a head that is in the base belong to other labels since.
 
-    The order of the names decides which output is taken for which label.
+    The names of the outputs say which of them is taken for which label.
     """
     before = adapter.settings.get("base_labels")
     now = objective.settings.get("base_labels")
     # Earlier versions did not record them; a head in the adapter needs no names.
-    if None in (before, now) or before == now:
+    if None in (before, now) or {*label_leaves(base.model)} <= adapter.dense.keys():
         return
-    if {*label_leaves(base.model)} <= adapter.dense.keys():
-        return
-    raise InputError(
-        "`model` must be the base of the adapter, whose `config.json` has the labels "
-        f"{brief(before)}, got {brief(now)} with the same weights. Pass the "
-        "`config.json` that the adapter was trained with."
-    )
+
+    def order(names: Sequence[str]) -> tuple[int, ...] | None:
+        config = replace(base.model.config, label_names=tuple(names) or None)
+        return use_of_head(config, adapter.labels).order
+
+    if order(before) != order(now):
+        raise InputError(
+            "`model` must be the base of the adapter, whose `config.json` has the "
+            f"labels {brief(before)}, got {brief(now)} with the same weights. Pass the "
+            "`config.json` that the adapter was trained with."
+        )
