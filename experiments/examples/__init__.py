@@ -1,0 +1,1 @@
+"""Short scripts to copy from, each of which runs in seconds on a CPU."""
