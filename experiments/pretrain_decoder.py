@@ -26,7 +26,7 @@ from sparse_jax import (
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import DecoderConfig
 from sparse_jax.models.families.llama import LLAMA
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 
 LENGTH = 128  # tokens
 END = "<|end|>"
@@ -58,7 +58,7 @@ def main() -> None:
         max_positions=2 * LENGTH,
         tied=True,
     )
-    model = PureModel(CausalLM, LLAMA, config)
+    model = Model(CausalLM, LLAMA, config)
     save_pretrained(model, model.init(jax.random.key(args.seed)), start)
     data = args.output / "text.jsonl"
     lines = (json.dumps({"text": text}) + "\n" for text in texts)

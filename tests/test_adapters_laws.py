@@ -16,10 +16,10 @@ from sparse_jax.methods.ia3 import IA3
 from sparse_jax.methods.lora import DoRA, LoRA
 from sparse_jax.methods.prefix import Prefix
 from sparse_jax.models.families.bert import BERT
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 
-MODEL = PureModel(SequenceClassifier, BERT, tiny_config("bert"))
+MODEL = Model(SequenceClassifier, BERT, tiny_config("bert"))
 BATCH = jax_batch(padded_batch("bert"))
 L, D, F = 2, 32, 48
 HEAD = "^classifier/"
@@ -240,7 +240,7 @@ def test_dropout_before_lora_needs_a_key():
     method = LoRA(rank=2, where="up", dropout=0.5)
     # The model's own dropout is off, so that only LoRA's is left.
     off = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0}
-    model = PureModel(SequenceClassifier, BERT, replace(tiny_config("bert"), **off))
+    model = Model(SequenceClassifier, BERT, replace(tiny_config("bert"), **off))
     params = tiny_params("bert", SequenceClassifier)
     added = jax.tree.map(jnp.ones_like, method.added(params, jax.random.key(0)))
     attachment = Attachment(

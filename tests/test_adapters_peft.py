@@ -14,12 +14,12 @@ from sparse_jax import Adapter, InputError
 from sparse_jax.adapter.peft import save_peft
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.families.llama import LLAMA
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 
 L, D, F, R = 2, 32, 48, 4
-BERT = PureModel(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
-ROBERTA = PureModel(SequenceClassifier, FAMILIES["roberta"], tiny_config("roberta"))
+BERT = Model(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
+ROBERTA = Model(SequenceClassifier, FAMILIES["roberta"], tiny_config("roberta"))
 LAYER = "base_model.model.bert.encoder.layer"
 HEAD = {
     "classifier/kernel": np.arange(3 * D, dtype=np.float32).reshape(D, 3),
@@ -100,7 +100,7 @@ def test_the_config_of_lora(tmp_path):
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_a_trained_word_table_is_also_the_head_that_is_tied_to_it(tmp_path, is_tied):
     """PEFT trains a copy of a module, and a head left alone would be the old one."""
-    model = PureModel(CausalLM, LLAMA, replace(CONFIG, tied=is_tied))
+    model = Model(CausalLM, LLAMA, replace(CONFIG, tied=is_tied))
     words = draw(CONFIG.vocab_size, CONFIG.hidden_size)
     site = {"a": draw(4, 16, R), "b": draw(4, R, 16)}
     adapter = Adapter(

@@ -35,13 +35,13 @@ from sparse_jax import (
 )
 from sparse_jax.adapter.rebuild import METHODS, method_of_adapter
 from sparse_jax.models.families.bert import BERT
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.pretrained import base_config
 from sparse_jax.params.roles import SPARSE, map_roles
 from sparse_jax.training.job import adapter_of
 
-MODEL = PureModel(SequenceClassifier, BERT, tiny_config("bert"))
+MODEL = Model(SequenceClassifier, BERT, tiny_config("bert"))
 QUERY = "layers/attention/query/kernel"
 
 

@@ -9,7 +9,7 @@ import pytest
 from sparse_jax import Attachment, Compact, Dense, LoRA, Sparse, sift
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import BERT
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.supports.scores import SCORES
 
@@ -23,7 +23,7 @@ CONFIG = EncoderConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
-MODEL = PureModel(SequenceClassifier, BERT, CONFIG)
+MODEL = Model(SequenceClassifier, BERT, CONFIG)
 WHERE, HEAD = "query/kernel|up/kernel|word", "^classifier/"
 
 

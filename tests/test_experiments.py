@@ -13,7 +13,7 @@ from experiments import glue, quickstart, sweep
 from sparse_jax.data.glue import find_task
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import ROBERTA
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.params.roles import SPARSE, map_roles
 from sparse_jax.training.build import method_of
@@ -38,7 +38,7 @@ def test_the_settings_of_the_paper_train_what_it_counts():
         intermediate_size=4096, max_positions=512, position_offset=2,
         type_vocab_size=1, pad_id=1,
     )  # fmt: skip
-    params = PureModel(SequenceClassifier, ROBERTA, config).abstract()
+    params = Model(SequenceClassifier, ROBERTA, config).abstract()
     method = method_of(glue.CONFIGS["mrpc"], ("^classifier/",))
     sizes = map_roles(
         lambda role, leaf: leaf.shape[0] * method.support_size(role),

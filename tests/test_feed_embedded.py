@@ -14,7 +14,7 @@ from sparse_jax.data.instructions import load_conversations
 from sparse_jax.data.tokenizer import load_tokenizer
 from sparse_jax.errors import InputError
 from sparse_jax.models.families.bert import BERT
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.params.names import map_named
 from sparse_jax.training.causal_feed import make_causal_feed
@@ -43,7 +43,7 @@ def pairs():
 
 def feed_of(tokenizer, **changes):
     """Returns the feed of the pairs for a tiny encoder, and that."""
-    model = PureModel(SequenceClassifier, BERT, replace(CONFIG, **changes))
+    model = Model(SequenceClassifier, BERT, replace(CONFIG, **changes))
     options = {"max_length": 16, "batch_size": 2}
     return make_feed(pairs(), tokenizer, model, **options), model
 

@@ -17,7 +17,7 @@ from sparse_jax.methods.prefix import Prefix
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import BERT
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import MaskedLM
 
 SIZES = {
@@ -187,7 +187,7 @@ def test_samples_of_one_prompt_differ_with_place_and_key(llama):
 
 
 @dataclass(frozen=True)
-class Traced(PureModel):
+class Traced(Model):
     """A model that counts how often a program of it is made."""
 
     count: ClassVar[list[int]] = []
@@ -345,4 +345,4 @@ def test_an_encoder_writes_nothing():
         vocab_size=9, hidden_size=4, num_layers=1, num_heads=2, intermediate_size=8
     )
     with pytest.raises(InputError, match="`model` must have the head CausalLM, got Ma"):
-        generate(PureModel(MaskedLM, BERT, config), {}, [[5]])
+        generate(Model(MaskedLM, BERT, config), {}, [[5]])

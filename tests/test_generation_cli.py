@@ -38,7 +38,7 @@ from sparse_jax.generation.writer import (
 )
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.families.llama import LLAMA
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.pretrained import base_hash
 from sparse_jax.models.hf.read_config import read_config
 from sparse_jax.training.setup import load_material
@@ -315,7 +315,7 @@ def chatty(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chatty")
     tokenizer = characters(chat_template=CHATML)
     config = replace(CONFIG, vocab_size=len(tokenizer), max_positions=128)
-    model = PureModel(CausalLM, LLAMA, config)
+    model = Model(CausalLM, LLAMA, config)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, "f4"), model.abstract())
     save_pretrained(model, params, folder)
     tokenizer.save_pretrained(folder)

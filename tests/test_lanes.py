@@ -28,7 +28,7 @@ from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import BERT
 from sparse_jax.models.families.llama import LLAMA
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.params.names import map_named
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
@@ -53,7 +53,7 @@ CONFIG = EncoderConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
-MODEL = PureModel(SequenceClassifier, BERT, CONFIG)
+MODEL = Model(SequenceClassifier, BERT, CONFIG)
 WHERE, HEAD = "query/(kernel|bias)|(up|down)/kernel", "^classifier/"
 METHOD = Sparse(density=0.05, where=WHERE, dense=HEAD, granularity=LANE)
 EDGES = [0.0, -0.0, 1.0, -1.0, 2.0, np.nan, np.inf]
@@ -392,7 +392,7 @@ DECODER = replace(
 
 def run_decoder(shape=None, method=None):
     """Returns losses and the last state of a decoder, on a mesh if there is one."""
-    model = PureModel(CausalLM, LLAMA, DECODER)
+    model = Model(CausalLM, LLAMA, DECODER)
     params = model.init(jax.random.key(0), jnp.float32)
     loss, tx = make_token_loss(model), optax.sgd(0.3)
     method = method or Sparse(density=0.05, where="layers/.*kernel", granularity=LANE)

@@ -17,7 +17,7 @@ from tiny_models import (
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import EncoderConfig, max_length_of
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
 from sparse_jax.params.names import leaf_names
 
@@ -37,7 +37,7 @@ both_families = pytest.mark.parametrize("name", ["bert", "roberta"])
 
 def tiny(name, head=SequenceClassifier, **changes):
     """Returns a model, its parameters and a batch."""
-    model = PureModel(head, FAMILIES[name], tiny_config(name, **changes))
+    model = Model(head, FAMILIES[name], tiny_config(name, **changes))
     return model, tiny_params(name, head), jax_batch(padded_batch(name))
 
 
@@ -143,7 +143,7 @@ def test_only_a_key_turns_dropout_on(rates):
 def test_the_head_of_roberta_drops_entries_only_with_a_key():
     _, params, _ = tiny("roberta")
     config = tiny_config("roberta", classifier_dropout=0.5)
-    module = PureModel(SequenceClassifier, FAMILIES["roberta"], config).bind(params)
+    module = Model(SequenceClassifier, FAMILIES["roberta"], config).bind(params)
     x = jnp.ones((2, 32))
     np.testing.assert_array_equal(*module.classifier(x))
     dropped = module.classifier(x, key=jax.random.key(0, impl="rbg"))
@@ -290,7 +290,7 @@ def test_the_longest_sequence_is_finite_and_one_more_is_not(name):
 
 def test_equal_models_are_one_static_argument():
     first, params, batch = tiny("bert")
-    second = PureModel(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
+    second = Model(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
     assert first == second and hash(first) == hash(second)
     run = jax.jit(lambda model, params, batch: model(params, batch), static_argnums=0)
     run(first, params, batch)
@@ -331,14 +331,14 @@ def test_roberta_has_512_usable_positions():
         position_offset=2,
         pad_id=1,
     )
-    model = PureModel(SequenceClassifier, FAMILIES["roberta"], config)
+    model = Model(SequenceClassifier, FAMILIES["roberta"], config)
     table = model.abstract()["embeddings"]["position"]["embedding"]
     assert (max_length_of(config), table.shape) == (512, (514, 768))
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
 def test_a_batch_that_lacks_an_array_is_refused(name):
-    model = PureModel(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
+    model = Model(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
     batch = {
         "input_ids": jnp.ones((1, 3), int),
         "attention_mask": jnp.ones((1, 3), int),

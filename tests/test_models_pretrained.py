@@ -18,7 +18,7 @@ from tiny_models import (
 )
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
 from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.pretrained import base_hash, from_pretrained, save_pretrained
@@ -32,7 +32,7 @@ def save(tmp_path):
     """Returns a function that saves a tiny model and gives its folder."""
 
     def save(name, head=SequenceClassifier, **changes):
-        model = PureModel(head, FAMILIES[name], tiny_config(name, **changes))
+        model = Model(head, FAMILIES[name], tiny_config(name, **changes))
         params = tiny_params(name, head)
         save_pretrained(model, params, tmp_path / name)
         return tmp_path / name, model, params

@@ -18,7 +18,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.generation.choice import Greedy
 from sparse_jax.generation.writer import load_writer
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import MaskedLM
 from sparse_jax.sharding.load_sharded import load_onto
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
@@ -54,7 +54,7 @@ def encoder(tmp_path):
     """Returns a function that writes a tiny encoder."""
 
     def write(name, head):
-        model = PureModel(head, FAMILIES[name], tiny_config(name))
+        model = Model(head, FAMILIES[name], tiny_config(name))
         save_pretrained(model, tiny_params(name, head), tmp_path / name)
         return tmp_path / name
 

@@ -16,7 +16,7 @@ from sparse_jax.cli.main import main
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.families.llama import LLAMA
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.planning import target as targets
 from sparse_jax.planning.abstract import abstract_run, held_bytes, read_model
 from sparse_jax.planning.hlo import Traffic, collectives_of, count_flops
@@ -31,7 +31,7 @@ needs_compiler = pytest.mark.skipif(
 )
 ALL = MeshShape(data=2, fsdp=2, tensor=2)
 ALONE = MeshShape()
-TINY = PureModel(CausalLM, LLAMA, CONFIG)
+TINY = Model(CausalLM, LLAMA, CONFIG)
 METHODS = {
     "sift": {"method": "sift", "density": 0.1},
     "sift+ist": {"method": "sift", "density": 0.1, "sampler": "ist", "active": 0.5},
@@ -57,7 +57,7 @@ def plan_of_stacks(shape=ALONE, batch_size=1, **changes):
         CONFIG, hidden_size=1024, num_layers=16, num_heads=8, num_kv_heads=8,
         head_size=128, intermediate_size=1024, max_positions=128,
     )  # fmt: skip
-    model = PureModel(CausalLM, LLAMA, config)
+    model = Model(CausalLM, LLAMA, config)
     changes = {"where": ("^layers/.*/kernel$",), "checkpointing": True, **changes}
     target = find_target("v5e:2x2", shape.size)
     return plan_of(shape, target, 128, model, batch_size=batch_size, **changes)
@@ -317,7 +317,7 @@ def test_a_program_that_is_too_large_does_not_fit():
         CONFIG, hidden_size=4096, num_layers=64, num_heads=32, num_kv_heads=32,
         head_size=128, intermediate_size=11008, max_positions=128,
     )  # fmt: skip
-    model = PureModel(CausalLM, LLAMA, config)
+    model = Model(CausalLM, LLAMA, config)
     plan = plan_of(
         MeshShape(), find_target("v5e:2x2"), 128, model, batch_size=1, method="full"
     )

@@ -21,7 +21,7 @@ from sparse_jax import (
     sift,
 )
 from sparse_jax.models.heads import SequenceClassifier
-from tests.tiny_models import FAMILIES, PureModel, tiny_config
+from tests.tiny_models import FAMILIES, Model, tiny_config
 
 SIZES = {"num_layers": 4, "num_active": 2}
 
@@ -86,7 +86,7 @@ def test_float64_weights_are_trained_in_float64():
 
 
 def loss_of(params, batch, key, attachment):
-    model = PureModel(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
+    model = Model(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits = model(params, inputs, key=key, attachment=attachment, unroll=1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
@@ -114,7 +114,7 @@ def test_the_compact_tier_keeps_the_types_of_its_state(method, sampler):
     options = {} if sampler is None else {"sampler": sampler, "max_norm": 1.0}
     with jax.enable_x64(True):
         tuner = kind(loss_of, method, optax.adamw(1e-3), accumulate=2, **options)
-        model = PureModel(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
+        model = Model(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
         ids = jax.ShapeDtypeStruct((2, 3, 5), jnp.int32)
         labels = jax.ShapeDtypeStruct((2, 3), jnp.int32)
         batch = {"input_ids": ids, "attention_mask": ids, "labels": labels}

@@ -8,7 +8,7 @@ import numpy as np
 
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.params.names import map_named
 
 FAMILIES = {family.name: family for family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT)}
@@ -44,7 +44,7 @@ def _drawn(name, head):
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype)
     params = jax.tree.map(
-        draw, PureModel(head, FAMILIES[name], tiny_config(name)).abstract()
+        draw, Model(head, FAMILIES[name], tiny_config(name)).abstract()
     )
     is_scale = lambda leaf: leaf.endswith("/scale")
     return map_named(lambda n, leaf: leaf + 1 if is_scale(n) else leaf, params)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from sparse_jax import Settings, save_pretrained
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import BERT
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import MaskedLM
 from sparse_jax.params.names import map_named
 
@@ -38,7 +38,7 @@ def write_model(folder, dropout=0.0):
     """Writes a masked language model: it has neither pooler nor classifier."""
     from transformers import BertTokenizer
 
-    model = PureModel(MaskedLM, BERT, replace(CONFIG, hidden_dropout=dropout))
+    model = Model(MaskedLM, BERT, replace(CONFIG, hidden_dropout=dropout))
     random = np.random.default_rng(0)
 
     def draw(name, leaf):

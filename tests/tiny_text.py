@@ -10,7 +10,7 @@ from sparse_jax import Settings, save_pretrained
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import DecoderConfig
 from sparse_jax.models.families.llama import LLAMA
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.params.names import map_named
 
 WORDS = ["say", "red", "blue", "green", "twice", "once", ":", "<unk>", "<s>", "</s>"]
@@ -28,7 +28,7 @@ CONFIG = DecoderConfig(
 
 def tiny_decoder(seed=0):
     """Returns a Llama of four layers and random parameters."""
-    model = PureModel(CausalLM, LLAMA, CONFIG)
+    model = Model(CausalLM, LLAMA, CONFIG)
     random = np.random.default_rng(seed)
 
     def draw(name, leaf):

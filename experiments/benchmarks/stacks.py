@@ -11,7 +11,7 @@ import optax
 from sparse_jax import Attachment
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import BERT
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.slots import run_slots
 from sparse_jax.models.stack import default_unroll
@@ -42,7 +42,7 @@ def encoder(
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
-    model = PureModel(SequenceClassifier, BERT, config)
+    model = Model(SequenceClassifier, BERT, config)
     ids = jax.random.randint(jax.random.key(1), (batch, length), 1, VOCABULARY)
     inputs = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
     labels = jnp.arange(batch) % 2

@@ -27,7 +27,7 @@ from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import BERT
 from sparse_jax.models.family import Family
-from sparse_jax.models.functional import Params, PureModel
+from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import MaskedLM
 from sparse_jax.models.hf.pretrained import save_pretrained
 
@@ -72,7 +72,7 @@ class PreTraining(MaskedLM):
         return words, self.pooler(hidden[:, 0])
 
 
-MODEL = PureModel(PreTraining, BERT, CONFIG)
+MODEL = Model(PreTraining, BERT, CONFIG)
 
 
 def loss(
@@ -171,7 +171,7 @@ def save(params: Params, folder: Path) -> None:
     """Writes the encoder, its pooler and its word head in 16 bits."""
     # float16 keeps three bits more of a weight than bfloat16 does.
     halves = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
-    save_pretrained(PureModel(MaskedLM, BERT, CONFIG), halves, folder)
+    save_pretrained(Model(MaskedLM, BERT, CONFIG), halves, folder)
 
 
 def main() -> None:

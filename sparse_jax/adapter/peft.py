@@ -16,7 +16,7 @@ from sparse_jax.methods.ia3 import IA3
 from sparse_jax.methods.lora import DoRA, LoRA
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.family import DecoderFamily, Family
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import PEFT_CONFIG
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, to_tensor_layout
@@ -40,7 +40,7 @@ _SUFFIXES = {
 }
 
 
-def save_peft(folder: str | Path, adapter: Adapter, model: PureModel) -> None:
+def save_peft(folder: str | Path, adapter: Adapter, model: Model) -> None:
     """Writes a LoRA, DoRA or (IA)3 adapter as PEFT reads it.
 
         PeftModel.from_pretrained(base, folder)
@@ -96,7 +96,7 @@ def _tensors(adapter: Adapter, family: Family) -> Iterator[tuple[str, np.ndarray
             yield f"{_PREFIX}{tensor_name(family, leaf, layer)}", tensor
 
 
-def _has_tied_table(adapter: Adapter, model: PureModel) -> bool:
+def _has_tied_table(adapter: Adapter, model: Model) -> bool:
     """Says whether a word table was trained that is the head of a decoder as well.
 
     PEFT trains a copy of a module and leaves the head to the table of the base.
@@ -113,7 +113,7 @@ def _to_peft(part: str, array: np.ndarray) -> np.ndarray:
     return array.T
 
 
-def _config(adapter: Adapter, method: LoRA | IA3, model: PureModel) -> dict[str, Any]:
+def _config(adapter: Adapter, method: LoRA | IA3, model: Model) -> dict[str, Any]:
     """Returns what `adapter_config.json` holds."""
     kinds = _lora(method) if isinstance(method, LoRA) else _ia3(adapter, model.family)
     modules = {
@@ -191,7 +191,7 @@ def _require_plain_tensors(adapter: Adapter, family: Family | DecoderFamily) -> 
             )
 
 
-def _require_whole_modules(adapter: Adapter, model: PureModel) -> None:
+def _require_whole_modules(adapter: Adapter, model: Model) -> None:
     """Raises unless the modules that PEFT saves have been trained as a whole."""
     leaves = jax.tree.leaves(leaf_names(model.abstract()))
     saved = {*_saved_modules(adapter.dense, model.family).values()}

@@ -14,7 +14,7 @@ from sparse_jax.adapter.file import Adapter
 from sparse_jax.adapter.rebuild import method_of_adapter, require_whole
 from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.models.attachment import Attachment
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.model_files import cached_folder, local_folder
 from sparse_jax.models.hf.pretrained import base_config, changed_field
 from sparse_jax.params.names import leaf_names, map_named
@@ -32,7 +32,7 @@ def apply_adapter(
     adapter: Adapter,
     *,
     base_hash: str | None = None,
-    model: PureModel | None = None,
+    model: Model | None = None,
     new: Sequence[str] = (),
 ) -> tuple[Any, Attachment]:
     """Returns a base model's parameters with an adapter, and what it attaches.
@@ -135,7 +135,7 @@ def base_folder(adapter: Adapter, model: str | Path | None) -> Path:
 
 
 def require_base(
-    adapter: Adapter, base_hash: str | None, model: PureModel | None = None
+    adapter: Adapter, base_hash: str | None, model: Model | None = None
 ) -> None:
     """Raises if the base is not the one that was adapted.
 
@@ -160,7 +160,7 @@ def require_base(
         )
 
 
-def _require_labels(adapter: Adapter, model: PureModel | None) -> None:
+def _require_labels(adapter: Adapter, model: Model | None) -> None:
     """Raises if the outputs of a model belong to labels in another order."""
     names = getattr(model.config, "label_names", None) if model is not None else None
     if names and adapter.labels and tuple(names) != tuple(adapter.labels):

@@ -75,15 +75,15 @@ def plan(
     several = [_settings(model, word, len(words) > 1, shared) for word in words]
     require_used(context, [(one.method, one.sampler) for one in several])
     found = find_target(target, shape.size)
-    pure = read_model(model)
+    base = read_model(model)
     if length is None:
-        length = min(2048, max_length_of(pure.config))
+        length = min(2048, max_length_of(base.config))
     place: Any = {"length": length, "shape": shape, "target": found}
     plans = []
     for settings in several:
-        one = make_plan(pure, settings, **place)
+        one = make_plan(base, settings, **place)
         if largest_batch:
-            one = with_largest_batch(pure, settings, one, **place)
+            one = with_largest_batch(base, settings, one, **place)
         plans.append(one)
     print_plans(plans, found, shape, (batch_size, length))
     if json is not None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparse_jax.errors import InputError
 from sparse_jax.generation.ends import ends_here
-from sparse_jax.generation.prompts import Prompts, Reader
+from sparse_jax.generation.prompts import AdaptedModel, Prompts
 from sparse_jax.models.causal_lm import Cache
 
 __all__ = ["Beams"]
@@ -78,7 +78,7 @@ class Beams:
 
     def decode(
         self,
-        reader: Reader,
+        model: AdaptedModel,
         prompts: Prompts,
         keys: jax.Array,
         stop: jax.Array,
@@ -86,7 +86,7 @@ class Beams:
     ) -> jax.Array:
         """Returns new tokens, int32 `[B, max_new_tokens]`, up to a stop token."""
         del keys
-        logits, cache = reader.start(prompts, max_new_tokens - 1)
+        logits, cache = model.start(prompts, max_new_tokens - 1)
         is_prompt = jnp.any(jnp.asarray(prompts.attention_mask, bool), axis=1)
         search = self._begin(is_prompt, cache, max_new_tokens)
         logits = jnp.repeat(logits, self.num_beams, axis=0)
@@ -94,7 +94,7 @@ class Beams:
         def step(search: _Search) -> _Search:
             cache = _reordered(search.cache, search.parents)
             last = search.open.tokens[:, :, search.count - 1]
-            logits, cache = reader.read(last.reshape(-1), cache)
+            logits, cache = model.read(last.reshape(-1), cache)
             return self._advance(search, logits, cache, stop)
 
         search = self._advance(search, logits, search.cache, stop)

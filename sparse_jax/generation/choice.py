@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
 from sparse_jax.generation.ends import ends_here
-from sparse_jax.generation.prompts import Prompts, Reader
+from sparse_jax.generation.prompts import AdaptedModel, Prompts
 from sparse_jax.models.causal_lm import Cache
 
 __all__ = ["Choice", "Greedy", "Sample", "decode"]
@@ -30,7 +30,7 @@ class _Rows(NamedTuple):
 
 
 def decode(
-    reader: Reader,
+    model: AdaptedModel,
     prompts: Prompts,
     keys: jax.Array,
     stop: jax.Array,
@@ -40,7 +40,7 @@ def decode(
     """Writes after every prompt until all rows have met a stop token.
 
     Args:
-      reader: the model.
+      model: the decoder, with its parameters.
       prompts: padded on the left.
       keys: one for each row, `[B]`; what a row draws depends on nothing else.
       stop: what ends a text, of `end_table`.
@@ -66,7 +66,7 @@ def decode(
     def is_open(rows: _Rows) -> jax.Array:
         return (rows.count < max_new_tokens) & ~jnp.all(rows.is_done)
 
-    logits, cache = reader.start(prompts, max_new_tokens - 1)
+    logits, cache = model.start(prompts, max_new_tokens - 1)
     num_rows = logits.shape[0]
     empty = _Rows(
         tokens=jnp.zeros((num_rows, max_new_tokens), jnp.int32),
@@ -75,7 +75,7 @@ def decode(
         count=jnp.zeros([], jnp.int32),
         cache=cache,
     )
-    step = lambda rows: write(rows, *reader.read(rows.last, rows.cache))
+    step = lambda rows: write(rows, *model.read(rows.last, rows.cache))
     return jax.lax.while_loop(is_open, step, write(empty, logits, cache)).tokens
 
 
@@ -86,7 +86,7 @@ class Choice(Protocol):
 
     def decode(
         self,
-        reader: Reader,
+        model: AdaptedModel,
         prompts: Prompts,
         keys: jax.Array,
         stop: jax.Array,
@@ -105,14 +105,14 @@ class _TokenByToken(Protocol):
 
     def decode(
         self,
-        reader: Reader,
+        model: AdaptedModel,
         prompts: Prompts,
         keys: jax.Array,
         stop: jax.Array,
         max_new_tokens: int,
     ) -> jax.Array:
         """Returns new tokens, int32 `[B, max_new_tokens]`, up to a stop token."""
-        return decode(reader, prompts, keys, stop, max_new_tokens, self.choose)
+        return decode(model, prompts, keys, stop, max_new_tokens, self.choose)
 
 
 @dataclass(frozen=True)

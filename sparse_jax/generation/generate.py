@@ -11,11 +11,11 @@ import numpy as np
 from sparse_jax.errors import InputError
 from sparse_jax.generation.choice import Choice, Greedy
 from sparse_jax.generation.ends import before_end, end_table
-from sparse_jax.generation.prompts import Prompts, Reader, padded_batches
+from sparse_jax.generation.prompts import AdaptedModel, Prompts, padded_batches
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import max_length_of
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 
 __all__ = ["generate"]
 
@@ -24,7 +24,7 @@ _ROWS = 32
 
 
 def generate(
-    model: PureModel,
+    model: Model,
     params: Any,
     prompts: Sequence[Any],
     *,
@@ -104,19 +104,19 @@ def _decode(
     key: jax.Array,
     stop: jax.Array,
     *,
-    model: PureModel,
+    model: Model,
     attached: Attachment,
     choice: Choice,
     max_new_tokens: int,
 ) -> jax.Array:
     """Returns new tokens, int32 `[B, max_new_tokens]`."""
-    reader = Reader(model, params, attached._replace(trained=trained))
+    adapted = AdaptedModel(model, params, attached._replace(trained=trained))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.numbers)
-    return choice.decode(reader, prompts, keys, stop, max_new_tokens)
+    return choice.decode(adapted, prompts, keys, stop, max_new_tokens)
 
 
 def _check(
-    model: PureModel,
+    model: Model,
     choice: Choice,
     attachment: Attachment,
     key: jax.Array | None,
@@ -139,7 +139,7 @@ def _check(
 
 
 def _check_numbers(
-    model: PureModel,
+    model: Model,
     max_new_tokens: int,
     batch_size: int | None,
     max_length: int | None,
@@ -168,7 +168,7 @@ def _check_numbers(
 
 
 def _check_prompt(
-    number: int, row: np.ndarray, limit: int, max_new_tokens: int, model: PureModel
+    number: int, row: np.ndarray, limit: int, max_new_tokens: int, model: Model
 ) -> None:
     """Raises unless a prompt can be read."""
     place = f"prompt {number}"

@@ -13,9 +13,9 @@ import numpy as np
 
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import Cache
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 
-__all__ = ["Prompts", "Reader", "bucket", "padded_batches"]
+__all__ = ["Prompts", "AdaptedModel", "bucket", "padded_batches"]
 
 # Fewer columns cost as much as these.
 _LEAST = 16
@@ -76,10 +76,10 @@ def padded_batches(
         yield Prompts(ids, mask, np.array([*chosen, *spare], np.int32))
 
 
-class Reader(NamedTuple):
+class AdaptedModel(NamedTuple):
     """A decoder with its parameters and what is attached to it."""
 
-    model: PureModel
+    model: Model
     params: Any
     attachment: Attachment
 

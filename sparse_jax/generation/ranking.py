@@ -15,7 +15,7 @@ from sparse_jax.data.llm_adapters import Question
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import max_length_of
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.next_token import summed_token_loss
 
 __all__ = ["log_likelihoods", "rank_candidates"]
@@ -24,7 +24,7 @@ _INPUTS = ("input_ids", "attention_mask")
 
 
 def rank_candidates(
-    model: PureModel,
+    model: Model,
     params: Any,
     tokenizer: Any,
     questions: Sequence[Question],
@@ -89,7 +89,7 @@ def rank_candidates(
 
 
 def log_likelihoods(
-    model: PureModel,
+    model: Model,
     params: Any,
     sequences: TokenSequences,
     *,
@@ -123,7 +123,7 @@ def log_likelihoods(
 
 @functools.partial(jax.jit, static_argnames=("model", "attached"))
 def _row_losses(
-    params: Any, trained: Any, batch: Any, *, model: PureModel, attached: Attachment
+    params: Any, trained: Any, batch: Any, *, model: Model, attached: Attachment
 ) -> jax.Array:
     """Returns the summed losses of every row, float32 `[B]`."""
     inputs = {name: batch[name] for name in _INPUTS}

@@ -23,7 +23,7 @@ from sparse_jax.generation.ends import ends_of_model, require_ends
 from sparse_jax.generation.generate import generate
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.pretrained import base_hash, new_leaves
 from sparse_jax.models.hf.read_config import read_config
@@ -137,7 +137,7 @@ _log = logging.getLogger(__name__)
 class Writer:
     """Everything that is needed to continue a text."""
 
-    model: PureModel
+    model: Model
     params: Any
     attachment: Attachment
     tokenizer: Any
@@ -204,26 +204,26 @@ def load_writer(
     _require_decoder(folder)
     made = None if mesh is None else make_mesh(parse_mesh(mesh))
     options: dict[str, Any] = {"head": CausalLM, **_as_trained(found)}
-    pure, params, devices = load_onto(made, folder, **options)
-    new = new_leaves(pure, folder)
+    lm, params, devices = load_onto(made, folder, **options)
+    new = new_leaves(lm, folder)
     attachment = Attachment()
     if found is None:
         _require_head(folder, new)
     else:
-        base = {"base_hash": base_hash(folder), "model": pure}
+        base = {"base_hash": base_hash(folder), "model": lm}
         params, attachment = apply_adapter(params, found, **base, new=new)
     tokenizer = load_tokenizer(folder)
     if found is not None:
         warn_of_tokenizer(found.settings.get("tokenizer_hash"), tokenizer)
         warn_of_template(found.settings.get("chat_template_hash"), tokenizer)
-    stop = ends_of_model(folder, pure.config.eos_ids, pure.config.vocab_size)
+    stop = ends_of_model(folder, lm.config.eos_ids, lm.config.vocab_size)
     stop |= {tokenizer.eos_token_id} - {None}
-    stop |= {*_trained_ends(found, pure.config.vocab_size)}
+    stop |= {*_trained_ends(found, lm.config.vocab_size)}
     if not stop:
         _log.warning(
             "the model has no end-of-sequence token: only `max_new_tokens` ends a text"
         )
-    return Writer(pure, params, attachment, tokenizer, tuple(sorted(stop)), devices)
+    return Writer(lm, params, attachment, tokenizer, tuple(sorted(stop)), devices)
 
 
 def _before(text: str, ends: Sequence[str]) -> str:

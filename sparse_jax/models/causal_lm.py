@@ -1,6 +1,5 @@
 """A decoder that scores the next word."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +10,12 @@ from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import ClassicConfig, DecoderConfig
 from sparse_jax.models.decoder import Cached
 from sparse_jax.models.family import DecoderFamily
-from sparse_jax.models.modules import linear
+from sparse_jax.models.modules import Inputs, linear
 from sparse_jax.models.stack import run_cached_layers, run_layers, stack_layers
 
 __all__ = ["Cache", "CausalLM"]
 
 _NOTHING = Attachment()
-
-Batch = Mapping[str, jax.Array]
 
 
 class Cache(NamedTuple):
@@ -58,13 +55,13 @@ class CausalLM(nnx.Module):
         head = lambda: linear(config, *sizes, rngs, use_bias=parts.has_head_bias)
         self.lm_head = None if config.tied else head()
 
-    def __call__(self, batch: Batch, **options: Any) -> jax.Array:
+    def __call__(self, batch: Inputs, **options: Any) -> jax.Array:
         """Returns float32 logits `[B, T, V]`; the arguments are those of `hidden`."""
         return self.logits(self.hidden(batch, **options))
 
     def hidden(
         self,
-        batch: Batch,
+        batch: Inputs,
         *,
         key: jax.Array | None = None,
         attachment: Attachment = _NOTHING,
@@ -87,7 +84,7 @@ class CausalLM(nnx.Module):
         x = run_layers(
             self.layers,
             self.embeddings(batch["input_ids"], positions, key),
-            self.family.parts.place(self.config, positions, positions),
+            self.family.parts.position_info(self.config, positions, positions),
             self._mask(is_token, batch.get("segment_ids")),
             key=key,
             attachment=attachment,
@@ -123,7 +120,7 @@ class CausalLM(nnx.Module):
 
     def extend(
         self,
-        batch: Batch,
+        batch: Inputs,
         cache: Cache,
         *,
         attachment: Attachment = _NOTHING,
@@ -150,7 +147,9 @@ class CausalLM(nnx.Module):
             self.layers,
             self.embeddings(batch["input_ids"], positions, None),
             Cached(cache.k, cache.v, start),
-            self.family.parts.place(self.config, positions, _positions(is_token)),
+            self.family.parts.position_info(
+                self.config, positions, _positions(is_token)
+            ),
             mask,
             attachment=attachment,
         )

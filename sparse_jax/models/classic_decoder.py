@@ -14,7 +14,7 @@ from sparse_jax.models.decoder import Cached
 from sparse_jax.models.modules import dropout, embed, layer_norm, linear, split_key
 from sparse_jax.models.position_embeddings import Turn, rotate_pairs
 
-__all__ = ["ClassicEmbeddings", "ClassicLayer", "Place"]
+__all__ = ["ClassicEmbeddings", "ClassicLayer", "PositionInfo"]
 
 _EMBEDDINGS = 0x656D  # any number above that of the layers, whose keys are the others
 
@@ -52,7 +52,7 @@ class ClassicEmbeddings(nnx.Module):
         return dropout(x, self.rate, key)
 
 
-class Place(NamedTuple):
+class PositionInfo(NamedTuple):
     """What a layer knows of where its tokens are."""
 
     turn: Turn | None = None  # of queries and keys
@@ -76,7 +76,7 @@ class ClassicAttention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        place: Place,
+        position: PositionInfo,
         mask: jax.Array,
         key: jax.Array | None,
         respond: Respond,
@@ -87,14 +87,14 @@ class ClassicAttention(nnx.Module):
         q = split_heads(respond("attention/query", self.query, x), width)
         k = split_heads(respond("attention/key", self.key, x), width)
         v = split_heads(respond("attention/value", self.value, x), width)
-        if place.turn is not None:
-            q, k = rotate_pairs(q, place.turn), rotate_pairs(k, place.turn)
+        if position.turn is not None:
+            q, k = rotate_pairs(q, position.turn), rotate_pairs(k, position.turn)
         if cached is not None:
             cached = cached.put(k, v)
             k, v = cached.k.astype(q.dtype), cached.v.astype(q.dtype)
         memory: Any = respond(MEMORY, no_memory, x)
         seen = remember(memory, k, v, mask)
-        bias = _with_memory(place.bias, seen)
+        bias = _with_memory(position.bias, seen)
         mixed = attend(q, seen.k, seen.v, bias, seen.mask, self.rate, key)
         mixed = mixed.reshape(x.shape)
         return respond("attention/output", self.output, mixed), cached
@@ -136,18 +136,18 @@ class ClassicLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        place: Place,
+        position: PositionInfo,
         mask: jax.Array,
         key: jax.Array | None,
         respond: Respond,
     ) -> jax.Array:
         """Attends, and maps every token."""
-        return self.extend(x, place, mask, key, respond, None)[0]
+        return self.extend(x, position, mask, key, respond, None)[0]
 
     def extend(
         self,
         x: jax.Array,
-        place: Place,
+        position: PositionInfo,
         mask: jax.Array,
         key: jax.Array | None,
         respond: Respond,
@@ -156,7 +156,7 @@ class ClassicLayer(nnx.Module):
         """Does the same after the tokens of a cache, and adds to it."""
         weights_key, attention_key, mlp_key = split_key(key, 3)
         normed = respond("attention/norm", self.attention.norm, x)
-        y, cached = self.attention(normed, place, mask, weights_key, respond, cached)
+        y, cached = self.attention(normed, position, mask, weights_key, respond, cached)
         y = x + dropout(y, self.rate, attention_key)
         z = self.mlp(normed if self.is_parallel else y, respond)
         return y + dropout(z, self.rate, mlp_key), cached

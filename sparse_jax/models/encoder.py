@@ -1,6 +1,5 @@
 """The encoder: self-attention over a padded batch, layer by layer."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +11,14 @@ from sparse_jax.models.attachment import MEMORY, Attachment, Respond
 from sparse_jax.models.attend import attend, no_memory, remember, split_heads
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.family import Family
-from sparse_jax.models.modules import dropout, embed, layer_norm, linear, split_key
+from sparse_jax.models.modules import (
+    Inputs,
+    dropout,
+    embed,
+    layer_norm,
+    linear,
+    split_key,
+)
 from sparse_jax.models.stack import run_layers, stack_layers
 
 __all__ = ["Attention", "Embeddings", "Encoder", "EncoderConfig", "EncoderLayer", "Mlp"]
@@ -49,9 +55,6 @@ class Attention(nnx.Module):
         y = respond("attention/output", self.output, mixed)
         x = x + dropout(y, self.hidden_dropout, output_key)
         return respond("attention/norm", self.norm, x)
-
-
-Batch = Mapping[str, jax.Array]
 
 
 class Embeddings(nnx.Module):
@@ -131,7 +134,7 @@ class Encoder(nnx.Module):
 
     def encode(
         self,
-        batch: Batch,
+        batch: Inputs,
         *,
         key: jax.Array | None,
         attachment: Attachment,

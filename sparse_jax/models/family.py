@@ -132,7 +132,7 @@ class Parts:
     norm: CreatePart  # of the last hidden states
     # What layers know of where tokens are, from the configuration and the positions of
     # queries `[B, T]` and of keys `[B, S]`.
-    place: Callable[[Any, jax.Array, jax.Array], Any]
+    position_info: Callable[[Any, jax.Array, jax.Array], Any]
     has_head_bias: bool = False  # of a head that is not tied
 
 
@@ -182,7 +182,7 @@ GATED = Parts(
     norm=lambda config, rngs: RmsNorm(
         config.hidden_size, config.norm_eps, config.norm_offset
     ),
-    place=lambda config, positions, seen: turn_of(config, positions),
+    position_info=lambda config, positions, seen: turn_of(config, positions),
 )
 
 

@@ -11,17 +11,17 @@ from flax import nnx
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import Cache, CausalLM
-from sparse_jax.models.encoder import Batch
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
+from sparse_jax.models.modules import Inputs
 
-__all__ = ["Head", "Params", "PureModel"]
+__all__ = ["Head", "Params", "Model"]
 
 Head = type[SequenceClassifier] | type[MaskedLM] | type[CausalLM]
 Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class PureModel:
+class Model:
     """A model without its parameters: hashable, and a function under `jax.jit`.
 
     `params` is a nested dictionary of arrays, `model(params, batch)` its logits. The
@@ -34,7 +34,7 @@ class PureModel:
       ...     vocab_size=100, hidden_size=32, num_layers=2, num_heads=4,
       ...     intermediate_size=64, num_labels=3,
       ... )
-      >>> model = PureModel(SequenceClassifier, BERT, config)
+      >>> model = Model(SequenceClassifier, BERT, config)
       >>> params = model.init(jax.random.key(0))
       >>> params["layers"]["attention"]["query"]["kernel"].shape
       (2, 32, 32)
@@ -61,7 +61,7 @@ class PureModel:
         """Returns the NNX module that holds `params`."""
         return nnx.merge(_graphdef(self), params)
 
-    def __call__(self, params: Params, batch: Batch, **options: Any) -> jax.Array:
+    def __call__(self, params: Params, batch: Inputs, **options: Any) -> jax.Array:
         """Returns the float32 logits of a batch.
 
         Args:
@@ -80,7 +80,7 @@ class PureModel:
         """
         return self.bind(params)(_complete(batch), **options)
 
-    def hidden(self, params: Params, batch: Batch, **options: Any) -> jax.Array:
+    def hidden(self, params: Params, batch: Inputs, **options: Any) -> jax.Array:
         """Calls `CausalLM.hidden`."""
         return self.bind(params).hidden(_complete(batch), **options)
 
@@ -93,13 +93,13 @@ class PureModel:
         return self.bind(params).cache(batch_size, length)
 
     def extend(
-        self, params: Params, batch: Batch, cache: Cache, **options: Any
+        self, params: Params, batch: Inputs, cache: Cache, **options: Any
     ) -> tuple[jax.Array, Cache]:
         """Calls `CausalLM.extend`."""
         return self.bind(params).extend(_complete(batch), cache, **options)
 
 
-def _complete(batch: Batch) -> Batch:
+def _complete(batch: Inputs) -> Inputs:
     """Returns a batch, or raises if it lacks an array that every model needs."""
     names = sorted(map(str, batch)) if isinstance(batch, Mapping) else []
     missing = [name for name in ("input_ids", "attention_mask") if name not in names]
@@ -112,20 +112,20 @@ def _complete(batch: Batch) -> Batch:
     return batch
 
 
-def _create(model: PureModel, key: jax.Array) -> nnx.Module:
+def _create(model: Model, key: jax.Array) -> nnx.Module:
     """Creates the module with new parameters."""
     return model.head(model.family, model.config, rngs=nnx.Rngs(key))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _init(model: PureModel, key: jax.Array, dtype: Any) -> Params:
+def _init(model: Model, key: jax.Array, dtype: Any) -> Params:
     """Creates parameters in float32 and rounds them."""
     params = nnx.to_pure_dict(nnx.state(_create(model, key), nnx.Param))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 @functools.cache
-def _graphdef(model: PureModel) -> nnx.GraphDef:
+def _graphdef(model: Model) -> nnx.GraphDef:
     """Returns the structure of the module, which holds no arrays."""
     module = nnx.eval_shape(lambda: _create(model, jax.random.key(0)))
     return nnx.graphdef(module)

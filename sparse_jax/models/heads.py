@@ -7,9 +7,9 @@ from flax import nnx
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import EncoderConfig
-from sparse_jax.models.encoder import Batch, Encoder
+from sparse_jax.models.encoder import Encoder
 from sparse_jax.models.family import Family
-from sparse_jax.models.modules import layer_norm, linear, split_key
+from sparse_jax.models.modules import Inputs, layer_norm, linear, split_key
 
 __all__ = ["MaskedLM", "SequenceClassifier"]
 
@@ -29,7 +29,7 @@ class SequenceClassifier(Encoder):
 
     def __call__(
         self,
-        batch: Batch,
+        batch: Inputs,
         *,
         key: jax.Array | None = None,
         attachment: Attachment = _NOTHING,
@@ -85,7 +85,7 @@ class MaskedLM(Encoder):
 
     def __call__(
         self,
-        batch: Batch,
+        batch: Inputs,
         *,
         positions: jax.Array | None = None,
         key: jax.Array | None = None,

@@ -1,5 +1,7 @@
 """Linear maps, tables, norms and dropout as every model creates them."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,10 @@ from flax import nnx
 from sparse_jax.models.config import ClassicConfig, DecoderConfig, EncoderConfig
 from sparse_jax.params.axes import keep_rows_whole
 
-__all__ = ["RmsNorm", "dropout", "embed", "layer_norm", "linear", "split_key"]
+__all__ = ["Inputs", "RmsNorm", "dropout", "embed", "layer_norm", "linear", "split_key"]
+
+# Arrays of a batch by name, such as `input_ids`.
+Inputs = Mapping[str, jax.Array]
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

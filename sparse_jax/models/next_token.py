@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.params.axes import rows_here
 
 __all__ = ["summed_token_loss"]
@@ -16,7 +16,7 @@ _MOST_LOGITS = 2**24
 
 
 def summed_token_loss(
-    model: PureModel,
+    model: Model,
     params: Any,
     hidden: jax.Array,
     ids: jax.Array,

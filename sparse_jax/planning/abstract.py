@@ -15,7 +15,7 @@ from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import max_length_of
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import config_folder
 from sparse_jax.models.hf.read_config import read_config
@@ -48,7 +48,7 @@ class AbstractRun:
     head: Sequence[str]  # rules of the leaves that counts leave out
 
 
-def read_model(model: str) -> PureModel:
+def read_model(model: str) -> Model:
     """Returns a model from its `config.json` alone.
 
     Args:
@@ -61,11 +61,11 @@ def read_model(model: str) -> PureModel:
     folder = path.parent if path.name == "config.json" else config_folder(model)
     family, config = read_config(folder)
     is_decoder = CausalLM.__name__ in family.architectures
-    return PureModel(CausalLM if is_decoder else SequenceClassifier, family, config)
+    return Model(CausalLM if is_decoder else SequenceClassifier, family, config)
 
 
 def abstract_run(
-    model: PureModel,
+    model: Model,
     settings: Settings,
     length: int,
     shape: MeshShape,
@@ -109,15 +109,13 @@ def abstract_run(
     )
 
 
-def _loss(model: PureModel, settings: Settings) -> Loss:
+def _loss(model: Model, settings: Settings) -> Loss:
     """Returns the loss, with a loop over the layers: these devices may be no CPUs."""
     make = make_token_loss if model.head is CausalLM else make_loss
     return make(model, checkpointing=settings.checkpointing, unroll=1)
 
 
-def _batch(
-    model: PureModel, settings: Settings, length: int, placement: Placement
-) -> Any:
+def _batch(model: Model, settings: Settings, length: int, placement: Placement) -> Any:
     """Returns the shapes of a batch on the mesh."""
     accumulate = settings.accumulate
     rows: tuple[int, ...] = (settings.batch_size // accumulate,)

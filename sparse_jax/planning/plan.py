@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.params.roles import SPARSE, map_roles
 from sparse_jax.planning.abstract import AbstractRun, abstract_run, held_bytes
 from sparse_jax.planning.hlo import Traffic, collectives_of, count_flops
@@ -87,7 +87,7 @@ class Plan:
 
 
 def make_plan(
-    model: PureModel,
+    model: Model,
     settings: Settings,
     *,
     length: int,
@@ -135,7 +135,7 @@ def make_plan(
 
 
 def with_largest_batch(
-    model: PureModel,
+    model: Model,
     settings: Settings,
     plan: Plan,
     *,

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.pretrained import from_pretrained
 from sparse_jax.sharding.devices import Devices, MeshDevices, OneDevice
 from sparse_jax.sharding.placement import Placement
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 def load_onto(
     mesh: Mesh | None, folder: Path, **options: Any
-) -> tuple[PureModel, Any, Devices]:
+) -> tuple[Model, Any, Devices]:
     """Returns a model, its parameters, and the devices that they lie on.
 
     Args:

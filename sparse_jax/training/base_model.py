@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.functional import Head, PureModel
+from sparse_jax.models.functional import Head, Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.pretrained import base_hash, new_leaves
@@ -27,7 +27,7 @@ class Base:
 
     folder: Path
     hash: str  # SHA-256 of the weights
-    model: PureModel
+    model: Model
     params: Any
     new: tuple[str, ...]  # leaves that the checkpoint does not have, or not for this
     devices: Devices  # where the parameters lie
@@ -82,9 +82,9 @@ def _load(
 ) -> Base:
     """Loads a model onto one device, or its parts onto those of a mesh."""
     options |= {"dtype": jnp.dtype(dtype), "key": jax.random.key(seed)}
-    pure, params, devices = load_onto(mesh, folder, **options)
-    new = new_leaves(pure, folder, options.get("labels"))
-    return Base(folder, base_hash(folder), pure, params, new, devices)
+    model, params, devices = load_onto(mesh, folder, **options)
+    new = new_leaves(model, folder, options.get("labels"))
+    return Base(folder, base_hash(folder), model, params, new, devices)
 
 
 def _folder(model: str, head: Head, task: str, kind: str) -> Path:

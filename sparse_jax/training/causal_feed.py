@@ -13,7 +13,7 @@ from sparse_jax.data.causal_batches import (
 from sparse_jax.data.causal_tokens import Loss, TokenSequences, tokenize
 from sparse_jax.data.conversations import Conversation
 from sparse_jax.models.config import max_length_of
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.training.feed import Usage, digest_of, embedded_pad, require_embedded
 
 __all__ = ["CausalFeed", "make_causal_feed"]
@@ -93,7 +93,7 @@ class CausalFeed:
 def make_causal_feed(
     splits: Mapping[str, Sequence[Conversation]],
     tokenizer: Any,
-    model: PureModel,
+    model: Model,
     *,
     max_length: int | None,
     batch_size: int,

@@ -14,7 +14,7 @@ from sparse_jax.compact.compact import Loss
 from sparse_jax.data.glue import Task
 from sparse_jax.data.metrics import evaluate, one_class_warning
 from sparse_jax.models.attachment import Attachment
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.sharding.devices import Devices
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.training.feed import Feed
@@ -34,7 +34,7 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_loss(
-    model: PureModel, *, checkpointing: bool = False, unroll: int | None = None
+    model: Model, *, checkpointing: bool = False, unroll: int | None = None
 ) -> Loss:
     """Returns the loss of `Compact`.
 
@@ -64,7 +64,7 @@ def make_loss(
     return loss
 
 
-def make_predict(model: PureModel, attachment: Attachment, devices: Devices) -> Predict:
+def make_predict(model: Model, attachment: Attachment, devices: Devices) -> Predict:
     """Returns a compiled function of logits, without dropout.
 
     The arrays of the attachment are its argument, so that training and a loaded
@@ -127,12 +127,12 @@ class Classification:
         per = ", nats per label" if self.task.is_multilabel else ", nats"
         return f"cross-entropy{per}"
 
-    def make_loss(self, model: PureModel, *, checkpointing: bool) -> Loss:
+    def make_loss(self, model: Model, *, checkpointing: bool) -> Loss:
         """Returns the loss that training minimises."""
         return make_loss(model, checkpointing=checkpointing)
 
     def make_judge(
-        self, model: PureModel, attachment: Attachment, feed: Feed, devices: Devices
+        self, model: Model, attachment: Attachment, feed: Feed, devices: Devices
     ) -> Judge:
         """Returns the metrics of the task on every evaluation split."""
         predict = make_predict(model, attachment, devices)

@@ -13,7 +13,7 @@ from sparse_jax.data.examples import Splits
 from sparse_jax.data.tokenizer import Encoded, encode
 from sparse_jax.errors import InputError
 from sparse_jax.models.config import max_length_of
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 
 __all__ = [
     "Feed",
@@ -153,7 +153,7 @@ class LabelledFeed:
 def make_feed(
     splits: Splits,
     tokenizer: Any,
-    model: PureModel,
+    model: Model,
     *,
     max_length: int | None,
     batch_size: int,
@@ -191,7 +191,7 @@ def make_feed(
 
 
 def require_embedded(
-    rows: Iterable[np.ndarray], model: PureModel, kind: str = "token"
+    rows: Iterable[np.ndarray], model: Model, kind: str = "token"
 ) -> None:
     """Raises if a model has no embedding of a number: JAX would go on with NaN.
 
@@ -216,7 +216,7 @@ def require_embedded(
         )
 
 
-def embedded_pad(pad_id: int, model: PureModel) -> int:
+def embedded_pad(pad_id: int, model: Model) -> int:
     """Returns a token to pad with: another one if the model has no embedding of it.
 
     No token attends to padding, but NaN times nothing is NaN.

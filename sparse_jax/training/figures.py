@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_jax.training.history import Rows, evaluations_of, updates_of
+from sparse_jax.training.history import MetricRows, evaluations_of, updates_of
 
 __all__ = ["draw_curve", "draw_layers"]
 
@@ -15,7 +15,7 @@ _SPLITS = ("#b3541e", "#3b7d4f", "#6a4c93")
 
 
 def draw_curve(
-    path: str | Path, rows: Rows, *, title: str, loss: str, metric: str
+    path: str | Path, rows: MetricRows, *, title: str, loss: str, metric: str
 ) -> None:
     """Draws the training curve of a run to a PNG, whole or not at all.
 
@@ -45,7 +45,7 @@ def draw_curve(
     os.replace(temporary, path)
 
 
-def _draw_loss(axes: Any, rows: Rows, loss: str) -> None:
+def _draw_loss(axes: Any, rows: MetricRows, loss: str) -> None:
     """Draws the loss of every update and its moving average."""
     steps = [row["step"] for row in rows]
     losses = np.array([row["loss"] for row in rows], float)
@@ -58,7 +58,7 @@ def _draw_loss(axes: Any, rows: Rows, loss: str) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_metric(axes: Any, rows: Rows, metric: str) -> None:
+def _draw_metric(axes: Any, rows: MetricRows, metric: str) -> None:
     """Draws a metric on every split, with its last value."""
     splits = list(dict.fromkeys(row["split"] for row in rows))
     for split, color in zip(splits, _SPLITS, strict=False):
@@ -85,7 +85,9 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
 _MOST_COLUMNS = 200
 
 
-def draw_layers(path: str | Path, rows: Rows, *, num_layers: int, title: str) -> None:
+def draw_layers(
+    path: str | Path, rows: MetricRows, *, num_layers: int, title: str
+) -> None:
     """Draws how often each layer was updated, and its importance, to a PNG.
 
     Args:
@@ -131,7 +133,7 @@ def _draw(
     figure.colorbar(image, ax=axes, label=label)
 
 
-def _filled(updates: Rows, name: str, size: int | None) -> Any:
+def _filled(updates: MetricRows, name: str, size: int | None) -> Any:
     """Returns a list of every update, the last known where it was left out."""
     found, last = [], None if size is None else [0.0] * size
     if not any(name in row for row in updates):

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 __all__ = [
-    "Rows",
+    "MetricRows",
     "evaluations_of",
     "is_evaluation",
     "outcome_warnings",
@@ -16,13 +16,13 @@ __all__ = [
     "updates_of",
 ]
 
-Rows = Sequence[Mapping[str, Any]]
+MetricRows = Sequence[Mapping[str, Any]]
 
 _MOST_AVERAGED = 50  # updates at the beginning and at the end
 _GUESSING = 0.9  # share of the vocabulary: fewer tokens are something learnt
 
 
-def updates_of(rows: Rows) -> list[Mapping[str, Any]]:
+def updates_of(rows: MetricRows) -> list[Mapping[str, Any]]:
     """Returns the rows of updates, without batches that were skipped.
 
     Example:
@@ -33,7 +33,7 @@ def updates_of(rows: Rows) -> list[Mapping[str, Any]]:
     return [row for row in rows if "loss" in row and not is_evaluation(row)]
 
 
-def evaluations_of(rows: Rows) -> list[Mapping[str, Any]]:
+def evaluations_of(rows: MetricRows) -> list[Mapping[str, Any]]:
     """Returns the rows of evaluations, one for each split."""
     return [row for row in rows if is_evaluation(row)]
 
@@ -43,7 +43,7 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
     return "split" in row
 
 
-def skipped_at_end(rows: Rows) -> int:
+def skipped_at_end(rows: MetricRows) -> int:
     """Returns how many of the last batches were skipped, one after the other.
 
     Example:
@@ -55,7 +55,7 @@ def skipped_at_end(rows: Rows) -> int:
     return sum(1 for _ in takewhile(lambda row: "is_skipped" in row, of_training))
 
 
-def selection_seconds(rows: Rows) -> float | None:
+def selection_seconds(rows: MetricRows) -> float | None:
     """Returns how long the selection took, None if there was none.
 
     Example:
@@ -67,7 +67,7 @@ def selection_seconds(rows: Rows) -> float | None:
 
 
 def outcome_warnings(
-    rows: Rows, results: Mapping[str, Mapping[str, float]], vocab_size: int
+    rows: MetricRows, results: Mapping[str, Mapping[str, float]], vocab_size: int
 ) -> Iterator[str]:
     """Yields a line for whatever looks like training that went wrong.
 

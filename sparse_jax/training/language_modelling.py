@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sparse_jax.compact.compact import Loss
 from sparse_jax.models.attachment import Attachment
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.next_token import summed_token_loss
 from sparse_jax.sharding.devices import Devices
 from sparse_jax.training.feed import Feed
@@ -22,7 +22,7 @@ _INPUTS = ("input_ids", "attention_mask", "segment_ids", "positions")
 
 
 def make_token_loss(
-    model: PureModel, *, checkpointing: bool = False, unroll: int | None = None
+    model: Model, *, checkpointing: bool = False, unroll: int | None = None
 ) -> Loss:
     """Returns the loss of `Compact` for batches of `CausalBatches`.
 
@@ -76,12 +76,12 @@ class LanguageModelling:
     loss_name: str = "cross-entropy, nats per token"
     head: tuple[str, ...] = ()
 
-    def make_loss(self, model: PureModel, *, checkpointing: bool) -> Loss:
+    def make_loss(self, model: Model, *, checkpointing: bool) -> Loss:
         """Returns the loss that training minimises."""
         return make_token_loss(model, checkpointing=checkpointing)
 
     def make_judge(
-        self, model: PureModel, attachment: Attachment, feed: Feed, devices: Devices
+        self, model: Model, attachment: Attachment, feed: Feed, devices: Devices
     ) -> Judge:
         """Returns loss and perplexity of every evaluation split."""
         loss = make_token_loss(model)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from sparse_jax.compact.compact import Loss
 from sparse_jax.models.attachment import Attachment
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.sharding.devices import Devices
 from sparse_jax.training.feed import Feed
 
@@ -49,12 +49,12 @@ class Objective(Protocol):
         """What an adapter has to say for its evaluation to be repeated."""
         ...
 
-    def make_loss(self, model: PureModel, *, checkpointing: bool) -> Loss:
+    def make_loss(self, model: Model, *, checkpointing: bool) -> Loss:
         """Returns the loss that training minimises."""
         ...
 
     def make_judge(
-        self, model: PureModel, attachment: Attachment, feed: Feed, devices: Devices
+        self, model: Model, attachment: Attachment, feed: Feed, devices: Devices
     ) -> Judge:
         """Returns the evaluation of a model with an attachment of this structure."""
         ...

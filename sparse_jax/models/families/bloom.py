@@ -7,7 +7,11 @@ References:
 from functools import partial
 from types import MappingProxyType
 
-from sparse_jax.models.classic_decoder import ClassicEmbeddings, ClassicLayer, Place
+from sparse_jax.models.classic_decoder import (
+    ClassicEmbeddings,
+    ClassicLayer,
+    PositionInfo,
+)
 from sparse_jax.models.family import FUSED, ClassicFamily, Layout, Parts
 from sparse_jax.models.modules import layer_norm
 from sparse_jax.models.position_embeddings import alibi
@@ -20,7 +24,9 @@ BLOOM = ClassicFamily(
         embeddings=partial(ClassicEmbeddings, has_norm=True),
         layer=ClassicLayer,
         norm=layer_norm,
-        place=lambda config, positions, seen: Place(bias=alibi(config.num_heads, seen)),
+        position_info=lambda config, positions, seen: PositionInfo(
+            bias=alibi(config.num_heads, seen)
+        ),
     ),
     layout=Layout(fused=FUSED, by_head=True),
     required=MappingProxyType({"apply_residual_connection_post_layernorm": False}),

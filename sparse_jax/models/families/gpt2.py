@@ -7,7 +7,11 @@ References:
 from functools import partial
 from types import MappingProxyType
 
-from sparse_jax.models.classic_decoder import ClassicEmbeddings, ClassicLayer, Place
+from sparse_jax.models.classic_decoder import (
+    ClassicEmbeddings,
+    ClassicLayer,
+    PositionInfo,
+)
 from sparse_jax.models.family import FUSED, ClassicFamily, Layout, Parts, mlp_size
 from sparse_jax.models.modules import layer_norm
 
@@ -19,7 +23,7 @@ GPT2 = ClassicFamily(
         embeddings=partial(ClassicEmbeddings, has_positions=True),
         layer=ClassicLayer,
         norm=layer_norm,
-        place=lambda config, positions, seen: Place(),
+        position_info=lambda config, positions, seen: PositionInfo(),
     ),
     # Its linear maps are PyTorch's `Conv1D`, and the first makes all three of these.
     layout=Layout(is_upright=True, fused=FUSED),

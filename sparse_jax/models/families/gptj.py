@@ -11,7 +11,11 @@ from typing import Any
 import jax
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.classic_decoder import ClassicEmbeddings, ClassicLayer, Place
+from sparse_jax.models.classic_decoder import (
+    ClassicEmbeddings,
+    ClassicLayer,
+    PositionInfo,
+)
 from sparse_jax.models.config import ClassicConfig
 from sparse_jax.models.family import ClassicFamily, Parts, mlp_size
 from sparse_jax.models.modules import layer_norm
@@ -20,10 +24,14 @@ from sparse_jax.models.position_embeddings import angles, base_frequencies
 __all__ = ["GPTJ"]
 
 
-def _place(config: ClassicConfig, positions: jax.Array, seen: jax.Array) -> Place:
+def _position_info(
+    config: ClassicConfig, positions: jax.Array, seen: jax.Array
+) -> PositionInfo:
     """Returns the angles of the tokens."""
     del seen
-    return Place(turn=angles(positions, base_frequencies(config.rotary_size, 10000.0)))
+    return PositionInfo(
+        turn=angles(positions, base_frequencies(config.rotary_size, 10000.0))
+    )
 
 
 def _rotary_size(theirs: Any) -> int:
@@ -41,7 +49,7 @@ GPTJ = ClassicFamily(
         embeddings=ClassicEmbeddings,
         layer=partial(ClassicLayer, is_parallel=True),
         norm=layer_norm,
-        place=_place,
+        position_info=_position_info,
         has_head_bias=True,
     ),
     # A tied head would have a bias and no kernel.

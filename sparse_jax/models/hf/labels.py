@@ -9,7 +9,7 @@ import jax
 
 from sparse_jax.errors import listed
 from sparse_jax.models.config import EncoderConfig
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.params.names import leaf_names
 
 __all__ = ["HeadUse", "label_leaves", "order_of", "use_of_head"]
@@ -88,7 +88,7 @@ def use_of_head(config: EncoderConfig, labels: Sequence[str]) -> HeadUse:
     return HeadUse(order, own, f"its head is used for {ours}", is_certain=True)
 
 
-def label_leaves(model: PureModel) -> tuple[str, ...]:
+def label_leaves(model: Model) -> tuple[str, ...]:
     """Returns the names of the leaves that have the labels as their last axis."""
     one_more = replace(
         model.config, num_labels=model.config.num_labels + 1, label_names=None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.functional import Head, Params, PureModel
+from sparse_jax.models.functional import Head, Model, Params
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.labels import HeadUse, label_leaves, use_of_head
 from sparse_jax.models.hf.model_files import local_folder
@@ -34,9 +34,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# shapes of the parameters -> their shardings
-Place = Callable[[Params], Any]
-
 # Of a configuration, names of the labels and of tokens.
 _NAMES = ("num_labels", "label_names", "pad_id", "bos_id", "eos_ids")
 # Rates of dropout, and the deviation of new kernels: training alone sees them.
@@ -51,8 +48,8 @@ def from_pretrained(
     labels: Sequence[str] | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     key: jax.Array | None = None,
-    place: Place | None = None,
-) -> tuple[PureModel, Params]:
+    place: Callable[[Params], Any] | None = None,
+) -> tuple[Model, Params]:
     """Loads a pre-trained model from safetensors.
 
     Parts of the head that the checkpoint does not have are created from `key`: normal
@@ -90,14 +87,14 @@ def from_pretrained(
             f"`head` must be one of {', '.join(family.architectures)} for the model "
             f"type {family.name!r} of `{folder}`, got {head.__name__}."
         )
-    weights, order = open_weights(folder, PureModel(head, family, config)), {}
+    weights, order = open_weights(folder, Model(head, family, config)), {}
     if labels is not None and head is SequenceClassifier:
         weights, order, use = _for_labels(weights, labels)
         if use is not None and jax.process_index() == 0:
             level = logging.INFO if use.is_certain else logging.WARNING
             _log.log(level, "`%s`: %s", folder, use.remark)
-    pure, missing = weights.model, weights.missing_head
-    abstract = pure.abstract(dtype)
+    model, missing = weights.model, weights.missing_head
+    abstract = model.abstract(dtype)
     weights.check(abstract)
     if missing and key is None:
         raise InputError(
@@ -108,7 +105,7 @@ def from_pretrained(
 
     created = {}
     if missing and key is not None:
-        created = _new_leaves(pure, missing, jnp.dtype(dtype), key)
+        created = _new_leaves(model, missing, jnp.dtype(dtype), key)
 
     def read(leaf: str, like: Any, index: Any) -> np.ndarray:
         if leaf not in order:
@@ -131,11 +128,11 @@ def from_pretrained(
         return jax.make_array_from_callback(like.shape, sharding, part)
 
     if place is None:
-        return pure, map_named(load, abstract)
-    return pure, map_named(load_parts, abstract, place(abstract))
+        return model, map_named(load, abstract)
+    return model, map_named(load_parts, abstract, place(abstract))
 
 
-def save_pretrained(model: PureModel, params: Params, folder: str | Path) -> None:
+def save_pretrained(model: Model, params: Params, folder: str | Path) -> None:
     """Writes `config.json` and `model.safetensors` for PyTorch transformers.
 
     Args:
@@ -150,7 +147,7 @@ def save_pretrained(model: PureModel, params: Params, folder: str | Path) -> Non
 
 
 def new_leaves(
-    model: PureModel, folder: str | Path, labels: Sequence[str] | None = None
+    model: Model, folder: str | Path, labels: Sequence[str] | None = None
 ) -> tuple[str, ...]:
     """Returns the names of the leaves that `from_pretrained` creates from its key.
 
@@ -186,7 +183,7 @@ def _for_labels(
     return weights, dict.fromkeys(leaves, list(use.order)), use
 
 
-def base_config(model: PureModel, *, training: bool = False) -> dict[str, Any]:
+def base_config(model: Model, *, training: bool = False) -> dict[str, Any]:
     """Returns what a model computes with its weights, as values of JSON.
 
     Together with `base_hash` it identifies a base: the same weights under another
@@ -204,7 +201,7 @@ def base_config(model: PureModel, *, training: bool = False) -> dict[str, Any]:
       ...     vocab_size=9, hidden_size=4, num_layers=1, num_heads=2,
       ...     intermediate_size=8,
       ... )
-      >>> found = base_config(PureModel(SequenceClassifier, BERT, config))
+      >>> found = base_config(Model(SequenceClassifier, BERT, config))
       >>> found["family"], found["hidden_act"], "hidden_dropout" in found
       ('bert', 'gelu', False)
     """
@@ -229,7 +226,7 @@ def changed_field(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
     return next((name for name in both if before[name] != now[name]), None)
 
 
-def _tensors(model: PureModel, params: Params) -> dict[str, np.ndarray]:
+def _tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
     """Returns the tensors of a checkpoint, those fused that are one there."""
     layout, parts = model.family.layout, {}
 
@@ -250,7 +247,7 @@ def _tensors(model: PureModel, params: Params) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _new_leaves(
-    model: PureModel, leaves: tuple[str, ...], dtype: Any, key: jax.Array
+    model: Model, leaves: tuple[str, ...], dtype: Any, key: jax.Array
 ) -> dict[str, jax.Array]:
     """Creates some leaves as `model.init` does; the compiler drops the others."""
     params = model.init(key, dtype)

@@ -18,7 +18,7 @@ from sparse_jax.models.families.gpt2 import GPT2
 from sparse_jax.models.families.gptj import GPTJ
 from sparse_jax.models.families.llama import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
 from sparse_jax.models.family import ClassicFamily, DecoderFamily, Family
-from sparse_jax.models.functional import PureModel
+from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.model_files import require_no_peft
 from sparse_jax.models.hf.read_decoder_config import (
     classic_config,
@@ -108,7 +108,7 @@ def read_config(
 
 
 def write_config(
-    model: PureModel, folder: Path, dtype: jax.typing.DTypeLike = jnp.float32
+    model: Model, folder: Path, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> None:
     """Writes a `config.json` that transformers reads."""
     from transformers import AutoConfig

@@ -13,7 +13,7 @@ import numpy as np
 
 from sparse_jax.errors import InputError, listed
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.functional import Params, PureModel
+from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import MaskedLM
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, with_full_names
 from sparse_jax.models.hf.tensors import open_tensors
@@ -44,7 +44,7 @@ class Weights:
     """The tensors of a model's folder, none of them read yet."""
 
     folder: Path
-    model: PureModel  # whose leaves they hold
+    model: Model  # whose leaves they hold
     names: Mapping[str, str]  # the name a tensor should have -> the name it has
     files: Mapping[str, Any]  # the name it has -> the open file
     replaced: tuple[str, ...] = ()  # leaves of the head that are of no use here
@@ -147,7 +147,7 @@ class Weights:
         is_tied = self.model.head is CausalLM and self.model.config.tied
         return {words: f"{head}.weight"} if is_tied else {}
 
-    def _untied_model(self, name: str, copy: str) -> PureModel:
+    def _untied_model(self, name: str, copy: str) -> Model:
         """Returns the model with a head of its own, which an encoder cannot have."""
         where = f"`{self.names[copy]}` in `{self.folder}`"
         if self.model.head is MaskedLM:
@@ -210,7 +210,7 @@ class Weights:
         )
 
 
-def open_weights(folder: Path, model: PureModel) -> Weights:
+def open_weights(folder: Path, model: Model) -> Weights:
     """Opens the tensors of a folder.
 
     Args:
