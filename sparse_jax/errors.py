@@ -4,7 +4,7 @@ import reprlib
 import textwrap
 from collections.abc import Iterable
 
-__all__ = ["InputError", "brief", "listed", "printable", "reason_of"]
+__all__ = ["InputError", "brief", "first_line", "listed", "printable", "reason_of"]
 
 
 class InputError(ValueError):
@@ -69,3 +69,13 @@ def reason_of(error: BaseException) -> str:
     """
     text = textwrap.shorten(printable(str(error)), 200).rstrip(".")
     return text or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    r"""Returns the first line of the message of an error, without a stop.
+
+    Example:
+      >>> print(first_line(ValueError("No such topology.\nStack trace: ...")))
+      No such topology
+    """
+    return str(error).strip().partition("\n")[0].rstrip(".")

@@ -16,7 +16,7 @@ from tiny_models import (
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment
-from sparse_jax.models.config import EncoderConfig, max_length_of
+from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
 from sparse_jax.params.names import leaf_names
@@ -280,7 +280,7 @@ def test_roberta_counts_tokens_from_the_pad_id():
 @both_families
 def test_the_longest_sequence_is_finite_and_one_more_is_not(name):
     model, params, _ = tiny(name)
-    ids = jnp.full((1, max_length_of(model.config) + 1), 5)
+    ids = jnp.full((1, model.config.max_positions + 1), 5)
     run = jax.jit(functools.partial(model, unroll=1))
     longer = run(params, {"input_ids": ids, "attention_mask": ids})
     longest = {"input_ids": ids[:, :-1], "attention_mask": ids[:, :-1]}
@@ -333,7 +333,7 @@ def test_roberta_has_512_usable_positions():
     )
     model = Model(SequenceClassifier, FAMILIES["roberta"], config)
     table = model.abstract()["embeddings"]["position"]["embedding"]
-    assert (max_length_of(config), table.shape) == (512, (514, 768))
+    assert (config.max_positions, table.shape) == (512, (514, 768))
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask"])

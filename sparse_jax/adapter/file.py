@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.models.hf.model_files import require_no_peft
 from sparse_jax.models.hf.tensors import save_tensors
 
-__all__ = ["ADAPTER", "FORMAT", "Adapter", "load_adapter", "save_adapter"]
+__all__ = ["ADAPTER", "FORMAT", "Adapter", "load_adapter", "replacing", "save_adapter"]
 
 ADAPTER = "adapter.safetensors"
 FORMAT = "sparse_jax adapter 1"
@@ -141,10 +142,17 @@ def save_adapter(path: str | Path, adapter: Adapter) -> int:
     tensors = dict(_to_tensors(adapter))
     for name, array in tensors.items():
         _require_finite("`adapter`", name, array, "Load an earlier checkpoint.")
-    temporary = path.with_name(f".{path.name}.part")
-    save_tensors(tensors, temporary, _to_metadata(adapter, tensors))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_tensors(tensors, temporary, _to_metadata(adapter, tensors))
     return path.stat().st_size
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields where to write a file that takes the place of another once it is whole."""
+    temporary = path.with_name(f".{path.name}.part")
+    yield temporary
+    os.replace(temporary, path)
 
 
 def load_adapter(path: str | Path) -> Adapter:

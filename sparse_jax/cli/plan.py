@@ -47,7 +47,6 @@ def plan(
     import jax
 
     from sparse_jax.cli.plan_table import print_plans, write_plans
-    from sparse_jax.models.config import max_length_of
     from sparse_jax.planning.abstract import read_model
     from sparse_jax.planning.plan import make_plan, with_largest_batch
     from sparse_jax.planning.target import find_target
@@ -77,7 +76,7 @@ def plan(
     found = find_target(target, shape.size)
     base = read_model(model)
     if length is None:
-        length = min(2048, max_length_of(base.config))
+        length = min(2048, base.config.max_positions)
     place: Any = {"length": length, "shape": shape, "target": found}
     plans = []
     for settings in several:

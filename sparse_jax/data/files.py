@@ -22,7 +22,7 @@ from sparse_jax.data.labels import (
     without_unlabeled,
 )
 from sparse_jax.data.read_rows import SUFFIXES, Rows, Source, read_rows
-from sparse_jax.errors import InputError, brief, listed, reason_of
+from sparse_jax.errors import InputError, brief, first_line, listed, reason_of
 from sparse_jax.models.hf.labels import order_of
 
 __all__ = ["fetch_rows", "find_file", "is_folder", "is_hub_name", "load"]
@@ -74,7 +74,7 @@ def _fetch(task: Task, name: str) -> Any:
     try:
         return load_dataset(name, configuration)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise InputError(
             f"`data` must be a folder or a data set on the Hugging Face Hub, got "
             f"{name!r}, which is no folder and cannot be fetched: {reason}. Check the "

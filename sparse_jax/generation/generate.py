@@ -14,7 +14,6 @@ from sparse_jax.generation.ends import before_end, end_table
 from sparse_jax.generation.prompts import AdaptedModel, Prompts, padded_batches
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.config import max_length_of
 from sparse_jax.models.functional import Model
 
 __all__ = ["generate"]
@@ -66,7 +65,7 @@ def generate(
     """
     _check(model, choice, attachment, key)
     _check_numbers(model, max_new_tokens, batch_size, max_length, pad_id)
-    limit = max_length_of(model.config) - max_new_tokens
+    limit = model.config.max_positions - max_new_tokens
     limit = limit if max_length is None else min(limit, max_length)
     rows = [np.asarray(prompt) for prompt in prompts]
     for number, row in enumerate(rows):
@@ -153,7 +152,7 @@ def _check_numbers(
     ):
         if number is not None and number < 1:
             raise InputError(f"`{name}` must be at least 1, got {number}.")
-    positions = max_length_of(model.config)
+    positions = model.config.max_positions
     if max_new_tokens >= positions:
         raise InputError(
             f"`max_new_tokens` must be less than the {positions} positions of the "

@@ -14,7 +14,6 @@ from sparse_jax.data.conversations import ALPACA, PromptTemplate
 from sparse_jax.data.llm_adapters import Question
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment
-from sparse_jax.models.config import max_length_of
 from sparse_jax.models.functional import Model
 from sparse_jax.models.next_token import summed_token_loss
 
@@ -57,7 +56,7 @@ def rank_candidates(
     Raises:
       InputError: if a question has no candidates, or is too long for the model.
     """
-    positions = max_length_of(model.config)
+    positions = model.config.max_positions
     responses = [question.responses(template) for question in questions]
     for number, candidates in enumerate(responses):
         if not candidates:

@@ -10,7 +10,6 @@ __all__ = [
     "DecoderConfig",
     "EncoderConfig",
     "RopeScaling",
-    "max_length_of",
 ]
 
 
@@ -69,21 +68,6 @@ class EncoderConfig:
                 f"`label_names` must have one name for each of the {self.num_labels} "
                 f"labels, got {len(self.label_names)}."
             )
-
-
-def max_length_of(config: EncoderConfig) -> int:
-    """Returns the longest sequence a model takes, in tokens.
-
-    RoBERTa's table of 514 positions is one for 512 tokens.
-
-    Example:
-      >>> max_length_of(EncoderConfig(
-      ...     vocab_size=9, hidden_size=4, num_layers=1, num_heads=2,
-      ...     intermediate_size=8, max_positions=512, position_offset=2,
-      ... ))
-      512
-    """
-    return config.max_positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,7 @@ class Encoder(nnx.Module):
     ) -> jax.Array:
         """Returns the last hidden states `[B, T, D]` of a batch.
 
-        Sequences longer than `max_length_of(config)` have no position vectors and
+        Sequences longer than `config.max_positions` have no position vectors and
         give NaN.
 
         Args:

@@ -14,7 +14,6 @@ from sparse_jax.compact.compact import Compact, CompactState, Loss
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.config import max_length_of
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import config_folder
@@ -83,9 +82,9 @@ def abstract_run(
     Raises:
       InputError: if the settings do not fit the model, or the mesh.
     """
-    if not 1 <= length <= max_length_of(model.config):
+    if not 1 <= length <= model.config.max_positions:
         raise InputError(
-            f"`length` must be at least 1 and at most {max_length_of(model.config)}, "
+            f"`length` must be at least 1 and at most {model.config.max_positions}, "
             f"the positions of the model, got {length}."
         )
     params = model.abstract(jnp.dtype(settings.dtype))

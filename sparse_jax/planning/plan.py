@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, first_line
 from sparse_jax.models.functional import Model
 from sparse_jax.params.roles import SPARSE, map_roles
 from sparse_jax.planning.abstract import AbstractRun, abstract_run, held_bytes
@@ -220,7 +220,7 @@ def _too_large(plan: Plan, error: Exception) -> Plan:
     if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
         raise InputError(
             "`target` must have a compiler that takes this program, got the error: "
-            f"{str(error).strip().partition(chr(10))[0]}."
+            f"{first_line(error)}."
         ) from error
     # The compiler gives up before it knows what it can overwrite.
     least = plan.state + plan.held["gradients"]

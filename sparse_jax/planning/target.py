@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, first_line
 
 __all__ = ["CHIPS", "Chip", "Target", "chip_of_gpu", "find_target"]
 
@@ -140,7 +140,7 @@ def _tpu(chip: str, name: str, count: int) -> Target:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # the compiler's own, and JAX's if there is none
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         if _has_compiler():
             raise InputError(
                 f"`target` must be a topology that {chip} has, got {name!r}: {reason}."

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax._src import distributed
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, first_line
 
 __all__ = [
     "is_first_process",
@@ -165,7 +165,7 @@ def join_processes(
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except ValueError as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise InputError(
             f"`coordinator` must be given: {reason}. Pass --coordinator HOST:PORT, "
             "--processes and --process on every host."

@@ -12,7 +12,6 @@ from sparse_jax.data.causal_batches import (
 )
 from sparse_jax.data.causal_tokens import Loss, TokenSequences, tokenize
 from sparse_jax.data.conversations import Conversation
-from sparse_jax.models.config import max_length_of
 from sparse_jax.models.functional import Model
 from sparse_jax.training.feed import Usage, digest_of, embedded_pad, require_embedded
 
@@ -121,7 +120,7 @@ def make_causal_feed(
       InputError: if `max_length` is more than the model's positions or leaves nothing
         to train on, or a token has no embedding.
     """
-    positions = max_length_of(model.config)
+    positions = model.config.max_positions
     length = min(_MAX_LENGTH, positions) if max_length is None else max_length
     sequences = {
         name: tokenize(

@@ -12,7 +12,6 @@ from sparse_jax.data.batches import Batch, Batches, eval_batches, train_batches
 from sparse_jax.data.examples import Splits
 from sparse_jax.data.tokenizer import Encoded, encode
 from sparse_jax.errors import InputError
-from sparse_jax.models.config import max_length_of
 from sparse_jax.models.functional import Model
 
 __all__ = [
@@ -177,7 +176,7 @@ def make_feed(
       InputError: if `max_length` is more than the model's positions, or a token or
         its type has no embedding.
     """
-    positions = max_length_of(model.config)
+    positions = model.config.max_positions
     length = min(_MAX_LENGTH, positions) if max_length is None else max_length
     encoded = {
         name: encode(examples, tokenizer, max_length=length, positions=positions)

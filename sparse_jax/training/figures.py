@@ -1,11 +1,11 @@
 """The pictures of a run: its curve, and which layers were trained."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparse_jax.adapter.file import replacing
 from sparse_jax.training.history import MetricRows, evaluations_of, updates_of
 
 __all__ = ["draw_curve", "draw_layers"]
@@ -40,9 +40,8 @@ def draw_curve(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    temporary = Path(path).with_name(f".{Path(path).name}.part")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _draw_loss(axes: Any, rows: MetricRows, loss: str) -> None:
@@ -113,9 +112,8 @@ def draw_layers(
         limits = {"vmin": -widest, "vmax": widest, "cmap": "RdBu_r"}
         _draw(figure, panels[1], importance.T, len(updates), "importance", **limits)
         panels[1].set_title("importance learnt", fontsize=10)
-    temporary = Path(path).with_name(f".{Path(path).name}.part")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _draw(

@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparse_jax.adapter.file import replacing
 from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.training.history import is_evaluation, updates_of
 
@@ -89,9 +89,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: bytes) -> None:
     """Writes a text in UTF-8, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(text)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(text)
 
 
 def _read(path: Path) -> bytes:

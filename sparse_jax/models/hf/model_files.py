@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_jax.errors import InputError, brief
+from sparse_jax.errors import InputError, brief, first_line
 from sparse_jax.models.hf.tensors import INDEX, WEIGHTS, shards_of
 
 __all__ = [
@@ -129,7 +129,7 @@ def _folder(
         options = {"allow_patterns": list(files), "revision": revision}
         return Path(snapshot_download(str(model), **options))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise InputError(
             f"`model` must be a local folder or the id of a model on the Hugging Face "
             f"Hub, got {brief(str(model))}, which is no folder and cannot be fetched: "
