@@ -282,8 +282,9 @@ def test_another_order_of_a_frozen_head_is_refused_and_no_other_spelling(
         (model / "config.json").write_text(json.dumps(renamed))
         return evaluate_adapter(tmp_path / adapter, model=str(model), data=str(data))
 
-    with pytest.raises(InputError, match="whose `config.json` has the labels"):
-        evaluate("frozen", "negative", "positive")
+    for names in (("negative", "positive"), ("positive", "negative", "neutral")):
+        with pytest.raises(InputError, match="whose `config.json` has the labels"):
+            evaluate("frozen", *names)
     assert evaluate("frozen", "POS", "NEG") == {"accuracy": 1.0}
     assert evaluate("frozen", "LABEL_0", "LABEL_1") == {"accuracy": 1.0}
     assert evaluate("trained", "negative", "positive") == {"accuracy": 1.0}

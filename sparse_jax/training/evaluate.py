@@ -117,11 +117,15 @@ def _require_same_head(adapter: Adapter, objective: Objective, base: Base) -> No
     before = adapter.settings.get("base_labels")
     now = objective.settings.get("base_labels")
     # Earlier versions did not record them; a head in the adapter needs no names.
-    if None in (before, now) or {*label_leaves(base.model)} <= adapter.dense.keys():
+    if before is None or now is None:
+        return
+    if {*label_leaves(base.model)} <= adapter.dense.keys():
         return
 
     def order(names: Sequence[str]) -> tuple[int, ...] | None:
-        config = replace(base.model.config, label_names=tuple(names) or None)
+        config = base.model.config
+        size = {"num_labels": len(names) or config.num_labels}
+        config = replace(config, **size, label_names=tuple(names) or None)
         return use_of_head(config, adapter.labels).order
 
     if order(before) != order(now):
