@@ -24,6 +24,7 @@ from .methods.lora import DoRA as DoRA
 from .methods.lora import LoRA as LoRA
 from .methods.method import Method as Method
 from .methods.prefix import Prefix as Prefix
+from .methods.registry import register_method as register_method
 from .methods.sparse import Sparse as Sparse
 from .models.attachment import Attachment as Attachment
 from .models.causal_lm import CausalLM as CausalLM

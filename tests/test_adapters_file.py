@@ -19,9 +19,9 @@ from sparse_jax import (
     save_adapter,
 )
 from sparse_jax.adapter.rebuild import method_of_adapter
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.training.build import method_of
-from sparse_jax.training.settings import OPTIONS
 
 BATCH = jax_batch(padded_batch("bert"))
 # method -> options
@@ -52,7 +52,7 @@ def trained(params, method, options):
     return made, added, Adapter(
         added=jax.tree.map(np.asarray, added),
         method=method,
-        settings={name: getattr(settings, name) for name in OPTIONS[method]},
+        settings={name: getattr(settings, name) for name in METHODS[method].options},
     )  # fmt: skip
 
 

@@ -9,9 +9,9 @@ from safetensors.numpy import load, save
 from test_adapters_laws import shaken
 
 from sparse_jax import Adapter, Settings
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.params.roles import DENSE, SPARSE, map_roles
 from sparse_jax.training.build import method_of
-from sparse_jax.training.settings import OPTIONS
 
 # method -> options
 RUNS = {
@@ -48,7 +48,14 @@ def run_adapter(params, method, **options):
             values[role.name] = random.normal(size=shape).astype(leaf.dtype)
 
     map_roles(collect, made.roles(params), params)
-    kept = ("learning_rate", "batch_size", "dtype", "seed", "dense", *OPTIONS[method])
+    kept = (
+        "learning_rate",
+        "batch_size",
+        "dtype",
+        "seed",
+        "dense",
+        *METHODS[method].options,
+    )
     return Adapter(
         support=support,
         values=values,

@@ -1,133 +1,29 @@
-"""The method behind an adapter file: what its arrays mean, and which have to be there.
-
-The methods by their words are those of the command line, too.
-"""
+"""The method behind an adapter: what its arrays mean, and which have to be there."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
 
 from sparse_jax.adapter.file import Adapter
 from sparse_jax.errors import InputError, brief
-from sparse_jax.methods.bottlenecks import (
-    HOULSBY,
-    PFEIFFER,
-    Bottleneck,
-    Parallel,
-    Series,
-)
-from sparse_jax.methods.dense import Dense
+from sparse_jax.methods.bottlenecks import Bottleneck
 from sparse_jax.methods.ia3 import IA3
-from sparse_jax.methods.lora import DoRA, LoRA
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.prefix import Prefix
-from sparse_jax.methods.sparse import Sparse
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.roles import DENSE, SPARSE, Role, map_roles
 from sparse_jax.supports.granularity import GRANULARITIES
-from sparse_jax.supports.scores import SCORES
 
-__all__ = ["METHODS", "method_of_adapter", "require_whole"]
-
-# The maps that the paper adapts in its GLUE experiments: query, key, value and output.
-_MAPS = "attention/(query|key|value|output)"
-SPARSE_WHERE = (f"^layers/{_MAPS}/",)
-LORA_WHERE = (f"^{_MAPS}$",)
+__all__ = ["method_of_adapter", "require_whole"]
 
 Rules = tuple[str, ...]
 
-
-class Options(Protocol):
-    """The options of the methods; None is the usual value."""
-
-    where: Rules | None
-    dense: Rules | None
-    density: float
-    granularity: str
-    rank: int
-    alpha: float | None
-    rslora: bool
-    dropout: float | None
-    size: int | None
-    activation: str | None
-    prefix_length: int | None
-
-
-# (options, rules of what is trained in full) -> method
-Make = Callable[[Any, Rules], Method]
-
-
-def _sparse(score: str) -> Make:
-    """Returns the maker of a sparse method that ranks entries by a score."""
-    return lambda options, dense: Sparse(
-        density=options.density,
-        where=options.where or SPARSE_WHERE,
-        dense=dense,
-        rank_by=SCORES[score],
-        granularity=GRANULARITIES[options.granularity],
-    )
-
-
-def _low_rank(kind: type[LoRA]) -> Make:
-    """Returns the maker of a method with thin matrices."""
-    return lambda options, dense: kind(
-        rank=options.rank,
-        alpha=options.alpha,
-        rslora=options.rslora,
-        dropout=options.dropout or 0.0,
-        where=options.where or LORA_WHERE,
-        dense=dense,
-    )
-
-
-def _bottleneck(kind: type[Bottleneck], where: Rules) -> Make:
-    """Returns the maker of a method with a bottleneck."""
-    return lambda options, dense: kind(
-        size=options.size or 64,
-        activation=ACTIVATIONS[options.activation or "relu"],
-        where=options.where or where,
-        dense=dense,
-    )
-
-
-# word -> maker
-METHODS: dict[str, Make] = {
-    "full": lambda options, dense: Dense(dense=options.dense or (".*",)),
-    "head": lambda options, dense: Dense(dense=dense),
-    "bitfit": lambda options, dense: Dense(dense=("bias$", *dense)),
-    "lora": _low_rank(LoRA),
-    "dora": _low_rank(DoRA),
-    "series": _bottleneck(Series, HOULSBY),
-    "parallel": _bottleneck(Parallel, PFEIFFER),
-    # `where` is about the scaled outputs.
-    "ia3": lambda options, dense: IA3(where=options.where or IA3.where, dense=dense),
-    "prefix": lambda options, dense: Prefix(
-        length=options.prefix_length or 16, dense=dense
-    ),
-    "sift": _sparse("gradient"),
-    "random": _sparse("random"),
-    "magnitude": _sparse("magnitude"),
-}
-# method -> the options that belong to it
-OPTIONS = {
-    "full": (),
-    "head": (),
-    "bitfit": (),
-    "lora": ("where", "rank", "alpha", "rslora", "dropout"),
-    "dora": ("where", "rank", "alpha", "rslora", "dropout"),
-    "series": ("where", "size", "activation"),
-    "parallel": ("where", "size", "activation"),
-    "ia3": ("where",),
-    "prefix": ("prefix_length",),
-    "sift": ("where", "density", "granularity"),
-    "random": ("where", "density", "granularity"),
-    "magnitude": ("where", "density", "granularity"),
-}
 # Options that came after the first adapter files; those lack them.
 _LATER = ("alpha", "rslora", "dropout", "granularity")
 # method that adds arrays -> the option, part and axis that say how wide it is
@@ -136,23 +32,6 @@ _WIDTHS = {
     "parallel": ("size", "up", -2), "prefix": ("prefix_length", "keys", -2),
 }  # fmt: skip
 _ADDING = (*_WIDTHS, "ia3")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    """The options of an adapter; what it does not say is as in the first files."""
-
-    where: Rules | None = None
-    dense: Rules | None = None
-    density: float = 1.0
-    granularity: str = "entry"
-    rank: int = 8
-    alpha: float | None = None
-    rslora: bool = False
-    dropout: float | None = None
-    size: int | None = None
-    activation: str | None = None
-    prefix_length: int | None = None
 
 
 def method_of_adapter(adapter: Adapter) -> Method:
@@ -210,12 +89,12 @@ def _method(adapter: Adapter, head: Rules) -> Method:
     """Returns the method of an adapter; `head` is trained in full by default."""
     if adapter.method not in METHODS and not adapter.added and not _is_of_run(adapter):
         return Method()
-    make = _named("method", adapter.method, METHODS)
+    entry = _named("method", adapter.method, METHODS)
     options = _options(adapter)
-    method = make(options, options.dense or head)
+    method: Any = entry.make(options, head)
     if isinstance(method, Bottleneck):
         method = replace(method, scale=adapter.settings.get("scale") or 1.0)
-    is_free = options.where is None and not _is_of_run(adapter)
+    is_free = options.get("where") is None and not _is_of_run(adapter)
     if is_free and adapter.method in _ADDING:
         return _at_sites(method, adapter.added)
     return method
@@ -226,9 +105,9 @@ def _is_of_run(adapter: Adapter) -> bool:
     return "dense" in adapter.settings
 
 
-def _options(adapter: Adapter) -> _Options:
+def _options(adapter: Adapter) -> dict[str, Any]:
     """Returns the options that an adapter was trained with."""
-    names, settings = OPTIONS[adapter.method], adapter.settings
+    names, settings = METHODS[adapter.method].options, adapter.settings
     missing = [name for name in names if name not in (*settings, *_LATER)]
     if missing and _is_of_run(adapter):
         raise InputError(
@@ -244,7 +123,7 @@ def _options(adapter: Adapter) -> _Options:
     for name, table in (("activation", ACTIVATIONS), ("granularity", GRANULARITIES)):
         if name in given:
             _named(name, given[name], table)
-    return _Options(**{**_width(adapter), **given, **rules})
+    return {"density": 1.0, **_width(adapter), **given, **rules}
 
 
 def _width(adapter: Adapter) -> dict[str, int]:

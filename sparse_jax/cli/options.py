@@ -89,10 +89,11 @@ def _refusal(
 ) -> InputError | None:
     """Returns the error of an option that a run does not have."""
     # JAX takes seconds to import, and `--help` has to be quick.
+    from sparse_jax.methods.registry import METHODS
     from sparse_jax.training import settings
 
     try:
-        if any(name in names for names in settings.OPTIONS.values()):
+        if any(name in entry.options for entry in METHODS.values()):
             settings.require_method(name, value, method)
         if name in settings.LAYER_DEFAULTS:
             settings.require_sampler(name, value, sampler)

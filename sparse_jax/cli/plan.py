@@ -92,11 +92,12 @@ def plan(
 
 def _words(method: str | None, ist: bool, compare: str | None) -> list[str]:
     """Returns the methods to plan for."""
-    from sparse_jax.training.settings import OPTIONS, require_word
+    from sparse_jax.methods.registry import METHODS
+    from sparse_jax.training.settings import require_word
 
     if compare is None:
         method = method or "sift"
-        require_word("method", method, tuple(OPTIONS))
+        require_word("method", method, tuple(METHODS))
         return [method + ("+ist" if ist else "")]
     if method is not None or ist:
         raise InputError(
@@ -118,17 +119,18 @@ def _settings(
     model: str, word: str, is_compared: bool, shared: dict[str, Any]
 ) -> "Settings":
     """Returns the settings of a method, with those options that it has."""
-    from sparse_jax.training.settings import OPTIONS, Settings
+    from sparse_jax.methods.registry import METHODS
+    from sparse_jax.training.settings import Settings
 
     method, _, sampler = word.partition("+")
-    if method not in OPTIONS or sampler not in ("", "ist"):
+    if method not in METHODS or sampler not in ("", "ist"):
         raise InputError(
             f"`compare` must be methods with commas between, such as full,lora,sift or "
-            f"sift+ist, got {word!r}. Methods are {', '.join(OPTIONS)}."
+            f"sift+ist, got {word!r}. Methods are {', '.join(METHODS)}."
         )
     given = dict(shared)
     # A rule of leaves means nothing to a method that goes by sites.
-    if is_compared and "density" not in OPTIONS[method]:
+    if is_compared and "density" not in METHODS[method].options:
         given |= {"where": None, "granularity": "entry"}
     if not sampler:
         del given["active"], given["recompute"]

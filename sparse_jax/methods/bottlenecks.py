@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, refuse_to_merge
-from sparse_jax.methods.sites import channels, kernels_at, uniform
+from sparse_jax.methods.sites import WHERE, channels, kernels_at, uniform
+from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.arguments import require_whole
+from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
 
 __all__ = ["Bottleneck", "HOULSBY", "PFEIFFER", "Parallel", "Series"]
@@ -39,9 +41,12 @@ class Bottleneck(Method):
         `where`.
     """
 
-    size: int
-    where: Rule = HOULSBY
-    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
+    size: int = field(metadata=option("Width of the bottlenecks that are added."))
+    where: Rule = field(default=HOULSBY, metadata=WHERE)
+    activation: Callable[[jax.Array], jax.Array] = field(
+        default=jax.nn.relu,
+        metadata=option("Activation in the bottlenecks.", words=ACTIVATIONS),
+    )
     scale: float = 1.0
 
     def __post_init__(self):
@@ -149,7 +154,7 @@ class Parallel(Bottleneck):
       Hu et al., 2023, LLM-Adapters, https://arxiv.org/abs/2304.01933
     """
 
-    where: Rule = PFEIFFER
+    where: Rule = field(default=PFEIFFER, metadata=WHERE)
 
     def added(self, params: Any, key: jax.Array) -> Any:
         """Returns {site: {"down", "down_bias", "up", "up_bias"}} of matching sites."""

@@ -1,7 +1,7 @@
 """LoRA and DoRA: a product of two thin matrices beside a kernel."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,9 +10,10 @@ from jax import lax
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
-from sparse_jax.methods.sites import channels, kernels_at, map_sites, uniform
+from sparse_jax.methods.sites import WHERE, channels, kernels_at, map_sites, uniform
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.arguments import require_whole
+from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.scores import leaf_key
 
@@ -45,11 +46,23 @@ class LoRA(Method):
       Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732 (`rslora`)
     """
 
-    rank: int
-    where: Rule = "attention"
-    alpha: float | None = None  # None is 2 * rank.
-    rslora: bool = False
-    dropout: float = 0.0  # fraction of the entries of x that A does not see, in [0, 1)
+    rank: int = field(metadata=option("Rank of the matrices that are added."))
+    where: Rule = field(default="attention", metadata=WHERE)
+    alpha: float | None = field(
+        default=None,
+        metadata=option(
+            "What is added is scaled by alpha divided by the rank.",
+            shown="twice the rank",
+        ),
+    )
+    rslora: bool = field(
+        default=False,
+        metadata=option("Divide alpha by the square root of the rank instead."),
+    )
+    # Of the entries of x that A does not see, in [0, 1).
+    dropout: float = field(
+        default=0.0, metadata=option("Fraction of the input of A that is left out.")
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,6 +1,6 @@
 """Prefix tuning: train keys and values that every token attends to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from sparse_jax.methods.method import Method, refuse_to_merge
 from sparse_jax.methods.sites import kernels_at
 from sparse_jax.models.attachment import MEMORY, Memory, Module
 from sparse_jax.params.arguments import require_whole
+from sparse_jax.params.fields import option
 from sparse_jax.supports.scores import leaf_key
 
 __all__ = ["Prefix"]
@@ -47,7 +48,9 @@ class Prefix(Method):
       Liu et al., 2022, https://arxiv.org/abs/2110.07602
     """
 
-    length: int
+    length: int = field(
+        metadata=option("Keys and values added to a layer.", name="prefix_length")
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,13 +1,20 @@
 """Sparse: train the best-scored entries of each array, in the compact tier."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
+from sparse_jax.methods.sites import WHERE
+from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
 from sparse_jax.params.roles import SPARSE, Role, map_roles
-from sparse_jax.supports.granularity import ENTRY, Granularity, require_granularity
+from sparse_jax.supports.granularity import (
+    ENTRY,
+    GRANULARITIES,
+    Granularity,
+    require_granularity,
+)
 from sparse_jax.supports.scores import SCORES, Score, gradient
 from sparse_jax.supports.support import require_density
 
@@ -39,10 +46,21 @@ class Sparse(Method):
       0.01
     """
 
-    density: float
-    where: Rule | None = None  # Expressions of the sparse leaves; None is all others.
-    rank_by: Score = gradient
-    granularity: Granularity = ENTRY
+    density: float = field(metadata=option("Fraction of entries that are trained."))
+    # Expressions of the sparse leaves; None is all others.
+    where: Rule | None = field(default=None, metadata=WHERE)
+    # Nothing in an adapter depends on it, so it need not have a word.
+    rank_by: Score = field(
+        default=gradient, metadata=option(words=SCORES, is_stored=False)
+    )
+    granularity: Granularity = field(
+        default=ENTRY,
+        metadata=option(
+            "What is chosen from: entry (all of a matrix) or lane (every 128 rows of "
+            "a column, for TPUs).",
+            words=GRANULARITIES,
+        ),
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -6,11 +6,11 @@ from typing import Any, cast
 
 import optax
 
-from sparse_jax.adapter.rebuild import METHODS
 from sparse_jax.compact.compact import Compact, Loss
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.attachment import Recompute
 from sparse_jax.samplers.gradient_norm import GradientNorm
 from sparse_jax.samplers.importance import Importance
@@ -53,7 +53,7 @@ def method_of(settings: Settings, head: tuple[str, ...]) -> Method:
       >>> method_of(settings, ("^classifier/",)).dense
       ('bias$', '^classifier/')
     """
-    return METHODS[settings.method](settings, settings.dense or head)
+    return METHODS[settings.method].make(vars(settings), head)
 
 
 # (settings, layers of the model, layers to update at a time) -> sampler

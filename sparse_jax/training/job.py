@@ -13,6 +13,7 @@ from sparse_jax.adapter.file import Adapter
 from sparse_jax.compact.compact import CompactState
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.hf.pretrained import base_config
 from sparse_jax.models.hf.tensor_names import modules_called
 from sparse_jax.params.names import leaf_names
@@ -23,7 +24,7 @@ from sparse_jax.training.base_model import Base
 from sparse_jax.training.build import head_rules, method_of, sampler_of
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.objective import Objective
-from sparse_jax.training.settings import OPTIONS, Settings
+from sparse_jax.training.settings import Settings
 from sparse_jax.training.setup import load_material
 
 __all__ = ["Job", "adapter_of", "make_job", "require_finite", "surroundings"]
@@ -155,7 +156,7 @@ def require_finite(adapter: Adapter) -> None:
 
 def _settings(job: Job) -> dict[str, Any]:
     """Returns the settings that say what the arrays mean."""
-    names = OPTIONS[job.settings.method]
+    names = METHODS[job.settings.method].options
     kept = ("learning_rate", "batch_size", "dtype", "seed", "dense", *names)
     given = {name: getattr(job.settings, name) for name in kept}
     return {**given, **job.objective.settings}

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sparse_jax.adapter.rebuild import OPTIONS
 from sparse_jax.data.causal_tokens import Loss
 from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.sharding.mesh import parse_mesh
 from sparse_jax.supports.granularity import GRANULARITIES
@@ -17,8 +17,6 @@ from sparse_jax.supports.granularity import GRANULARITIES
 __all__ = [
     "DTYPES",
     "LAYER_DEFAULTS",
-    "LEARNING_RATES",
-    "OPTIONS",
     "SAMPLER_OPTIONS",
     "Settings",
     "require_method",
@@ -26,21 +24,6 @@ __all__ = [
     "require_word",
 ]
 
-# Found by nobody's grid but usual; a few sparse entries want larger steps than all.
-LEARNING_RATES = {
-    "full": 3e-5,
-    "head": 1e-3,
-    "bitfit": 1e-3,
-    "lora": 1e-3,
-    "dora": 1e-3,
-    "series": 1e-3,
-    "parallel": 1e-3,
-    "ia3": 3e-3,
-    "prefix": 1e-2,
-    "sift": 7e-4,
-    "random": 7e-4,
-    "magnitude": 7e-4,
-}
 DTYPES = ("float32", "bfloat16")
 RECOMPUTE = ("none", "frozen", "all")
 # sampler -> the options that belong to it, beside those of all samplers
@@ -92,7 +75,7 @@ class Settings:
         None  # share of a file for validation; None is 0.05; causal
     )
     drop_unlabeled: bool = False  # whether to leave out rows without a label
-    method: str = "sift"  # a word of LEARNING_RATES
+    method: str = "sift"  # a word of METHODS
     density: float = 0.008  # fraction of entries trained, in (0, 1]; sparse methods
     granularity: str = "entry"  # or lane: of every 128 rows of a column
     rank: int = 8  # of the added products; lora and dora
@@ -130,7 +113,7 @@ class Settings:
     resume: bool = False  # whether to continue an interrupted run
 
     def __post_init__(self):
-        require_word("method", self.method, tuple(LEARNING_RATES))
+        require_word("method", self.method, tuple(METHODS))
         require_word("dtype", self.dtype, DTYPES)
         require_word("granularity", self.granularity, tuple(GRANULARITIES))
         for name in (
@@ -155,7 +138,7 @@ class Settings:
     def resolved_learning_rate(self) -> float:
         """Peak learning rate."""
         if self.learning_rate is None:
-            return LEARNING_RATES[self.method]
+            return METHODS[self.method].learning_rate
         return self.learning_rate
 
     @property
@@ -268,9 +251,9 @@ class Settings:
 
 def require_method(name: str, value: Any, method: str) -> None:
     """Raises `InputError` unless a method has an option."""
-    if name in OPTIONS[method]:
+    if name in METHODS[method].options:
         return
-    owners = [method for method, names in OPTIONS.items() if name in names]
+    owners = [word for word, entry in METHODS.items() if name in entry.options]
     remedy = "; use `dense` to choose whole parameters" if name == "where" else ""
     raise InputError(
         f"`{name}` must be left out with method {method!r}, got {value!r}. It belongs "

@@ -1,0 +1,242 @@
+"""Fields of dataclasses: options of the command line, and settings in files."""
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_origin
+from typing import get_type_hints as hints_of
+
+from sparse_jax.errors import InputError, brief
+
+__all__ = [
+    "TEXTS",
+    "Json",
+    "Option",
+    "fields_of",
+    "from_json",
+    "option",
+    "options_of",
+    "read_json",
+    "to_json",
+]
+
+Json: TypeAlias = (
+    "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+)
+Made = TypeVar("Made")
+
+TEXTS = tuple[str, ...]  # one expression, or several
+_KEY = "sparse_jax"  # of the metadata of a field
+# What a whole number in a file never reaches; a batch of more fills any memory.
+_LARGEST = 1 << 20
+
+
+class _Facts(NamedTuple):
+    """What is known of a field beside its type and default."""
+
+    help: str = ""
+    name: str = ""
+    shown: str = ""
+    words: Mapping[str, object] | None = None
+    is_stored: bool = True
+
+
+class Option(NamedTuple):
+    """A field of a dataclass, as the command line and files see it."""
+
+    field: str  # of the dataclass
+    name: str  # of the option, mostly that of the field
+    type: object  # int, float, bool, str, or `TEXTS`
+    default: object  # `dataclasses.MISSING` if it must be given
+    is_optional: bool  # whether None is a value
+    help: str  # empty if it is no option of the command line
+    shown: str  # what the help says of the default; empty: the default itself
+    words: Mapping[str, object] | None  # word -> value, where values have words
+    is_stored: bool  # whether a value without a word is an error in a file
+
+    def read(self, value: Any) -> Any:
+        """Returns the value of a word, or any other value as it is.
+
+        Raises:
+          InputError: if the word is not known.
+        """
+        if not isinstance(value, str) or self.words is None:
+            return value
+        if value not in self.words:
+            raise InputError(
+                f"`{self.name}` must be one of {', '.join(self.words)}, got "
+                f"{brief(value)}."
+            )
+        return self.words[value]
+
+
+def option(
+    help: str = "",
+    *,
+    name: str = "",
+    shown: str = "",
+    words: Mapping[str, object] | None = None,
+    is_stored: bool = True,
+) -> dict[str, _Facts]:
+    """Returns the metadata of a dataclass field that is an option.
+
+    Args:
+      help: sentence for the command line; without one the field is no option of it.
+      name: of the option, if it is not that of the field.
+      shown: what the help says of the default, if that does not explain itself.
+      words: word -> value, if values are functions or objects.
+      is_stored: whether a value must have a word to be stored in a file; otherwise
+        one without is left out, and the default is read back.
+
+    Example:
+      >>> from dataclasses import dataclass, field
+      >>> @dataclass(frozen=True)
+      ... class Thin:
+      ...     rank: int = field(default=8, metadata=option("Rank of the matrices."))
+      >>> options_of(Thin)["rank"].help
+      'Rank of the matrices.'
+    """
+    return {_KEY: _Facts(help, name, shown, words, is_stored)}
+
+
+def fields_of(kind: type) -> list[Option]:
+    """Returns the fields that a dataclass is made from."""
+    hints, found = hints_of(kind), []
+    for one in fields(kind):
+        facts = one.metadata.get(_KEY) or _Facts()
+        plain, is_optional = _plain(hints[one.name])
+        plain = str if facts.words is not None else plain
+        name = facts.name or one.name
+        found.append(
+            Option(
+                one.name, name, plain, one.default, is_optional, facts.help,
+                facts.shown, facts.words, facts.is_stored,
+            )
+        )  # fmt: skip
+    return found
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """Returns the options of the command line among the fields, by their names."""
+    return {one.name: one for one in fields_of(kind) if one.help}
+
+
+def to_json(made: Any) -> dict[str, Json]:
+    """Returns the fields of a dataclass as values of JSON.
+
+    Raises:
+      InputError: naming the field, if its value has no word.
+    """
+    return {one.field: _written(made, one) for one in fields_of(type(made))}
+
+
+def from_json(kind: type[Made], settings: Mapping[str, Json], place: str) -> Made:
+    """Returns a dataclass from what `to_json` returned.
+
+    Args:
+      kind: the class.
+      settings: its fields.
+      place: what holds them, for messages.
+
+    Raises:
+      InputError: naming a field that is missing, unknown, or of another type.
+    """
+    known = {one.field: one for one in fields_of(kind)}
+    for name in known:
+        if name not in settings:
+            raise InputError(
+                f"{place} must have `{name}`, which `{kind.__name__}` needs, and does "
+                "not. Copy it again."
+            )
+    if unknown := sorted({*settings} - {*known}):
+        raise InputError(
+            f"{place} must have only what `{kind.__name__}` has, got "
+            f"{brief(unknown[0])}. Read it with the version that wrote it."
+        )
+    return kind(**{name: read_json(one, settings[name], place)
+                   for name, one in known.items()})  # fmt: skip
+
+
+def read_json(one: Option, value: Json, place: str) -> Any:
+    """Returns the value of a field from what a file says.
+
+    Raises:
+      InputError: naming the field, if it is of another type.
+    """
+    if value is None:
+        if one.is_optional:
+            return None
+        if not one.is_stored:
+            return one.default
+    check, rule = _RULES.get(one.type, (_is_any, "a value of JSON"))
+    if one.words is not None:
+        known = {**one.words}
+        check, rule = (lambda value: value in [*known]), f"one of {', '.join(known)}"
+    if not check(value):
+        raise InputError(
+            f"`{one.name}` in {place} must be {rule}, got {brief(value)}. "
+            "Copy it again."
+        )
+    if one.words is not None:
+        return one.words[str(value)]
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _written(made: Any, one: Option) -> Json:
+    """Returns the value of a field as a value of JSON."""
+    value = getattr(made, one.field)
+    if one.words is not None:
+        # Functions and objects of one word are the same object.
+        for word, known in one.words.items():
+            if value is known or value == word:
+                return word
+        if not one.is_stored:
+            return None
+        raise InputError(
+            f"`{one.field}` must be one of {', '.join(one.words)} to be stored in a "
+            f"file, got {brief(value)}."
+        )
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _plain(hint: Any) -> tuple[object, bool]:
+    """Returns the type that stands for an annotation, and whether it has None."""
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    parts = {*get_args(hint)} if is_union else {hint}
+    is_optional = type(None) in parts
+    parts -= {type(None)}
+    # A rule is a text or several.
+    if len(parts) > 1 and str in parts:
+        return TEXTS, is_optional
+    return parts.pop(), is_optional
+
+
+def _is_any(value: Any) -> bool:
+    """Takes everything."""
+    del value
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    """Returns whether a value is a finite number."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _is_rule(value: Any) -> bool:
+    """Returns whether a value is an expression, or a list of them."""
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(one, str) for one in value)
+    )
+
+
+# type -> whether a value of a file is one, and what it has to be
+_RULES: dict[object, tuple[Callable[[Any], bool], str]] = {
+    int: (
+        lambda value: type(value) is int and 0 <= value <= _LARGEST,
+        f"a whole number from 0 to {_LARGEST}",
+    ),
+    float: (_is_number, "a number"),
+    bool: (lambda value: type(value) is bool, "true or false"),
+    str: (lambda value: isinstance(value, str), "text"),
+    TEXTS: (_is_rule, "a regular expression, or a list of them"),
+}
