@@ -1,9 +1,10 @@
 """Bottleneck adapters: behind a linear map (series) or beside it (parallel)."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ PFEIFFER = ("^mlp/down$",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bottleneck(Method):
+class Bottleneck(Method, ABC):
     """The base of adapters with two thin linear maps and an activation between.
 
         branch(z) = scale * (activation(z @ D + d) @ U + u)
@@ -40,6 +41,9 @@ class Bottleneck(Method):
       InputError: if `size` or `scale` is not positive, or (on `added`) nothing matches
         `where`.
     """
+
+    # Axis of a kernel, [L, in, out], that is as wide as what the bottleneck reads.
+    _axis: ClassVar[int]
 
     size: int = field(metadata=option("Width of the bottlenecks that are added."))
     where: Rule = field(default=HOULSBY, metadata=WHERE)
@@ -62,16 +66,12 @@ class Bottleneck(Method):
                 f"`scale` must be positive, got {self.scale}. Leave it out for 1."
             )
 
-    def merge(self, params: Any, added: Any) -> Any:
-        """Raises if anything is added."""
-        return refuse_to_merge(self, params, added)
-
-    def _branches(self, params: Any, key: jax.Array, *, width_axis: int) -> Any:
-        """Returns the arrays; axis 1 or 2 of a kernel is as wide as the input."""
+    def added(self, params: Any, key: jax.Array) -> Any:
+        """Returns {site: {"down", "down_bias", "up", "up_bias"}} of matching sites."""
 
         def create(site: str, kernel: jax.Array) -> dict[str, jax.Array]:
             layers, _, height = kernel.shape
-            width = kernel.shape[width_axis]
+            width = kernel.shape[self._axis]
             return {
                 "down": uniform(key, site, (layers, width, self.size)),
                 "down_bias": jnp.zeros((layers, self.size), jnp.float32),
@@ -82,16 +82,38 @@ class Bottleneck(Method):
         kernels = kernels_at("where", self.where, params, self.stack)
         return {site: create(site, kernel) for site, kernel in kernels.items()}
 
-    def _branch(
-        self, arrays: Any, z: jax.Array, strength: jax.typing.ArrayLike
+    def response(
+        self,
+        site: str,
+        module: Module,
+        x: jax.Array,
+        added: Any,
+        strength: jax.typing.ArrayLike = 1.0,
+        *,
+        key: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns what is added to the output of a site."""
+        """Returns the output of the linear map plus that of the bottleneck."""
+        del key
+        y = module(x)
+        if site not in added:
+            return y
+        arrays, z = added[site], self._reads(x, y)
         low = z @ arrays["down"].astype(z.dtype) + channels(arrays["down_bias"], z)
         high = self.activation(low) @ arrays["up"].astype(z.dtype)
         high = high + channels(arrays["up_bias"], z)
-        return jnp.asarray(self.scale * strength, z.dtype) * high
+        return y + jnp.asarray(self.scale * strength, z.dtype) * high
+
+    def merge(self, params: Any, added: Any) -> Any:
+        """Raises if anything is added."""
+        return refuse_to_merge(self, params, added)
+
+    @staticmethod
+    @abstractmethod
+    def _reads(x: jax.Array, y: jax.Array) -> jax.Array:
+        """Returns what the bottleneck reads: the input or the output of the map."""
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Series(Bottleneck):
     """Trains a bottleneck behind the linear maps at the sites that `where` matches.
@@ -114,26 +136,16 @@ class Series(Bottleneck):
       Pfeiffer et al., 2021, https://arxiv.org/abs/2005.00247
     """
 
-    def added(self, params: Any, key: jax.Array) -> Any:
-        """Returns {site: {"down", "down_bias", "up", "up_bias"}} of matching sites."""
-        return self._branches(params, key, width_axis=2)
+    _axis = 2
 
-    def response(
-        self,
-        site: str,
-        module: Module,
-        x: jax.Array,
-        added: Any,
-        strength: jax.typing.ArrayLike = 1.0,
-        *,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns the output of the linear map plus the bottleneck of that output."""
-        del key
-        y = module(x)
-        return y + self._branch(added[site], y, strength) if site in added else y
+    @staticmethod
+    def _reads(x: jax.Array, y: jax.Array) -> jax.Array:
+        """Returns the output."""
+        del x
+        return y
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Parallel(Bottleneck):
     """Trains a bottleneck beside the linear maps at the sites that `where` matches.
@@ -156,21 +168,10 @@ class Parallel(Bottleneck):
 
     where: Rule = field(default=PFEIFFER, metadata=WHERE)
 
-    def added(self, params: Any, key: jax.Array) -> Any:
-        """Returns {site: {"down", "down_bias", "up", "up_bias"}} of matching sites."""
-        return self._branches(params, key, width_axis=1)
+    _axis = 1
 
-    def response(
-        self,
-        site: str,
-        module: Module,
-        x: jax.Array,
-        added: Any,
-        strength: jax.typing.ArrayLike = 1.0,
-        *,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns the output of the linear map plus the bottleneck of its input."""
-        del key
-        y = module(x)
-        return y + self._branch(added[site], x, strength) if site in added else y
+    @staticmethod
+    def _reads(x: jax.Array, y: jax.Array) -> jax.Array:
+        """Returns the input."""
+        del y
+        return x

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
-from sparse_jax.methods.method import Method
+from sparse_jax.methods.method import Method, PeftForm, PeftPart
 from sparse_jax.methods.sites import WHERE, channels, kernels_at, map_sites
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.names import Rule
@@ -77,6 +77,17 @@ class IA3(Method):
             return module(x * channels(damped(arrays["input"]), x))
         y = module(x)
         return y * channels(damped(arrays["output"]), y) if "output" in arrays else y
+
+    def to_peft(self, added: Any) -> PeftForm:
+        """Returns PEFT's (IA)3, whose factors are rows or columns."""
+        return PeftForm(
+            {"peft_type": "IA3"},
+            {
+                "input": PeftPart("ia3_l", lambda factor: factor[None, :]),
+                "output": PeftPart("ia3_l", lambda factor: factor[:, None]),
+            },
+            {"feedforward_modules": [s for s in sorted(added) if "input" in added[s]]},
+        )
 
     def merge(self, params: Any, added: Any) -> Any:
         """Returns parameters with scaled columns, biases and rows."""

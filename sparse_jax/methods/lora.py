@@ -1,15 +1,17 @@
 """LoRA and DoRA: a product of two thin matrices beside a kernel."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sparse_jax.errors import InputError
-from sparse_jax.methods.method import Method
+from sparse_jax.methods.method import Method, PeftForm, PeftPart
 from sparse_jax.methods.sites import WHERE, channels, kernels_at, map_sites, uniform
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.arguments import require_whole
@@ -17,33 +19,22 @@ from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.scores import leaf_key
 
-__all__ = ["DoRA", "LoRA"]
+__all__ = ["DoRA", "LoRA", "LowRank"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
-    """Trains a rank-r update of the linear maps at the sites that `where` matches.
+class LowRank(Method, ABC):
+    """The base of methods with a product of two thin matrices beside a kernel.
 
-        y = x @ W + scale * dropout(x) @ A @ B
+        scale * dropout(x) @ A @ B
         scale = alpha / rank,  or alpha / sqrt(rank) with `rslora`
 
     A, shape=(L, in, rank), starts uniform in +-1 / sqrt(in) as in PEFT; B,
     shape=(L, rank, out), starts at zero. Both are float32 and used in the dtype of x.
-    Merging is exact: W + scale * A @ B.
 
     Raises:
       InputError: if `rank` or `alpha` is not positive, `dropout` is outside [0, 1), or
         (on `added`) nothing matches `where` or `rank` is larger than a kernel there.
-
-    Example:
-      >>> LoRA(rank=8, where="query|value", dense="classifier").scale
-      2.0
-      >>> LoRA(rank=16, alpha=8, rslora=True).scale
-      2.0
-
-    References:
-      Hu et al., 2021, https://arxiv.org/abs/2106.09685
-      Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732 (`rslora`)
     """
 
     rank: int = field(metadata=option("Rank of the matrices that are added."))
@@ -86,8 +77,12 @@ class LoRA(Method):
     @property
     def scale(self) -> float:
         """Factor of the added product."""
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self._alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def _alpha(self) -> float:
+        """Alpha, or what stands for it."""
+        return 2 * self.rank if self.alpha is None else self.alpha
 
     def added(self, params: Any, key: jax.Array) -> Any:
         """Returns {site: {"a": ..., "b": ...}} for every matching site."""
@@ -101,31 +96,27 @@ class LoRA(Method):
         kernels = kernels_at("where", self.where, params, self.stack)
         return {site: create(site, kernel) for site, kernel in kernels.items()}
 
-    def response(
-        self,
-        site: str,
-        module: Module,
-        x: jax.Array,
-        added: Any,
-        strength: jax.typing.ArrayLike = 1.0,
-        *,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns the output of the linear map plus the low-rank product."""
-        if site not in added:
-            return module(x)
-        product = self._product(site, x, added[site], key)
-        return module(x) + jnp.asarray(self.scale * strength, x.dtype) * product
-
+    @abstractmethod
     def merge(self, params: Any, added: Any) -> Any:
-        """Returns parameters with the products added to the kernels."""
+        """Returns parameters with new kernels at the sites."""
 
-        def add(kind: str, leaf: jax.Array, pair: Any) -> jax.Array:
-            if kind != "kernel":
-                return leaf
-            return leaf + self.scale * (pair["a"] @ pair["b"])
-
-        return map_sites(add, params, added, self.stack)
+    def to_peft(self, added: Any) -> PeftForm:
+        """Returns PEFT's LoRA."""
+        del added
+        config = {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self._alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "use_dora": False,
+            "bias": "none",
+        }
+        parts = {
+            "a": PeftPart("lora_A.weight", np.transpose),
+            "b": PeftPart("lora_B.weight", np.transpose),
+        }
+        return PeftForm(config, parts)
 
     def _require_thin(self, site: str, most: int) -> None:
         """Raises if the two matrices have more entries than they can use."""
@@ -145,16 +136,66 @@ class LoRA(Method):
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
         return (x @ pair["a"].astype(x.dtype)) @ pair["b"].astype(x.dtype)
 
+    def _with_product(self, kernel: jax.Array, pair: Any) -> jax.Array:
+        """Returns W + scale * A @ B."""
+        return kernel + self.scale * (pair["a"] @ pair["b"])
 
+
+@final
 @dataclass(frozen=True, kw_only=True)
-class DoRA(LoRA):
+class LoRA(LowRank):
+    """Trains a rank-r update of the linear maps at the sites that `where` matches.
+
+        y = x @ W + scale * dropout(x) @ A @ B
+        scale = alpha / rank,  or alpha / sqrt(rank) with `rslora`
+
+    The arrays and errors are those of `LowRank`. Merging is exact: W + scale * A @ B.
+
+    Example:
+      >>> LoRA(rank=8, where="query|value", dense="classifier").scale
+      2.0
+      >>> LoRA(rank=16, alpha=8, rslora=True).scale
+      2.0
+
+    References:
+      Hu et al., 2021, https://arxiv.org/abs/2106.09685
+      Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732 (`rslora`)
+    """
+
+    def response(
+        self,
+        site: str,
+        module: Module,
+        x: jax.Array,
+        added: Any,
+        strength: jax.typing.ArrayLike = 1.0,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the output of the linear map plus the low-rank product."""
+        if site not in added:
+            return module(x)
+        product = self._product(site, x, added[site], key)
+        return module(x) + jnp.asarray(self.scale * strength, x.dtype) * product
+
+    def merge(self, params: Any, added: Any) -> Any:
+        """Returns parameters with the products added to the kernels."""
+        add = lambda kind, leaf, pair: (
+            self._with_product(leaf, pair) if kind == "kernel" else leaf
+        )
+        return map_sites(add, params, added, self.stack)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DoRA(LowRank):
     """Trains the linear maps at the sites that `where` matches as length x direction.
 
         y = m * (x @ W + scale * dropout(x) @ A @ B) / n + bias
         n = ||W + scale * A @ B||, of each column, a constant in the backward pass
 
-    A and B are LoRA's; m, shape=(L, out), starts at the norms of the columns of W, so
-    that the start is the base model. Merging is exact up to rounding:
+    A and B are those of `LowRank`; m, shape=(L, out), starts at the norms of the columns
+    of W, so that the start is the base model. Merging is exact up to rounding:
     m * (W + scale * A @ B) / n.
 
     `strength` multiplies `scale` in the sum and in the norm, and keeps m, as in the
@@ -164,7 +205,7 @@ class DoRA(LoRA):
     Differs from PEFT: `dropout` touches nothing but the input of A.
 
     Raises:
-      InputError: as `LoRA`.
+      InputError: as `LowRank`.
 
     Example:
       >>> DoRA(rank=8, where="query|value", dense="classifier").scale
@@ -213,11 +254,17 @@ class DoRA(LoRA):
         def change(kind: str, leaf: jax.Array, arrays: Any) -> jax.Array:
             if kind != "kernel":
                 return leaf
-            direction = leaf + self.scale * (arrays["a"] @ arrays["b"])
+            direction = self._with_product(leaf, arrays)
             length = arrays["m"] / _root(_squares(direction))
             return length[..., None, :] * direction
 
         return map_sites(change, params, added, self.stack)
+
+    def to_peft(self, added: Any) -> PeftForm:
+        """Returns PEFT's LoRA with magnitudes."""
+        form = super().to_peft(added)
+        length = PeftPart("lora_magnitude_vector", lambda array: array)
+        return PeftForm({**form.config, "use_dora": True}, {**form.parts, "m": length})
 
 
 def _squares(kernel: jax.Array) -> jax.Array:

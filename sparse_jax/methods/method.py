@@ -1,20 +1,38 @@
 """What a method is: which leaves it trains, and what it adds to the layers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Module
+from sparse_jax.params.fields import Json, from_json, to_json
 from sparse_jax.params.names import Rule
 from sparse_jax.params.roles import Role, roles_of
 from sparse_jax.supports.granularity import ENTRY, Granularity
 from sparse_jax.supports.scores import Score, gradient
 
-__all__ = ["Method", "refuse_to_merge"]
+__all__ = ["Method", "PeftForm", "PeftPart", "refuse_to_merge"]
+
+
+class PeftPart(NamedTuple):
+    """How PEFT stores one of the arrays that a method adds."""
+
+    name: str  # behind that of the module
+    turn: Callable[[np.ndarray], np.ndarray]  # our array of one layer -> PEFT's
+
+
+class PeftForm(NamedTuple):
+    """How PEFT stores a method."""
+
+    config: Mapping[str, Json]  # of `adapter_config.json`, with "peft_type"
+    parts: Mapping[str, PeftPart]  # by the names of the added arrays
+    # Fields of the configuration that are expressions of the modules at some sites.
+    sites: Mapping[str, Sequence[str]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +114,36 @@ class Method:
         """
         del added
         return params
+
+    def to_settings(self) -> dict[str, Json]:
+        """Returns the fields as values of JSON: what an adapter file stores.
+
+        Raises:
+          InputError: naming the field, if its value has no word.
+
+        Example:
+          >>> Method(dense=["bias$"]).to_settings()
+          {'dense': ['bias$'], 'stack': 'layers'}
+        """
+        return to_json(self)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Json], place: str) -> Self:
+        """Returns the method whose `to_settings` these are.
+
+        Args:
+          settings: every field, by its name.
+          place: what holds them, for messages.
+
+        Raises:
+          InputError: naming a setting that is missing, unknown, or breaks a rule.
+        """
+        return from_json(cls, settings, place)
+
+    def to_peft(self, added: Mapping[str, Mapping[str, np.ndarray]]) -> PeftForm | None:
+        """Returns how PEFT stores the arrays added, or None if it cannot."""
+        del added
+        return None
 
     def _roles(self, params: Any, *, where: Rule | None) -> Any:
         """Returns the roles by the rules of this method."""
