@@ -194,7 +194,7 @@ class DoRA(LowRank):
         y = m * (x @ W + scale * dropout(x) @ A @ B) / n + bias
         n = ||W + scale * A @ B||, of each column, a constant in the backward pass
 
-    A and B are those of `LowRank`; m, shape=(L, out), starts at the norms of the columns
+    A and B are as in `LowRank`; m, shape=(L, out), starts at the norms of the columns
     of W, so that the start is the base model. Merging is exact up to rounding:
     m * (W + scale * A @ B) / n.
 
