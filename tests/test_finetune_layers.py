@@ -79,7 +79,7 @@ def test_a_fraction_of_the_layers_is_rounded_down(active, layers, number):
         ({"sampler": "best"}, "`sampler` must be one of ist, uniform, cyclic, fixed"),
         (
             {"active": 0.5},
-            "`active` must be left out without a sampler of layers",
+            "`active` must be left out without a sampler",
         ),
         ({"sampler": "ist", "active": 0.0}, r"`active` must be in \(0, 1\], got 0.0"),
         ({"sampler": "ist", "layers": (1,)}, "`layers` must be left out .* static"),
@@ -101,7 +101,9 @@ def test_weights_that_are_not_one_a_layer_are_refused():
     options = Settings(
         model="m", task="mrpc", output="o", sampler="fixed", layer_weights=(1.0, 2.0)
     )
-    with pytest.raises(InputError, match="`layer_weights` .* 4 layers .* got 2"):
+    with pytest.raises(
+        InputError, match="`layer_weights` must have num_layers=4 numbers, got 2"
+    ):
         sampler_of(options, 4)
 
 
@@ -109,7 +111,7 @@ def test_weights_that_are_not_one_a_layer_are_refused():
     ("weights", "message"),
     [
         ((1.0, -2.0), r"`layer_weights` must not be negative, got \(1.0, -2.0\)"),
-        ((0.0, 0.0), "`layer_weights` must have 1 positive numbers, .* got 0"),
+        ((0.0, 0.0), "`layer_weights` must have num_active=1 positive numbers, got 0"),
     ],
 )
 def test_weights_that_draw_no_layer_are_refused(weights, message):

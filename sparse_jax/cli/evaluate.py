@@ -3,22 +3,37 @@
 import json
 from typing import Annotated
 
-from sparse_jax.cli import options
-from sparse_jax.cli.options import take_devices
+from sparse_jax.cli.options import (
+    ADAPTER,
+    BASE,
+    DEVICES,
+    option,
+    take_devices,
+    takes_settings,
+)
 
 __all__ = ["evaluate"]
 
 
+@takes_settings("data", "drop_unlabeled", "mesh")
 def evaluate(
-    adapter: Annotated[str, options.ADAPTER],
-    model: Annotated[str | None, options.BASE] = None,
-    task: Annotated[str | None, options.ADAPTER_TASK] = None,
-    data: Annotated[str | None, options.DATA] = None,
-    batch_size: Annotated[int | None, options.BATCH] = None,
-    max_length: Annotated[int | None, options.ADAPTER_LENGTH] = None,
-    drop_unlabeled: Annotated[bool, options.DROP_UNLABELED] = False,
-    mesh: Annotated[str | None, options.MESH] = None,
-    devices: Annotated[int | None, options.DEVICES] = None,
+    *,
+    adapter: Annotated[str, ADAPTER],
+    model: Annotated[str | None, BASE] = None,
+    task: Annotated[
+        str | None, option("Task to evaluate on.", "the one it was trained on")
+    ] = None,
+    data: str | None,
+    batch_size: Annotated[
+        int | None, option("Examples at a time.", "as in training")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        option("Most tokens of an example; longer ones are cut.", "as in training"),
+    ] = None,
+    drop_unlabeled: bool,
+    mesh: str | None,
+    devices: Annotated[int | None, DEVICES] = None,
 ) -> None:
     """Evaluate a saved adapter, and print its metrics as JSON."""
     take_devices(devices, mesh=mesh)

@@ -4,12 +4,20 @@ import re
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-from sparse_jax.cli import options
-from sparse_jax.cli.options import take_devices
+from sparse_jax.cli.options import (
+    ADAPTER,
+    BASE,
+    DEVICES,
+    flag,
+    option,
+    take_devices,
+    takes_settings,
+)
+from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.errors import InputError, brief
+from sparse_jax.params.fields import require_word
 
 if TYPE_CHECKING:
-    from sparse_jax.data.conversations import PromptTemplate
     from sparse_jax.generation.choice import Choice
 
 __all__ = ["generate"]
@@ -18,30 +26,72 @@ __all__ = ["generate"]
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+@takes_settings("mesh")
 def generate(
-    model: Annotated[str | None, options.DECODER] = None,
-    adapter: Annotated[str | None, options.ADAPTER] = None,
-    prompt: Annotated[list[str] | None, options.PROMPT] = None,
-    prompts: Annotated[str | None, options.PROMPT_FILE] = None,
-    chat: Annotated[bool, options.CHAT] = False,
-    template: Annotated[str | None, options.PROMPT_TEMPLATE] = None,
-    max_new_tokens: Annotated[int, options.MAX_NEW_TOKENS] = 128,
-    temperature: Annotated[float | None, options.TEMPERATURE] = None,
-    top_k: Annotated[int | None, options.TOP_K] = None,
-    top_p: Annotated[float | None, options.TOP_P] = None,
-    beams: Annotated[int | None, options.BEAMS] = None,
-    length_penalty: Annotated[float | None, options.LENGTH_PENALTY] = None,
-    stop: Annotated[list[str] | None, options.STOP] = None,
-    mesh: Annotated[str | None, options.MESH] = None,
-    devices: Annotated[int | None, options.DEVICES] = None,
-    seed: Annotated[int, options.DRAW_SEED] = 0,
+    *,
+    model: Annotated[str | None, BASE] = None,
+    adapter: Annotated[str | None, ADAPTER] = None,
+    prompt: Annotated[
+        list[str] | None,
+        option("Text to continue; may be repeated.", "none", metavar="<str>"),
+    ] = None,
+    prompts: Annotated[
+        str | None, option("File of texts to continue, one a line.", "none")
+    ] = None,
+    chat: Annotated[
+        bool,
+        flag("--chat", "Wrap each text as a message in the tokenizer's chat template."),
+    ] = False,
+    template: Annotated[
+        str | None,
+        option(
+            "Wrap each text as an instruction in a prompt template: "
+            f"{' or '.join(PROMPTS)}.",
+            "none",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, option("Most tokens to generate.")] = 128,
+    temperature: Annotated[
+        float | None,
+        option("Sample tokens; below 1 favors likely ones.", "greedy"),
+    ] = None,
+    top_k: Annotated[
+        int | None, option("Sample from the k most likely tokens.", "all")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        option(
+            "Sample from the most likely tokens whose probabilities add up to p.", "all"
+        ),
+    ] = None,
+    beams: Annotated[
+        int | None, option("Beam search with this many beams.", "greedy")
+    ] = None,
+    length_penalty: Annotated[
+        float | None,
+        option("Exponent of the length that the score of a beam is divided by.", "1"),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        option(
+            "Text, or the id of a token, that also ends generation and is left out of "
+            "what is printed; may be repeated.",
+            "the model's own",
+            metavar="<str>",
+        ),
+    ] = None,
+    mesh: str | None,
+    devices: Annotated[int | None, DEVICES] = None,
+    seed: Annotated[int, option("Seed of sampling.")] = 0,
 ) -> None:
-    """Continue texts with a decoder, and print what it writes."""
+    """Generate text with a decoder, and print it."""
     if chat and template is not None:
         raise InputError(
             f"`template` must be left out with --chat, got {template!r}: the tokenizer "
             "has a template of its own."
         )
+    if template is not None:
+        require_word("template", template, PROMPTS)
     if not 0 <= seed < 2**32:
         raise InputError(f"`seed` must be in [0, 2**32), got {seed}.")
     take_devices(devices, mesh=mesh)
@@ -53,7 +103,7 @@ def generate(
         text_tokens,
     )
 
-    prompt_template = _template(template)
+    prompt_template = None if template is None else PROMPTS[template]
     texts = [*(prompt or ()), *_lines(prompts)]
     if not texts:
         raise InputError(
@@ -122,17 +172,6 @@ def _choice(
     if is_random:
         return Sample(1.0 if temperature is None else temperature, top_k, top_p)
     return Greedy()
-
-
-def _template(name: str | None) -> "PromptTemplate | None":
-    """Returns the prompt of a name."""
-    from sparse_jax.data.conversations import PROMPTS
-
-    if name is not None and name not in PROMPTS:
-        raise InputError(
-            f"`template` must be one of {', '.join(PROMPTS)}, got {name!r}."
-        )
-    return None if name is None else PROMPTS[name]
 
 
 def _lines(path: str | None) -> list[str]:

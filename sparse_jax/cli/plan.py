@@ -1,45 +1,85 @@
 """The command `sparse-jax plan`."""
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from sparse_jax.cli import options
-from sparse_jax.cli.options import require_used
+from sparse_jax.cli.options import (
+    CONFIG,
+    IST,
+    choose_settings,
+    flag,
+    named_on_command_line,
+    option,
+    require_used,
+    takes_settings,
+)
 from sparse_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from sparse_jax.training.settings import Settings
+from sparse_jax.methods.registry import METHODS, MethodOptions
+from sparse_jax.samplers.registry import (
+    SAMPLERS,
+    SamplerOptions,
+    options_of_sampler,
+)
+from sparse_jax.training.settings import Settings
 
 __all__ = ["plan"]
 
+# Those that an update depends on most; a file may have the others.
+_SETTINGS = (
+    "model", "method", "density", "granularity", "rank", "where", "active",
+    "recompute", "batch_size", "accumulate", "dtype", "checkpointing", "mesh",
+)  # fmt: skip
+# What a run needs, and an update does not.
+_UNUSED = {"task": "causal", "output": "", "drop_unlabeled": False}
 
+
+@takes_settings(*_SETTINGS, defaults={"batch_size": 1, "dtype": "bfloat16"})
 def plan(
+    *,
     context: typer.Context,
-    model: Annotated[str, options.PLANNED_MODEL],
-    method: Annotated[str | None, options.PLANNED_METHOD] = None,
-    compare: Annotated[str | None, options.COMPARE] = None,
-    density: Annotated[float, options.DENSITY] = 0.008,
-    granularity: Annotated[str, options.GRANULARITY] = "entry",
-    rank: Annotated[int, options.RANK] = 8,
-    where: Annotated[list[str] | None, options.PLANNED_WHERE] = None,
-    ist: Annotated[bool, options.IST] = False,
-    active: Annotated[float, options.ACTIVE] = 0.25,
-    recompute: Annotated[str, options.RECOMPUTE] = "none",
-    batch_size: Annotated[int, options.BATCH_SIZE] = 1,
-    accumulate: Annotated[int, options.ACCUMULATE] = 1,
-    length: Annotated[int | None, options.LENGTH] = None,
-    dtype: Annotated[str, options.DTYPE] = "bfloat16",
-    checkpointing: Annotated[bool, options.CHECKPOINTING] = False,
-    mesh: Annotated[str | None, options.MESH] = None,
-    target: Annotated[str, options.TARGET] = "cpu",
-    largest_batch: Annotated[bool, options.LARGEST_BATCH] = True,
-    json: Annotated[str | None, options.JSON] = None,
+    compare: Annotated[
+        str | None,
+        option(
+            "Methods to compare side by side, such as full,lora,sift,sift+ist: each "
+            "with the options that it has, and --where for sparse methods only.",
+            "--method alone",
+        ),
+    ] = None,
+    config: Annotated[str | None, CONFIG] = None,
+    ist: Annotated[bool, IST] = False,
+    length: Annotated[
+        int | None,
+        option(
+            "Tokens of every example.",
+            "the max_length of --config, else 2048, or what the model takes if fewer",
+        ),
+    ] = None,
+    target: Annotated[
+        str,
+        option(
+            "What to compile for: cpu, gpu, or TPUs such as v5e:4x4, v6e:8x8 or "
+            "v5p:2x2x1; no TPU needed."
+        ),
+    ] = "cpu",
+    largest_batch: Annotated[
+        bool,
+        flag(
+            "--largest-batch/--no-largest-batch",
+            "Compile again to find the largest batch.",
+        ),
+    ] = True,
+    json: Annotated[
+        str | None, option("File to write the plan to, in bytes and seconds.", "none")
+    ] = None,
+    **settings: Any,
 ) -> None:
-    """Print what an update needs, on devices you need not have."""
+    """Print the memory, traffic and time of one update, without running it."""
     if target != "gpu":
         # Nothing runs; looking for accelerators takes long, and may take them.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -52,59 +92,33 @@ def plan(
     from sparse_jax.planning.target import find_target
     from sparse_jax.sharding.mesh import MeshShape, parse_mesh
 
-    shape = MeshShape() if mesh is None else parse_mesh(mesh)
+    given = choose_settings(context, settings, config, ist)
+    shape = parse_mesh(mesh) if (mesh := given.pop("mesh")) else MeshShape()
     # A JAX that runs already, as in a notebook, has the devices that it has.
     with suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", shape.size)
-    shared = {
-        "batch_size": batch_size,
-        "accumulate": accumulate,
-        "dtype": dtype,
-        "checkpointing": checkpointing,
-        "rank": rank,
-        "density": density,
-        "where": tuple(where) if where else None,
-        "granularity": granularity,
-        "active": active,
-        "recompute": recompute,
-    }
     if json is not None:
         _require_writable(json)
-    words = _words(method, ist, compare)
-    several = [_settings(model, word, len(words) > 1, shared) for word in words]
-    require_used(context, [(one.method, one.sampler) for one in several])
-    found = find_target(target, shape.size)
-    base = read_model(model)
-    if length is None:
-        length = min(2048, base.config.max_positions)
-    place: Any = {"length": length, "shape": shape, "target": found}
-    plans = []
-    for settings in several:
-        one = make_plan(base, settings, **place)
-        if largest_batch:
-            one = with_largest_batch(base, settings, one, **place)
-        plans.append(one)
-    print_plans(plans, found, shape, (batch_size, length))
-    if json is not None:
-        asked = {"model": model, "length": length, **shared}
-        write_plans(json, plans, found, shape, asked)
-
-
-def _words(method: str | None, ist: bool, compare: str | None) -> list[str]:
-    """Returns the methods to plan for."""
-    from sparse_jax.methods.registry import METHODS
-    from sparse_jax.training.settings import require_word
-
     if compare is None:
-        method = method or "sift"
-        require_word("method", method, tuple(METHODS))
-        return [method + ("+ist" if ist else "")]
-    if method is not None or ist:
-        raise InputError(
-            f"`compare` must be all methods, such as lora,sift+ist, got {compare!r} "
-            "beside --method or --ist. Leave these out."
-        )
-    return [word.strip() for word in compare.split(",")]
+        runs = [Settings(**{**given, **_UNUSED})]
+    else:
+        _require_alone(compare, named_on_command_line(context))
+        runs = [_compared(word.strip(), given) for word in compare.split(",")]
+    require_used(context, [(run.method, run.sampler) for run in runs])
+    found = find_target(target, shape.size)
+    model = read_model(runs[0].model)
+    length = given.get("max_length") if length is None else length
+    length = min(2048, model.config.max_positions) if length is None else length
+    place: Any = {"length": length, "shape": shape, "target": found}
+    plans = [make_plan(model, run, **place) for run in runs]
+    if largest_batch:
+        plans = [
+            with_largest_batch(model, run, one, **place)
+            for run, one in zip(runs, plans, strict=True)
+        ]
+    print_plans(plans, found, shape, (runs[0].batch_size, length))
+    if json is not None:
+        write_plans(json, plans, found, shape, {**given, "length": length})
 
 
 def _require_writable(path: str) -> None:
@@ -115,26 +129,27 @@ def _require_writable(path: str) -> None:
         )
 
 
-def _settings(
-    model: str, word: str, is_compared: bool, shared: dict[str, Any]
-) -> "Settings":
-    """Returns the settings of a method, with those options that it has."""
-    from sparse_jax.methods.registry import METHODS
-    from sparse_jax.training.settings import Settings
+def _require_alone(compare: str, named: Mapping[str, object]) -> None:
+    """Raises if methods to compare come with another one."""
+    if {"method", "ist"} & named.keys():
+        raise InputError(
+            f"`compare` must be all methods, such as lora,sift+ist, got {compare!r} "
+            "beside --method or --ist. Leave these out."
+        )
 
+
+def _compared(word: str, given: Mapping[str, Any]) -> Settings:
+    """Returns the settings of a method in a comparison, with the options it has."""
     method, _, sampler = word.partition("+")
-    if method not in METHODS or sampler not in ("", "ist"):
+    if method not in METHODS or sampler not in ("", *SAMPLERS):
         raise InputError(
             f"`compare` must be methods with commas between, such as full,lora,sift or "
             f"sift+ist, got {word!r}. Methods are {', '.join(METHODS)}."
         )
-    given = dict(shared)
-    # A rule of leaves means nothing to a method that goes by sites.
-    if is_compared and "density" not in METHODS[method].options:
-        given |= {"where": None, "granularity": "entry"}
-    if not sampler:
-        del given["active"], given["recompute"]
-    return Settings(
-        model=model, task="causal", output="", method=method,
-        sampler=sampler or None, **given,
-    )  # fmt: skip
+    known = {*METHODS[method].options, *options_of_sampler(sampler or None)}
+    # A rule of parameters means nothing to a method that goes by modules.
+    known -= set() if "density" in known else {"where"}
+    owned = {one.name for one in (*fields(MethodOptions), *fields(SamplerOptions))}
+    kept = {name: given[name] for name in given if name in known or name not in owned}
+    chosen = {"method": method, "sampler": sampler or None, **_UNUSED}
+    return Settings(**{**kept, **chosen})

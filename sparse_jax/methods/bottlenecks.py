@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, refuse_to_merge
-from sparse_jax.methods.sites import WHERE, channels, kernels_at, uniform
+from sparse_jax.methods.sites import channels, kernels_at, uniform
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.arguments import require_whole
@@ -45,11 +45,11 @@ class Bottleneck(Method, ABC):
     # Axis of a kernel, [L, in, out], that is as wide as what the bottleneck reads.
     _axis: ClassVar[int]
 
-    size: int = field(metadata=option("Width of the bottlenecks that are added."))
-    where: Rule = field(default=HOULSBY, metadata=WHERE)
+    size: int
+    where: Rule = HOULSBY
     activation: Callable[[jax.Array], jax.Array] = field(
         default=jax.nn.relu,
-        metadata=option("Activation in the bottlenecks.", words=ACTIVATIONS),
+        metadata=option(words=ACTIVATIONS),
     )
     scale: float = 1.0
 
@@ -166,7 +166,7 @@ class Parallel(Bottleneck):
       Hu et al., 2023, LLM-Adapters, https://arxiv.org/abs/2304.01933
     """
 
-    where: Rule = field(default=PFEIFFER, metadata=WHERE)
+    where: Rule = PFEIFFER
 
     _axis = 1
 

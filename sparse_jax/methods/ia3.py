@@ -1,6 +1,6 @@
 """(IA)3: train one factor for every channel of keys, values and feed-forward."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, PeftForm, PeftPart
-from sparse_jax.methods.sites import WHERE, channels, kernels_at, map_sites
+from sparse_jax.methods.sites import channels, kernels_at, map_sites
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.names import Rule
 
@@ -37,7 +37,7 @@ class IA3(Method):
       Liu et al., 2022, Sec. 3.3, https://arxiv.org/abs/2205.05638
     """
 
-    where: Rule = field(default="^attention/(key|value)$", metadata=WHERE)
+    where: Rule = "^attention/(key|value)$"
     feedforward: Rule = "^mlp/down$"
 
     def added(self, params: Any, key: jax.Array) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, final
 
 import jax
@@ -12,10 +12,9 @@ from jax import lax
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, PeftForm, PeftPart
-from sparse_jax.methods.sites import WHERE, channels, kernels_at, map_sites, uniform
+from sparse_jax.methods.sites import channels, kernels_at, map_sites, uniform
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.arguments import require_whole
-from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.scores import leaf_key
 
@@ -37,23 +36,11 @@ class LowRank(Method, ABC):
         (on `added`) nothing matches `where` or `rank` is larger than a kernel there.
     """
 
-    rank: int = field(metadata=option("Rank of the matrices that are added."))
-    where: Rule = field(default="attention", metadata=WHERE)
-    alpha: float | None = field(
-        default=None,
-        metadata=option(
-            "What is added is scaled by alpha divided by the rank.",
-            shown="twice the rank",
-        ),
-    )
-    rslora: bool = field(
-        default=False,
-        metadata=option("Divide alpha by the square root of the rank instead."),
-    )
-    # Of the entries of x that A does not see, in [0, 1).
-    dropout: float = field(
-        default=0.0, metadata=option("Fraction of the input of A that is left out.")
-    )
+    rank: int
+    where: Rule = "attention"
+    alpha: float | None = None  # None is twice the rank.
+    rslora: bool = False
+    dropout: float = 0.0  # Fraction of the entries of x that A does not see.
 
     def __post_init__(self):
         super().__post_init__()

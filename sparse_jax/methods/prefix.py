@@ -48,9 +48,7 @@ class Prefix(Method):
       Liu et al., 2022, https://arxiv.org/abs/2110.07602
     """
 
-    length: int = field(
-        metadata=option("Keys and values added to a layer.", name="prefix_length")
-    )
+    length: int = field(metadata=option(name="prefix_length"))
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,24 +1,118 @@
 """The table of methods: their words, classes, learning rates and usual options."""
 
 import inspect
+import math
+import pkgutil
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparse_jax.errors import InputError, brief
-from sparse_jax.methods.bottlenecks import Parallel, Series
-from sparse_jax.methods.dense import Dense
-from sparse_jax.methods.ia3 import IA3
-from sparse_jax.methods.lora import DoRA, LoRA
-from sparse_jax.methods.method import Method
-from sparse_jax.methods.prefix import Prefix
-from sparse_jax.methods.sparse import Sparse
-from sparse_jax.params.fields import Option, fields_of
-from sparse_jax.supports.scores import SCORES
+from sparse_jax.params.fields import Option, fields_of, option
 
-__all__ = ["METHODS", "Entry", "register_method", "word_of"]
+# JAX takes seconds to import, and the help of the command line reads this table.
+if TYPE_CHECKING:
+    from sparse_jax.methods.method import Method
+
+__all__ = [
+    "METHODS",
+    "Entry",
+    "MethodOptions",
+    "learning_rates",
+    "register_method",
+    "require_method_has",
+    "word_of",
+]
+
+SIZE, PREFIX_LENGTH = 64, 16  # of the methods that add arrays of a width
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """The options of methods in a run: fields of their classes, by name."""
+
+    density: float = field(
+        default=0.008,
+        metadata=option(
+            "Fraction of the entries that sift, random and magnitude train."
+        ),
+    )
+    granularity: str = field(
+        default="entry",
+        metadata=option(
+            "Where sift, random and magnitude choose entries: entry (anywhere in a "
+            "matrix) or lane (as many in every 128 rows of a column, for TPUs)."
+        ),
+    )
+    rank: int = field(
+        default=8, metadata=option("Rank of the matrices that lora and dora add.")
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata=option(
+            "lora and dora scale what they add by alpha / rank.", shown="twice the rank"
+        ),
+    )
+    rslora: bool = field(
+        default=False, metadata=option("Scale by alpha / sqrt(rank) instead.")
+    )
+    dropout: float | None = field(
+        default=None,
+        metadata=option(
+            "Dropout rate of the input of the matrices that lora and dora add.",
+            shown="0",
+        ),
+    )
+    size: int | None = field(
+        default=None,
+        metadata=option(
+            "Width of the bottlenecks that series and parallel add.", shown=f"{SIZE}"
+        ),
+    )
+    activation: str | None = field(
+        default=None,
+        metadata=option(
+            "Activation of the bottlenecks of series and parallel: relu, gelu, silu or "
+            "tanh.",
+            shown="relu",
+        ),
+    )
+    prefix_length: int | None = field(
+        default=None,
+        metadata=option(
+            "Keys and values that prefix adds to every layer.", shown=f"{PREFIX_LENGTH}"
+        ),
+    )
+    where: tuple[str, ...] | None = field(
+        default=None,
+        metadata=option(
+            "Regular expression of the parameters that a sparse method trains, or of "
+            "the modules that others add to; may be repeated.",
+            shown="query, key, value and output of the attention; for series "
+            "attention/output and mlp/down; for parallel mlp/down; for ia3 key and "
+            "value",
+        ),
+    )
+
+    def require_method_options(self, word: str) -> None:
+        """Raises `InputError` if an option breaks its rule, or a method lacks it."""
+        for name in ("rank", "alpha", "size", "prefix_length"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"`{name}` must be positive, got {value}.")
+        if not 0 < self.density <= 1:
+            raise InputError(
+                f"`density` must be in (0, 1], got {self.density}. It is the fraction "
+                "of entries trained, so training 1% of them is 0.01."
+            )
+        for one in fields(MethodOptions):
+            value = getattr(self, one.name)
+            # Programs that compare methods may share a density and a rank.
+            if one.name not in ("density", "rank") and value != one.default:
+                require_method_has(one.name, value, word)
+        METHODS[word].make(vars(self))
 
 
 @dataclass(frozen=True)
@@ -27,21 +121,39 @@ class Entry:
 
     Attributes:
       word: of the command line and of files.
-      kind: class of the method.
+      path: class of the method, or module:class to import when it is used.
       learning_rate: peak that is usual.
-      help: one sentence.
-      defaults: values of fields where a run says nothing; by field.
+      text: one sentence; without one it is the first of the class.
+      defaults: values of fields, or their words, where a run says nothing; by field.
       dense: rules of what is trained in full, in place of the head.
       also_dense: rules of what is trained in full beside the head.
     """
 
     word: str
-    kind: type[Method]
+    path: "type[Method] | str"
     learning_rate: float
-    help: str
+    text: str
     defaults: Mapping[str, Any]
     dense: tuple[str, ...]
     also_dense: tuple[str, ...]
+
+    @property
+    def kind(self) -> "type[Method]":
+        """Class of the method."""
+        if isinstance(self.path, str):
+            return pkgutil.resolve_name(self.path)
+        return self.path
+
+    @property
+    def help(self) -> str:
+        """One sentence on the method."""
+        return self.text or (inspect.getdoc(self.kind) or "").partition("\n")[0]
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Values of fields where a run says nothing, by field."""
+        known = {one.field: one for one in fields_of(self.kind)}
+        return {name: known[name].read(word) for name, word in self.defaults.items()}
 
     @property
     def options(self) -> Mapping[str, Option]:
@@ -51,13 +163,18 @@ class Entry:
           >>> METHODS["prefix"].options["prefix_length"].default
           16
         """
-        return {
-            one.name: one._replace(default=self.defaults.get(one.field, one.default))
-            for one in fields_of(self.kind)
-            if one.help
-        }
+        usual = {one.name: one.default for one in fields(MethodOptions)}
+        found = {}
+        for one in fields_of(self.kind):
+            if one.help or one.name in usual:
+                default = (
+                    one.default if usual.get(one.name) is None else usual[one.name]
+                )
+                default = self.defaults.get(one.field, default)
+                found[one.name] = one._replace(default=default)
+        return found
 
-    def make(self, options: Mapping[str, Any], head: Sequence[str] = ()) -> Method:
+    def make(self, options: Mapping[str, Any], head: Sequence[str] = ()) -> "Method":
         """Returns the method that options ask for.
 
         Args:
@@ -75,14 +192,14 @@ class Entry:
           >>> METHODS["bitfit"].make({}, ["^classifier/"]).dense
           ('bias$', '^classifier/')
         """
-        values = dict(self.defaults)
+        values = dict(self.values)
         for name, one in self.options.items():
-            if options.get(name) is not None:
-                values[one.field] = one.read(options[name])
-            elif one.default is MISSING:
+            value = one.default if options.get(name) is None else options[name]
+            if value is MISSING:
                 raise InputError(
                     f"`{name}` must be given with method {self.word!r}, got none."
                 )
+            values[one.field] = one.read(value)
         dense = options.get("dense") or self.dense or head
         return self.kind(**values, dense=(*self.also_dense, *dense))
 
@@ -94,7 +211,7 @@ METHODS: Mapping[str, Entry] = MappingProxyType(_METHODS)
 
 def register_method(
     word: str,
-    kind: type[Method],
+    kind: "type[Method] | str",
     *,
     learning_rate: float,
     help: str = "",
@@ -108,7 +225,8 @@ def register_method(
 
     Args:
       word: lower-case letters, digits and underscores.
-      kind: a frozen dataclass, a subclass of `Method`.
+      kind: a frozen dataclass, a subclass of `Method`; or module:class, which is
+        imported when it is used.
       learning_rate: peak that is usual.
       help: one sentence; without one it is the first of the class.
       dense: rules of what is trained in full, in place of the head of a task.
@@ -121,6 +239,7 @@ def register_method(
 
     Example:
       >>> from dataclasses import dataclass
+      >>> from sparse_jax import Method
       >>> @dataclass(frozen=True, kw_only=True)
       ... class Norms(Method):
       ...     '''Trains the norms and the head.'''
@@ -133,6 +252,17 @@ def register_method(
             "`word` must be new, and of lower-case letters, digits and underscores, "
             f"got {word!r}. Words are {', '.join(_METHODS)}."
         )
+    if not isinstance(kind, str):
+        _require_kind(kind, defaults)
+    _METHODS[word] = Entry(
+        word, kind, learning_rate, help, defaults, (*dense,), (*also_dense,)
+    )
+
+
+def _require_kind(kind: object, defaults: Mapping[str, Any]) -> None:
+    """Raises unless an object is a class of methods that has some fields."""
+    from sparse_jax.methods.method import Method
+
     if not (inspect.isclass(kind) and issubclass(kind, Method) and is_dataclass(kind)):
         raise InputError(
             f"`kind` must be a dataclass and a subclass of `Method`, got {brief(kind)}."
@@ -143,21 +273,37 @@ def register_method(
             f"`{unknown[0]}` must be a field of `{kind.__name__}`, which has "
             f"{', '.join(sorted(names))}."
         )
-    first = (inspect.getdoc(kind) or "").partition("\n")[0]
-    _METHODS[word] = Entry(
-        word, kind, learning_rate, help or first, defaults, (*dense,), (*also_dense,)
+
+
+def require_method_has(name: str, value: object, word: str) -> None:
+    """Raises `InputError` unless a method has an option."""
+    if name in METHODS[word].options:
+        return
+    owners = [word for word, entry in METHODS.items() if name in entry.options]
+    remedy = "; use `dense` to choose whole parameters" if name == "where" else ""
+    raise InputError(
+        f"`{name}` must be left out with method {word!r}, got {brief(value)}. It "
+        f"belongs to {', '.join(owners)}{remedy}."
     )
 
 
-def word_of(method: Method) -> str:
+def learning_rates() -> str:
+    """Returns the learning rates of all methods, for a help text."""
+    rates = {entry.learning_rate for entry in METHODS.values()}
+    words = lambda rate: [w for w, e in METHODS.items() if e.learning_rate == rate]
+    return "; ".join(f"{rate:g} for {', '.join(words(rate))}" for rate in sorted(rates))
+
+
+def word_of(method: "Method") -> str:
     """Returns the word of a method: the first of its class that has its defaults.
 
     Raises:
       InputError: if its class has no word.
 
     Example:
-      >>> word_of(Sparse(density=0.1, rank_by=SCORES["random"]))
-      'random'
+      >>> from sparse_jax import Sparse
+      >>> word_of(Sparse(density=0.1))
+      'sift'
     """
     entries = [one for one in _METHODS.values() if one.kind is type(method)]
     if not entries:
@@ -167,38 +313,45 @@ def word_of(method: Method) -> str:
         )
     for entry in entries:
         fixed = {*entry.defaults} - {one.field for one in entry.options.values()}
-        if all(getattr(method, name) == entry.defaults[name] for name in fixed):
+        if all(getattr(method, name) == entry.values[name] for name in fixed):
             return entry.word
     return entries[0].word
 
 
 # The maps that the paper adapts in its GLUE experiments.
 _MAPS = "attention/(query|key|value|output)"
-_AT_MAPS: dict[str, Any] = {"rank": 8, "where": (f"^{_MAPS}$",)}
-_IN_MAPS: dict[str, Any] = {"density": 0.008, "where": (f"^layers/{_MAPS}/",)}
+_AT_MAPS = (f"^{_MAPS}$",)
+_IN_MAPS = (f"^layers/{_MAPS}/",)
 
 # Learning rates found by nobody's grid but usual; a few sparse entries want larger
 # steps than all.
 register_method(
-    "full", Dense, learning_rate=3e-5, dense=(".*",), help="Trains all parameters."
-)
-register_method("head", Dense, learning_rate=1e-3, help="Trains the head alone.")
-register_method(
-    "bitfit", Dense, learning_rate=1e-3, also_dense=("bias$",),
-    help="Trains the biases and the head.",
+    "full", "sparse_jax.methods.dense:Dense", learning_rate=3e-5, dense=(".*",),
+    help="Trains all parameters.",
 )  # fmt: skip
-register_method("lora", LoRA, learning_rate=1e-3, **_AT_MAPS)
-register_method("dora", DoRA, learning_rate=1e-3, **_AT_MAPS)
-register_method("series", Series, learning_rate=1e-3, size=64)
-register_method("parallel", Parallel, learning_rate=1e-3, size=64)
-register_method("ia3", IA3, learning_rate=3e-3)
-register_method("prefix", Prefix, learning_rate=1e-2, length=16)
 register_method(
-    "sift", Sparse, learning_rate=7e-4, rank_by=SCORES["gradient"], **_IN_MAPS
-)
+    "head", "sparse_jax.methods.dense:Dense", learning_rate=1e-3,
+    help="Trains the head alone.",
+)  # fmt: skip
 register_method(
-    "random", Sparse, learning_rate=7e-4, rank_by=SCORES["random"], **_IN_MAPS
-)
+    "bitfit", "sparse_jax.methods.dense:Dense", learning_rate=1e-3,
+    also_dense=("bias$",), help="Trains the biases and the head.",
+)  # fmt: skip
+for _word, _class in (("lora", "LoRA"), ("dora", "DoRA")):
+    register_method(
+        _word, f"sparse_jax.methods.lora:{_class}", learning_rate=1e-3, where=_AT_MAPS
+    )
+for _word, _class in (("series", "Series"), ("parallel", "Parallel")):
+    register_method(
+        _word, f"sparse_jax.methods.bottlenecks:{_class}", learning_rate=1e-3, size=SIZE
+    )
+register_method("ia3", "sparse_jax.methods.ia3:IA3", learning_rate=3e-3)
 register_method(
-    "magnitude", Sparse, learning_rate=7e-4, rank_by=SCORES["magnitude"], **_IN_MAPS
-)
+    "prefix", "sparse_jax.methods.prefix:Prefix", learning_rate=1e-2,
+    length=PREFIX_LENGTH,
+)  # fmt: skip
+for _word, _score in (("sift", "gradient"), ("random",) * 2, ("magnitude",) * 2):
+    register_method(
+        _word, "sparse_jax.methods.sparse:Sparse", learning_rate=7e-4, rank_by=_score,
+        where=_IN_MAPS,
+    )  # fmt: skip

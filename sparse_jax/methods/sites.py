@@ -7,17 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
-from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule, first_match, map_named, require_match
 from sparse_jax.supports.scores import leaf_key
 
-__all__ = ["WHERE", "channels", "kernels_at", "map_sites", "uniform"]
-
-# Of the field `where` of a method.
-WHERE = option(
-    "Parameters that a sparse method trains, or sites that others add to; may be "
-    "repeated."
-)
+__all__ = ["channels", "kernels_at", "map_sites", "uniform"]
 
 
 def channels(vector: jax.Array, x: jax.Array) -> jax.Array:

@@ -5,7 +5,6 @@ from typing import Any
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
-from sparse_jax.methods.sites import WHERE
 from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
 from sparse_jax.params.roles import SPARSE, Role, map_roles
@@ -46,20 +45,15 @@ class Sparse(Method):
       0.01
     """
 
-    density: float = field(metadata=option("Fraction of entries that are trained."))
-    # Expressions of the sparse leaves; None is all others.
-    where: Rule | None = field(default=None, metadata=WHERE)
+    density: float
+    where: Rule | None = None  # Expressions of the sparse leaves; None is all others.
     # Nothing in an adapter depends on it, so it need not have a word.
     rank_by: Score = field(
         default=gradient, metadata=option(words=SCORES, is_stored=False)
     )
     granularity: Granularity = field(
         default=ENTRY,
-        metadata=option(
-            "What is chosen from: entry (all of a matrix) or lane (every 128 rows of "
-            "a column, for TPUs).",
-            words=GRANULARITIES,
-        ),
+        metadata=option(words=GRANULARITIES),
     )
 
     def __post_init__(self):

@@ -1,7 +1,7 @@
 """Fields of dataclasses: options of the command line, and settings in files."""
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_origin
 from typing import get_type_hints as hints_of
@@ -14,9 +14,11 @@ __all__ = [
     "Option",
     "fields_of",
     "from_json",
+    "one_of",
     "option",
     "options_of",
     "read_json",
+    "require_word",
     "to_json",
 ]
 
@@ -62,11 +64,7 @@ class Option(NamedTuple):
         """
         if not isinstance(value, str) or self.words is None:
             return value
-        if value not in self.words:
-            raise InputError(
-                f"`{self.name}` must be one of {', '.join(self.words)}, got "
-                f"{brief(value)}."
-            )
+        require_word(self.name, value, self.words)
         return self.words[value]
 
 
@@ -99,9 +97,14 @@ def option(
     return {_KEY: _Facts(help, name, shown, words, is_stored)}
 
 
-def fields_of(kind: type) -> list[Option]:
-    """Returns the fields that a dataclass is made from."""
-    hints, found = hints_of(kind), []
+def fields_of(kind: type, **types: type) -> list[Option]:
+    """Returns the fields that a dataclass is made from.
+
+    Args:
+      kind: the class.
+      **types: what stands for names in its annotations that are not imported.
+    """
+    hints, found = hints_of(kind, localns=types), []
     for one in fields(kind):
         facts = one.metadata.get(_KEY) or _Facts()
         plain, is_optional = _plain(hints[one.name])
@@ -119,6 +122,30 @@ def fields_of(kind: type) -> list[Option]:
 def options_of(kind: type) -> dict[str, Option]:
     """Returns the options of the command line among the fields, by their names."""
     return {one.name: one for one in fields_of(kind) if one.help}
+
+
+def one_of(words: Iterable[str]) -> str:
+    """Returns words for a sentence.
+
+    Example:
+      >>> one_of(["none", "frozen", "all"])
+      'none, frozen or all'
+    """
+    *first, last = words
+    return f"{', '.join(first)} or {last}"
+
+
+def require_word(name: str, word: object, words: Iterable[str]) -> None:
+    """Raises `InputError` unless a value is one of some words.
+
+    Example:
+      >>> require_word("dtype", "float32", ("float32", "bfloat16"))
+    """
+    words = tuple(words)
+    if word not in words:
+        raise InputError(
+            f"`{name}` must be one of {', '.join(words)}, got {brief(word)}."
+        )
 
 
 def to_json(made: Any) -> dict[str, Json]:

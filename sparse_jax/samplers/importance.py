@@ -11,6 +11,7 @@ from jax import lax
 
 from sparse_jax.errors import InputError
 from sparse_jax.params.arguments import require_count, require_whole
+from sparse_jax.samplers.registry import SamplerOptions
 from sparse_jax.samplers.sampler import Sampler, ValueFn, draw_layers, is_active
 
 __all__ = ["Importance", "ImportanceMemory"]
@@ -62,11 +63,11 @@ class Importance(Sampler):
       code, whose constants are the defaults here.
     """
 
-    probe_every: int = 10
+    probe_every: int = SamplerOptions.probe_every
     num_probes: int = 3
     num_suppressed: int | None = None  # None is half of the layers
     suppression: float = 0.25
-    importance_rate: float = 10.0
+    importance_rate: float = SamplerOptions.importance_rate
 
     def __post_init__(self):
         super().__post_init__()
@@ -111,7 +112,8 @@ class Importance(Sampler):
             num_suppressed = max(1, num_layers // 2)
         require_whole("num_suppressed", num_suppressed)
         if num_probes is None:
-            num_probes = max(1, min(3, math.comb(num_layers, abs(num_suppressed))))
+            most = Importance.num_probes
+            num_probes = max(1, min(most, math.comb(num_layers, abs(num_suppressed))))
         sizes = {"num_layers": num_layers, "num_suppressed": num_suppressed}
         return cls(**sizes, num_probes=num_probes, **options)
 

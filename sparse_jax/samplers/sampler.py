@@ -10,6 +10,7 @@ import optax
 
 from sparse_jax.errors import InputError
 from sparse_jax.params.arguments import require_count, require_whole
+from sparse_jax.samplers.registry import SamplerOptions
 
 __all__ = [
     "Sampler",
@@ -49,7 +50,7 @@ class Sampler:
 
     num_layers: int
     num_active: int
-    hold: int = 1
+    hold: int = SamplerOptions.hold
 
     def __post_init__(self):
         require_count("num_layers", self.num_layers)
@@ -60,6 +61,17 @@ class Sampler:
                 f"`num_active` must be in [1, num_layers={self.num_layers}], got "
                 f"{self.num_active}. A quarter of the layers is usual."
             )
+
+    @classmethod
+    def fitted(cls, *, num_layers: int, num_active: int, **options: Any) -> "Sampler":
+        """Returns the sampler for a model, from the options of a run.
+
+        Args:
+          num_layers: L.
+          num_active: layers that are updated at a time.
+          **options: those that its row in `sparse_jax.samplers.registry` names.
+        """
+        return cls(num_layers=num_layers, num_active=num_active, **options)
 
     @property
     def period(self) -> int | None:

@@ -1,13 +1,14 @@
 """Samplers that measure nothing: at random, in turn, one draw, or a given choice."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief
 from sparse_jax.samplers.sampler import Sampler
 
 __all__ = ["Cyclic", "Fixed", "Static", "Uniform"]
@@ -97,21 +98,13 @@ class Fixed(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.proportions) != self.num_layers:
-            raise InputError(
-                f"`proportions` must have num_layers={self.num_layers} numbers, got "
-                f"{len(self.proportions)}."
-            )
-        if not all(math.isfinite(p) and p >= 0 for p in self.proportions):
-            raise InputError(
-                f"`proportions` must not be negative, got {self.proportions}."
-            )
-        positive = sum(p > 0 for p in self.proportions)
-        if positive < self.num_active:
-            raise InputError(
-                f"`proportions` must have num_active={self.num_active} positive "
-                f"numbers, got {positive}. A layer of weight 0 is never drawn."
-            )
+        _require_weights("proportions", self.proportions, self)
+
+    @classmethod
+    def fitted(cls, *, layer_weights: Sequence[float], **sizes: int) -> "Fixed":
+        """Returns the sampler with the proportions that a run calls `layer_weights`."""
+        _require_weights("layer_weights", layer_weights, Sampler(**sizes))
+        return cls(**sizes, proportions=tuple(layer_weights))
 
     def weights(self, memory: Any) -> jax.Array:
         """Returns the proportions."""
@@ -143,6 +136,20 @@ class Static(Sampler):
             )
 
     @classmethod
+    def fitted(
+        cls, *, num_layers: int, layers: Sequence[int], **sizes: int
+    ) -> "Static":
+        """Returns the sampler of the layers that a run lists."""
+        del sizes
+        for layer in layers:
+            if not 0 <= layer < num_layers:
+                raise InputError(
+                    f"`layers` must be in [0, {num_layers}), the layers of the model, "
+                    f"got {layer}."
+                )
+        return cls.of(*layers, num_layers=num_layers)
+
+    @classmethod
     def of(cls, *layers: int, num_layers: int) -> "Static":
         """Returns the sampler of some layers of a model."""
         return cls(num_layers=num_layers, num_active=len(layers), layers=layers)
@@ -160,3 +167,20 @@ class Static(Sampler):
         """Returns the list."""
         del memory, key, turn
         return jnp.array(sorted(self.layers), jnp.int32)
+
+
+def _require_weights(name: str, weights: Sequence[float], sizes: Sampler) -> None:
+    """Raises unless there is a weight for every layer, and enough are positive."""
+    if len(weights) != sizes.num_layers:
+        raise InputError(
+            f"`{name}` must have num_layers={sizes.num_layers} numbers, got "
+            f"{len(weights)}. They are the weights of the layers of the model."
+        )
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise InputError(f"`{name}` must not be negative, got {brief(weights)}.")
+    positive = sum(weight > 0 for weight in weights)
+    if positive < sizes.num_active:
+        raise InputError(
+            f"`{name}` must have num_active={sizes.num_active} positive numbers, got "
+            f"{positive}. A layer of weight 0 is never drawn."
+        )

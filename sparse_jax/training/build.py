@@ -1,21 +1,18 @@
 """From settings to what they name: a method, a sampler, a tuner."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, cast
 
 import optax
 
 from sparse_jax.compact.compact import Compact, Loss
 from sparse_jax.compact.layerwise import Layerwise
-from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.attachment import Recompute
-from sparse_jax.samplers.gradient_norm import GradientNorm
-from sparse_jax.samplers.importance import Importance
+from sparse_jax.samplers.registry import SamplerOptions, make_sampler
 from sparse_jax.samplers.sampler import Sampler
-from sparse_jax.samplers.simple import Cyclic, Fixed, Static, Uniform
 from sparse_jax.sharding.devices import Devices
 from sparse_jax.training.optimizer import MAX_NORM, make_optimizer
 from sparse_jax.training.settings import Settings
@@ -56,10 +53,6 @@ def method_of(settings: Settings, head: tuple[str, ...]) -> Method:
     return METHODS[settings.method].make(vars(settings), head)
 
 
-# (settings, layers of the model, layers to update at a time) -> sampler
-_Make = Callable[[Settings, dict[str, Any]], Sampler]
-
-
 def num_active(active: float, num_layers: int) -> int:
     """Returns the layers that are updated at a time.
 
@@ -84,64 +77,13 @@ def sampler_of(settings: Settings, num_layers: int) -> Sampler | None:
       >>> sampler_of(settings, 12).num_active
       3
     """
-    if settings.sampler is None:
-        return None
-    sizes = {
-        "num_layers": num_layers,
-        "num_active": num_active(settings.active, num_layers),
-        "hold": settings.hold,
-    }
-    return _SAMPLERS[settings.sampler](settings, sizes)
-
-
-def _static(settings: Settings, sizes: dict[str, int]) -> Sampler:
-    """Returns the sampler of the layers that were listed."""
-    layers, num_layers = settings.layers or (), sizes["num_layers"]
-    outside = [layer for layer in layers if not 0 <= layer < num_layers]
-    if outside:
-        raise InputError(
-            f"`layers` must be in [0, {num_layers}), the layers of the model, got "
-            f"{outside[0]}."
-        )
-    return Static.of(*layers, num_layers=num_layers)
-
-
-def _fixed(settings: Settings, sizes: dict[str, Any]) -> Sampler:
-    """Returns the sampler with the weights that were listed."""
-    weights, num_layers = settings.layer_weights or (), sizes["num_layers"]
-    if len(weights) != num_layers:
-        raise InputError(
-            f"`layer_weights` must be given once for each of the {num_layers} layers "
-            f"of the model, got {len(weights)}."
-        )
-    positive = sum(weight > 0 for weight in weights)
-    if not all(0 <= weight < math.inf for weight in weights):
-        raise InputError(f"`layer_weights` must not be negative, got {weights}.")
-    if positive < sizes["num_active"]:
-        raise InputError(
-            f"`layer_weights` must have {sizes['num_active']} positive numbers, the "
-            f"layers of an update, got {positive}. A layer of weight 0 is never drawn."
-        )
-    return Fixed(**sizes, proportions=weights)
-
-
-def _importance(settings: Settings, sizes: dict[str, int]) -> Sampler:
-    """Returns the sampler of IST."""
-    return Importance.fitted(
-        **sizes,
-        probe_every=settings.probe_every,
-        importance_rate=settings.importance_rate,
-    )
-
-
-_SAMPLERS: dict[str, _Make] = {
-    "ist": _importance,
-    "uniform": lambda settings, sizes: Uniform(**sizes),
-    "cyclic": lambda settings, sizes: Cyclic(**sizes),
-    "fixed": _fixed,
-    "static": _static,
-    "norm": lambda settings, sizes: GradientNorm(**sizes),
-}
+    if settings.sampler is None or isinstance(settings.sampler, Sampler):
+        return settings.sampler
+    names = [field.name for field in fields(SamplerOptions)]
+    options = {name: getattr(settings, name) for name in names}
+    number = num_active(options.pop("active"), num_layers)
+    word = settings.sampler
+    return make_sampler(word, num_layers=num_layers, num_active=number, **options)
 
 
 def make_tuner(

@@ -11,6 +11,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.params.arguments import require_key, require_transformation
 from sparse_jax.params.names import Rule
 from sparse_jax.samplers.importance import Importance
+from sparse_jax.samplers.registry import make_sampler
 from sparse_jax.samplers.sampler import (
     Sampler,
     SamplerState,
@@ -19,7 +20,6 @@ from sparse_jax.samplers.sampler import (
     begin,
     is_active,
 )
-from sparse_jax.samplers.simple import Cyclic, Uniform
 from sparse_jax.transforms.layer_state import (
     init_rows,
     put_rows,
@@ -57,14 +57,14 @@ def ist(
     num_layers: int,
     num_active: int,
     key: jax.Array,
-    probe_every: int = 10,
+    probe_every: int = Importance.probe_every,
     num_probes: int | None = None,
     num_suppressed: int | None = None,
-    suppression: float = 0.25,
-    importance_rate: float = 10.0,
+    suppression: float = Importance.suppression,
+    importance_rate: float = Importance.importance_rate,
     sampler: str | Sampler = "ist",
     always_on: Rule | None = None,
-    hold: int = 1,
+    hold: int = Sampler.hold,
     restart: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Updates a few layers at a time, those that probes of the loss find important.
@@ -99,8 +99,8 @@ def ist(
       num_suppressed: layers damped in a subset; None is half of them, but at least 1.
       suppression: what is left of the response of a damped layer.
       importance_rate: how far a probe moves the importance.
-      sampler: "ist", "uniform", "cyclic", or any `Sampler`, which brings its own
-        numbers with it.
+      sampler: a word of `register_sampler`, such as "ist", "uniform", "cyclic" or
+        "norm", or any `Sampler`, which brings its own numbers with it.
       always_on: expressions of leaves that are updated always. None takes those
         outside the layers, such as a classifier; `()` freezes them.
       hold: updates that a choice of layers is kept for.
@@ -135,8 +135,11 @@ def ist(
     require_key("key", key)
     tx = optax.with_extra_args_support(inner)
     sizes = {"num_layers": num_layers, "num_active": num_active, "hold": hold}
-    if sampler == "ist":
-        rule: Sampler = Importance.fitted(
+    rule = (
+        _require_same_sizes(sampler, **sizes)
+        if isinstance(sampler, Sampler)
+        else make_sampler(
+            sampler,
             **sizes,
             probe_every=probe_every,
             num_probes=num_probes,
@@ -144,10 +147,7 @@ def ist(
             suppression=suppression,
             importance_rate=importance_rate,
         )
-    elif isinstance(sampler, Sampler):
-        rule = _require_same_sizes(sampler, **sizes)
-    else:
-        rule = _named(sampler)(**sizes)
+    )
 
     def init_fn(params: optax.Params) -> IstState:
         places = places_of(params, layer_of, num_layers, always_on)
@@ -283,21 +283,6 @@ def ist_value_fn(
         return value_fn
 
     return at
-
-
-# The samplers that need no more than numbers of layers.
-_NAMED = {"uniform": Uniform, "cyclic": Cyclic}
-
-
-def _named(word: str) -> type[Sampler]:
-    """Returns the sampler of a word."""
-    if word not in _NAMED:
-        raise InputError(
-            f"`sampler` must be 'ist', {', '.join(map(repr, _NAMED))} or a `Sampler`, "
-            f"got {word!r}. Pass `Fixed(...)`, `Static(...)` or `GradientNorm(...)` "
-            "as an object."
-        )
-    return _NAMED[word]
 
 
 def _require_same_sizes(

@@ -1,0 +1,266 @@
+"""The samplers by their words, and the options that belong to each."""
+
+import math
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sparse_jax.errors import InputError, brief
+from sparse_jax.params.fields import one_of, option, require_word
+
+# JAX takes seconds to import, and the help of the command line reads this table.
+if TYPE_CHECKING:
+    from sparse_jax.samplers.sampler import Sampler
+
+__all__ = [
+    "SAMPLERS",
+    "SamplerEntry",
+    "SamplerOptions",
+    "make_sampler",
+    "options_of_sampler",
+    "register_sampler",
+    "require_sampler_has",
+    "sampler_class",
+    "word_of_sampler",
+]
+
+RECOMPUTE = ("none", "frozen", "all")
+# Options of every run that trains a few layers at a time, whatever the sampler.
+_OF_ALL = ("restart_layers", "recompute")
+
+
+class SamplerEntry(NamedTuple):
+    """A row of the table."""
+
+    kind: "type[Sampler] | str"  # the class, or module:class to import when it is used
+    help: str  # a few words for `--help`
+    options: tuple[str, ...]  # fields of `SamplerOptions` that its `fitted` takes
+    required: tuple[str, ...] = ()  # those of them that have no default
+
+
+SAMPLERS = {
+    "ist": SamplerEntry(
+        "sparse_jax.samplers.importance:Importance",
+        "by an importance learned from probes of the loss",
+        ("active", "hold", "probe_every", "importance_rate"),
+    ),
+    "uniform": SamplerEntry(
+        "sparse_jax.samplers.simple:Uniform", "at random", ("active", "hold")
+    ),
+    "cyclic": SamplerEntry(
+        "sparse_jax.samplers.simple:Cyclic", "in turn", ("active", "hold")
+    ),
+    "fixed": SamplerEntry(
+        "sparse_jax.samplers.simple:Fixed",
+        "at random, with the probabilities --layer-weights",
+        ("active", "hold", "layer_weights"),
+        required=("layer_weights",),
+    ),
+    "static": SamplerEntry(
+        "sparse_jax.samplers.simple:Static",
+        "always --layers",
+        ("layers",),
+        required=("layers",),
+    ),
+    "norm": SamplerEntry(
+        "sparse_jax.samplers.gradient_norm:GradientNorm",
+        "by the norms of their gradients",
+        ("active", "hold"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions:
+    """The options of runs that train a few layers at a time."""
+
+    active: float = field(
+        default=0.25, metadata=option("Fraction of the layers trained by an update.")
+    )
+    hold: int = field(
+        default=1, metadata=option("Updates between two draws of the active layers.")
+    )
+    layers: tuple[int, ...] | None = field(
+        default=None,
+        metadata=option(
+            "A layer, counted from 0, that the sampler static trains; may be repeated.",
+            shown="none",
+        ),
+    )
+    layer_weights: tuple[float, ...] | None = field(
+        default=None,
+        metadata=option(
+            "Weight with which the sampler fixed draws a layer; repeat it once for "
+            "every layer.",
+            shown="none",
+        ),
+    )
+    probe_every: int = field(
+        default=10, metadata=option("Updates between two probes of ist.")
+    )
+    importance_rate: float = field(
+        default=10.0,
+        metadata=option("Step size with which a probe of ist changes the importance."),
+    )
+    restart_layers: bool = field(
+        default=False,
+        metadata=option(
+            "Reset the optimizer state of a layer when it becomes active again."
+        ),
+    )
+    recompute: str = field(
+        default="none",
+        metadata=option(
+            "Layers to rematerialize in the backward pass, to save memory: "
+            f"{one_of(RECOMPUTE)}."
+        ),
+    )
+
+    def require_sampler_options(self, sampler: "str | Sampler | None") -> None:
+        """Raises `InputError` if an option breaks its rule, or `sampler` lacks it."""
+        require_word("recompute", self.recompute, RECOMPUTE)
+        for name in ("hold", "probe_every", "importance_rate"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"`{name}` must be positive, got {value}.")
+        if not 0 < self.active <= 1:
+            raise InputError(
+                f"`active` must be in (0, 1], got {self.active}. It is the fraction of "
+                "the layers that an update trains, commonly 0.25."
+            )
+        for one in fields(SamplerOptions):
+            value = getattr(self, one.name)
+            if value != one.default:
+                require_sampler_has(one.name, value, sampler)
+        if isinstance(sampler, str):
+            _require_given(sampler, vars(self))
+
+
+def register_sampler(
+    word: str,
+    kind: "type[Sampler]",
+    *,
+    help: str = "",
+    options: tuple[str, ...] = ("active", "hold"),
+) -> None:
+    """Adds a sampler of your own to the words of `ist`, `finetune` and `--sampler`.
+
+    Args:
+      word: its name from now on.
+      kind: the class.
+      help: a few words on which layers it draws.
+      options: fields of `SamplerOptions` that `kind.fitted` takes.
+
+    Raises:
+      InputError: if the word is taken, or `kind` is no class of samplers.
+
+    Example:
+      >>> from sparse_jax.samplers.simple import Cyclic
+      >>> class InPairs(Cyclic): ...
+      >>> register_sampler("in-pairs", InPairs, help="in turn, two at a time")
+      >>> make_sampler("in-pairs", num_layers=4, num_active=2)
+      InPairs(num_layers=4, num_active=2, hold=1, descending=False, shuffled=False)
+      >>> del SAMPLERS["in-pairs"]
+    """
+    from sparse_jax.samplers.sampler import Sampler
+
+    if word in SAMPLERS:
+        raise InputError(
+            f"`word` must be a new one, got {brief(word)}, which is taken."
+        )
+    if not (isinstance(kind, type) and issubclass(kind, Sampler)):
+        raise InputError(f"`kind` must be a subclass of `Sampler`, got {brief(kind)}.")
+    SAMPLERS[word] = SamplerEntry(kind, help, options)
+
+
+def sampler_class(word: str) -> "type[Sampler]":
+    """Returns the class of a word.
+
+    Raises:
+      InputError: if it is none.
+
+    Example:
+      >>> sampler_class("ist").__name__
+      'Importance'
+    """
+    require_word("sampler", word, SAMPLERS)
+    kind = SAMPLERS[word].kind
+    return pkgutil.resolve_name(kind) if isinstance(kind, str) else kind
+
+
+def make_sampler(
+    word: str, *, num_layers: int, num_active: int, **options: Any
+) -> "Sampler":
+    """Returns the sampler of a word for a model of `num_layers` layers.
+
+    Args:
+      word: its name, such as "ist".
+      num_layers: L.
+      num_active: layers that are updated at a time.
+      **options: of any samplers; those that this one does not have are left out.
+
+    Raises:
+      InputError: if a number breaks its rule.
+
+    Example:
+      >>> make_sampler("uniform", num_layers=4, num_active=1, hold=2, probe_every=5)
+      Uniform(num_layers=4, num_active=1, hold=2)
+    """
+    kind = sampler_class(word)
+    _require_given(word, options)
+    known = {*SAMPLERS[word].options, *(one.name for one in fields(kind))}
+    taken = {name: value for name, value in options.items() if name in known}
+    return kind.fitted(num_layers=num_layers, num_active=num_active, **taken)
+
+
+def _require_given(word: str, options: Mapping[str, Any]) -> None:
+    """Raises unless the options that a sampler cannot do without are given."""
+    for name in SAMPLERS[word].required:
+        if not options.get(name):
+            raise InputError(
+                f"`{name}` must be given with sampler {word!r}, got none. Where it is "
+                f"not an option, pass a `{sampler_class(word).__name__}(...)`."
+            )
+
+
+def word_of_sampler(sampler: "Sampler") -> str:
+    """Returns the word of a sampler's class.
+
+    Raises:
+      InputError: if it has none.
+    """
+    for word in SAMPLERS:
+        if sampler_class(word) is type(sampler):
+            return word
+    raise InputError(
+        f"`sampler` must be one of {', '.join(SAMPLERS)}, or an object of their "
+        f"classes, got {brief(sampler)}. Add a class of your own by "
+        "`register_sampler(word, kind)`."
+    )
+
+
+def options_of_sampler(sampler: "str | Sampler | None") -> tuple[str, ...]:
+    """Returns the options of runs with a sampler; an object has its own numbers.
+
+    Example:
+      >>> options_of_sampler("uniform")
+      ('restart_layers', 'recompute', 'active', 'hold')
+    """
+    if sampler is None:
+        return ()
+    return (*_OF_ALL, *(SAMPLERS[sampler].options if isinstance(sampler, str) else ()))
+
+
+def require_sampler_has(
+    name: str, value: object, sampler: "str | Sampler | None"
+) -> None:
+    """Raises `InputError` unless runs with a sampler have an option."""
+    if name in options_of_sampler(sampler):
+        return
+    owners = [word for word, entry in SAMPLERS.items() if name in entry.options]
+    place = f"with sampler {brief(sampler)}" if sampler else "without a sampler"
+    raise InputError(
+        f"`{name}` must be left out {place}, got {brief(value)}. It belongs to the "
+        f"samplers {', '.join(owners or SAMPLERS)}."
+    )

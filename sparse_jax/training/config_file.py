@@ -1,0 +1,91 @@
+"""Settings in a file: the `config.json` of a run, or one's own in YAML or JSON."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from sparse_jax.errors import InputError, brief, listed, reason_of
+from sparse_jax.params.fields import Option, options_of
+from sparse_jax.training.settings import Settings
+
+__all__ = ["read_settings"]
+
+_WORDS: dict[object, str] = {
+    str: "text", int: "a whole number", float: "a number", bool: "true or false",
+}  # fmt: skip
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Returns the settings that a file names, by the fields of `Settings`.
+
+    Args:
+      path: YAML or JSON: a mapping of settings, or one that has them under `settings`,
+        as the `config.json` of a run directory.
+
+    Raises:
+      InputError: naming the file, and the setting that is unknown or of a wrong type.
+    """
+    found = _mapping(Path(path))
+    if isinstance(inner := found.get("settings"), Mapping):
+        found = inner
+    known = options_of(Settings)
+    for name in found:
+        if name not in known:
+            raise InputError(
+                f"`{path}` must have settings such as {listed(known, 3)}, got "
+                f"{brief(name)}. They are the options of `sparse-jax finetune`, with "
+                "`_` for `-`."
+            )
+    return {name: _value(path, known[name], one) for name, one in found.items()}
+
+
+def _mapping(path: Path) -> Mapping[str, Any]:
+    """Returns what a file holds."""
+    # Only this reads YAML, and it takes a while to import.
+    import yaml
+
+    # JSON is YAML but for numbers such as 1e-05, which YAML takes for texts.
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
+    try:
+        found = read(path.read_text(encoding="utf-8"))
+    # The last two: a file that is not UTF-8 or JSON, and one that is nested too deep.
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"`config` must be a YAML or JSON file, got {brief(str(path))}: "
+            f"{reason_of(error)}."
+        ) from error
+    if not isinstance(found, Mapping):
+        raise InputError(
+            f"`config` must be a file of settings such as `density: 0.01`, got "
+            f"{brief(str(path))}, which holds {brief(found)}."
+        )
+    return found
+
+
+def _value(path: str | Path, one: Option, value: object) -> Any:
+    """Returns the value of a setting in its type."""
+    if value is None and one.is_optional:
+        return None
+    try:
+        return _converted(value, one.type)
+    except (TypeError, ValueError) as error:
+        items = get_args(one.type)
+        rule = (
+            f"a list of which each is {_WORDS[items[0]]}" if items else _WORDS[one.type]
+        )
+        raise InputError(
+            f"`{one.name}` in `{path}` must be {rule}, got {brief(value)}."
+        ) from error
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """Returns a value of a file in a type; raises if it has another one."""
+    if (items := get_args(kind)) and isinstance(value, list):
+        return tuple(_converted(item, items[0]) for item in value)
+    # YAML takes 3e-5 for a text, and 1 is a number like 1.0.
+    if kind is float and type(value) in (int, float, str):
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
