@@ -4,7 +4,6 @@ import json
 from typing import Annotated
 
 from sparse_jax.cli.options import (
-    ADAPTER,
     BASE,
     DEVICES,
     option,
@@ -18,7 +17,7 @@ __all__ = ["evaluate"]
 @takes_settings("data", "drop_unlabeled", "mesh")
 def evaluate(
     *,
-    adapter: Annotated[str, ADAPTER],
+    adapter: Annotated[str, option("Adapter file, or the folder of a run.")],
     model: Annotated[str | None, BASE] = None,
     task: Annotated[
         str | None, option("Task to evaluate on.", "the one it was trained on")

@@ -58,7 +58,7 @@ def finetune(
     from sparse_jax.sharding.processes import is_first_process, leave, lost_processes
 
     run = sparse_jax.Settings(**given)
-    require_used(context, [(run.method, run.sampler)])
+    require_used(context, [run])
     try:
         metrics = sparse_jax.finetune(run)
     except (KeyboardInterrupt, SystemExit) as stop:

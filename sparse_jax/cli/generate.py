@@ -5,7 +5,6 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 from sparse_jax.cli.options import (
-    ADAPTER,
     BASE,
     DEVICES,
     flag,
@@ -30,7 +29,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def generate(
     *,
     model: Annotated[str | None, BASE] = None,
-    adapter: Annotated[str | None, ADAPTER] = None,
+    adapter: Annotated[
+        str | None, option("Adapter file, or the folder of a run.", "none")
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         option("Text to continue; may be repeated.", "none", metavar="<str>"),

@@ -10,12 +10,10 @@ from typer import Option
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.registry import MethodOptions, require_method_has
-from sparse_jax.params.fields import options_of
 from sparse_jax.samplers.registry import SamplerOptions, require_sampler_has
-from sparse_jax.training.settings import Settings
+from sparse_jax.training.settings import Settings, setting_options
 
 __all__ = [
-    "ADAPTER",
     "BASE",
     "CONFIG",
     "DEVICES",
@@ -36,7 +34,7 @@ _SAMPLER_OPTIONS = {one.name for one in fields(SamplerOptions)}
 _FIELDS = {
     one.name: one
     for one in sorted(
-        options_of(Settings).values(),
+        setting_options().values(),
         key=lambda one: one.name in {*_METHOD_OPTIONS, *_SAMPLER_OPTIONS},
     )
 }
@@ -54,7 +52,6 @@ def flag(name: str, text: str) -> Any:
     return Option(name, help=text)
 
 
-ADAPTER = option("Adapter file, or the folder of a run.")
 BASE = option(
     "Folder of the base model, or its id on the Hugging Face Hub.",
     "the adapter's, if it is on this machine",
@@ -177,9 +174,7 @@ def named_on_command_line(context: typer.Context) -> dict[str, Any]:
     }
 
 
-def require_used(
-    context: typer.Context, runs: Sequence[tuple[str, str | None]]
-) -> None:
+def require_used(context: typer.Context, runs: Sequence[Settings]) -> None:
     """Raises for an option that no run of a command has.
 
     `Settings` have a rank whatever the method, so that programs can share them. On the
@@ -187,26 +182,24 @@ def require_used(
 
     Args:
       context: the options of the command.
-      runs: method and sampler of every run, not empty.
+      runs: settings of every run, not empty.
 
     Raises:
       InputError: naming the option and what it belongs to.
     """
     for name, value in named_on_command_line(context).items():
-        refusals = [_refusal(name, value, *run) for run in runs]
+        refusals = [_refusal(name, value, run) for run in runs]
         if refusals[0] is not None and all(refusals):
             raise refusals[0]
 
 
-def _refusal(
-    name: str, value: Any, method: str, sampler: str | None
-) -> InputError | None:
+def _refusal(name: str, value: object, run: Settings) -> InputError | None:
     """Returns the error of an option that a run does not have."""
     try:
         if name in _METHOD_OPTIONS:
-            require_method_has(name, value, method)
+            require_method_has(name, value, run.method)
         if name in _SAMPLER_OPTIONS:
-            require_sampler_has(name, value, sampler)
+            require_sampler_has(name, value, run.sampler)
     except InputError as error:
         return error
     return None

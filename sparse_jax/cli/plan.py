@@ -104,7 +104,7 @@ def plan(
     else:
         _require_alone(compare, named_on_command_line(context))
         runs = [_compared(word.strip(), given) for word in compare.split(",")]
-    require_used(context, [(run.method, run.sampler) for run in runs])
+    require_used(context, runs)
     found = find_target(target, shape.size)
     model = read_model(runs[0].model)
     length = given.get("max_length") if length is None else length

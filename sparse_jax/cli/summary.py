@@ -34,8 +34,8 @@ def print_summary(settings: Settings, metrics: Mapping[str, Any]) -> None:
 
 def _title(settings: Settings) -> str:
     """Returns what was run."""
-    sampler = "" if settings.sampler is None else f" + {settings.sampler}"
-    return f"{settings.method}{sampler} on {settings.task}"
+    sampler = "" if settings.sampler is None else f" + {settings.sampler_word}"
+    return f"{settings.method_word}{sampler} on {settings.task}"
 
 
 def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -62,7 +62,7 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         *([("examples", ", ".join(examples))] if examples else []),
         ("trained parameters", f"{trained:,} ({trained / total:.3%})"),
         *head,
-        ("optimiser", bytes_shown(metrics["optimizer_bytes"])),
+        ("optimizer state", bytes_shown(metrics["optimizer_bytes"])),
         ("adapter file", bytes_shown(metrics["adapter_bytes"])),
         ("peak memory", bytes_shown(metrics["peak_memory_bytes"])),
         *selection,

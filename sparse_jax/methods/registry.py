@@ -96,8 +96,8 @@ class MethodOptions:
         ),
     )
 
-    def require_method_options(self, word: str) -> None:
-        """Raises `InputError` if an option breaks its rule, or a method lacks it."""
+    def require_method_options(self, method: "str | Method") -> None:
+        """Raises `InputError` if an option breaks its rule, or `method` lacks it."""
         for name in ("rank", "alpha", "size", "prefix_length"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -111,8 +111,9 @@ class MethodOptions:
             value = getattr(self, one.name)
             # Programs that compare methods may share a density and a rank.
             if one.name not in ("density", "rank") and value != one.default:
-                require_method_has(one.name, value, word)
-        METHODS[word].make(vars(self))
+                require_method_has(one.name, value, method)
+        if isinstance(method, str):
+            METHODS[method].make(vars(self))
 
 
 @dataclass(frozen=True)
@@ -275,15 +276,15 @@ def _require_kind(kind: object, defaults: Mapping[str, Any]) -> None:
         )
 
 
-def require_method_has(name: str, value: object, word: str) -> None:
-    """Raises `InputError` unless a method has an option."""
-    if name in METHODS[word].options:
+def require_method_has(name: str, value: object, method: "str | Method") -> None:
+    """Raises `InputError` unless a method has an option; an object has none."""
+    if isinstance(method, str) and name in METHODS[method].options:
         return
     owners = [word for word, entry in METHODS.items() if name in entry.options]
     remedy = "; use `dense` to choose whole parameters" if name == "where" else ""
     raise InputError(
-        f"`{name}` must be left out with method {word!r}, got {brief(value)}. It "
-        f"belongs to {', '.join(owners)}{remedy}."
+        f"`{name}` must be left out with method {brief(method)}, got {brief(value)}. "
+        f"It belongs to {', '.join(owners)}{remedy}."
     )
 
 

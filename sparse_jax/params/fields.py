@@ -119,9 +119,9 @@ def fields_of(kind: type, **types: type) -> list[Option]:
     return found
 
 
-def options_of(kind: type) -> dict[str, Option]:
+def options_of(kind: type, **types: type) -> dict[str, Option]:
     """Returns the options of the command line among the fields, by their names."""
-    return {one.name: one for one in fields_of(kind) if one.help}
+    return {one.name: one for one in fields_of(kind, **types) if one.help}
 
 
 def one_of(words: Iterable[str]) -> str:

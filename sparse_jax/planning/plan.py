@@ -108,14 +108,14 @@ def make_plan(
     """
     devices = target.devices or jax.devices("cpu")[: shape.size]
     run = abstract_run(model, settings, length, shape, devices)
-    sampler = "" if settings.sampler is None else f"+{settings.sampler}"
+    sampler = "" if settings.sampler is None else f"+{settings.sampler_word}"
     state = run.state
     counts = count_trained(run.tuner.method, state.params, state.added, run.head)
     with jax.set_mesh(run.placement.mesh):
         step = lambda *args: run.tuner.step(*args[:3], schedule=args[3])
         flops = count_flops(step, run.state, run.batch, run.key, run.schedule)
     plan = Plan(
-        method=f"{settings.method}{sampler}",
+        method=f"{settings.method_word}{sampler}",
         trained=counts.trained,
         held=held_bytes(run),
         flops=flops,

@@ -166,9 +166,7 @@ def register_sampler(
     from sparse_jax.samplers.sampler import Sampler
 
     if word in SAMPLERS:
-        raise InputError(
-            f"`word` must be a new one, got {brief(word)}, which is taken."
-        )
+        raise InputError(f"`word` must be new, got {brief(word)}, which is taken.")
     if not (isinstance(kind, type) and issubclass(kind, Sampler)):
         raise InputError(f"`kind` must be a subclass of `Sampler`, got {brief(kind)}.")
     SAMPLERS[word] = SamplerEntry(kind, help, options)

@@ -1,7 +1,7 @@
 """From settings to what they name: a method, a sampler, a tuner."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import optax
@@ -50,7 +50,12 @@ def method_of(settings: Settings, head: tuple[str, ...]) -> Method:
       >>> method_of(settings, ("^classifier/",)).dense
       ('bias$', '^classifier/')
     """
-    return METHODS[settings.method].make(vars(settings), head)
+    method = settings.method
+    if isinstance(method, str):
+        return METHODS[method].make(vars(settings), head)
+    if method.dense is None:
+        method = replace(method, dense=settings.dense or head)
+    return method
 
 
 def num_active(active: float, num_layers: int) -> int:
@@ -93,7 +98,9 @@ def make_tuner(
     sampler: Sampler | None,
     devices: Devices,
 ) -> Compact:
-    """Returns what makes the updates of a run; its steps take the `schedule`.
+    """Returns what makes the updates of a run.
+
+    Its steps take the `schedule`, unless the settings bring an optimizer.
 
     Args:
       settings: of the run.
@@ -102,13 +109,16 @@ def make_tuner(
       sampler: of the layers; None trains all of them at every update.
       devices: where it takes place.
     """
-    tx = make_optimizer()
+    tx, max_norm = make_optimizer(), MAX_NORM
+    if settings.optimizer is not None:
+        tx, max_norm = settings.optimizer, None
     placed: dict[str, Any] = {
         "cuts": devices.cuts(method.stack),
         "data_axes": devices.data_axes,
     }
     if sampler is None:
-        tx = optax.chain(optax.clip_by_global_norm(MAX_NORM), tx)
+        if max_norm is not None:
+            tx = optax.chain(optax.clip_by_global_norm(max_norm), tx)
         return Compact(loss, method, tx, settings.accumulate, **placed)
     return Layerwise(
         loss,
@@ -117,7 +127,7 @@ def make_tuner(
         settings.accumulate,
         sampler=sampler,
         seed=settings.seed,
-        max_norm=MAX_NORM,
+        max_norm=max_norm,
         restart=settings.restart_layers,
         recompute=cast(Recompute, settings.recompute),
         **placed,

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sparse_jax.errors import InputError, brief, listed, reason_of
-from sparse_jax.params.fields import Option, options_of
-from sparse_jax.training.settings import Settings
+from sparse_jax.methods.registry import METHODS
+from sparse_jax.params.fields import Option, from_json
+from sparse_jax.samplers.registry import SAMPLERS, sampler_class
+from sparse_jax.training.settings import setting_options
 
 __all__ = ["read_settings"]
 
@@ -29,15 +31,43 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     found = _mapping(Path(path))
     if isinstance(inner := found.get("settings"), Mapping):
         found = inner
-    known = options_of(Settings)
+    known = setting_options()
     for name in found:
-        if name not in known:
+        if name not in (*known, "optimizer"):
             raise InputError(
                 f"`{path}` must have settings such as {listed(known, 3)}, got "
                 f"{brief(name)}. They are the options of `sparse-jax finetune`, with "
                 "`_` for `-`."
             )
-    return {name: _value(path, known[name], one) for name, one in found.items()}
+    if found.get("optimizer") is not None:
+        raise InputError(
+            f"`optimizer` in `{path}` must be null, got {brief(found['optimizer'])}. A "
+            "file cannot hold an optimizer: pass it to the function `finetune`."
+        )
+    place, objects = f"`{path}`", {}
+    for name in ("method", "sampler"):
+        if isinstance(found.get(name), Mapping):
+            objects[name] = _object(name, found[name], place)
+    return objects | {
+        name: _value(place, one, found[name])
+        for name, one in known.items()
+        if name in found and name not in objects
+    }
+
+
+def _object(name: str, found: Mapping[str, Any], place: str) -> Any:
+    """Returns the method or the sampler that a file describes."""
+    settings = {**found}
+    word = settings.pop("name", None)
+    words = METHODS if name == "method" else SAMPLERS
+    if word not in words:
+        raise InputError(
+            f"`name` of `{name}` in {place} must be one of {', '.join(words)}, got "
+            f"{brief(word)}."
+        )
+    if name == "method":
+        return METHODS[str(word)].kind.from_settings(settings, place)
+    return from_json(sampler_class(str(word)), settings, place)
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:
@@ -63,7 +93,7 @@ def _mapping(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _value(path: str | Path, one: Option, value: object) -> Any:
+def _value(place: str, one: Option, value: object) -> Any:
     """Returns the value of a setting in its type."""
     if value is None and one.is_optional:
         return None
@@ -71,11 +101,9 @@ def _value(path: str | Path, one: Option, value: object) -> Any:
         return _converted(value, one.type)
     except (TypeError, ValueError) as error:
         items = get_args(one.type)
-        rule = (
-            f"a list of which each is {_WORDS[items[0]]}" if items else _WORDS[one.type]
-        )
+        rule = f"a list, each item {_WORDS[items[0]]}" if items else _WORDS[one.type]
         raise InputError(
-            f"`{one.name}` in `{path}` must be {rule}, got {brief(value)}."
+            f"`{one.name}` in {place} must be {rule}, got {brief(value)}."
         ) from error
 
 

@@ -4,7 +4,7 @@ import logging
 import statistics
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ __all__ = ["finetune"]
 _log = logging.getLogger(__name__)
 
 
-def finetune(settings: Settings) -> dict[str, Any]:
+def finetune(settings: Settings | None = None, /, **options: Any) -> dict[str, Any]:
     """Fine-tunes a model on a task and fills a run directory.
+
+        finetune(model="bert-base-uncased", task="mrpc", output="runs/mrpc",
+                 method=Sparse(density=0.01), optimizer=optax.adamw(1e-3))
 
     Everything is checked before the directory is made. It then holds `config.json`,
     `metrics.jsonl`, `metrics.json`, `adapter.safetensors` and `curve.png`. SIGINT and
@@ -70,6 +73,7 @@ def finetune(settings: Settings) -> dict[str, Any]:
 
     Args:
       settings: what to do.
+      **options: fields of `Settings`, in place of `settings` or of some of them.
 
     Returns:
       What `metrics.json` holds: `eval` (metric -> value on the first evaluation
@@ -84,15 +88,16 @@ def finetune(settings: Settings) -> dict[str, Any]:
       KeyboardInterrupt: after SIGINT.
       SystemExit: after SIGTERM.
     """
+    run = Settings(**options) if settings is None else replace(settings, **options)
     with warnings_kept() as warnings:
-        return _finetune(settings, warnings)
+        return _finetune(run, warnings)
 
 
 def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Any]:
     """Fine-tunes; `warnings` are those of the run so far."""
     require_usable(settings)
     # Also waits until all have looked at the folder, before the first one writes.
-    require_agreement("settings", asdict(settings))
+    require_agreement("settings", settings.record())
     on_first_process(lambda: require_unlocked(Path(settings.output)))
     job = make_job(settings)
     about = surroundings(job)
@@ -139,16 +144,16 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, An
 def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
     """Logs what is trained and on what; a warning if examples were too long."""
     settings, share = job.settings, counts.trained / counts.total
-    layers = ""
+    rate, layers = settings.resolved_learning_rate, ""
     if job.sampler is not None:
         some, every = job.sampler.num_active, job.sampler.num_layers
-        layers = f", {some} of {every} layers at a time by {settings.sampler}"
+        layers = f", {some} of {every} layers at a time by {settings.sampler_word}"
     _log.info(
-        "training %s%s: %s of %s parameters (%.3g %%), %s of state, %d updates at a "
-        "learning rate of %g",
-        settings.method, layers, f"{counts.trained:,}", f"{counts.total:,}",
+        "training %s%s: %s of %s parameters (%.3g %%), %s of state, %d updates %s",
+        settings.method_word, layers, f"{counts.trained:,}", f"{counts.total:,}",
         100 * share, bytes_shown(state_bytes), _total(job),
-        settings.resolved_learning_rate,
+        "by the optimizer that was given" if rate is None else
+        f"at a learning rate of {rate:g}",
     )  # fmt: skip
     for split, usage in job.feed.usage.items():
         level = logging.WARNING if usage.cut or usage.dropped else logging.INFO
@@ -190,13 +195,14 @@ def _loop(
 ) -> Loop:
     """Returns the loop of a job."""
     settings = job.settings
+    peak = settings.resolved_learning_rate
     return Loop(
         runner=runner,
         put=lambda batch: job.base.devices.put(batch, settings.accumulate),
         feed=job.feed,
         seed=settings.seed,
         total=total,
-        schedule=schedule_of(settings.resolved_learning_rate, total),
+        schedule=None if peak is None else schedule_of(peak, total),
         evaluate=evaluate,
         save_every=settings.save_every,
         directory=directory,
@@ -252,7 +258,7 @@ def _draw(job: Job, directory: RunDirectory) -> None:
     draw = lambda path: draw_curve(
         path,
         directory.rows,
-        title=f"{settings.method} on {objective.name}, seed {settings.seed}",
+        title=f"{settings.method_word} on {objective.name}, seed {settings.seed}",
         loss=objective.loss_name,
         metric=objective.primary,
     )
@@ -263,7 +269,8 @@ def _draw(job: Job, directory: RunDirectory) -> None:
             path,
             directory.rows,
             num_layers=num_layers,
-            title=f"{settings.method}, layers by {settings.sampler}, {objective.name}",
+            title=f"{settings.method_word}, layers by {settings.sampler_word}, "
+            f"{objective.name}",
         )
         directory.draw(LAYERS, draw)
 

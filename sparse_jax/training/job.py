@@ -125,7 +125,7 @@ def adapter_of(job: Job, state: CompactState) -> Adapter:
         values=values,
         dense=dense,
         added=jax.tree.map(fetch, state.added),
-        method=job.settings.method,
+        method=job.settings.method_word,
         settings=_settings(job),
         base_model=job.settings.model,
         base_hash=job.base.hash,
@@ -156,7 +156,11 @@ def require_finite(adapter: Adapter) -> None:
 
 def _settings(job: Job) -> dict[str, Any]:
     """Returns the settings that say what the arrays mean."""
-    names = METHODS[job.settings.method].options
-    kept = ("learning_rate", "batch_size", "dtype", "seed", "dense", *names)
+    options = METHODS[job.settings.method_word].options
+    kept = ("learning_rate", "batch_size", "dtype", "seed", "dense", *options)
     given = {name: getattr(job.settings, name) for name in kept}
+    if not isinstance(job.settings.method, str):
+        fields = job.method.to_settings()
+        given |= {name: fields[one.field] for name, one in options.items()}
+        given["dense"] = fields["dense"]
     return {**given, **job.objective.settings}

@@ -125,7 +125,7 @@ class Loop:
       feed: the batches.
       seed: of dropout and of random supports.
       total: batches of the run.
-      schedule: of the learning rate.
+      schedule: of the learning rate; None if the optimizer has its own.
       evaluate: state -> metrics of every split.
       save_every: batches between two checkpoints, beside the end of every epoch.
       signals: ask to stop.
@@ -136,7 +136,7 @@ class Loop:
     feed: Feed
     seed: int
     total: int
-    schedule: Schedule
+    schedule: Schedule | None
     evaluate: Callable[[CompactState], dict[str, dict[str, float]]]
     save_every: int
     directory: RunDirectory
@@ -207,9 +207,8 @@ class Loop:
                 return state, self._skip(at, "the gradient to select by")
         is_first = self._is_first(batch)
         began = time.perf_counter()
-        state, metrics = self.runner.step(
-            state, self.put(batch), key, schedule=self.schedule
-        )
+        schedule = {} if self.schedule is None else {"schedule": self.schedule}
+        state, metrics = self.runner.step(state, self.put(batch), key, **schedule)
         if metrics.pop("is_skipped"):
             loss, norm = (float(metrics[name]) for name in ("loss", "gradient_norm"))
             return state, self._skip(
@@ -218,7 +217,9 @@ class Loop:
         metrics = self._news(metrics)
         seconds = time.perf_counter() - began
         tokens = int(np.sum(batch["attention_mask"]))
-        rate = float(learning_rate_at(step - 1 - at.skipped, self.schedule))
+        rate = None
+        if self.schedule is not None:
+            rate = float(learning_rate_at(step - 1 - at.skipped, self.schedule))
         self.directory.add_row(
             {"step": step, **metrics, "learning_rate": rate, "tokens": tokens,
              "seconds": seconds, "is_compiling": is_first}

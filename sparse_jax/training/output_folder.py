@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -235,7 +235,7 @@ def _require_same(path: Path, settings: Settings) -> None:
             f"`{path / CONFIG}` must have the settings of a run, and has none. Put it "
             "back, or pass --overwrite to start anew."
         )
-    now = json.loads(json.dumps(asdict(settings)))
+    now = json.loads(json.dumps(settings.record()))
     if unknown := sorted(before.keys() - now.keys()):
         raise InputError(
             f"`{path / CONFIG}` must have settings that this version knows, got "
@@ -249,6 +249,12 @@ def _require_same(path: Path, settings: Settings) -> None:
     changed = [name for name in now if name not in FREE and now[name] != before[name]]
     if changed:
         name = changed[0]
+        if name == "optimizer":
+            raise InputError(
+                "`optimizer` must be given to the function `finetune` exactly if the "
+                "run to resume had one, which a file cannot hold: pass the same object "
+                "again, or --overwrite to start anew."
+            )
         raise InputError(
             f"`{name}` must be {brief(before[name])} as in the run to resume, got "
             f"{brief(now[name])}. Pass the same options, or --overwrite to start anew."

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ class RunDirectory:
                     require_same_files(path, config)
                 else:
                     _remove_run(path)
-                    write_json(path / CONFIG, {"settings": asdict(settings), **config})
+                    write_json(path / CONFIG, {"settings": settings.record(), **config})
             except OSError as error:
                 raise InputError(
                     f"`output` must be a folder that can be written, got `{path}`: "

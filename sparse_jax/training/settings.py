@@ -1,21 +1,39 @@
 """The settings of a fine-tuning run: the options of `sparse-jax finetune`."""
 
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
 
 from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.glue import CAUSAL, TASKS
-from sparse_jax.errors import InputError
-from sparse_jax.methods.registry import METHODS, MethodOptions, learning_rates
-from sparse_jax.params.fields import one_of, option, require_word
-from sparse_jax.samplers.registry import SAMPLERS, SamplerOptions
+from sparse_jax.errors import InputError, brief
+from sparse_jax.methods.registry import (
+    METHODS,
+    MethodOptions,
+    learning_rates,
+    word_of,
+)
+from sparse_jax.params.fields import (
+    Option,
+    one_of,
+    option,
+    options_of,
+    require_word,
+    to_json,
+)
+from sparse_jax.samplers.registry import SAMPLERS, SamplerOptions, word_of_sampler
 
 # JAX takes seconds to import, and the help of the command line reads these fields.
 if TYPE_CHECKING:
-    from sparse_jax.data.causal_tokens import Loss
+    from optax import GradientTransformation
 
-__all__ = ["Settings"]
+    from sparse_jax.data.causal_tokens import Loss
+    from sparse_jax.methods.method import Method
+    from sparse_jax.samplers.sampler import Sampler
+
+__all__ = ["OWN", "Settings", "setting_options"]
+
+OWN = "own"  # what a file says of an optimizer that was an object
 
 DTYPES = ("float32", "bfloat16")
 LOSSES = ("response", "all")
@@ -32,12 +50,20 @@ _TEXT = {"loss_on": None, "packing": False, "template": None, "held_out": None}
 class Settings(MethodOptions, SamplerOptions):
     """What `finetune` does: the options of `sparse-jax finetune`, one to one.
 
+    In Python `method` and `sampler` may also be objects, which bring their own options
+    with them, and `optimizer` an Optax transformation. Without rules of its own a
+    method trains the head in full.
+
     Raises:
       InputError: naming the option, if a value breaks its rule.
 
     Example:
       >>> Settings(model="bert", task="mrpc", output="run").resolved_learning_rate
       0.0007
+      >>> from sparse_jax import LoRA
+      >>> run = {"model": "bert", "task": "mrpc", "output": "run"}
+      >>> Settings(**run, method=LoRA(rank=4)).record()["method"]["rank"]
+      4
     """
 
     model: str = field(
@@ -93,7 +119,7 @@ class Settings(MethodOptions, SamplerOptions):
             "Leave out rows without a label: absent, null, NaN, - or, for classes, -1."
         ),
     )
-    method: str = field(
+    method: "str | Method" = field(
         default="sift",
         metadata=option(f"What to train: {one_of(METHODS)}."),
     )
@@ -104,7 +130,7 @@ class Settings(MethodOptions, SamplerOptions):
             shown="the head",
         ),
     )
-    sampler: str | None = field(
+    sampler: "str | Sampler | None" = field(
         default=None,
         metadata=option(
             "Train a few layers at a time, drawn "
@@ -121,6 +147,9 @@ class Settings(MethodOptions, SamplerOptions):
             shown=learning_rates(),
         ),
     )
+    # None is AdamW with a clipped norm and the schedule of `learning_rate`. Another one
+    # brings its own schedule, and gets gradients that are not clipped.
+    optimizer: "GradientTransformation | None" = None
     batch_size: int = field(default=32, metadata=option("Examples per update."))
     accumulate: int = field(
         default=1, metadata=option("Micro-batches per update, to save memory.")
@@ -187,7 +216,7 @@ class Settings(MethodOptions, SamplerOptions):
     )
 
     def __post_init__(self):
-        require_word("method", self.method, METHODS)
+        require_word("method", self.method_word, METHODS)
         require_word("dtype", self.dtype, DTYPES)
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -198,11 +227,41 @@ class Settings(MethodOptions, SamplerOptions):
         self._require_layers()
 
     @property
-    def resolved_learning_rate(self) -> float:
-        """Peak learning rate."""
-        if self.learning_rate is None:
-            return METHODS[self.method].learning_rate
+    def method_word(self) -> str:
+        """The word of the method."""
+        return self.method if isinstance(self.method, str) else word_of(self.method)
+
+    @property
+    def sampler_word(self) -> str | None:
+        """The word of the sampler; None without one."""
+        if self.sampler is None or isinstance(self.sampler, str):
+            return self.sampler
+        return word_of_sampler(self.sampler)
+
+    @property
+    def resolved_learning_rate(self) -> float | None:
+        """Peak learning rate; None with an optimizer that brings its own."""
+        if self.learning_rate is None and self.optimizer is None:
+            return METHODS[self.method_word].learning_rate
         return self.learning_rate
+
+    def record(self) -> dict[str, Any]:
+        """Returns the settings as `config.json` holds them.
+
+        An object is a mapping of its word, `name`, and its fields; an optimizer is only
+        said to have been given.
+        """
+        record: dict[str, Any] = {
+            one.name: getattr(self, one.name) for one in fields(self)
+        }
+        for name, word in (
+            ("method", self.method_word),
+            ("sampler", self.sampler_word),
+        ):
+            if not isinstance(record[name], str | None):
+                record[name] = {"name": word, **to_json(record[name])}
+        record["optimizer"] = None if self.optimizer is None else OWN
+        return record
 
     @property
     def is_causal(self) -> bool:
@@ -249,7 +308,7 @@ class Settings(MethodOptions, SamplerOptions):
                 "`group_by_length` must be left out with packing, got True. All packed "
                 "rows have one length."
             )
-        if self.is_causal and self.method == "head":
+        if self.is_causal and self.method_word == "head":
             raise InputError(
                 f"`method` must not be 'head' with task {CAUSAL!r}: the model has no "
                 "new head. Use lora or sift, or --dense '^lm_head/' with full."
@@ -260,6 +319,7 @@ class Settings(MethodOptions, SamplerOptions):
         from sparse_jax.sharding.mesh import parse_mesh
 
         self.require_method_options(self.method)
+        self._require_objects()
         if not 0 <= self.seed < 2**32:
             raise InputError(f"`seed` must be in [0, 2**32), got {self.seed}.")
         if self.batch_size % self.accumulate:
@@ -277,11 +337,44 @@ class Settings(MethodOptions, SamplerOptions):
 
     def _require_layers(self) -> None:
         """Raises if the choice of layers breaks a rule."""
-        if self.sampler is not None:
+        if isinstance(self.sampler, str):
             require_word("sampler", self.sampler, SAMPLERS)
         self.require_sampler_options(self.sampler)
-        if self.sampler is not None and self.method == "head":
+        if self.sampler_word is not None and self.method_word == "head":
             raise InputError(
                 "`sampler` must be left out with method 'head', which trains no layer, "
-                f"got {self.sampler!r}."
+                f"got {self.sampler_word!r}."
             )
+
+    def _require_objects(self) -> None:
+        """Raises if an object and another setting contradict each other."""
+        if not isinstance(self.method, str) and None not in (
+            self.dense,
+            self.method.dense,
+        ):
+            raise InputError(
+                f"`dense` must be left out with a method that has its own, got "
+                f"{brief(self.dense)}."
+            )
+        if self.optimizer is None:
+            return
+        # Imports JAX, which the help of the command line does without.
+        from sparse_jax.params.arguments import require_transformation
+
+        require_transformation("optimizer", self.optimizer)
+        if self.learning_rate is not None:
+            raise InputError(
+                "`learning_rate` must be left out with an optimizer, which has its "
+                f"own, got {self.learning_rate}."
+            )
+
+
+def setting_options() -> dict[str, Option]:
+    """Returns the fields that are options, with words for objects.
+
+    Example:
+      >>> setting_options()["sampler"].type
+      <class 'str'>
+    """
+    objects = {"Method": str, "Sampler": str, "GradientTransformation": object}
+    return options_of(Settings, **objects)

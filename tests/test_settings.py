@@ -1,0 +1,299 @@
+"""Settings: on the command line, in files, as words and as objects."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass, fields
+
+import jax
+import numpy as np
+import optax
+import pytest
+import yaml
+from tiny_run import tiny_settings, write_data, write_model
+from typer.main import get_command
+
+from sparse_jax import (
+    Cyclic,
+    Importance,
+    InputError,
+    LoRA,
+    Series,
+    Settings,
+    Sparse,
+    Uniform,
+    evaluate_adapter,
+    finetune,
+    ist,
+    load_adapter,
+    register_sampler,
+)
+from sparse_jax.cli.main import app, main
+from sparse_jax.methods.registry import METHODS
+from sparse_jax.samplers.registry import SAMPLERS
+from sparse_jax.training.build import method_of, sampler_of
+from sparse_jax.training.config_file import read_settings
+
+RUN = {"model": "m", "task": "sst2", "output": "o"}
+HEAD = ("^classifier/",)
+# Of the command line alone: files, processes, and a short way to write --sampler.
+ALONE = {
+    "config", "ist", "devices", "distributed", "coordinator", "processes", "process",
+    "help",
+}  # fmt: skip
+# Objects that have no word.
+NO_OPTION = {"optimizer"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return write_model(folder / "model"), write_data(folder / "data")
+
+
+def options_of(command):
+    return {one.name: one for one in get_command(app).commands[command].params}
+
+
+def help_of(command, capsys, monkeypatch):
+    """Returns the paragraphs of a help page by their options."""
+    monkeypatch.setattr(sys, "argv", ["sparse-jax", command, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    page = capsys.readouterr().out
+    parts = re.split(r"^  --", page[page.index("Options:") :], flags=re.MULTILINE)[1:]
+    return {part.split()[0].replace("-", "_"): " ".join(part.split()) for part in parts}
+
+
+def test_every_setting_is_an_option_and_every_option_a_setting():
+    names = {one.name for one in fields(Settings)} - NO_OPTION
+    assert options_of("finetune").keys() - ALONE == names
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "generate", "plan"])
+def test_the_help_shows_the_default_that_holds(command, capsys, monkeypatch):
+    for name, text in help_of(command, capsys, monkeypatch).items():
+        option = options_of(command).get(name)
+        if option is None or option.is_flag:
+            continue
+        assert text.endswith("[required]") or "[default: " in text, name
+        if option.default is not None:
+            assert f"[default: {option.default}]" in text
+
+
+def test_the_help_of_finetune_shows_the_defaults_of_methods(capsys, monkeypatch):
+    shown = help_of("finetune", capsys, monkeypatch)
+    for name in ("size", "activation", "prefix_length", "dropout"):
+        entry = next(one for one in METHODS.values() if name in one.options)
+        made = entry.make({"rank": 1})
+        default = getattr(made, entry.options[name].field)
+        default = getattr(default, "__name__", default)
+        text = default if isinstance(default, str) else f"{default:g}"
+        assert f"[default: {text}]" in shown[name]
+    for word, entry in METHODS.items():
+        assert re.search(rf"\b{word}\b", shown["method"])
+        assert f"{entry.learning_rate:g} for" in shown["learning_rate"]
+    for word in SAMPLERS:
+        assert f"({word})" in shown["sampler"]
+
+
+OBJECTS = {
+    "sift": (
+        Sparse(density=0.1, where=("^layers/attention/(query|key|value|output)/",)),
+        {"method": "sift", "density": 0.1},
+    ),
+    "lora": (
+        LoRA(rank=2, alpha=3.0, where=("^attention/(query|key|value|output)$",)),
+        {"method": "lora", "rank": 2, "alpha": 3.0},
+    ),
+    "series": (
+        Series(size=4, activation=jax.nn.silu),
+        {"method": "series", "size": 4, "activation": "silu"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("made", "words"), OBJECTS.values(), ids=OBJECTS)
+def test_an_object_is_what_its_words_make(made, words):
+    by_object = method_of(Settings(**RUN, method=made), HEAD)
+    assert by_object == method_of(Settings(**RUN, **words), HEAD)
+    assert Settings(**RUN, method=made).method_word == words["method"]
+
+
+def test_a_sampler_is_what_its_words_make():
+    made = Importance.fitted(num_layers=4, num_active=2, probe_every=3)
+    words = Settings(**RUN, sampler="ist", active=0.5, probe_every=3)
+    assert sampler_of(words, 4) == made
+    assert sampler_of(Settings(**RUN, sampler=made), 4) == made
+    assert Settings(**RUN, sampler=made).sampler_word == "ist"
+
+
+def arrays_of(folder):
+    adapter = load_adapter(folder)
+    return jax.tree.map(
+        np.asarray, (adapter.support, adapter.values, adapter.dense, adapter.added)
+    )
+
+
+def test_a_run_of_objects_is_that_of_their_words_to_the_last_bit(files, tmp_path):
+    """Also from the `config.json` of the first, which its words are not in."""
+    made, words = OBJECTS["sift"]
+    sampler = Uniform(num_layers=2, num_active=1, hold=2)
+    names = ("one", "two", "three")
+    one, two, three = (tmp_path / name for name in names)
+    objects = {"method": made, "sampler": sampler, "max_steps": 2}
+    metrics = finetune(tiny_settings(*files, one, **objects))
+    words = {**words, "sampler": "uniform", "active": 0.5, "hold": 2}
+    again = finetune(tiny_settings(*files, two, **words), max_steps=2)
+    read = read_settings(one / "config.json")
+    assert (read["method"], read["sampler"]) == (made, sampler)
+    third = finetune(**{**read, "output": str(three)})
+    assert metrics["eval"] == again["eval"] == third["eval"]
+    for other in (two, three):
+        jax.tree.map(np.testing.assert_array_equal, arrays_of(one), arrays_of(other))
+    assert evaluate_adapter(one, data=str(files[1])) == metrics["eval"]
+
+
+def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
+    given = {"learning_rate": None, "method": "head", "max_steps": 1}
+    settings = tiny_settings(*files, tmp_path / "run", **given)
+    metrics = finetune(settings, optimizer=optax.sgd(0.1))
+    assert metrics["learning_rate"] is None
+    # Plain descent has no moments.
+    assert metrics["optimizer_bytes"] < 100
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["settings"]["optimizer"] == "own"
+    assert finetune(settings, optimizer=optax.sgd(0.1), resume=True) == metrics
+    with pytest.raises(InputError, match="`optimizer` must be given .* pass the same"):
+        finetune(settings, resume=True)
+    with pytest.raises(InputError, match="`optimizer` in .* must be null, got 'own'"):
+        read_settings(tmp_path / "run" / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": LoRA(rank=2), "alpha": 2.0}, "`alpha` must be left out with meth"),
+        ({"method": LoRA(rank=2, dense="a"), "dense": ("b",)}, "`dense` must be left"),
+        ({"method": object()}, "`method` must be of a class with a word"),
+        ({"sampler": object()}, "`sampler` must be one of ist, uniform"),
+        ({"sampler": Uniform(num_layers=2, num_active=1), "hold": 2}, "`hold` must be"),
+        ({"optimizer": optax.sgd}, "`optimizer` must be an Optax transformation"),
+        ({"optimizer": optax.sgd(1.0), "learning_rate": 1.0}, "`learning_rate` must"),
+    ],
+)
+def test_objects_that_contradict_other_settings_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Settings(**RUN, **options)
+
+
+def test_the_settings_of_a_file_are_those_that_were_written(tmp_path):
+    settings = Settings(
+        **RUN, method="lora", rank=4, where=("query",), sampler="static", layers=(0, 1),
+        learning_rate=3e-5, mesh="data=2",
+    )  # fmt: skip
+    record = json.loads(json.dumps(settings.record()))
+    for name, text in {
+        "whole.json": json.dumps({"settings": record, "versions": {}}),
+        "part.json": json.dumps(record),
+        "part.yaml": yaml.safe_dump(record),
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert Settings(**read_settings(tmp_path / name)) == settings
+
+
+FILES = {
+    "unknown": ("densty: 0.1", "must have settings such as .*, got 'densty'"),
+    "text for a number": ("rank: many", "`rank` in .* must be a whole number, got 'ma"),
+    "half a number": ("rank: 1.5", "`rank` in .* must be a whole number, got 1.5"),
+    "null": ("density: null", "`density` in .* must be a number, got None"),
+    "number for a text": ("task: 3", "`task` in .* must be text, got 3"),
+    "no list": ("where: query", "`where` in .* must be a list, each item text"),
+    "list": ("- rank", "must be a file of settings"),
+    "no YAML": ("a: [", "must be a YAML or JSON file"),
+    "unknown method": ("method: {name: vera}", "must be one of full"),
+    "method without rank": ("method: {name: lora}", "must have `"),
+    "sampler": (
+        "sampler: {name: uniform, num_layers: x}",
+        "must have `|must be a whole",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), FILES.values(), ids=FILES)
+def test_a_file_that_is_wrong_is_one_line(text, message, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    words = ["sparse-jax", "finetune", "--config", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(message, err) and "run.yaml" in err
+
+
+def run(command, monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["sparse-jax", command, *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0, *capsys.readouterr()
+
+
+def test_options_win_over_the_file_of_settings(files, tmp_path, capsys, monkeypatch):
+    model, data = files
+    path = tmp_path / "run.yaml"
+    settings = {
+        "model": str(model), "data": str(data), "task": "sst2", "method": "lora",
+        "rank": 2, "learning_rate": 1e-3, "max_steps": 3, "batch_size": 8,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(settings))
+    code, _, err = run("finetune", monkeypatch, capsys, "--config", path)
+    assert code == 2 and "`output` must be given, got nothing. Pass --output" in err
+    more = ("--config", path, "--output", tmp_path / "run", "--max-steps", 1)
+    assert run("finetune", monkeypatch, capsys, *more)[0] == 0
+    config = tmp_path / "run" / "config.json"
+    found = json.loads(config.read_text())["settings"]
+    assert (found["max_steps"], found["rank"], found["method"]) == (1, 2, "lora")
+    # The same run, by its own file.
+    again = ("--config", config, "--output", tmp_path / "again")
+    assert run("finetune", monkeypatch, capsys, *again)[0] == 0
+    one, other = arrays_of(tmp_path / "run"), arrays_of(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoByTwo(Cyclic):
+    """A sampler of the user's own."""
+
+
+@pytest.fixture
+def registered():
+    register_sampler("two_by_two", TwoByTwo, help="two at a time")
+    yield
+    del SAMPLERS["two_by_two"]
+
+
+def test_a_sampler_of_ones_own_has_a_word_everywhere(registered, capsys, monkeypatch):
+    made = TwoByTwo(num_layers=4, num_active=2, hold=3)
+    settings = Settings(**RUN, sampler="two_by_two", active=0.5, hold=3)
+    assert sampler_of(settings, 4) == made
+    assert Settings(**RUN, sampler=made).record()["sampler"]["name"] == "two_by_two"
+    tx = ist(
+        optax.sgd(1.0), layer_of="layers", num_layers=4, num_active=2, hold=3,
+        key=jax.random.key(0), sampler="two_by_two",
+    )  # fmt: skip
+    _, state = tx.update({"layers": np.ones(4)}, tx.init({"layers": np.ones(4)}))
+    assert state.sampler.active.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("word", "kind", "message"),
+    [
+        ("ist", TwoByTwo, "`word` must be new, got 'ist'"),
+        ("other", LoRA, "`kind` must be a subclass of `Sampler`"),
+    ],
+)
+def test_a_sampler_that_cannot_be_registered_is_refused(word, kind, message):
+    with pytest.raises(InputError, match=message):
+        register_sampler(word, kind)
