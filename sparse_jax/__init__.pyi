@@ -1,4 +1,4 @@
-from .adapter.file import Adapter as Adapter
+from .adapter.adapter import Adapter as Adapter
 from .adapter.file import load_adapter as load_adapter
 from .adapter.file import save_adapter as save_adapter
 from .adapter.peft import save_peft as save_peft

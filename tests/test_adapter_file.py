@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from sparse_jax import (
     Adapter,
     InputError,
+    LoRA,
     apply_adapter,
     load_adapter,
     merge_adapter,
@@ -64,7 +65,7 @@ def test_an_adapter_comes_back_as_it_was(tmp_path):
     assert_same(found.support, adapter.support)
     assert_same(found.values, adapter.values)
     assert_same(found.dense, adapter.dense)
-    words = ("method", "settings", "base_model", "base_hash", "task", "labels")
+    words = ("method", "word", "settings", "base_model", "base_hash", "task", "labels")
     assert [getattr(found, w) for w in words] == [getattr(adapter, w) for w in words]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
 
@@ -110,7 +111,8 @@ def test_lora_is_attached_or_merged():
         "a": np.ones((2, 3, 1), np.float32),
         "b": np.full((2, 1, 4), 0.5, np.float32),
     }
-    adapter = Adapter(added={"query": pair}, method="lora")
+    method = LoRA(rank=1, where="query")
+    adapter = Adapter(added={"query": pair}, method=method)
     kept, attachment = apply_adapter(params, adapter)
     layer = jax.tree.map(lambda leaf: leaf[0], attachment.trained)
     x = jnp.ones((1, 3))

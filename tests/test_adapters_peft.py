@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tiny_models import FAMILIES, tiny_config
 from tiny_text import CONFIG
 
-from sparse_jax import Adapter, InputError
+from sparse_jax import IA3, Adapter, DoRA, InputError, LoRA, Series
 from sparse_jax.adapter.peft import save_peft
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.families.llama import LLAMA
@@ -33,12 +33,14 @@ def draw(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def lora(**more):
+def lora(kind=LoRA, **options):
+    method = kind(rank=R, where=("^attention/query$", "^mlp/down$"), **options)
     added = {
         "attention/query": {"a": draw(L, D, R), "b": draw(L, R, D)},
         "mlp/down": {"a": draw(L, F, R), "b": draw(L, R, D)},
     }
-    return Adapter(added=added, dense=dict(HEAD), base_model="bert-base", **more)
+    about = {"base_model": "bert-base", "method": method}
+    return Adapter(added=added, dense=dict(HEAD), **about)
 
 
 def saved(folder, adapter, model=BERT):
@@ -48,7 +50,7 @@ def saved(folder, adapter, model=BERT):
 
 
 def test_the_tensors_of_lora(tmp_path):
-    adapter = lora(method="lora")
+    adapter = lora()
     _, tensors = saved(tmp_path, adapter)
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
         f"{LAYER}.0.attention.self.query.lora_A.weight": (R, D),
@@ -74,8 +76,7 @@ def test_the_tensors_of_lora(tmp_path):
 
 
 def test_the_config_of_lora(tmp_path):
-    settings = {"alpha": 6.0, "rslora": True, "dropout": 0.1}
-    config, _ = saved(tmp_path, lora(method="lora", settings=settings))
+    config, _ = saved(tmp_path, lora(alpha=6.0, rslora=True, dropout=0.1))
     target = config.pop("target_modules")
     assert config == {
         "peft_type": "LORA",
@@ -106,7 +107,7 @@ def test_a_trained_word_table_is_also_the_head_that_is_tied_to_it(tmp_path, is_t
     adapter = Adapter(
         added={"attention/query": site},
         dense={"embeddings/word/embedding": words},
-        method="lora",
+        method=LoRA(rank=R, where="attention/query", dense="embeddings/word"),
     )
     config, tensors = saved(tmp_path, adapter, model)
     heads = ["lm_head"] if is_tied else []
@@ -120,7 +121,7 @@ def test_a_trained_word_table_is_also_the_head_that_is_tied_to_it(tmp_path, is_t
 
 
 def test_dora_has_a_magnitude(tmp_path):
-    adapter = lora(method="dora")
+    adapter = lora(DoRA)
     for parts in adapter.added.values():
         parts["m"] = draw(L, D)
     config, tensors = saved(tmp_path, adapter)
@@ -134,7 +135,8 @@ def test_ia3_has_rows_and_columns(tmp_path):
         "attention/key": {"output": draw(L, D)},
         "mlp/down": {"input": draw(L, F)},
     }
-    config, tensors = saved(tmp_path, Adapter(added=added, method="ia3"))
+    method = IA3(where="^attention/key$")
+    config, tensors = saved(tmp_path, Adapter(added=added, method=method))
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
         f"{LAYER}.0.attention.self.key.ia3_l": (D, 1),
         f"{LAYER}.0.output.dense.ia3_l": (1, F),
@@ -154,9 +156,13 @@ def test_the_classifier_of_roberta_is_one_module(tmp_path):
         "layers/attention/norm/bias": draw(L, D),
         "layers/attention/norm/scale": draw(L, D),
     }
-    added = {"attention/key": {"output": draw(L, D)}}
+    added = {
+        "attention/key": {"output": draw(L, D)},
+        "mlp/down": {"input": draw(L, F)},
+    }
+    method = IA3(where="^attention/key$", dense=("classifier", "attention/norm"))
     config, tensors = saved(
-        tmp_path, Adapter(added=added, dense=dense, method="ia3"), ROBERTA
+        tmp_path, Adapter(added=added, dense=dense, method=method), ROBERTA
     )
     norms = [f"roberta.encoder.layer.{i}.attention.output.LayerNorm" for i in range(L)]
     assert config["modules_to_save"] == ["classifier", *norms]
@@ -165,14 +171,14 @@ def test_the_classifier_of_roberta_is_one_module(tmp_path):
 
 
 def test_without_its_classifier_a_file_has_no_task(tmp_path):
-    adapter = lora(method="lora")
+    adapter = lora()
     adapter.dense.clear()
     config, _ = saved(tmp_path, adapter)
     assert (config["task_type"], config["modules_to_save"]) == (None, [])
 
 
 def test_half_a_module_is_refused(tmp_path):
-    adapter = lora(method="lora")
+    adapter = lora()
     del adapter.dense["pooler/bias"]
     message = "all parameters of `bert.pooler.dense` .* without `pooler/bias`"
     with pytest.raises(InputError, match=message):
@@ -184,11 +190,11 @@ def test_half_a_module_is_refused(tmp_path):
     [
         Adapter(method="sift", support={"w": np.zeros(1, np.int32)}),
         Adapter(method="full", dense=HEAD),
-        Adapter(method="series", added={"mlp/down": {"up": draw(L, 3, D)}}),
+        Adapter(method=Series(size=3), added={"mlp/down": {"up": draw(L, 3, D)}}),
     ],
-    ids=lambda adapter: adapter.method,
+    ids=lambda adapter: adapter.word,
 )
 def test_what_peft_does_not_have_is_refused(tmp_path, adapter):
-    with pytest.raises(InputError, match=f"lora, dora or ia3 .* '{adapter.method}'"):
+    with pytest.raises(InputError, match=f"lora, dora or ia3 .* '{adapter.word}'"):
         save_peft(tmp_path / "new", adapter, BERT)
     assert not (tmp_path / "new").exists()

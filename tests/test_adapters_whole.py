@@ -3,15 +3,16 @@
 import json
 import logging
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load, save
 from tiny_adapters import (
     RUNS,
+    as_format_1,
     damaged,
     misworded,
     reshaped,
@@ -24,9 +25,9 @@ from tiny_models import tiny_config, tiny_params
 import sparse_jax
 from sparse_jax import (
     Adapter,
+    Compact,
     InputError,
     LoRA,
-    Settings,
     Sparse,
     apply_adapter,
     from_pretrained,
@@ -34,14 +35,12 @@ from sparse_jax import (
     save_adapter,
     save_peft,
 )
-from sparse_jax.adapter.rebuild import method_of_adapter
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.families.bert import BERT
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.pretrained import base_config
-from sparse_jax.params.roles import SPARSE, map_roles
-from sparse_jax.training.job import adapter_of
+from sparse_jax.supports.scores import SCORES
 
 MODEL = Model(SequenceClassifier, BERT, tiny_config("bert"))
 QUERY = "layers/attention/query/kernel"
@@ -54,7 +53,7 @@ def params():
 
 def applied(params, adapter):
     """Returns what an adapter means: the method, parameters and added arrays."""
-    method = method_of_adapter(adapter)
+    method = adapter.method
     means = (type(method), *(getattr(method, n, None) for n in ("scale", "activation")))
     changed, attachment = apply_adapter(params, adapter)
     assert attachment.trained["added"].keys() == adapter.added.keys()
@@ -124,8 +123,10 @@ def more_dense(adapter):
     return replace(adapter, dense={**adapter.dense, **leaf})
 
 
-def another(method):
-    return lambda adapter: replace(adapter, method=method)
+def another(word):
+    """Returns a change of the method, with its usual settings."""
+    head = ("^classifier/",)
+    return lambda adapter: replace(adapter, method=METHODS[word].make({}, head))
 
 
 def more_layers(array):
@@ -145,15 +146,15 @@ EDITS = [
     ("lora", part("attention/query", "a", np.transpose), r"got float32\[3, 32, 2\]"),
     ("lora", part("attention/query", "a", np.float16), r"got float16\[2, 32, 3\]"),
     ("lora", another("dora"), "have `a` and `b` and `m` at the site `attention/key`"),
-    ("lora", another("sift"), "must have `density`, which its method sift needs"),
+    ("lora", another("sift"), "must have no arrays at the site `attention/key`"),
     ("lora", another("full"), "must have no arrays at the site `attention/key`"),
-    ("dora", another("lora"), "have `a` and `b` at the site `attention/query`, got"),
+    ("dora", another("lora"), "must have arrays at the site `attention/key`"),
     ("series", another("parallel"), "no arrays at the site `attention/output`"),
-    ("ia3", another("prefix"), "have `prefix_length`, which its method prefix needs"),
+    ("ia3", another("prefix"), "must have no arrays at the site `attention/key`"),
     ("ia3", moved("added", "mlp/down", "mlp/up"), "have arrays at the site `mlp/down`"),
-    ("prefix", another("ia3"), "must have `where`, which its method ia3 needs"),
+    ("prefix", another("ia3"), "must have arrays at the site `attention/key`"),
     ("sift", another("full"), "must have the leaf `embeddings/norm/bias`, which its"),
-    ("sift", another("vera"), "`method` of the adapter must be one of full, head"),
+    ("sift", another("lora"), "must have the arrays that lora adds, and has none"),
     ("sift", shorter, r"attention/query/kernel.support` must be int32\[2, 82\]"),
     ("sift", renamed_leaf, "must have the leaf `layers/attention/query/kernel`, which"),
     ("full", another("bitfit"), "settings train, got the leaf `embeddings/norm/scale`"),
@@ -173,9 +174,9 @@ def test_rules_of_a_run_choose_the_leaves_that_have_to_be_there(params):
     adapter = run_adapter(params, "sift", density=0.1, where=("mlp/up/kernel",))
     assert [*adapter.support] == ["layers/mlp/up/kernel"]
     apply_adapter(params, adapter)
-    settings = {**adapter.settings, "where": ["mlp/"]}
+    method = replace(adapter.method, where=["mlp/"])
     with pytest.raises(InputError, match="must have the leaf `layers/mlp/down/bias`"):
-        apply_adapter(params, replace(adapter, settings=settings))
+        apply_adapter(params, replace(adapter, method=method))
 
 
 def test_a_leaf_that_the_checkpoint_lacks_has_to_be_there(params):
@@ -190,10 +191,13 @@ def test_a_leaf_that_the_checkpoint_lacks_has_to_be_there(params):
     apply_adapter(params, adapter, new=["classifier/bias", "pooler/bias"])
 
 
-def test_an_adapter_made_by_hand_needs_no_rules(params):
-    added = LoRA(rank=4, where="mlp").added(params, jax.random.key(0))
-    adapter = Adapter(added=jax.tree.map(np.asarray, added), method="lora")
+def test_an_adapter_made_by_hand_has_all_parts_of_its_sites(params):
+    method = LoRA(rank=4, where="mlp")
+    added = method.added(params, jax.random.key(0))
+    adapter = Adapter(added=jax.tree.map(np.asarray, added), method=method)
     apply_adapter(params, adapter)
+    with pytest.raises(InputError, match="must be the one that added its arrays, got"):
+        apply_adapter(params, Adapter(added=adapter.added))
     with pytest.raises(InputError, match="must have `a` and `b` at the site `mlp/up`"):
         part = {"a": adapter.added["mlp/up"]["a"]}
         apply_adapter(params, replace(adapter, added={**added, "mlp/up": part}))
@@ -234,30 +238,40 @@ def test_added_arrays_that_are_not_finite_are_refused(params, tmp_path):
         save_adapter(tmp_path / "adapter.safetensors", adapter)
 
 
-@pytest.mark.parametrize("word", ["alpha", "batch_size", "seed"])
+@pytest.mark.parametrize("word", ["settings", "method_settings"])
 def test_a_changed_setting_is_told_by_the_checksum(params, tmp_path, word):
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, run_adapter(params, "lora"))
     words = words_of(path.read_bytes())
-    words["settings"][word] = 2
+    name = {"settings": "seed", "method_settings": "alpha"}[word]
+    words[word][name] = 2
     path.write_bytes(with_words(path.read_bytes(), words))
     with pytest.raises(InputError, match="its checksum is that of other content"):
         load_adapter(path)
 
 
+@pytest.mark.parametrize("method", RUNS)
+def test_a_file_of_format_1_means_the_same(params, tmp_path, method):
+    path, adapter = tmp_path / "adapter.safetensors", run_adapter(params, method)
+    save_adapter(path, adapter)
+    path.write_bytes(as_format_1(path.read_bytes()))
+    found = load_adapter(path)
+    assert (found.method, found.word) == (adapter.method, method)
+    assert applied(params, found) == applied(params, adapter)
+
+
 def test_a_file_of_before_checksums_still_loads(params, tmp_path):
     path, adapter = tmp_path / "adapter.safetensors", run_adapter(params, "lora")
     save_adapter(path, adapter)
-    words = words_of(path.read_bytes())
-    # The first files had neither these words nor these settings.
-    for name in ("digest", "base_config"):
-        del words[name]
+    words = words_of(as_format_1(path.read_bytes()))
+    # The first files had neither this word nor these settings.
+    del words["base_config"]
     for name in ("alpha", "rslora", "dropout"):
         del words["settings"][name]
     path.write_bytes(with_words(path.read_bytes(), words))
     found = load_adapter(path)
     assert found.base_config == {}
-    assert method_of_adapter(found).scale == 2.0
+    assert found.method.scale == 2.0
     apply_adapter(params, found, base_hash="ab" * 32, model=MODEL)
 
 
@@ -273,34 +287,44 @@ WORDS = {
     ),
     "twice": ({"labels": ["a", "a"]}, "`labels` in .* must be different texts"),
     "method": ({"method": []}, r"`method` in .* must be text, got \[\]"),
+    "no settings": (
+        {"method_settings": None},
+        "`method` must be .* got the word 'lora'",
+    ),
+    "no object": ({"method_settings": 1}, "`method_settings` in .* an object or null"),
     "hash": ({"base_hash": {"a": 1}}, "`base_hash` in .* must be text, got {'a': 1}"),
     "base": ({"base_config": 3}, "`base_config` in .* must be an object, got 3"),
 }
-SETTINGS = {
-    "alpha": ("x", "must be a number, got 'x'"),
-    "density": (True, "must be a number, got True"),
+OF_METHOD = {
+    "alpha": ("x", "`alpha` in .* must be a number, got 'x'"),
+    "dropout": (True, "must be a number, got True"),
     "rank": (2.5, "must be a whole number from 0 to 1048576, got 2.5"),
+    "density": (0.1, "must have only what `LoRA` has, got 'density'"),
+    "rslora": (1, "must be true or false, got 1"),
+    "where": ([["query"]], "must be a regular expression, or a list of them, got"),
+}
+SETTINGS = {
     "batch_size": (10**9, "must be a whole number from 0 to 1048576, got 1000000000"),
     "max_length": ("9", "must be a whole number .*, got '9'"),
     "seed": (2**32, r"must be in \[0, 2\*\*32\), got 4294967296"),
-    "rslora": (1, "must be true or false, got 1"),
     "base_labels": (["a", 1], r"must be a list of texts, got \['a', 1\]"),
     "drop_unlabeled": ("no", "must be true or false, got 'no'"),
-    "where": ([["query"]], "must be a regular expression, or a list of them, got"),
     "dtype": ("int8", "must be one of float32, bfloat16, float16, float64, got 'int8'"),
     "template": ({}, "must be text, got {}"),
 }
 
 
-@pytest.mark.parametrize("name", [*WORDS, *SETTINGS])
+@pytest.mark.parametrize("name", [*WORDS, *SETTINGS, *OF_METHOD])
 def test_words_of_a_wrong_type_are_one_line(params, tmp_path, name):
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, run_adapter(params, "lora"))
     data = path.read_bytes()
     words = words_of(data)
     del words["digest"]
-    value, message = WORDS.get(name) or SETTINGS[name]
-    if name in SETTINGS:
+    value, message = {**WORDS, **SETTINGS, **OF_METHOD}[name]
+    if name in OF_METHOD:
+        words["method_settings"][name] = value
+    elif name in SETTINGS:
         words["settings"][name] = value
     else:
         words = value if isinstance(value, str) else {**words, **value}
@@ -311,7 +335,7 @@ def test_words_of_a_wrong_type_are_one_line(params, tmp_path, name):
 
 def test_settings_have_to_be_json(params, tmp_path):
     adapter = run_adapter(params, "sift")
-    adapter = replace(adapter, settings={"density": np.float32(0.1)})
+    adapter = replace(adapter, settings={"learning_rate": np.float32(0.1)})
     with pytest.raises(InputError, match="must be values of JSON to be saved"):
         save_adapter(tmp_path / "a", adapter)
 
@@ -367,17 +391,11 @@ def test_half_an_adapter_is_not_written_for_peft(params, tmp_path):
 
 
 def test_a_new_leaf_is_stored_whole_however_it_is_trained(params):
-    job = SimpleNamespace(
-        method=Sparse(density=0.1, where="^classifier/"),
-        base=SimpleNamespace(new=("classifier/bias",), hash="", model=MODEL),
-        settings=Settings(model="m", task="cola", output="o"),
-        objective=SimpleNamespace(name="cola", labels=(), settings={}),
-    )
-    roles = job.method.roles(params)
-    first = lambda role, leaf: jnp.zeros(1, jnp.int32)
-    support = map_roles(first, roles, params, only=(SPARSE,))
-    state = SimpleNamespace(params=params, support=support, added={})
-    adapter = adapter_of(job, state)  # type: ignore[arg-type]
+    method = Sparse(density=0.1, where="^classifier/", rank_by=SCORES["random"])
+    tuner = Compact(lambda *args: (0.0, 1), method, optax.sgd(0.1))
+    state = tuner.init(params, jax.random.key(0))
+    state, _ = tuner.select(state, None, jax.random.key(0))
+    adapter = tuner.adapter(state, new=["classifier/bias"])
     assert [*adapter.support] == [*adapter.values] == ["classifier/kernel"]
     assert [*adapter.dense] == ["classifier/bias"]
 

@@ -253,7 +253,6 @@ def test_an_adapter_of_a_fused_tensor_is_not_written_for_peft(case, tmp_path):
     torch_model(case, tmp_path)
     model, _ = from_pretrained(tmp_path, head=CausalLM)
     factors = {"a": np.zeros((2, 32, 2)), "b": np.zeros((2, 2, 32))}
-    adapter = Adapter(method="lora", added={"attention/query": factors}, dense={},
-                      base_model="tiny")  # fmt: skip
+    adapter = Adapter(method=LoRA(rank=2), added={"attention/query": factors})
     with pytest.raises(InputError, match="of their own .* `layers/attention/query"):
         save_peft(tmp_path / "peft", adapter, model)

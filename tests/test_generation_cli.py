@@ -60,8 +60,7 @@ def place(tmp_path_factory):
     about = {
         "base_model": str(folder / "model"),
         "base_hash": base_hash(folder / "model"),
-        "method": "lora",
-        "settings": {"alpha": 4.0},
+        "method": LoRA(rank=2),
     }
     adapter = Adapter(added=added, task="causal", **about)
     save_adapter(folder / "adapter.safetensors", adapter)
@@ -333,7 +332,7 @@ def test_the_end_that_training_taught_ends_a_text(chatty, tmp_path):
     about = {
         "base_model": str(chatty),
         "base_hash": base_hash(chatty),
-        "method": "lora",
+        "method": LoRA(rank=2),
     }
     for ends, wanted in (([3], (1, 3)), (None, (1,)), ([99], None), ("3", None)):
         adapter = Adapter(task="causal", settings={"eos_token_id": ends}, **about)
@@ -354,8 +353,7 @@ def adapter_of(folder, adapter):
     model, params = from_pretrained(folder, head=CausalLM)
     added = LoRA(rank=2).added(params, jax.random.key(0))
     added = jax.tree.map(lambda leaf: np.zeros(leaf.shape, "f4"), added)
-    settings = {"alpha": 4.0, **adapter.settings}
-    return replace(adapter, added=added, settings=settings)
+    return replace(adapter, added=added)
 
 
 def test_a_terminal_is_shown_no_control_characters(monkeypatch):

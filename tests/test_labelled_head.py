@@ -25,7 +25,7 @@ from sparse_jax import (
     save_adapter,
     save_pretrained,
 )
-from sparse_jax.adapter.file import Adapter
+from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.errors import InputError
 from sparse_jax.models.hf.labels import order_of, use_of_head
 from sparse_jax.models.hf.pretrained import base_hash, new_leaves

@@ -11,7 +11,7 @@ import pytest
 from tiny_run import tiny_settings, write_data, write_model
 
 from sparse_jax import InputError, finetune
-from sparse_jax.adapter.file import Adapter
+from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.cli.summary import print_summary
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.classification import Classification

@@ -9,7 +9,6 @@ from safetensors.numpy import load, save
 from test_adapters_laws import shaken
 
 from sparse_jax import Adapter, Settings
-from sparse_jax.methods.registry import METHODS
 from sparse_jax.params.roles import DENSE, SPARSE, map_roles
 from sparse_jax.training.build import method_of
 
@@ -48,14 +47,7 @@ def run_adapter(params, method, **options):
             values[role.name] = random.normal(size=shape).astype(leaf.dtype)
 
     map_roles(collect, made.roles(params), params)
-    kept = (
-        "learning_rate",
-        "batch_size",
-        "dtype",
-        "seed",
-        "dense",
-        *METHODS[method].options,
-    )
+    kept = ("learning_rate", "batch_size", "dtype", "seed")
     return Adapter(
         support=support,
         values=values,
@@ -63,7 +55,8 @@ def run_adapter(params, method, **options):
         added=jax.tree.map(
             np.asarray, shaken(made.added(params, jax.random.key(0))) or {}
         ),
-        method=method,
+        method=made,
+        word=method,
         settings={**{n: getattr(settings, n) for n in kept}, "max_length": 16},
         base_model="base",
         base_hash="ab" * 32,
@@ -82,6 +75,19 @@ def with_words(data, words):
     """Returns a file that says something else about the same arrays."""
     text = words if isinstance(words, str) else json.dumps(words)
     return save(load(data), metadata={"sparse_jax": text})
+
+
+def as_format_1(data):
+    """Returns a file as earlier versions wrote it: with the options of a run."""
+    words = words_of(data)
+    names = {"length": "prefix_length"}
+    made = words.pop("method_settings")
+    options = {names.get(name, name): value for name, value in made.items()}
+    for name in ("stack", "rank_by", "score", "feedforward", "scale"):
+        options.pop(name, None)
+    del words["digest"]
+    words["settings"] |= {**options, "dense": None}  # the head
+    return with_words(data, {**words, "format": "sparse_jax adapter 1"})
 
 
 def damaged(data, random):
@@ -110,7 +116,8 @@ _VALUES = (
 def misworded(data, random):
     """Returns a file with one word or setting changed, left out or added."""
     words = words_of(data)
-    inside = words["settings"] if random.random() < 0.6 else words
+    place = random.choice(["settings", "method_settings"])
+    inside = words[place] if random.random() < 0.6 else words
     name = str(random.choice([*inside]))
     kind = random.choice(["change", "leave out", "rename"])
     if kind == "change":

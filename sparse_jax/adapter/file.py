@@ -3,122 +3,58 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 
+from sparse_jax.adapter.adapter import Adapter, Arrays, require_no_settings
+from sparse_jax.adapter.format_1 import FORMAT_1, method_of_format_1
 from sparse_jax.errors import InputError, brief, reason_of
+from sparse_jax.methods.method import Method
+from sparse_jax.methods.registry import entry_of, word_of
 from sparse_jax.models.hf.model_files import require_no_peft
 from sparse_jax.models.hf.tensors import save_tensors
+from sparse_jax.params.fields import JSON_RULES, TEXTS
 
-__all__ = ["ADAPTER", "FORMAT", "Adapter", "load_adapter", "replacing", "save_adapter"]
+__all__ = ["ADAPTER", "FORMAT", "load_adapter", "replacing", "save_adapter"]
 
 ADAPTER = "adapter.safetensors"
-FORMAT = "sparse_jax adapter 1"
+FORMAT = "sparse_jax adapter 2"
 
 _KEY = "sparse_jax"  # of the metadata of a safetensors file
-_WORDS = ("method", "base_model", "base_hash", "task")
+_WORDS = ("base_model", "base_hash", "task")
 _POSITIONS, _VALUES, _ADDED = ".support", ".values", "added/"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the base
-# What a whole number in the settings never reaches; a batch of more fills any memory.
-_LARGEST = 1 << 20
 
-Arrays = dict[str, np.ndarray]
-
-
-def _is_number(value: Any) -> bool:
-    """Returns whether a value is a finite number."""
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
-def _is_count(value: Any) -> bool:
-    """Returns whether a value is a whole number of some size."""
-    return type(value) is int and 0 <= value <= _LARGEST
-
-
-def _is_rule(value: Any) -> bool:
-    """Returns whether a value is an expression, or a list of them."""
-    return isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(one, str) for one in value)
-    )
-
-
+# word -> type, and how messages call it
 _TYPES = {
-    **{name: (str, "text") for name in _WORDS},
+    **{name: (str, "text") for name in ("method", *_WORDS)},
+    "method_settings": (dict | None, "an object or null"),
     "base_config": (dict, "an object"),
     "settings": (dict, "an object"),
     "labels": (list, "a list of texts"),
 }
-# rule -> whether a value keeps it, and the settings that have to
+_ARE_TEXTS = lambda value: isinstance(value, list) and JSON_RULES[TEXTS][0](value)
+# setting of a run -> whether a value is one, and what it has to be
 _RULES = {
-    "a number": (
-        _is_number,
-        ("learning_rate", "alpha", "dropout", "density", "held_out", "scale"),
-    ),
-    f"a whole number from 0 to {_LARGEST}": (
-        _is_count,
-        ("batch_size", "rank", "size", "prefix_length", "max_length"),
-    ),
-    "in [0, 2**32)": (
-        lambda value: type(value) is int and 0 <= value < 1 << 32, ("seed",),
-    ),
-    f"one of {', '.join(_DTYPES)}": (lambda value: value in _DTYPES, ("dtype",)),
-    "true or false": (
-        lambda value: type(value) is bool, ("rslora", "packing", "drop_unlabeled"),
-    ),
-    "a regular expression, or a list of them": (_is_rule, ("where", "dense")),
-    "a list of texts": (
-        lambda value: isinstance(value, list) and _is_rule(value), ("base_labels",),
-    ),
-    "text": (
-        lambda value: isinstance(value, str),
+    **dict.fromkeys(("learning_rate", "held_out"), JSON_RULES[float]),
+    **dict.fromkeys(("batch_size", "max_length"), JSON_RULES[int]),
+    **dict.fromkeys(("packing", "drop_unlabeled"), JSON_RULES[bool]),
+    **dict.fromkeys(
         (
-            "activation", "chat_template_hash", "data_hash", "granularity", "loss_on",
-            "template", "tokenizer_hash", "validation_hash",
+            "chat_template_hash", "data_hash", "loss_on", "template", "tokenizer_hash",
+            "validation_hash",
         ),
+        JSON_RULES[str],
     ),
+    "base_labels": (_ARE_TEXTS, "a list of texts"),
+    "dtype": (lambda value: value in _DTYPES, f"one of {', '.join(_DTYPES)}"),
+    "seed": (lambda seed: type(seed) is int and 0 <= seed < 1 << 32, "in [0, 2**32)"),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Trained values, absolute ones, so that loading restores every bit.
-
-    Example:
-      >>> adapter = Adapter(
-      ...     support={"w": np.array([0, 3], np.int32)},
-      ...     values={"w": np.array([1.0, 2.0], np.float32)},
-      ... )
-      >>> adapter.entries
-      2
-    """
-
-    support: Arrays = field(default_factory=dict)  # leaf: (k,) or (L, k), int32
-    values: Arrays = field(default_factory=dict)  # leaf: as its support, base dtype
-    dense: Arrays = field(default_factory=dict)  # leaf: the whole array, base dtype
-    added: dict[str, Arrays] = field(
-        default_factory=dict
-    )  # site: {part: array}, float32
-    method: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
-    base_model: str = ""
-    base_hash: str = ""  # SHA-256 of the base's weights, hexadecimal
-    # What the base computes with them, as `base_config` returns it; empty: not known.
-    base_config: Mapping[str, Any] = field(default_factory=dict)
-    task: str = ""
-    labels: tuple[str, ...] = ()  # empty for regression
-
-    @property
-    def entries(self) -> int:
-        """Numbers in the file that are not positions."""
-        arrays = [*self.values.values(), *self.dense.values()]
-        arrays += [array for parts in self.added.values() for array in parts.values()]
-        return sum(array.size for array in arrays)
 
 
 def save_adapter(path: str | Path, adapter: Adapter) -> int:
@@ -172,7 +108,7 @@ def load_adapter(path: str | Path) -> Adapter:
     path = path / ADAPTER if path.is_dir() else path
     metadata, tensors = _read(path)
     words = _words(path, metadata.get(_KEY, "{}"))
-    if words.get("format") != FORMAT:
+    if words.get("format") not in (FORMAT, FORMAT_1):
         require_no_peft("adapter", path.parent)
         raise InputError(
             f"`{path}` must be an adapter of format {FORMAT!r}, got "
@@ -186,7 +122,7 @@ def load_adapter(path: str | Path) -> Adapter:
             "other content. Copy it again."
         )
     _require_words(path, words)
-    adapter = _from_tensors(tensors, words)
+    adapter = _from_tensors(path, tensors, words)
     for name in sorted({*adapter.support, *adapter.values}):
         _require_support(path, name, adapter)
     for name, array in tensors.items():
@@ -221,7 +157,16 @@ def _to_metadata(adapter: Adapter, tensors: Arrays) -> dict[str, str]:
     be unequal files.
     """
     names = (*_WORDS, "base_config", "settings", "labels")
-    words = {"format": FORMAT, **{name: getattr(adapter, name) for name in names}}
+    method, word = adapter.method, adapter.word
+    settings = None
+    if method != Method():
+        word, settings = word or word_of(method), method.to_settings()
+    words = {
+        "format": FORMAT,
+        "method": word,
+        "method_settings": settings,
+        **{name: getattr(adapter, name) for name in names},
+    }
     try:
         # What a reader gets: lists for tuples.
         words = json.loads(json.dumps(words, allow_nan=False))
@@ -281,6 +226,8 @@ def _words(path: Path, text: str) -> dict[str, Any]:
 def _require_words(path: Path, words: dict[str, Any]) -> None:
     """Raises unless what is not an array is there, and of the right type."""
     words.setdefault("base_config", {})
+    if words["format"] == FORMAT_1:
+        words.setdefault("method_settings", None)
     for name, (kind, rule) in _TYPES.items():
         if name not in words:
             raise InputError(
@@ -293,11 +240,10 @@ def _require_words(path: Path, words: dict[str, Any]) -> None:
     are_texts = all(isinstance(label, str) for label in labels)
     if not are_texts or len({*labels}) < len(labels):
         raise _wrong(path, "labels", "different texts", labels)
-    for rule, (keeps, names) in _RULES.items():
-        for name in names:
-            value = words["settings"].get(name)
-            if value is not None and not keeps(value):
-                raise _wrong(path, name, rule, value)
+    for name, (keeps, rule) in _RULES.items():
+        value = words["settings"].get(name)
+        if value is not None and not keeps(value):
+            raise _wrong(path, name, rule, value)
 
 
 def _wrong(path: Path, name: str, rule: str, value: Any) -> InputError:
@@ -307,7 +253,7 @@ def _wrong(path: Path, name: str, rule: str, value: Any) -> InputError:
     )
 
 
-def _from_tensors(tensors: Arrays, words: Mapping[str, Any]) -> Adapter:
+def _from_tensors(path: Path, tensors: Arrays, words: Mapping[str, Any]) -> Adapter:
     """Sorts tensors by what their names say."""
     support, values, dense, added = {}, {}, {}, {}
     for name, array in tensors.items():
@@ -322,11 +268,26 @@ def _from_tensors(tensors: Arrays, words: Mapping[str, Any]) -> Adapter:
             dense[name] = array
     return Adapter(
         support, values, dense, added,
+        method=_method(path, words, [*dense], bool(added)),
+        word=words["method"],
         settings=words["settings"],
         labels=tuple(words["labels"]),
         base_config=words["base_config"],
         **{name: words[name] for name in _WORDS},
     )  # fmt: skip
+
+
+def _method(
+    path: Path, words: Mapping[str, Any], dense: Sequence[str], has_added: bool
+) -> Method:
+    """Returns the method of a file, which reads its own settings."""
+    word, settings, place = words["method"], words["method_settings"], f"`{path}`"
+    if words["format"] == FORMAT_1:
+        return method_of_format_1(words, dense, has_added, place)
+    if settings is None:
+        require_no_settings(word, has_added)
+        return Method()
+    return entry_of(word, place).kind.from_settings(settings, place)
 
 
 def _require_support(path: Path, name: str, adapter: Adapter) -> None:

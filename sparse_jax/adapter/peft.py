@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_jax.adapter.file import Adapter
-from sparse_jax.adapter.rebuild import method_of_adapter, require_whole
+from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.whole import require_whole
 from sparse_jax.errors import InputError
-from sparse_jax.methods.ia3 import IA3
-from sparse_jax.methods.lora import DoRA, LoRA
+from sparse_jax.methods.method import Method, PeftForm
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.family import DecoderFamily, Family
 from sparse_jax.models.functional import Model
@@ -30,14 +30,6 @@ WEIGHTS = "adapter_model.safetensors"
 # What PEFT puts before the name of every module of the base.
 _PREFIX = "base_model.model."
 _WORDS = "embeddings/word/embedding"
-# part of the added arrays -> what PEFT puts behind the name of the module
-_SUFFIXES = {
-    "a": "lora_A.weight",
-    "b": "lora_B.weight",
-    "m": "lora_magnitude_vector",
-    "input": "ia3_l",
-    "output": "ia3_l",
-}
 
 
 def save_peft(folder: str | Path, adapter: Adapter, model: Model) -> None:
@@ -59,36 +51,39 @@ def save_peft(folder: str | Path, adapter: Adapter, model: Model) -> None:
         same equation, saves more than what was trained in full, or knows a module only
         as a part of a larger one.
     """
-    method = method_of_adapter(adapter)
-    if adapter.support or not isinstance(method, LoRA | IA3):
+    form = adapter.method.to_peft(adapter.added)
+    if adapter.support or form is None:
+        ours = [w for w, e in METHODS.items() if e.kind.to_peft is not Method.to_peft]
         raise InputError(
-            "`adapter` must be of lora, dora or ia3 to be written for PEFT, got "
-            f"{adapter.method!r}. Merge it with `merge_adapter` and write the model "
-            "with `save_pretrained`, if the method allows it."
+            f"`adapter` must be of {', '.join(ours[:-1])} or {ours[-1]} to be written "
+            f"for PEFT, got {adapter.word!r}. Merge it with `merge_adapter` and write "
+            "the model with `save_pretrained`, if the method allows it."
         )
     _require_plain_tensors(adapter, model.family)
     require_whole(model.abstract(), adapter)
     _require_whole_modules(adapter, model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(_tensors(adapter, model.family))
+    tensors = dict(_tensors(adapter, form, model.family))
     if _has_tied_table(adapter, model):
         head = f"{_PREFIX}{model.family.names['lm_head']}.weight"
         tensors[head] = adapter.dense[_WORDS].copy()
     save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
-    text = json.dumps(_config(adapter, method, model), indent=2, sort_keys=True)
+    text = json.dumps(_config(adapter, form, model), indent=2, sort_keys=True)
     (folder / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def _tensors(adapter: Adapter, family: Family) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    adapter: Adapter, form: PeftForm, family: Family
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors by their names, layer by layer."""
     for site, parts in adapter.added.items():
         for part, stack in parts.items():
+            behind, turn = form.parts[part]
             for layer, array in enumerate(stack):
-                name = f"{_PREFIX}{_module(family, site).format(layer)}"
+                name = f"{_PREFIX}{_module(family, site).format(layer)}.{behind}"
                 # safetensors writes the memory of an array, whatever the strides say.
-                tensor = np.ascontiguousarray(_to_peft(part, array))
-                yield f"{name}.{_SUFFIXES[part]}", tensor
+                yield name, np.ascontiguousarray(turn(array))
     for leaf, array in adapter.dense.items():
         stack = array if is_stacked(leaf) else array[None]
         for layer, one in enumerate(stack):
@@ -104,18 +99,8 @@ def _has_tied_table(adapter: Adapter, model: Model) -> bool:
     return model.head is CausalLM and model.config.tied and _WORDS in adapter.dense
 
 
-def _to_peft(part: str, array: np.ndarray) -> np.ndarray:
-    """Turns an array [in, out] to [out, in]; factors are a row or a column of that."""
-    if part == "input":
-        return array[None, :]
-    if part == "output":
-        return array[:, None]
-    return array.T
-
-
-def _config(adapter: Adapter, method: LoRA | IA3, model: Model) -> dict[str, Any]:
+def _config(adapter: Adapter, form: PeftForm, model: Model) -> dict[str, Any]:
     """Returns what `adapter_config.json` holds."""
-    kinds = _lora(method) if isinstance(method, LoRA) else _ia3(adapter, model.family)
     modules = {
         module.format(layer)
         for leaf, module in _saved_modules(adapter.dense, model.family).items()
@@ -127,7 +112,8 @@ def _config(adapter: Adapter, method: LoRA | IA3, model: Model) -> dict[str, Any
     is_classifier = model.head is SequenceClassifier and "classifier" in modules
     is_causal = model.head is CausalLM
     return {
-        **kinds,
+        **form.config,
+        **{name: _pattern(model.family, sites) for name, sites in form.sites.items()},
         "base_model_name_or_path": adapter.base_model,
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -137,26 +123,7 @@ def _config(adapter: Adapter, method: LoRA | IA3, model: Model) -> dict[str, Any
     }
 
 
-def _lora(method: LoRA) -> dict[str, Any]:
-    """Returns the settings of LoRA and DoRA."""
-    return {
-        "peft_type": "LORA",
-        "r": method.rank,
-        "lora_alpha": 2 * method.rank if method.alpha is None else method.alpha,
-        "lora_dropout": method.dropout,
-        "use_rslora": method.rslora,
-        "use_dora": isinstance(method, DoRA),
-        "bias": "none",
-    }
-
-
-def _ia3(adapter: Adapter, family: Family) -> dict[str, Any]:
-    """Returns the settings of (IA)3."""
-    inputs = [site for site, parts in sorted(adapter.added.items()) if "input" in parts]
-    return {"peft_type": "IA3", "feedforward_modules": _pattern(family, inputs)}
-
-
-def _pattern(family: Family, sites: list[str]) -> str:
+def _pattern(family: Family, sites: Iterable[str]) -> str:
     """Returns the expression of the modules at some sites, in any layer.
 
     A list of names would not do: PEFT compares the ends of names, and that of

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.adapter.file import Adapter
-from sparse_jax.adapter.rebuild import method_of_adapter, require_whole
+from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.whole import require_whole
 from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.functional import Model
@@ -50,17 +50,16 @@ def apply_adapter(
       new: leaves that the checkpoint of the base lacks, as from `new_leaves`.
 
     Raises:
-      InputError: if the base is another one or has other labels, the method is not
-        known, or a leaf or a part of a site is missing, does not fit or does not
-        belong there.
+      InputError: if the base is another one or has other labels, or a leaf or a part of
+        a site is missing, does not fit or does not belong there.
     """
     require_base(adapter, base_hash, model)
     _require_labels(adapter, model)
     require_whole(params, adapter, new=new)
     _warn_of_dtype(params, adapter)
     params, _ = swap(params, adapter)
-    method, added = method_of_adapter(adapter), jax.tree.map(jnp.asarray, adapter.added)
-    respond = lambda site, module, x, trained, key: method.response(
+    added = jax.tree.map(jnp.asarray, adapter.added)
+    respond = lambda site, module, x, trained, key: adapter.method.response(
         site, module, x, trained["added"], key=key
     )
     return params, Attachment(trained={"added": added}, response=respond)
@@ -74,7 +73,7 @@ def merge_adapter(params: Any, adapter: Adapter, **options: Any) -> Any:
     the second value of `swap`, or the base's parameters if the method adds arrays.
     """
     params, _ = apply_adapter(params, adapter, **options)
-    return method_of_adapter(adapter).merge(params, adapter.added)
+    return adapter.method.merge(params, adapter.added)
 
 
 def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:

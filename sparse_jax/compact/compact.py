@@ -1,13 +1,14 @@
 """The compact tier: a training step whose gradients are never dense."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sparse_jax.adapter.adapter import Adapter, adapter_of
 from sparse_jax.compact.checks import (
     require_groups,
     require_loss,
@@ -15,6 +16,7 @@ from sparse_jax.compact.checks import (
     sums_of,
 )
 from sparse_jax.compact.gradients import summed_gradients, update_if
+from sparse_jax.compact.state import CompactState, UnselectedState
 from sparse_jax.compact.tap import (
     Selection,
     Wanted,
@@ -50,23 +52,6 @@ Loss = Callable[[Any, Any, Any, Attachment], tuple[jax.Array, jax.typing.ArrayLi
 
 # trained values -> parameters and attachment of a forward pass that depends on them
 Place = Callable[[Any], tuple[Any, Attachment]]
-
-
-class CompactState(NamedTuple):
-    """What a step reads and returns; donate it to `jax.jit`."""
-
-    count: jax.typing.ArrayLike  # shape=(), int32: updates made; -1 before a selection
-    params: Any  # current parameters, in their own dtypes
-    support: Any  # sparse leaves: shape=(k,) or (L, k), int32, or tables
-    masters: Any  # trained leaves below float32: their float32 values
-    added: Any  # arrays that the method adds, float32
-    opt_state: optax.OptState  # of the trained values
-
-
-class UnselectedState(CompactState):
-    """A state whose supports hold nothing, which no step takes."""
-
-    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -248,6 +233,21 @@ class Compact:
     def attach(self, state: CompactState) -> Attachment:
         """Returns what a model needs, beside `state.params`, to compute its outputs."""
         return Attachment({"added": state.added}, response=self._respond)
+
+    def adapter(
+        self, state: CompactState, *, new: Sequence[str] = (), **about: Any
+    ) -> Adapter:
+        """Returns what was trained, for `save_adapter`.
+
+        Args:
+          state: after any number of steps.
+          new: leaves that the checkpoint of the base lacks, stored as a whole.
+          **about: other fields of `Adapter`.
+        """
+        self._require_state(state)
+        _, params, support, _, added, _ = state
+        args = (self.method, self.method.roles(params), params, support, added)
+        return adapter_of(*args, new=new, **about)
 
     def begin(self, params: Any, support: Any, added: Any) -> CompactState:
         """Returns a state with these supports in which nothing has been updated."""

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.adapter.file import Adapter, load_adapter
+from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.file import load_adapter
 from sparse_jax.adapter.use import apply_adapter, base_folder
 from sparse_jax.data.chat import render_prompt
 from sparse_jax.data.chat_template import warn_of_template

@@ -20,6 +20,7 @@ __all__ = [
     "METHODS",
     "Entry",
     "MethodOptions",
+    "entry_of",
     "learning_rates",
     "register_method",
     "require_method_has",
@@ -157,6 +158,13 @@ class Entry:
         return {name: known[name].read(word) for name, word in self.defaults.items()}
 
     @property
+    def adds_arrays(self) -> bool:
+        """Whether it adds arrays to the layers, whose meaning its settings say."""
+        from sparse_jax.methods.method import Method
+
+        return self.kind.added is not Method.added
+
+    @property
     def options(self) -> Mapping[str, Option]:
         """The options of the command line by their names, with the defaults here.
 
@@ -202,6 +210,7 @@ class Entry:
                 )
             values[one.field] = one.read(value)
         dense = options.get("dense") or self.dense or head
+        dense = (dense,) if isinstance(dense, str) else dense
         return self.kind(**values, dense=(*self.also_dense, *dense))
 
 
@@ -317,6 +326,21 @@ def word_of(method: "Method") -> str:
         if all(getattr(method, name) == entry.values[name] for name in fixed):
             return entry.word
     return entries[0].word
+
+
+def entry_of(word: str, place: str) -> Entry:
+    """Returns the line of a word in the table of methods.
+
+    Raises:
+      InputError: if there is none.
+    """
+    if word not in METHODS:
+        raise InputError(
+            f"`method` in {place} must be one of {', '.join(METHODS)}, got "
+            f"{brief(word)}. Register it by `register_method`, or read the file with "
+            "the version that wrote it."
+        )
+    return METHODS[word]
 
 
 # The maps that the paper adapts in its GLUE experiments.

@@ -9,6 +9,7 @@ from typing import get_type_hints as hints_of
 from sparse_jax.errors import InputError, brief
 
 __all__ = [
+    "JSON_RULES",
     "TEXTS",
     "Json",
     "Option",
@@ -195,7 +196,7 @@ def read_json(one: Option, value: Json, place: str) -> Any:
             return None
         if not one.is_stored:
             return one.default
-    check, rule = _RULES.get(one.type, (_is_any, "a value of JSON"))
+    check, rule = JSON_RULES.get(one.type, (_is_any, "a value of JSON"))
     if one.words is not None:
         known = {**one.words}
         check, rule = (lambda value: value in [*known]), f"one of {', '.join(known)}"
@@ -257,7 +258,7 @@ def _is_rule(value: Any) -> bool:
 
 
 # type -> whether a value of a file is one, and what it has to be
-_RULES: dict[object, tuple[Callable[[Any], bool], str]] = {
+JSON_RULES: dict[object, tuple[Callable[[Any], bool], str]] = {
     int: (
         lambda value: type(value) is int and 0 <= value <= _LARGEST,
         f"a whole number from 0 to {_LARGEST}",

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparse_jax.adapter.file import Adapter, load_adapter
+from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.file import load_adapter
 from sparse_jax.adapter.use import apply_adapter, base_folder
 from sparse_jax.data.glue import TASKS
 from sparse_jax.errors import InputError, brief, listed

@@ -138,7 +138,7 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, An
                 job, runner, judge, total, directory, checkpoints, progress, signals
             )
             state, at = loop.run(state, at)
-    return _finish(job, state, at, directory, counts, warnings)
+    return _finish(job, tuner, state, at, directory, counts, warnings)
 
 
 def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
@@ -214,6 +214,7 @@ def _loop(
 
 def _finish(
     job: Job,
+    tuner: Compact,
     state: CompactState,
     at: Position,
     directory: RunDirectory,
@@ -222,7 +223,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Writes what came out, and returns the metrics."""
     # All processes hold parts of it; the first one writes it.
-    adapter = adapter_of(job, state)
+    adapter = adapter_of(job, tuner, state)
     require_finite(adapter)
     size = directory.add_adapter(lambda path: save_adapter(path, adapter))
     if is_first_process():

@@ -9,17 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_jax.adapter.file import Adapter
-from sparse_jax.compact.compact import CompactState
+from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.compact.compact import Compact, CompactState
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
-from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.hf.pretrained import base_config
 from sparse_jax.models.hf.tensor_names import modules_called
 from sparse_jax.params.names import leaf_names
-from sparse_jax.params.roles import DENSE, SPARSE, Role, map_roles
 from sparse_jax.samplers.sampler import Sampler
-from sparse_jax.supports.positions import canonical, fetch, read_entries
 from sparse_jax.training.base_model import Base
 from sparse_jax.training.build import head_rules, method_of, sampler_of
 from sparse_jax.training.feed import Feed
@@ -104,29 +101,15 @@ def _rules(rules: Any) -> tuple[str, ...]:
     return (rules,) if isinstance(rules, str) else tuple(rules or ())
 
 
-def adapter_of(job: Job, state: CompactState) -> Adapter:
-    """Returns the trained values of a run.
-
-    Leaves that the base's checkpoint lacks are in it as a whole, however much of them
-    was trained: the base alone does not define them.
-    """
-    support, values, dense = {}, {}, {}
-
-    def collect(role: Role, leaf: jax.Array, positions: Any) -> None:
-        if role.kind == DENSE or role.name in job.base.new:
-            dense[role.name] = fetch(leaf)
-        elif role.kind == SPARSE:
-            (support[role.name],) = canonical(positions, leaf.shape)
-            values[role.name] = read_entries(leaf, support[role.name])
-
-    map_roles(collect, job.method.roles(state.params), state.params, state.support)
-    return Adapter(
-        support=support,
-        values=values,
-        dense=dense,
-        added=jax.tree.map(fetch, state.added),
-        method=job.settings.method_word,
-        settings=_settings(job),
+def adapter_of(job: Job, tuner: Compact, state: CompactState) -> Adapter:
+    """Returns the trained values of a run, with all that an evaluation needs."""
+    kept = ("learning_rate", "batch_size", "dtype", "seed")
+    settings = {name: getattr(job.settings, name) for name in kept}
+    return tuner.adapter(
+        state,
+        new=job.base.new,
+        word=job.settings.method_word,
+        settings={**settings, **job.objective.settings},
         base_model=job.settings.model,
         base_hash=job.base.hash,
         base_config=base_config(job.base.model),
@@ -152,15 +135,3 @@ def require_finite(adapter: Adapter) -> None:
                 f"`{name}` must be finite after training, and is not. Lower "
                 "--learning-rate, or pass --dtype float32. No adapter is written."
             )
-
-
-def _settings(job: Job) -> dict[str, Any]:
-    """Returns the settings that say what the arrays mean."""
-    options = METHODS[job.settings.method_word].options
-    kept = ("learning_rate", "batch_size", "dtype", "seed", "dense", *options)
-    given = {name: getattr(job.settings, name) for name in kept}
-    if not isinstance(job.settings.method, str):
-        fields = job.method.to_settings()
-        given |= {name: fields[one.field] for name, one in options.items()}
-        given["dense"] = fields["dense"]
-    return {**given, **job.objective.settings}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from sparse_jax.adapter.file import Adapter
+from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.use import require_base
 from sparse_jax.data.chat_template import template_digest, warn_of_template
 from sparse_jax.data.conversations import PROMPTS

@@ -1,0 +1,121 @@
+"""The adapter: what was trained, apart from the model that it was trained on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_jax.errors import InputError
+from sparse_jax.methods.method import Method
+from sparse_jax.methods.registry import METHODS, word_of
+from sparse_jax.params.roles import DENSE, SPARSE, Role, map_roles
+from sparse_jax.supports.positions import canonical, fetch, read_entries
+
+__all__ = ["Adapter", "Arrays", "adapter_of", "require_no_settings"]
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Trained values, absolute ones, so that loading restores every bit.
+
+    `Compact.adapter` makes one from a state. Made by hand it needs the method, whose
+    settings say what the arrays mean; the word of a method will do where nothing is
+    added, and so will nothing at all. Then it may hold any leaves.
+
+    Raises:
+      InputError: if a word stands for a method that adds arrays.
+
+    Example:
+      >>> adapter = Adapter(
+      ...     support={"w": np.array([0, 3], np.int32)},
+      ...     values={"w": np.array([1.0, 2.0], np.float32)},
+      ... )
+      >>> adapter.entries
+      2
+    """
+
+    support: Arrays = field(default_factory=dict)  # leaf: (k,) or (L, k), int32
+    values: Arrays = field(default_factory=dict)  # leaf: as its support, base dtype
+    dense: Arrays = field(default_factory=dict)  # leaf: the whole array, base dtype
+    # site: {part: array}, float32
+    added: dict[str, Arrays] = field(default_factory=dict)
+    method: Method = field(default_factory=Method)  # `Method()` says nothing
+    word: str = ""  # of the method; one that is not of its class is replaced
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the run
+    base_model: str = ""
+    base_hash: str = ""  # SHA-256 of the base's weights, hexadecimal
+    # What the base computes with them, as `base_config` returns it; empty: not known.
+    base_config: Mapping[str, Any] = field(default_factory=dict)
+    task: str = ""
+    labels: tuple[str, ...] = ()  # empty for regression
+
+    def __post_init__(self):
+        method, word = self.method, self.word
+        if isinstance(method, str):
+            method, word = Method(), method
+            require_no_settings(word, bool(self.added))
+        elif method != Method():
+            words = [w for w, entry in METHODS.items() if entry.kind is type(method)]
+            if word not in words:
+                word = word_of(method) if words else ""
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "word", word)
+
+    @property
+    def entries(self) -> int:
+        """Numbers in the file that are not positions."""
+        arrays = [*self.values.values(), *self.dense.values()]
+        arrays += [array for parts in self.added.values() for array in parts.values()]
+        return sum(array.size for array in arrays)
+
+
+def adapter_of(
+    method: Method,
+    roles: Any,
+    params: Any,
+    support: Any,
+    added: Any,
+    *,
+    new: Sequence[str] = (),
+    **about: Any,
+) -> Adapter:
+    """Returns what a method trained.
+
+    Args:
+      method: the method.
+      roles: of the parameters.
+      params: parameters, trained.
+      support: tree of the supports of sparse leaves.
+      added: the arrays that the method added, trained.
+      new: leaves that the checkpoint of the base lacks. They are stored as a whole,
+        however much of them was trained: the base alone does not define them.
+      **about: other fields of `Adapter`.
+    """
+    supports, values, dense = {}, {}, {}
+
+    def collect(role: Role, leaf: jax.Array, positions: Any) -> None:
+        if role.kind == DENSE or role.name in new:
+            dense[role.name] = fetch(leaf)
+        elif role.kind == SPARSE:
+            (supports[role.name],) = canonical(positions, leaf.shape)
+            values[role.name] = read_entries(leaf, supports[role.name])
+
+    map_roles(collect, roles, params, support)
+    arrays = jax.tree.map(fetch, added)
+    return Adapter(supports, values, dense, arrays, method, **about)
+
+
+def require_no_settings(word: str, has_added: bool) -> None:
+    """Raises if a word alone does not say what the arrays of an adapter mean."""
+    entry = METHODS.get(word)
+    if has_added or (entry is not None and entry.adds_arrays):
+        name = entry.kind.__name__ if entry is not None else "LoRA"
+        raise InputError(
+            "`method` must be the method that was trained, as its settings say what "
+            f"the added arrays mean, got the word {word!r}. Pass `{name}(...)` with "
+            "the settings of the training, or take `tuner.adapter(state)`."
+        )

@@ -1,0 +1,63 @@
+"""Adapter files of format 1: they hold the command line's options of the method."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sparse_jax.errors import InputError
+from sparse_jax.methods.method import Method
+from sparse_jax.methods.registry import METHODS, entry_of
+from sparse_jax.params.fields import fields_of, read_json
+
+__all__ = ["FORMAT_1", "method_of_format_1"]
+
+FORMAT_1 = "sparse_jax adapter 1"
+
+# Options that came after the first files. Those lack them, and mean the defaults.
+_LATER = ("alpha", "rslora", "dropout", "granularity")
+
+
+def method_of_format_1(
+    words: Mapping[str, Any], dense: Sequence[str], has_added: bool, place: str
+) -> Method:
+    """Returns the method of a file, or `Method()` if it does not say enough.
+
+    Args:
+      words: what the file says beside its arrays.
+      dense: names of the leaves that it holds as a whole.
+      has_added: whether it holds arrays that a method adds.
+      place: the file, for messages.
+
+    Raises:
+      InputError: if the method is not known, or a setting that says what the arrays
+        mean is missing or of a wrong type.
+    """
+    word, settings = words["method"], words["settings"]
+    is_of_run = "dense" in settings  # `finetune` always wrote it.
+    if word not in METHODS and not has_added and not is_of_run:
+        return Method()
+    entry = entry_of(word, place)
+    if not is_of_run and not entry.adds_arrays:
+        return Method()
+    fields = {one.name: one for one in fields_of(entry.kind)}
+    given = {
+        name: read_json(one, settings[name], place)
+        for name, one in fields.items()
+        if settings.get(name) is not None
+    }
+    for name in entry.options:
+        if name not in settings and name not in _LATER:
+            raise InputError(
+                f"`settings` in {place} must have `{name}`, which its method {word} "
+                "needs, and does not. Copy it again; if it was made by hand, make it "
+                "again with the method itself instead of a word."
+            )
+    head = [f"^{re.escape(leaf)}$" for leaf in dense]
+    if is_of_run:
+        # A decoder that writes text has no head of its own.
+        head = [] if words["task"] == "causal" else ["^classifier/"]
+    method = entry.make(given, head)
+    # Fields that are no options, such as the factor of a bottleneck.
+    more = [name for name in given if name not in (*entry.options, "dense")]
+    return replace(method, **{name: given[name] for name in more})

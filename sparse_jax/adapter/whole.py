@@ -1,0 +1,115 @@
+"""Whether an adapter has all that its method has to have, and no more."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.errors import InputError
+from sparse_jax.methods.method import Method
+from sparse_jax.models.hf.weights import HEADS
+from sparse_jax.params.roles import DENSE, SPARSE, Role, map_roles
+
+__all__ = ["require_whole"]
+
+
+def require_whole(params: Any, adapter: Adapter, *, new: Sequence[str] = ()) -> None:
+    """Raises unless an adapter has all that its method has to have, and no more.
+
+    An adapter has the leaves and sites of the rules of its method; one whose method
+    says nothing may have any leaves, and no sites.
+
+    Args:
+      params: parameters of the base model, or their shapes.
+      adapter: as `load_adapter` returns it.
+      new: leaves that the checkpoint of the base does not have.
+
+    Raises:
+      InputError: naming what is missing, does not belong there, or does not fit.
+    """
+    method, says_nothing = adapter.method, adapter.method == Method()
+    expected: Any = jax.eval_shape(method.added, params, jax.random.key(0))
+    if expected and not adapter.added:
+        raise InputError(
+            f"`adapter` must have the arrays that {adapter.word} adds, and has none. "
+            "Copy it again."
+        )
+    if adapter.added and says_nothing:
+        raise InputError(
+            "`method` of the adapter must be the one that added its arrays, got none. "
+            "Pass it with the settings of the training, or take `tuner.adapter(state)`."
+        )
+    _require_sites(expected, adapter.added)
+    if not says_nothing:
+        _require_leaves(method, params, adapter, new)
+    for leaf in new:
+        if leaf not in adapter.dense and leaf not in adapter.support:
+            raise InputError(
+                f"`adapter` must have the leaf `{leaf}`, which the checkpoint of its "
+                "base lacks, and does not. Train it with --dense, or copy it again."
+            )
+
+
+def _require_sites(expected: Any, added: Mapping[str, Any]) -> None:
+    """Raises unless the added arrays are those that a method adds."""
+    for site in sorted({*expected} | {*added}):
+        if site not in added:
+            raise InputError(
+                f"`adapter` must have arrays at the site `{site}`, and has none. Copy "
+                "it again, or load the base that it was trained on."
+            )
+        if {*added[site]} != {*expected.get(site, ())}:
+            raise InputError(
+                f"`adapter` must have {_words_of(expected.get(site, ()))} at the site "
+                f"`{site}`, got {_words_of(added[site])}. Copy it again, or load the "
+                "base that it was trained on."
+            )
+        for part, array in added[site].items():
+            like = expected[site][part]
+            if array.shape != like.shape or array.dtype not in (np.float32, like.dtype):
+                raise InputError(
+                    f"`added/{site}/{part}` must be {like.dtype}{list(like.shape)} for "
+                    f"the model and the settings of the adapter, got "
+                    f"{array.dtype}{list(array.shape)}. Copy it again, or load the "
+                    "base that it was trained on."
+                )
+
+
+def _require_leaves(
+    method: Method, params: Any, adapter: Adapter, new: Sequence[str]
+) -> None:
+    """Raises unless the leaves of a run's adapter are those that its rules match."""
+
+    def check(role: Role, leaf: Any) -> None:
+        name = role.name
+        is_free = name in new or name.startswith(HEADS)
+        is_whole, is_sparse = name in adapter.dense, name in adapter.support
+        is_trained = is_whole if role.kind == DENSE else is_whole or is_sparse
+        if role.kind in (DENSE, SPARSE) and not is_trained:
+            raise InputError(
+                f"`adapter` must have the leaf `{name}`, which its settings train, "
+                "and does not. Copy it again, or load the base that it was trained on."
+            )
+        is_foreign = is_whole and role.kind != DENSE and not is_free
+        if is_foreign or (is_sparse and role.kind != SPARSE):
+            raise InputError(
+                f"`adapter` must have only what its settings train, got the leaf "
+                f"`{name}`. Copy it again, or load the base that it was trained on."
+            )
+        if is_sparse:
+            shape = role.packed_shape(leaf.shape, method.support_size(role))
+            if adapter.support[name].shape != shape:
+                raise InputError(
+                    f"`{name}.support` must be int32{list(shape)} for the density of "
+                    f"the adapter, got {list(adapter.support[name].shape)}. Copy it "
+                    "again, or load the base that it was trained on."
+                )
+
+    map_roles(check, method.roles(params), params)
+
+
+def _words_of(parts: Sequence[str]) -> str:
+    """Returns the names of parts."""
+    return " and ".join(f"`{part}`" for part in sorted(parts)) or "no arrays"
