@@ -12,6 +12,7 @@ import pytest
 from tiny_run import write_model
 from tiny_text import CONFIG, write_decoder
 
+from sparse_jax import LoRA, Uniform
 from sparse_jax.cli.main import main
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
@@ -358,7 +359,7 @@ def test_the_command_compares_methods_and_writes_what_it_found(
     )  # fmt: skip
     assert code == 0
     assert "8 x 16 tokens on cpu" in out
-    assert "most alive" in out
+    assert "peak live memory" in out
     # How much memory the CPU has, the plan does not know.
     assert "largest batch" not in out
     told = json.loads((tmp_path / "plan.json").read_text())
@@ -368,6 +369,25 @@ def test_the_command_compares_methods_and_writes_what_it_found(
         int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(TINY.abstract())
     )
     assert told["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+def test_the_command_plans_the_run_of_a_file(monkeypatch, capsys, tmp_path):
+    folder = write_decoder(tmp_path / "model")
+    settings = Settings(
+        model=str(folder), task="causal", output="run", data="texts.jsonl",
+        method=LoRA(rank=2),
+        sampler=Uniform(num_layers=CONFIG.num_layers, num_active=1),
+        batch_size=2, max_length=8, dtype="bfloat16",
+    )  # fmt: skip
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"settings": settings.record()}))
+    found = tmp_path / "plan.json"
+    words = ("--config", config, "--no-largest-batch", "--json", found)
+    code, out, err = run(monkeypatch, capsys, *words, "--batch-size", 1)
+    assert code == 0, err
+    assert "1 x 8 tokens on cpu" in out
+    (plan,) = json.loads(found.read_text())["plans"]
+    assert plan["method"] == "lora+uniform"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ def evaluate(
     ] = None,
     max_length: Annotated[
         int | None,
-        option("Most tokens of an example; longer ones are cut.", "as in training"),
+        option(
+            "Most tokens of an example; longer ones are truncated.", "as in training"
+        ),
     ] = None,
     drop_unlabeled: bool,
     mesh: str | None,

@@ -61,7 +61,7 @@ CONFIG = option(
     "it.",
     "none",
 )
-IST = flag("--ist", "The same as --sampler ist.")
+IST = flag("--ist", "Short for --sampler ist.")
 DEVICES = option("Number of devices to simulate on the CPU, to try a mesh.", "none")
 
 

@@ -32,9 +32,11 @@ __all__ = ["plan"]
 
 # Those that an update depends on most; a file may have the others.
 _SETTINGS = (
-    "model", "method", "density", "granularity", "rank", "where", "active",
+    "model", "method", "density", "granularity", "rank", "where", "sampler", "active",
     "recompute", "batch_size", "accumulate", "dtype", "checkpointing", "mesh",
 )  # fmt: skip
+# What a comparison chooses.
+_CHOICES = ("method", "sampler", "ist")
 # What a run needs, and an update does not.
 _UNUSED = {"task": "causal", "output": "", "drop_unlabeled": False}
 
@@ -79,7 +81,10 @@ def plan(
     ] = None,
     **settings: Any,
 ) -> None:
-    """Print the memory, traffic and time of one update, without running it."""
+    """Print what one update needs, without running it.
+
+    Of the model only the config.json is read, and no weights.
+    """
     if target != "gpu":
         # Nothing runs; looking for accelerators takes long, and may take them.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -118,7 +123,9 @@ def plan(
         ]
     print_plans(plans, found, shape, (runs[0].batch_size, length))
     if json is not None:
-        write_plans(json, plans, found, shape, {**given, "length": length})
+        record = runs[0].record()
+        asked = {name: record[name] for name in given if name not in _CHOICES}
+        write_plans(json, plans, found, shape, {**asked, "length": length})
 
 
 def _require_writable(path: str) -> None:
@@ -131,10 +138,10 @@ def _require_writable(path: str) -> None:
 
 def _require_alone(compare: str, named: Mapping[str, object]) -> None:
     """Raises if methods to compare come with another one."""
-    if {"method", "ist"} & named.keys():
+    if {*_CHOICES} & named.keys():
         raise InputError(
             f"`compare` must be all methods, such as lora,sift+ist, got {compare!r} "
-            "beside --method or --ist. Leave these out."
+            "beside --method, --sampler or --ist. Leave these out."
         )
 
 

@@ -17,7 +17,7 @@ _HELD = {
     "added": "added arrays",
     "masters": "packed float32 values",
     "supports": "supports",
-    "optimizer": "optimiser",
+    "optimizer": "optimizer state",
 }
 
 
@@ -61,14 +61,14 @@ def write_plans(
 ) -> None:
     """Writes plans as JSON: sizes in bytes, times in seconds."""
     chip = None if target.chip is None else target.chip._asdict()
-    told = {
+    found = {
         "asked": dict(asked),
         "target": {"name": target.name, "devices": shape.size, "chip": chip},
         "mesh": shape._asdict(),
         "assumptions": _words(plans, target),
         "plans": [plan.as_dict() for plan in plans],
     }
-    Path(path).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:
@@ -82,11 +82,11 @@ def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:
     rows["state, between updates"] = [_size(plan.state) for plan in plans]
     rows["temporaries"] = [_size(plan.temporaries) for plan in plans]
     rows["  of these, gradients"] = [_size(plan.held["gradients"]) for plan in plans]
-    rows["most alive at a time"] = [_size(plan.peak) for plan in plans]
+    rows["peak live memory"] = [_size(plan.peak) for plan in plans]
     if any(plan.selection_peak is not None for plan in plans):
         rows["  in an update"] = [_size(plan.update_peak) for plan in plans]
         rows["  in the selection"] = [_selection(plan) for plan in plans]
-    rows["reserved"] = [_size(plan.reserved) for plan in plans]
+    rows["reserved memory"] = [_size(plan.reserved) for plan in plans]
     rows["fits"] = [_fits(plan) for plan in plans]
     if any(plan.largest_batch is not None for plan in plans):
         rows["largest batch"] = [
@@ -96,7 +96,7 @@ def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:
     kinds = sorted({kind for plan in plans for kind in plan.collectives or {}})
     for kind in kinds:
         rows[kind] = [_traffic(plan, kind) for plan in plans]
-    rows["operations (all devices)"] = [f"{plan.flops:.3g}" for plan in plans]
+    rows["FLOPs (all devices)"] = [f"{plan.flops:.3g}" for plan in plans]
     rows["time of an update"] = [
         "not known" if plan.seconds is None else f"about {plan.seconds:.2g} s"
         for plan in plans
@@ -105,27 +105,30 @@ def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:
 
 
 def _words(plans: Sequence[Plan], target: Target) -> list[str]:
-    """Returns what the table does not say."""
+    """Returns what the numbers assume."""
     words = []
     if target.chip is not None:
         words.append(
-            f"{target.chip.name}: {_size(int(target.chip.memory))} that programs can "
-            f"use, {target.chip.flops / 1e12:.0f} TFLOP/s in bfloat16."
+            f"{target.chip.name}: {_size(int(target.chip.memory))} of memory for "
+            f"programs, {target.chip.flops / 1e12:.0f} TFLOP/s in bfloat16."
         )
     if any(plan.seconds is not None for plan in plans):
         words.append(
             f"The time is an estimate: matrix products at {UTILISATION:.0%} of the "
-            "peak, then what is sent at the speed of all links, then, on a TPU, "
-            f"{SECONDS_PER_ENTRY * 1e9:.1f} ns for every entry of a support; for "
-            "lanes, three times the weight at the speed of the memory."
+            "peak FLOP/s, plus communication at the bandwidth of all links, plus, on a "
+            f"TPU, {SECONDS_PER_ENTRY * 1e9:.1f} ns for every entry of a support; for "
+            "lanes, three times the weight at the bandwidth of the memory."
         )
     if any(plan.reserved is not None for plan in plans):
         words.append(
-            "Temporaries, what is reserved and what is sent are the compiler's for "
-            "this program. Activations are the temporaries that are no gradients."
+            "Temporaries, reserved memory and communication are those that the "
+            "compiler reports for this program. Activations are the temporaries that "
+            "are not gradients."
         )
     if any(plan.largest_batch is not None for plan in plans):
-        words.append("The largest batch follows from the program for twice the batch.")
+        words.append(
+            "The largest batch is estimated from a program of twice the batch."
+        )
     words += dict.fromkeys(f"Note: {note}." for plan in plans for note in plan.notes)
     return words
 
@@ -145,7 +148,7 @@ def _fits(plan: Plan) -> str:
 
 
 def _traffic(plan: Plan, kind: str) -> str:
-    """Returns what a plan sends by one kind of collective."""
+    """Returns the traffic of a plan by one kind of collective."""
     if plan.collectives is None:
         return "not known"
     traffic = plan.collectives.get(kind)
