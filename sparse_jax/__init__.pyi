@@ -23,6 +23,8 @@ from .methods.ia3 import IA3 as IA3
 from .methods.lora import DoRA as DoRA
 from .methods.lora import LoRA as LoRA
 from .methods.method import Method as Method
+from .methods.method import PeftForm as PeftForm
+from .methods.method import PeftPart as PeftPart
 from .methods.prefix import Prefix as Prefix
 from .methods.registry import register_method as register_method
 from .methods.sparse import Sparse as Sparse

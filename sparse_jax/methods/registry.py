@@ -6,7 +6,6 @@ import pkgutil
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sparse_jax.errors import InputError, brief
@@ -214,9 +213,8 @@ class Entry:
         return self.kind(**values, dense=(*self.also_dense, *dense))
 
 
-_METHODS: dict[str, Entry] = {}
 # word -> its line, in the order of registration
-METHODS: Mapping[str, Entry] = MappingProxyType(_METHODS)
+METHODS: dict[str, Entry] = {}
 
 
 def register_method(
@@ -256,15 +254,16 @@ def register_method(
       >>> register_method("norms", Norms, learning_rate=1e-3, also_dense=["norm/"])
       >>> METHODS["norms"].make({}, ["^classifier/"]).dense
       ('norm/', '^classifier/')
+      >>> del METHODS["norms"]
     """
-    if not re.fullmatch("[a-z0-9_]+", word) or word in _METHODS:
+    if not re.fullmatch("[a-z0-9_]+", word) or word in METHODS:
         raise InputError(
             "`word` must be new, and of lower-case letters, digits and underscores, "
-            f"got {word!r}. Words are {', '.join(_METHODS)}."
+            f"got {word!r}. Words are {', '.join(METHODS)}."
         )
     if not isinstance(kind, str):
         _require_kind(kind, defaults)
-    _METHODS[word] = Entry(
+    METHODS[word] = Entry(
         word, kind, learning_rate, help, defaults, (*dense,), (*also_dense,)
     )
 
@@ -315,7 +314,7 @@ def word_of(method: "Method") -> str:
       >>> word_of(Sparse(density=0.1))
       'sift'
     """
-    entries = [one for one in _METHODS.values() if one.kind is type(method)]
+    entries = [one for one in METHODS.values() if one.kind is type(method)]
     if not entries:
         raise InputError(
             f"`method` must be of a class with a word, got {type(method).__name__}. "

@@ -254,12 +254,10 @@ class Settings(MethodOptions, SamplerOptions):
         record: dict[str, Any] = {
             one.name: getattr(self, one.name) for one in fields(self)
         }
-        for name, word in (
-            ("method", self.method_word),
-            ("sampler", self.sampler_word),
-        ):
-            if not isinstance(record[name], str | None):
-                record[name] = {"name": word, **to_json(record[name])}
+        if not isinstance(self.method, str):
+            record["method"] = {"name": self.method_word, **self.method.to_settings()}
+        if not isinstance(self.sampler, str | None):
+            record["sampler"] = {"name": self.sampler_word, **to_json(self.sampler)}
         record["optimizer"] = None if self.optimizer is None else OWN
         return record
 
