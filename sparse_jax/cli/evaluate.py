@@ -1,9 +1,9 @@
 """The command `sparse-jax evaluate`."""
 
 import json
-from typing import Annotated
 
 from sparse_jax.cli.options import (
+    ADAPTER,
     BASE,
     DEVICES,
     option,
@@ -17,24 +17,19 @@ __all__ = ["evaluate"]
 @takes_settings("data", "drop_unlabeled", "mesh")
 def evaluate(
     *,
-    adapter: Annotated[str, option("Adapter file, or the folder of a run.")],
-    model: Annotated[str | None, BASE] = None,
-    task: Annotated[
-        str | None, option("Task to evaluate on.", "the one it was trained on")
-    ] = None,
+    adapter: str = option(..., ADAPTER),
+    model: str | None = BASE,
+    task: str | None = option(
+        None, "Task to evaluate on.", "the one it was trained on"
+    ),
     data: str | None,
-    batch_size: Annotated[
-        int | None, option("Examples at a time.", "as in training")
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        option(
-            "Most tokens of an example; longer ones are truncated.", "as in training"
-        ),
-    ] = None,
+    batch_size: int | None = option(None, "Examples at a time.", "as in training"),
+    max_length: int | None = option(
+        None, "Most tokens of an example; longer ones are truncated.", "as in training"
+    ),
     drop_unlabeled: bool,
     mesh: str | None,
-    devices: Annotated[int | None, DEVICES] = None,
+    devices: int | None = DEVICES,
 ) -> None:
     """Evaluate a saved adapter, and print its metrics as JSON."""
     take_devices(devices, mesh=mesh)

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -25,20 +25,17 @@ __all__ = ["LogLines", "finetune"]
 @takes_settings()
 def finetune(
     context: typer.Context,
-    config: Annotated[str | None, CONFIG] = None,
-    ist: Annotated[bool, IST] = False,
-    devices: Annotated[int | None, DEVICES] = None,
-    distributed: Annotated[
-        bool,
-        flag("--distributed", "Join the other processes of a TPU pod or SLURM job."),
-    ] = False,
-    coordinator: Annotated[
-        str | None, option("Host and port of the first of several processes.", "none")
-    ] = None,
-    processes: Annotated[int | None, option("Number of processes.", "1")] = None,
-    process: Annotated[
-        int | None, option("Number of this process, counted from 0.", "0")
-    ] = None,
+    config: str | None = CONFIG,
+    ist: bool = IST,
+    devices: int | None = DEVICES,
+    distributed: bool = flag(
+        "--distributed", "Join the other processes of a TPU pod or SLURM job."
+    ),
+    coordinator: str | None = option(
+        None, "Host and port of the first of several processes.", "none"
+    ),
+    processes: int | None = option(None, "Number of processes.", "1"),
+    process: int | None = option(None, "Number of this process, counted from 0.", "0"),
     **settings: Any,
 ) -> None:
     """Fine-tune a model on a task, and save what was trained."""

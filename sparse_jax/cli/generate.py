@@ -2,9 +2,10 @@
 
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from sparse_jax.cli.options import (
+    ADAPTER,
     BASE,
     DEVICES,
     flag,
@@ -28,62 +29,47 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 @takes_settings("mesh")
 def generate(
     *,
-    model: Annotated[str | None, BASE] = None,
-    adapter: Annotated[
-        str | None, option("Adapter file, or the folder of a run.", "none")
-    ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        option("Text to continue; may be repeated.", "none", metavar="<str>"),
-    ] = None,
-    prompts: Annotated[
-        str | None, option("File of texts to continue, one a line.", "none")
-    ] = None,
-    chat: Annotated[
-        bool,
-        flag("--chat", "Wrap each text as a message in the tokenizer's chat template."),
-    ] = False,
-    template: Annotated[
-        str | None,
-        option(
-            "Wrap each text as an instruction in a prompt template: "
-            f"{' or '.join(PROMPTS)}.",
-            "none",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, option("Most tokens to generate.")] = 128,
-    temperature: Annotated[
-        float | None,
-        option("Sample tokens; below 1 favors likely ones.", "greedy"),
-    ] = None,
-    top_k: Annotated[
-        int | None, option("Sample from the k most likely tokens.", "all")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        option(
-            "Sample from the most likely tokens whose probabilities add up to p.", "all"
-        ),
-    ] = None,
-    beams: Annotated[
-        int | None, option("Beam search with this many beams.", "greedy")
-    ] = None,
-    length_penalty: Annotated[
-        float | None,
-        option("Exponent of the length that the score of a beam is divided by.", "1"),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        option(
-            "Text, or the id of a token, that also ends generation and is left out of "
-            "what is printed; may be repeated.",
-            "the model's own",
-            metavar="<str>",
-        ),
-    ] = None,
+    model: str | None = BASE,
+    adapter: str | None = option(None, ADAPTER, "none"),
+    prompt: list[str] | None = option(
+        None, "Text to continue; may be repeated.", "none", metavar="<str>"
+    ),
+    prompts: str | None = option(
+        None, "File of texts to continue, one a line.", "none"
+    ),
+    chat: bool = flag(
+        "--chat", "Wrap each text as a message in the tokenizer's chat template."
+    ),
+    template: str | None = option(
+        None,
+        "Wrap each text as an instruction in a prompt template: "
+        f"{' or '.join(PROMPTS)}.",
+        "none",
+    ),
+    max_new_tokens: int = option(128, "Most tokens to generate."),
+    temperature: float | None = option(
+        None, "Sample tokens; below 1 favors likely ones.", "greedy"
+    ),
+    top_k: int | None = option(None, "Sample from the k most likely tokens.", "all"),
+    top_p: float | None = option(
+        None,
+        "Sample from the most likely tokens whose probabilities add up to p.",
+        "all",
+    ),
+    beams: int | None = option(None, "Beam search with this many beams.", "greedy"),
+    length_penalty: float | None = option(
+        None, "Exponent of the length that the score of a beam is divided by.", "1"
+    ),
+    stop: list[str] | None = option(
+        None,
+        "Text, or the id of a token, that also ends generation and is left out of "
+        "what is printed; may be repeated.",
+        "the model's own",
+        metavar="<str>",
+    ),
     mesh: str | None,
-    devices: Annotated[int | None, DEVICES] = None,
-    seed: Annotated[int, option("Seed of sampling.")] = 0,
+    devices: int | None = DEVICES,
+    seed: int = option(0, "Seed of sampling."),
 ) -> None:
     """Generate text with a decoder, and print it."""
     if chat and template is not None:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import typer
 from typer import Option
@@ -14,6 +14,7 @@ from sparse_jax.samplers.registry import SamplerOptions, require_sampler_has
 from sparse_jax.training.settings import Settings, setting_options
 
 __all__ = [
+    "ADAPTER",
     "BASE",
     "CONFIG",
     "DEVICES",
@@ -40,29 +41,34 @@ _FIELDS = {
 }
 
 
-def option(text: str, default: str | None = None, **more: Any) -> Any:
-    """Returns an option; `default` says what leaving it out means."""
-    if default is None:
-        return Option(help=text, **more)
-    return Option(help=f"{text}  [default: {default}]", show_default=False, **more)
+def option(default: Any, text: str, shown: str = "", **more: Any) -> Any:
+    """Returns an option; `shown` says what leaving it out means."""
+    if shown:
+        text, more["show_default"] = f"{text}  [default: {shown}]", False
+    return Option(default, help=text, **more)
 
 
-def flag(name: str, text: str) -> Any:
+def flag(name: str, text: str, default: bool = False) -> Any:
     """Returns an option that is given or not."""
-    return Option(name, help=text)
+    return Option(default, name, help=text)
 
 
+ADAPTER = "Adapter file, or the folder of a run."
 BASE = option(
+    None,
     "Folder of the base model, or its id on the Hugging Face Hub.",
     "the adapter's, if it is on this machine",
 )
 CONFIG = option(
+    None,
     "YAML or JSON file of settings, such as the config.json of a run; options win over "
     "it.",
     "none",
 )
 IST = flag("--ist", "Short for --sampler ist.")
-DEVICES = option("Number of devices to simulate on the CPU, to try a mesh.", "none")
+DEVICES = option(
+    None, "Number of devices to simulate on the CPU, to try a mesh.", "none"
+)
 
 
 def takes_settings(
@@ -101,22 +107,18 @@ def _parameter(name: str, defaults: Mapping[str, Any]) -> inspect.Parameter:
     default = defaults.get(name, one.default)
     if default is MISSING:
         # Not required by Typer, because a file may have it.
-        default = None
-        made = Option(help=f"{one.help}  [required]", show_default=False)
+        made = option(None, f"{one.help}  [required]", show_default=False)
     elif one.type is bool:
         made = flag(f"--{name.replace('_', '-')}", one.help)
     else:
-        shown = one.shown if default is None else None
-        made = option(one.help, shown, metavar=_METAVARS.get(one.type))
+        shown = one.shown if default is None else ""
+        made = option(default, one.help, shown, metavar=_METAVARS.get(one.type))
     # What may be repeated is a list.
-    item = get_args(one.type)[:1]
-    kind: Any = list[item[0]] if item else one.type
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[kind | None if default is None else kind, made],
-    )
+    items = get_args(one.type)
+    kind: Any = list[items[0]] if items else one.type
+    kind = kind if default is not None and default is not MISSING else kind | None
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=made, annotation=kind)
 
 
 # Typer shows a list by its word for texts.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -45,40 +45,32 @@ _UNUSED = {"task": "causal", "output": "", "drop_unlabeled": False}
 def plan(
     *,
     context: typer.Context,
-    compare: Annotated[
-        str | None,
-        option(
-            "Methods to compare side by side, such as full,lora,sift,sift+ist: each "
-            "with the options that it has, and --where for sparse methods only.",
-            "--method alone",
-        ),
-    ] = None,
-    config: Annotated[str | None, CONFIG] = None,
-    ist: Annotated[bool, IST] = False,
-    length: Annotated[
-        int | None,
-        option(
-            "Tokens of every example.",
-            "the max_length of --config, else 2048, or what the model takes if fewer",
-        ),
-    ] = None,
-    target: Annotated[
-        str,
-        option(
-            "What to compile for: cpu, gpu, or TPUs such as v5e:4x4, v6e:8x8 or "
-            "v5p:2x2x1; no TPU needed."
-        ),
-    ] = "cpu",
-    largest_batch: Annotated[
-        bool,
-        flag(
-            "--largest-batch/--no-largest-batch",
-            "Compile again to find the largest batch.",
-        ),
-    ] = True,
-    json: Annotated[
-        str | None, option("File to write the plan to, in bytes and seconds.", "none")
-    ] = None,
+    compare: str | None = option(
+        None,
+        "Methods to compare side by side, such as full,lora,sift,sift+ist: each "
+        "with the options that it has, and --where for sparse methods only.",
+        "--method alone",
+    ),
+    config: str | None = CONFIG,
+    ist: bool = IST,
+    length: int | None = option(
+        None,
+        "Tokens of every example.",
+        "the max_length of --config, else 2048, or what the model takes if fewer",
+    ),
+    target: str = option(
+        "cpu",
+        "What to compile for: cpu, gpu, or TPUs such as v5e:4x4, v6e:8x8 or "
+        "v5p:2x2x1; no TPU needed.",
+    ),
+    largest_batch: bool = flag(
+        "--largest-batch/--no-largest-batch",
+        "Compile again to find the largest batch.",
+        True,
+    ),
+    json: str | None = option(
+        None, "File to write the plan to, in bytes and seconds.", "none"
+    ),
     **settings: Any,
 ) -> None:
     """Print what one update needs, without running it.

@@ -5,11 +5,11 @@ import math
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparse_jax.errors import InputError, brief
-from sparse_jax.params.fields import Option, fields_of, option
+from sparse_jax.params.fields import Option, fields_of, setting
 
 # JAX takes seconds to import, and the help of the command line reads this table.
 if TYPE_CHECKING:
@@ -33,67 +33,41 @@ SIZE, PREFIX_LENGTH = 64, 16  # of the methods that add arrays of a width
 class MethodOptions:
     """The options of methods in a run: fields of their classes, by name."""
 
-    density: float = field(
-        default=0.008,
-        metadata=option(
-            "Fraction of the entries that sift, random and magnitude train."
-        ),
+    density: float = setting(
+        0.008, "Fraction of the entries that sift, random and magnitude train."
     )
-    granularity: str = field(
-        default="entry",
-        metadata=option(
-            "Where sift, random and magnitude choose entries: entry (anywhere in a "
-            "matrix) or lane (as many in every 128 rows of a column, for TPUs)."
-        ),
+    granularity: str = setting(
+        "entry",
+        "Where sift, random and magnitude choose entries: entry (anywhere in a "
+        "matrix) or lane (as many in every 128 rows of a column, for TPUs).",
     )
-    rank: int = field(
-        default=8, metadata=option("Rank of the matrices that lora and dora add.")
+    rank: int = setting(8, "Rank of the matrices that lora and dora add.")
+    alpha: float | None = setting(
+        None, "lora and dora scale what they add by alpha / rank.", "twice the rank"
     )
-    alpha: float | None = field(
-        default=None,
-        metadata=option(
-            "lora and dora scale what they add by alpha / rank.", shown="twice the rank"
-        ),
+    rslora: bool = setting(False, "Scale by alpha / sqrt(rank) instead.")
+    dropout: float | None = setting(
+        None, "Dropout rate of the input of the matrices that lora and dora add.", "0"
     )
-    rslora: bool = field(
-        default=False, metadata=option("Scale by alpha / sqrt(rank) instead.")
+    size: int | None = setting(
+        None, "Width of the bottlenecks that series and parallel add.", f"{SIZE}"
     )
-    dropout: float | None = field(
-        default=None,
-        metadata=option(
-            "Dropout rate of the input of the matrices that lora and dora add.",
-            shown="0",
-        ),
+    activation: str | None = setting(
+        None,
+        "Activation of the bottlenecks of series and parallel: relu, gelu, silu or "
+        "tanh.",
+        "relu",
     )
-    size: int | None = field(
-        default=None,
-        metadata=option(
-            "Width of the bottlenecks that series and parallel add.", shown=f"{SIZE}"
-        ),
+    prefix_length: int | None = setting(
+        None, "Keys and values that prefix adds to every layer.", f"{PREFIX_LENGTH}"
     )
-    activation: str | None = field(
-        default=None,
-        metadata=option(
-            "Activation of the bottlenecks of series and parallel: relu, gelu, silu or "
-            "tanh.",
-            shown="relu",
-        ),
-    )
-    prefix_length: int | None = field(
-        default=None,
-        metadata=option(
-            "Keys and values that prefix adds to every layer.", shown=f"{PREFIX_LENGTH}"
-        ),
-    )
-    where: tuple[str, ...] | None = field(
-        default=None,
-        metadata=option(
-            "Regular expression of the parameters that a sparse method trains, or of "
-            "the modules that others add to; may be repeated.",
-            shown="query, key, value and output of the attention; for series "
-            "attention/output and mlp/down; for parallel mlp/down; for ia3 key and "
-            "value",
-        ),
+    where: tuple[str, ...] | None = setting(
+        None,
+        "Regular expression of the parameters that a sparse method trains, or of "
+        "the modules that others add to; may be repeated.",
+        "query, key, value and output of the attention; for series "
+        "attention/output and mlp/down; for parallel mlp/down; for ia3 key and "
+        "value",
     )
 
     def require_method_options(self, method: "str | Method") -> None:

@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_origin
 from typing import get_type_hints as hints_of
 
@@ -20,6 +20,8 @@ __all__ = [
     "options_of",
     "read_json",
     "require_word",
+    "required",
+    "setting",
     "to_json",
 ]
 
@@ -96,6 +98,16 @@ def option(
       'Rank of the matrices.'
     """
     return {_KEY: _Facts(help, name, shown, words, is_stored)}
+
+
+def setting(default: Made, help: str, shown: str = "") -> Made:
+    """Returns a dataclass field with a default that is an option."""
+    return field(default=default, metadata=option(help, shown=shown))
+
+
+def required(help: str) -> Any:
+    """Returns a dataclass field that is an option and has to be given."""
+    return field(metadata=option(help))
 
 
 def fields_of(kind: type, **types: type) -> list[Option]:

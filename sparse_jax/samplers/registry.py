@@ -3,11 +3,11 @@
 import math
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparse_jax.errors import InputError, brief
-from sparse_jax.params.fields import one_of, option, require_word
+from sparse_jax.params.fields import one_of, require_word, setting
 
 # JAX takes seconds to import, and the help of the command line reads this table.
 if TYPE_CHECKING:
@@ -75,46 +75,30 @@ SAMPLERS = {
 class SamplerOptions:
     """The options of runs that train a few layers at a time."""
 
-    active: float = field(
-        default=0.25, metadata=option("Fraction of the layers trained by an update.")
+    active: float = setting(0.25, "Fraction of the layers trained by an update.")
+    hold: int = setting(1, "Updates between two draws of the active layers.")
+    layers: tuple[int, ...] | None = setting(
+        None,
+        "A layer, counted from 0, that the sampler static trains; may be repeated.",
+        "none",
     )
-    hold: int = field(
-        default=1, metadata=option("Updates between two draws of the active layers.")
+    layer_weights: tuple[float, ...] | None = setting(
+        None,
+        "Weight with which the sampler fixed draws a layer; repeat it once for "
+        "every layer.",
+        "none",
     )
-    layers: tuple[int, ...] | None = field(
-        default=None,
-        metadata=option(
-            "A layer, counted from 0, that the sampler static trains; may be repeated.",
-            shown="none",
-        ),
+    probe_every: int = setting(10, "Updates between two probes of ist.")
+    importance_rate: float = setting(
+        10.0, "Step size with which a probe of ist changes the importance."
     )
-    layer_weights: tuple[float, ...] | None = field(
-        default=None,
-        metadata=option(
-            "Weight with which the sampler fixed draws a layer; repeat it once for "
-            "every layer.",
-            shown="none",
-        ),
+    restart_layers: bool = setting(
+        False, "Reset the optimizer state of a layer when it becomes active again."
     )
-    probe_every: int = field(
-        default=10, metadata=option("Updates between two probes of ist.")
-    )
-    importance_rate: float = field(
-        default=10.0,
-        metadata=option("Step size with which a probe of ist changes the importance."),
-    )
-    restart_layers: bool = field(
-        default=False,
-        metadata=option(
-            "Reset the optimizer state of a layer when it becomes active again."
-        ),
-    )
-    recompute: str = field(
-        default="none",
-        metadata=option(
-            "Layers to rematerialize in the backward pass, to save memory: "
-            f"{one_of(RECOMPUTE)}."
-        ),
+    recompute: str = setting(
+        "none",
+        "Layers to rematerialize in the backward pass, to save memory: "
+        f"{one_of(RECOMPUTE)}.",
     )
 
     def require_sampler_options(self, sampler: "str | Sampler | None") -> None:

@@ -60,14 +60,14 @@ def _object(name: str, found: Mapping[str, Any], place: str) -> Any:
     settings = {**found}
     word = settings.pop("name", None)
     words = METHODS if name == "method" else SAMPLERS
-    if word not in words:
+    if not isinstance(word, str) or word not in words:
         raise InputError(
             f"`name` of `{name}` in {place} must be one of {', '.join(words)}, got "
             f"{brief(word)}."
         )
     if name == "method":
-        return METHODS[str(word)].kind.from_settings(settings, place)
-    return from_json(sampler_class(str(word)), settings, place)
+        return METHODS[word].kind.from_settings(settings, place)
+    return from_json(sampler_class(word), settings, place)
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:

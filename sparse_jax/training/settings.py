@@ -1,7 +1,7 @@
 """The settings of a fine-tuning run: the options of `sparse-jax finetune`."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
 from sparse_jax.data.conversations import PROMPTS
@@ -16,9 +16,10 @@ from sparse_jax.methods.registry import (
 from sparse_jax.params.fields import (
     Option,
     one_of,
-    option,
     options_of,
     require_word,
+    required,
+    setting,
     to_json,
 )
 from sparse_jax.samplers.registry import SAMPLERS, SamplerOptions, word_of_sampler
@@ -66,154 +67,93 @@ class Settings(MethodOptions, SamplerOptions):
       4
     """
 
-    model: str = field(
-        metadata=option(
-            "Folder of a pre-trained model, or its id on the Hugging Face Hub."
-        )
+    model: str = required(
+        "Folder of a pre-trained model, or its id on the Hugging Face Hub."
     )
-    task: str = field(
-        metadata=option(
-            f"A task of GLUE, or of your own data: {', '.join(TASKS)}; or causal: "
-            "causal language modelling."
-        )
+    task: str = required(
+        f"A task of GLUE, or of your own data: {', '.join(TASKS)}; or causal: "
+        "causal language modelling."
     )
-    output: str = field(metadata=option("Folder to create for the results of the run."))
-    data: str | None = field(
-        default=None,
-        metadata=option(
-            "Folder with train and dev files (TSV, CSV, JSON or JSON lines); for "
-            "causal a file of instructions, chats (JSON or JSON lines) or plain text.",
-            shown="GLUE from the Hub",
-        ),
+    output: str = required("Folder to create for the results of the run.")
+    data: str | None = setting(
+        None,
+        "Folder with train and dev files (TSV, CSV, JSON or JSON lines); for "
+        "causal a file of instructions, chats (JSON or JSON lines) or plain text.",
+        "GLUE from the Hub",
     )
-    loss_on: str | None = field(
-        default=None,
-        metadata=option(
-            f"Tokens that causal computes the loss on: {one_of(LOSSES)}.",
-            shown=LOSSES[0],
-        ),
+    loss_on: str | None = setting(
+        None, f"Tokens that causal computes the loss on: {one_of(LOSSES)}.", LOSSES[0]
     )
-    packing: bool = field(
-        default=False,
-        metadata=option(
-            "Fill rows with several texts; attention never crosses examples."
-        ),
+    packing: bool = setting(
+        False, "Fill rows with several texts; attention never crosses examples."
     )
-    template: str | None = field(
-        default=None,
-        metadata=option(
-            f"Prompt template around an instruction: {one_of(PROMPTS)}.",
-            shown=TEMPLATE,
-        ),
+    template: str | None = setting(
+        None, f"Prompt template around an instruction: {one_of(PROMPTS)}.", TEMPLATE
     )
-    held_out: float | None = field(
-        default=None,
-        metadata=option(
-            "Fraction of a single file of texts to hold out for evaluation.",
-            shown=f"{HELD_OUT}",
-        ),
+    held_out: float | None = setting(
+        None,
+        "Fraction of a single file of texts to hold out for evaluation.",
+        f"{HELD_OUT}",
     )
-    drop_unlabeled: bool = field(
-        default=False,
-        metadata=option(
-            "Leave out rows without a label: absent, null, NaN, - or, for classes, -1."
-        ),
+    drop_unlabeled: bool = setting(
+        False,
+        "Leave out rows without a label: absent, null, NaN, - or, for classes, -1.",
     )
-    method: "str | Method" = field(
-        default="sift",
-        metadata=option(f"What to train: {one_of(METHODS)}."),
+    method: "str | Method" = setting("sift", f"What to train: {one_of(METHODS)}.")
+    dense: tuple[str, ...] | None = setting(
+        None,
+        "Regular expression of parameters trained in full; may be repeated.",
+        "the head",
     )
-    dense: tuple[str, ...] | None = field(
-        default=None,
-        metadata=option(
-            "Regular expression of parameters trained in full; may be repeated.",
-            shown="the head",
-        ),
+    sampler: "str | Sampler | None" = setting(
+        None,
+        "Train a few layers at a time, drawn "
+        + "; ".join(f"{entry.help} ({word})" for word, entry in SAMPLERS.items())
+        + ".",
+        "all layers",
     )
-    sampler: "str | Sampler | None" = field(
-        default=None,
-        metadata=option(
-            "Train a few layers at a time, drawn "
-            + "; ".join(f"{entry.help} ({word})" for word, entry in SAMPLERS.items())
-            + ".",
-            shown="all layers",
-        ),
-    )
-    learning_rate: float | None = field(
-        default=None,
-        metadata=option(
-            "Peak learning rate, reached after a warm-up of 6 % of the updates; from "
-            "there it decays linearly to 0.",
-            shown=learning_rates(),
-        ),
+    learning_rate: float | None = setting(
+        None,
+        "Peak learning rate, reached after a warm-up of 6 % of the updates; from "
+        "there it decays linearly to 0.",
+        learning_rates(),
     )
     # None is AdamW with a clipped norm and the schedule of `learning_rate`. Another one
     # brings its own schedule, and gets gradients that are not clipped.
     optimizer: "GradientTransformation | None" = None
-    batch_size: int = field(default=32, metadata=option("Examples per update."))
-    accumulate: int = field(
-        default=1, metadata=option("Micro-batches per update, to save memory.")
+    batch_size: int = setting(32, "Examples per update.")
+    accumulate: int = setting(1, "Micro-batches per update, to save memory.")
+    epochs: int = setting(3, "Passes over the training examples.")
+    max_steps: int | None = setting(None, "Updates after which to stop.", "no limit")
+    group_by_length: bool = setting(
+        False,
+        "Batch examples of similar length: less padding, but batches are no longer "
+        "random, which costs accuracy.",
     )
-    epochs: int = field(
-        default=3, metadata=option("Passes over the training examples.")
+    max_length: int | None = setting(
+        None,
+        "Most tokens of an example; longer ones are truncated.",
+        "128, for causal 512",
     )
-    max_steps: int | None = field(
-        default=None, metadata=option("Updates after which to stop.", shown="no limit")
+    dtype: str = setting("float32", f"Dtype of the parameters: {one_of(DTYPES)}.")
+    checkpointing: bool = setting(
+        False, "Rematerialize every layer in the backward pass, to save memory."
     )
-    group_by_length: bool = field(
-        default=False,
-        metadata=option(
-            "Batch examples of similar length: less padding, but batches are no longer "
-            "random, which costs accuracy."
-        ),
+    mesh: str | None = setting(
+        None,
+        "Devices along the axes data (replicas), fsdp (sharded weights) and tensor "
+        "(tensor parallelism), such as data=2,fsdp=4.",
+        "one device",
     )
-    max_length: int | None = field(
-        default=None,
-        metadata=option(
-            "Most tokens of an example; longer ones are truncated.",
-            shown="128, for causal 512",
-        ),
+    seed: int = setting(
+        0, "Seed of the new head, the order of the examples, and dropout."
     )
-    dtype: str = field(
-        default="float32",
-        metadata=option(f"Dtype of the parameters: {one_of(DTYPES)}."),
+    save_every: int = setting(
+        500, "Updates between two checkpoints; every epoch ends with one, too."
     )
-    checkpointing: bool = field(
-        default=False,
-        metadata=option(
-            "Rematerialize every layer in the backward pass, to save memory."
-        ),
-    )
-    mesh: str | None = field(
-        default=None,
-        metadata=option(
-            "Devices along the axes data (replicas), fsdp (sharded weights) and tensor "
-            "(tensor parallelism), such as data=2,fsdp=4.",
-            shown="one device",
-        ),
-    )
-    seed: int = field(
-        default=0,
-        metadata=option(
-            "Seed of the new head, the order of the examples, and dropout."
-        ),
-    )
-    save_every: int = field(
-        default=500,
-        metadata=option(
-            "Updates between two checkpoints; every epoch ends with one, too."
-        ),
-    )
-    keep: int = field(
-        default=2, metadata=option("Checkpoints to keep, the newest ones.")
-    )
-    overwrite: bool = field(
-        default=False, metadata=option("Replace the run in the output folder.")
-    )
-    resume: bool = field(
-        default=False,
-        metadata=option("Continue the interrupted run in the output folder."),
-    )
+    keep: int = setting(2, "Checkpoints to keep, the newest ones.")
+    overwrite: bool = setting(False, "Replace the run in the output folder.")
+    resume: bool = setting(False, "Continue the interrupted run in the output folder.")
 
     def __post_init__(self):
         require_word("method", self.method_word, METHODS)
