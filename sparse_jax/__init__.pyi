@@ -42,8 +42,11 @@ from .samplers.simple import Static as Static
 from .samplers.simple import Uniform as Uniform
 from .supports.granularity import ENTRY as ENTRY
 from .supports.granularity import LANE as LANE
-from .supports.support import gather as gather
-from .supports.support import scatter as scatter
+from .supports.granularity import gather as gather
+from .supports.granularity import scatter as scatter
+from .supports.layout import Layout as Layout
+from .supports.scores import Score as Score
+from .supports.scores import register_score as register_score
 from .supports.top_k import top_k_support as top_k_support
 from .training.evaluate import evaluate_adapter as evaluate_adapter
 from .training.finetune import finetune as finetune

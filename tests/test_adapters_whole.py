@@ -390,7 +390,7 @@ def test_half_an_adapter_is_not_written_for_peft(params, tmp_path):
 
 
 def test_a_new_leaf_is_stored_whole_however_it_is_trained(params):
-    method = Sparse(density=0.1, where="^classifier/", rank_by=SCORES["random"])
+    method = Sparse(density=0.1, where="^classifier/", score="random")
     tuner = Compact(lambda *args: (0.0, 1), method, optax.sgd(0.1))
     state = tuner.init(params, jax.random.key(0))
     state, _ = tuner.select(state, None, jax.random.key(0))

@@ -11,7 +11,6 @@ from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import BERT
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.supports.scores import SCORES
 
 CONFIG = EncoderConfig(
     vocab_size=50,
@@ -100,7 +99,7 @@ def test_both_tiers_select_the_same_and_train_alike(score, dtype):
     inner = optax.adamw(1e-2, weight_decay=0.1)
     tx = sift(inner, 0.05, where=WHERE, dense=HEAD, stacked="^layers/", score=score)
     expected, opt_state, their_losses = run_optax(tx, params, 6)
-    method = Sparse(density=0.05, where=WHERE, dense=HEAD, rank_by=SCORES[score])
+    method = Sparse(density=0.05, where=WHERE, dense=HEAD, score=score)
     state, losses = run_compact(Compact(loss, method, inner), params, 6)
     jax.tree.map(np.testing.assert_array_equal, state.support, opt_state.support)
     exact = dtype == jnp.float32
@@ -128,7 +127,7 @@ def test_only_the_support_and_the_head_move():
 
 def test_micro_batches_add_up_to_the_batch():
     params = make_params()
-    method = Sparse(density=0.05, where=WHERE, dense=HEAD, rank_by=SCORES["magnitude"])
+    method = Sparse(density=0.05, where=WHERE, dense=HEAD, score="magnitude")
     fold = lambda i: jax.tree.map(
         lambda leaf: leaf.reshape(4, 2, *leaf.shape[1:]), make_batch(i)
     )
@@ -226,7 +225,7 @@ def test_a_batch_with_a_gradient_that_is_not_finite_does_not_select():
 
 
 def test_random_supports_differ_between_layers():
-    method = Sparse(density=0.1, where="query/kernel", rank_by=SCORES["random"])
+    method = Sparse(density=0.1, where="query/kernel", score="random")
     state, _ = run_compact(Compact(loss, method, optax.sgd(0.1)), make_params(), 1)
     first, second, _ = state.support["layers"]["attention"]["query"]["kernel"]
     assert (np.asarray(first) != np.asarray(second)).any()

@@ -15,7 +15,7 @@ from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import ROBERTA
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.params.roles import SPARSE, map_roles
+from sparse_jax.supports.roles import SPARSE, map_roles
 from sparse_jax.training.build import method_of
 
 ROOT = Path(quickstart.__file__).parent

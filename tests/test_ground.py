@@ -12,12 +12,12 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from sparse_jax import InputError, gather, scatter, sift
+from sparse_jax import ENTRY, InputError, gather, scatter, sift
 from sparse_jax.params.names import first_match, leaf_names, require_match
-from sparse_jax.params.roles import DENSE, FROZEN, SPARSE, map_roles, roles_of
+from sparse_jax.supports.density import require_density, support_size
 from sparse_jax.supports.packing import current_values, keep_masters, pack, unpack
-from sparse_jax.supports.scores import gradient, leaf_key, random, select
-from sparse_jax.supports.support import require_density, support_size
+from sparse_jax.supports.roles import DENSE, FROZEN, SPARSE, map_roles, roles_of
+from sparse_jax.supports.scores import SCORES, leaf_key
 
 
 class Toy(nnx.Module):
@@ -198,14 +198,16 @@ def test_packing_keeps_the_structure_of_the_parameters():
 
 def test_each_layer_of_a_stack_is_selected_on_its_own():
     grads = jnp.stack([jnp.arange(6.0), jnp.arange(6.0)[::-1] * 100])
-    support = select(gradient, grads, grads, 2, jax.random.key(0), stacked=True)
+    support = ENTRY.choose(
+        SCORES["gradient"], grads, grads, 2, jax.random.key(0), stacked=True
+    )[0]
     np.testing.assert_array_equal(support, [[4, 5], [0, 1]])
 
 
 def test_random_choices_are_uniform():
     x = jnp.zeros((200, 50))
     key = leaf_key(jax.random.key(0), "w")
-    support = select(random, x, x, 10, key, stacked=True)
+    support = ENTRY.choose(SCORES["random"], x, x, 10, key, stacked=True)[0]
     counts = np.bincount(np.asarray(support).ravel(), minlength=50)
     # Each of 50 entries is drawn with probability 0.2 in 200 layers: 40 +- 5.7.
     assert counts.min() > 40 - 4 * 5.7 and counts.max() < 40 + 4 * 5.7

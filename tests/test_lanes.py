@@ -11,6 +11,7 @@ import tiny_run
 import tiny_text
 
 from sparse_jax import (
+    LANE,
     Attachment,
     Compact,
     InputError,
@@ -22,7 +23,6 @@ from sparse_jax import (
     finetune,
     gather,
     load_adapter,
-    scatter,
 )
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import EncoderConfig
@@ -34,12 +34,8 @@ from sparse_jax.params.names import map_named
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner, SingleRunner
-from sparse_jax.supports.granularity import LANE
-from sparse_jax.supports.lanes import LaneSupport, empty_lanes, top_lanes
 from sparse_jax.supports.lanes_tpu import get_rows, has_kernel, set_rows
-from sparse_jax.supports.positions import canonical
 from sparse_jax.supports.scores import SCORES
-from sparse_jax.supports.sharded import map_supports
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.language_modelling import make_token_loss
 
@@ -57,6 +53,12 @@ MODEL = Model(SequenceClassifier, BERT, CONFIG)
 WHERE, HEAD = "query/(kernel|bias)|(up|down)/kernel", "^classifier/"
 METHOD = Sparse(density=0.05, where=WHERE, dense=HEAD, granularity=LANE)
 EDGES = [0.0, -0.0, 1.0, -1.0, 2.0, np.nan, np.inf]
+
+
+def top_lanes(x, count):
+    """Returns the rows of the largest entries of every group."""
+    draws = jax.random.key(0)
+    return LANE.choose(SCORES["gradient"], x, x, count * x.size // 128, draws)[0]
 
 
 def groups_of(x):
@@ -90,7 +92,7 @@ def test_every_group_has_its_best_entries(shape, count, dtype):
     size = np.where(np.isfinite(entries), np.abs(entries), -1)
     best = np.argsort(-size, axis=1, kind="stable")[:, :count]
     wanted = np.sort(best, axis=1).transpose(1, 0, 2)
-    np.testing.assert_array_equal(top_lanes(x, count).positions, wanted)
+    np.testing.assert_array_equal(top_lanes(x, count), wanted)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -99,17 +101,17 @@ def test_entries_are_read_and_written_exactly(shape, dtype):
     x = jnp.asarray(with_edges(shape), dtype)
     count, columns = 4, shape[1] if len(shape) == 2 else 1
     rows = some_rows((count, shape[0] // 128, columns))
-    support = LaneSupport(jnp.asarray(rows))
+    support = jnp.asarray(rows)
     places = rows.transpose(1, 0, 2).astype(int)
     entries = groups_of(x)
     wanted = np.take_along_axis(entries, places, 1).transpose(1, 0, 2)
-    packed = jax.jit(gather)(x, support)
+    packed = jax.jit(LANE.gather)(x, support)
     assert packed.dtype == dtype
     np.testing.assert_array_equal(packed.astype(jnp.float32), wanted)
     new = jnp.asarray(with_edges(rows.shape, seed=1))
     values = np.asarray(new.astype(dtype).astype(jnp.float32)).transpose(1, 0, 2)
     np.put_along_axis(entries, places, values, 1)
-    written = jax.jit(scatter)(x, support, new)
+    written = jax.jit(LANE.scatter)(x, support, new)
     assert written.dtype == dtype
     np.testing.assert_array_equal(groups_of(written), entries)
 
@@ -121,16 +123,16 @@ def test_a_stack_is_its_layers(shape, layers):
     numbers = layers or (0, 1, 2)
     columns = shape[1] if len(shape) == 2 else 1
     rows = some_rows((len(numbers), 4, shape[0] // 128, columns))
-    support = LaneSupport(jnp.asarray(rows))
+    support = jnp.asarray(rows)
     given = None if layers is None else jnp.array(layers, jnp.int32)
-    alone = [LaneSupport(jnp.asarray(row)) for row in rows]
-    packed = jax.jit(gather)(x, support, given)
+    alone = [jnp.asarray(row) for row in rows]
+    packed = jax.jit(LANE.gather)(x, support, given)
     for i, layer in enumerate(numbers):
-        np.testing.assert_array_equal(packed[i], gather(x[layer], alone[i]))
+        np.testing.assert_array_equal(packed[i], LANE.gather(x[layer], alone[i]))
     values = jnp.asarray(with_edges(rows.shape, seed=1))
-    written = jax.jit(scatter)(x, support, values, given)
+    written = jax.jit(LANE.scatter)(x, support, values, given)
     for i, layer in enumerate(numbers):
-        one = scatter(x[layer], alone[i], values[i])
+        one = LANE.scatter(x[layer], alone[i], values[i])
         np.testing.assert_array_equal(written[layer], one)
     if layers:
         np.testing.assert_array_equal(written[1], x[1])
@@ -141,14 +143,14 @@ def test_a_stack_is_its_layers(shape, layers):
 def test_the_kernels_of_tpus_do_the_same(shape, dtype):
     x = jnp.asarray(with_edges((3, *shape)), dtype)
     layers = jnp.array([0, 2], jnp.int32)
-    support = LaneSupport(jnp.asarray(some_rows((2, 3, shape[0] // 128, shape[1]))))
-    args = (x, layers, support.positions)
+    support = jnp.asarray(some_rows((2, 3, shape[0] // 128, shape[1])))
+    args = (x, layers, support)
     bits = lambda x: np.asarray(x).view(f"uint{8 * x.dtype.itemsize}")
     ours = get_rows(*args, interpret=True)
-    np.testing.assert_array_equal(bits(ours), bits(gather(x, support, layers)))
+    np.testing.assert_array_equal(bits(ours), bits(LANE.gather(x, support, layers)))
     values = jnp.asarray(with_edges(support.shape, seed=1), dtype)
     ours = set_rows(*args, values, interpret=True)
-    theirs = scatter(x, support, values, layers)
+    theirs = LANE.scatter(x, support, values, layers)
     np.testing.assert_array_equal(bits(ours), bits(theirs))
 
 
@@ -159,17 +161,19 @@ def test_kernels_are_for_few_rows_of_common_types():
 
 def test_positions_in_the_whole_array_say_the_same():
     x = jnp.asarray(with_edges((2, 256, 5)))
-    support = LaneSupport(jnp.asarray(some_rows((2, 4, 2, 5))))
-    positions, values = canonical(support, x.shape, gather(x, support))
+    support = jnp.asarray(some_rows((2, 4, 2, 5)))
+    positions, values = LANE.to_positions(
+        np.asarray(support), x.shape, np.asarray(LANE.gather(x, support))
+    )
     assert positions.dtype == np.int32 and positions.shape == (2, 40)
     assert (np.diff(positions) > 0).all()
     np.testing.assert_array_equal(values, gather(x, jnp.asarray(positions)))
 
 
 def test_an_empty_support_has_distinct_entries():
-    support = empty_lanes((2, 256, 5), 3, stacked=True)
+    support = LANE.empty((2, 256, 5), 3 * 10, stacked=True)
     assert support.shape == (2, 3, 2, 5)
-    assert support.positions[1, :, 1, 4].tolist() == [0, 1, 2]
+    assert support[1, :, 1, 4].tolist() == [0, 1, 2]
 
 
 def loss(params, batch, key, attachment):
@@ -200,12 +204,12 @@ def run(tuner, params, steps=3, parts=()):
 def masks_of(state):
     """Returns which entries of every leaf are trained, from the support."""
     supports = {}
-    map_supports(lambda name, node: supports.update({name: node}), state.support)
+    map_named(lambda name, node: supports.update({name: node}), state.support)
 
     def mask(name, leaf):
         found = np.full(leaf.shape, "classifier" in name)
         if name in supports:
-            positions = canonical(supports[name], leaf.shape)[0]
+            positions = LANE.to_positions(np.asarray(supports[name]), leaf.shape)[0]
             np.put_along_axis(found.reshape(len(found), -1), positions, True, 1)
         return found
 
@@ -243,18 +247,18 @@ def test_the_gradient_decides_what_is_trained():
     grads = jax.jit(jax.grad(mean))(params)
     up = lambda tree: tree["layers"]["mlp"]["up"]["kernel"]
     for layer in range(2):
-        wanted = top_lanes(up(grads)[layer], 7).positions
-        np.testing.assert_array_equal(up(state.support).positions[layer], wanted)
+        wanted = top_lanes(up(grads)[layer], 7)
+        np.testing.assert_array_equal(up(state.support)[layer], wanted)
 
 
 @pytest.mark.parametrize("score", ["magnitude", "random"])
 def test_other_scores_choose_by_group(score):
-    method = Sparse(density=0.05, where=WHERE, granularity=LANE, rank_by=SCORES[score])
+    method = Sparse(density=0.05, where=WHERE, granularity=LANE, score=score)
     params = MODEL.init(jax.random.key(0), jnp.float32)
     tuner = Compact(loss, method, optax.sgd(0.1))
     state = jax.jit(tuner.init)(params, jax.random.key(0))
     state, _ = jax.jit(tuner.select)(state, make_batch(0), jax.random.key(0))
-    query = state.support["layers"]["attention"]["query"]["kernel"].positions
+    query = state.support["layers"]["attention"]["query"]["kernel"]
     assert query.shape == (2, 7, 1, 128) and query.dtype == jnp.uint8
     assert (np.diff(np.asarray(query, int), axis=1) > 0).all()
     assert (query[0] != query[1]).any()
@@ -267,10 +271,10 @@ def test_micro_batches_and_masters_below_float32():
     query = lambda tree: tree["layers"]["attention"]["query"]["kernel"]
     masters = query(state.masters)
     assert masters.dtype == jnp.float32 and masters.shape == (2, 7, 1, 128)
-    entries = gather(query(state.params), query(state.support))
+    entries = LANE.gather(query(state.params), query(state.support))
     np.testing.assert_array_equal(entries, masters.astype(jnp.bfloat16))
     # The steps are too small for bfloat16, and are not lost.
-    before = gather(query(params), query(state.support)).astype(jnp.float32)
+    before = LANE.gather(query(params), query(state.support)).astype(jnp.float32)
     assert (np.asarray(masters) != np.asarray(before)).mean() > 0.3
 
 
@@ -403,8 +407,8 @@ def run_decoder(shape=None, method=None):
         runner = SingleRunner(Compact(loss, method, tx))
     else:
         placement = Placement.of(model.abstract(), make_mesh(shape))
-        cuts, axes = placement.cuts("layers"), placement.data_axes
-        runner = MeshRunner(Compact(loss, method, tx, 1, cuts, axes), placement)
+        shards, axes = placement.shards("layers"), placement.data_axes
+        runner = MeshRunner(Compact(loss, method, tx, 1, shards, axes), placement)
         params, batch = jax.device_put(params, placement.params), placement.put(batch)
     state = runner.init(params, jax.random.key(0))
     state, finite = runner.select(state, batch, jax.random.key(1))

@@ -21,7 +21,7 @@ from sparse_jax import (
     sift,
 )
 from sparse_jax.samplers.sampler import begin
-from sparse_jax.supports.support import require_density, support_size
+from sparse_jax.supports.density import require_density, support_size
 
 KEY = jax.random.key(0)
 PARAMS = {
@@ -232,14 +232,21 @@ ARGUMENTS = {
     ),
     "sampler, word": (lambda: ist(SGD, key=KEY, sampler="lisa", **LAYERS), "`sampler`"),
     "half a layer": (lambda: Uniform(num_layers=3, num_active=0.5), "a whole number"),
-    "word of lanes": (lambda: sift(SGD, granularity="lane"), "`sparse_jax.LANE`, got"),
-    "word of lanes, compact": (
-        lambda: Sparse(density=0.5, granularity="lane"),
-        "`sparse_jax.LANE`, got",
+    "granularity": (
+        lambda: sift(SGD, granularity="row"),
+        "`granularity` must be one of 'entry', 'lane' or a `Layout`, got 'row'",
     ),
-    "word of a score": (
-        lambda: Sparse(density=0.5, rank_by="gradient"),
-        "`rank_by` must be a score",
+    "granularity, compact": (
+        lambda: Sparse(density=0.5, granularity=["lane"]),
+        "`granularity` must be one of 'entry', 'lane' or a `Layout`, got ['lane']",
+    ),
+    "score, compact": (
+        lambda: Sparse(density=0.5, score="gradients"),
+        "`score` must be one of 'gradient', ",
+    ),
+    "score of one argument": (
+        lambda: sift(SGD, score=lambda gradient: gradient),
+        "`score` must be a function (gradient, param[, key]) -> scores, got",
     ),
     "score": (lambda: sift(SGD, score=3), "`score` must be one of"),
     "where, number": (

@@ -11,19 +11,19 @@ import pytest
 from jax.sharding import AxisType
 from tiny_text import CONFIG, tiny_decoder
 
-from sparse_jax import Compact, Importance, Layerwise, LoRA
+from sparse_jax import ENTRY, Compact, Importance, Layerwise, LoRA
 from sparse_jax.errors import InputError
 from sparse_jax.methods.dense import Dense
 from sparse_jax.methods.sparse import Sparse
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.hf.pretrained import save_pretrained
+from sparse_jax.params.names import map_named
 from sparse_jax.sharding.load_sharded import load_onto
 from sparse_jax.sharding.mesh import MeshShape, make_mesh, parse_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.rules import specs_of
 from sparse_jax.sharding.runner import MeshRunner, SingleRunner
-from sparse_jax.supports.scores import SCORES
-from sparse_jax.supports.sharded import LocalSupport, global_positions, map_supports
+from sparse_jax.supports.positions import fetch, shards_of
 from sparse_jax.training.language_modelling import make_token_loss
 
 MESHES = {
@@ -36,8 +36,8 @@ WHERE = "^layers/.*kernel"
 METHODS = {
     "sift": Sparse(density=0.1, where=WHERE),
     "sift with words": Sparse(density=0.05, where="kernel|embedding", dense="norm"),
-    "magnitude": Sparse(density=0.1, where=WHERE, rank_by=SCORES["magnitude"]),
-    "random": Sparse(density=0.1, where=WHERE, rank_by=SCORES["random"]),
+    "magnitude": Sparse(density=0.1, where=WHERE, score="magnitude"),
+    "random": Sparse(density=0.1, where=WHERE, score="random"),
     "lora": LoRA(rank=2, where="^attention/(query|value)$"),
     "full": Dense(dense=".*"),
 }
@@ -63,7 +63,7 @@ def tuner_of(method, placement=None, dtype=jnp.float32, sampler=None, accumulate
     loss, tx = make_token_loss(model), optax.adamw(5e-3)
     options = {"accumulate": accumulate}
     if placement is not None:
-        options["cuts"] = placement.cuts("layers")
+        options["shards"] = placement.shards("layers")
         options["data_axes"] = placement.data_axes
     if sampler is None:
         return Compact(loss, method, tx, **options), params
@@ -102,28 +102,15 @@ def run(runner, params, put, steps, options):
 
 def supports_of(state):
     """Returns the positions in whole leaves, by name."""
-    shapes = {}
-    jax.tree_util.tree_map_with_path(
-        lambda path, leaf: shapes.update(
-            {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape}
-        ),
-        state.params,
-    )
     found = {}
 
-    def add(name, node):
-        if not isinstance(node, LocalSupport):
-            found[name] = np.asarray(node)
-            return
-        tables = np.asarray(node.positions)
-        if tables.ndim == 2:
-            found[name] = global_positions(tables, node.cut, shapes[name])[0]
-            return
-        found[name] = np.stack(
-            [global_positions(row, node.cut, shapes[name][1:])[0] for row in tables]
-        )
+    def add(name, support, leaf):
+        if not isinstance(support, optax.MaskedNode):
+            layout = ENTRY.sharded(shards_of(leaf, name.startswith("layers/")))
+            found[name] = layout.to_positions(fetch(support), leaf.shape)[0]
 
-    map_supports(add, state.support)
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    map_named(add, state.support, state.params, is_leaf=is_masked)
     return found
 
 
@@ -207,7 +194,7 @@ def test_coarse_weights_keep_masters_on_the_mesh():
     masters = many[1].masters["layers"]["mlp"]["up"]["kernel"]
     support = many[1].support["layers"]["mlp"]["up"]["kernel"]
     assert masters.dtype == jnp.float32
-    assert masters.sharding.spec == support.positions.sharding.spec
+    assert masters.sharding.spec == support.sharding.spec
 
 
 def test_micro_batches_are_cut_over_the_mesh():

@@ -193,7 +193,7 @@ def test_lanes_take_as_many_entries_of_every_128_rows():
         np.testing.assert_array_equal(np.flatnonzero(half[:, 0]), [125, 126, 127])
         np.testing.assert_array_equal(np.flatnonzero(half[:, 1]), [0, 1, 2])
         np.testing.assert_array_equal(half[125:, 0], [-126.0, -127.0, -128.0])
-    assert state.support.positions.dtype == jnp.uint8
+    assert state.support.dtype == jnp.uint8
 
 
 def test_carried_state_follows_its_lanes():

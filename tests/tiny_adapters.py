@@ -9,7 +9,7 @@ from safetensors.numpy import load, save
 from test_adapters_laws import shaken
 
 from sparse_jax import Adapter, Settings
-from sparse_jax.params.roles import DENSE, SPARSE, map_roles
+from sparse_jax.supports.roles import DENSE, SPARSE, map_roles
 from sparse_jax.training.build import method_of
 
 # method -> options
@@ -83,7 +83,7 @@ def as_format_1(data):
     names = {"length": "prefix_length"}
     made = words.pop("method_settings")
     options = {names.get(name, name): value for name, value in made.items()}
-    for name in ("stack", "rank_by", "score", "feedforward", "scale"):
+    for name in ("stack", "score", "feedforward", "scale"):
         options.pop(name, None)
     del words["digest"]
     words["settings"] |= {**options, "dense": None}  # the head

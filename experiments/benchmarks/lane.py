@@ -34,10 +34,7 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-from sparse_jax import LANE, gather, scatter
-from sparse_jax.params.roles import SPARSE, Role
-from sparse_jax.supports.granularity import ENTRY, Granularity
-from sparse_jax.supports.support import Support
+from sparse_jax import ENTRY, LANE, Layout
 
 PEAK, BANDWIDTH = 197e12, 819e9  # of a TPU v5e, in bfloat16
 CLOCK = PEAK / (4 * 128 * 128 * 2)  # four units of 128 x 128 products and sums
@@ -110,23 +107,23 @@ def layer(place: jax.sharding.Sharding) -> Program:
 
 
 def reaching(
-    unit: Granularity, shape: Shape, density: float, place: jax.sharding.Sharding
+    layout: Layout, shape: Shape, density: float, place: jax.sharding.Sharding
 ) -> tuple[Program, Program]:
     """Returns packing the gradient of a matrix, and writing its trained entries."""
     size = math.prod(shape)
-    role, k = Role(SPARSE, "matrix", False, size), unit.size(density, size)
-    empty: Any = jax.eval_shape(lambda: unit.empty(role, shape, k, None, 0))
+    k = layout.size(density, size)
+    empty = jax.eval_shape(lambda: layout.empty(shape, k))
     on_tpu = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-    support = jax.tree.map(on_tpu, empty)
+    support = on_tpu(empty)
     matrix = on_tpu(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
     packed = on_tpu(jax.ShapeDtypeStruct(support.shape, jnp.float32))
 
-    def pack(gradient: jax.Array, support: Support) -> jax.Array:
-        return gather(gradient, support).astype(jnp.float32)
+    def pack(gradient: jax.Array, support: jax.Array) -> jax.Array:
+        return layout.gather(gradient, support).astype(jnp.float32)
 
     return (
         Program(pack, (matrix, support)),
-        Program(scatter, (matrix, support, packed), (0,)),
+        Program(layout.scatter, (matrix, support, packed), (0,)),
     )
 
 

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from experiments.benchmarks import stacks
 from sparse_jax import Attachment, Compact, Dense, LoRA, Method, Sparse
-from sparse_jax.params.roles import roles_of
 from sparse_jax.supports.packing import pack
+from sparse_jax.supports.roles import roles_of
 
 MODELS = {"encoder": stacks.encoder, "decoder": stacks.decoder}
 FLOOR = "floor"

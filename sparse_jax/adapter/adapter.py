@@ -10,8 +10,8 @@ import numpy as np
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS, word_of
-from sparse_jax.params.roles import DENSE, SPARSE, Role, map_roles
-from sparse_jax.supports.positions import canonical, fetch, read_entries
+from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
+from sparse_jax.supports.positions import fetch, read_entries
 
 __all__ = ["Adapter", "Arrays", "adapter_of", "require_no_settings"]
 
@@ -87,7 +87,7 @@ def adapter_of(
 
     Args:
       method: the method.
-      roles: of the parameters.
+      roles: of the parameters, with their layouts as these are sharded.
       params: parameters, trained.
       support: tree of the supports of sparse leaves.
       added: the arrays that the method added, trained.
@@ -97,12 +97,13 @@ def adapter_of(
     """
     supports, values, dense = {}, {}, {}
 
-    def collect(role: Role, leaf: jax.Array, positions: Any) -> None:
+    def collect(role: Role, leaf: jax.Array, entries: Any) -> None:
         if role.kind == DENSE or role.name in new:
             dense[role.name] = fetch(leaf)
         elif role.kind == SPARSE:
-            (supports[role.name],) = canonical(positions, leaf.shape)
-            values[role.name] = read_entries(leaf, supports[role.name])
+            (positions,) = role.layout.to_positions(fetch(entries), leaf.shape)
+            supports[role.name] = positions
+            values[role.name] = read_entries(leaf, positions)
 
     map_roles(collect, roles, params, support)
     arrays = jax.tree.map(fetch, added)

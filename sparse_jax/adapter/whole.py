@@ -10,7 +10,7 @@ from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.models.hf.weights import HEADS
-from sparse_jax.params.roles import DENSE, SPARSE, Role, map_roles
+from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
 __all__ = ["require_whole"]
 

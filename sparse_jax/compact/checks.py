@@ -153,8 +153,8 @@ def require_state(tuner: Any, state: Any) -> None:
     """
     init = lambda params: tuner.init(params, jax.random.key(0))
     fresh = jax.eval_shape(init, state.params)
-    # Shards of a leaf that is cut have as many slots as they need.
-    _require_same("support", state.support, None if tuner.cuts else fresh.support)
+    # Supports of shards are as long as the fullest shard needs.
+    _require_same("support", state.support, None if tuner.shards else fresh.support)
     _require_same("added", state.added, fresh.added)
     begun = jax.eval_shape(tuner.begin, state.params, state.support, state.added)
     _require_same("masters", state.masters, begun.masters)

@@ -1,5 +1,6 @@
 """The compact tier: a training step whose gradients are never dense."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,6 @@ from sparse_jax.compact.checks import (
 from sparse_jax.compact.gradients import summed_gradients, update_if
 from sparse_jax.compact.state import CompactState, UnselectedState
 from sparse_jax.compact.tap import (
-    Selection,
     Wanted,
     empty_selection,
     selecting_tap,
@@ -33,7 +33,7 @@ from sparse_jax.params.arguments import (
     require_key,
     require_transformation,
 )
-from sparse_jax.params.roles import SPARSE, TRAINED, Role, map_roles
+from sparse_jax.supports.layout import Shards
 from sparse_jax.supports.packing import (
     current_values,
     keep_masters,
@@ -41,9 +41,8 @@ from sparse_jax.supports.packing import (
     route,
     write_back,
 )
-from sparse_jax.supports.scores import leaf_key
-from sparse_jax.supports.sharded import Cut
-from sparse_jax.supports.support import Support
+from sparse_jax.supports.roles import SPARSE, TRAINED, Role, map_roles
+from sparse_jax.supports.scores import Score, leaf_key
 
 __all__ = ["Compact", "CompactState", "Loss"]
 
@@ -72,7 +71,7 @@ class Compact:
       tx: any Optax transformation.
       accumulate: micro-batches per update. Above one, the leaves of a batch are
         [accumulate, ...] and only packed gradients are summed.
-      cuts: how leaves are cut over a mesh, by name; `sparse_jax.sharding` knows.
+      shards: how leaves are sharded, by name; `sparse_jax.sharding` knows.
       data_axes: mesh axes over which replicas see different examples. They exchange
         gradients of the trained values, never dense ones.
 
@@ -93,7 +92,7 @@ class Compact:
     method: Method
     tx: optax.GradientTransformation
     accumulate: int = 1
-    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    shards: Mapping[str, Shards] = field(default_factory=dict)
     data_axes: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -106,6 +105,21 @@ class Compact:
         require_transformation("tx", self.tx)
         require_count("accumulate", self.accumulate)
 
+    def roles(self, params: Any) -> Any:
+        """Returns the role of every leaf, with its layout as it is sharded.
+
+        Raises:
+          InputError: if the method does not fit the parameters, or their shards.
+        """
+
+        def sharded(role: Role, leaf: Any) -> Role:
+            layout = role.layout.sharded(self.shards.get(role.name))
+            if role.kind == SPARSE:
+                layout.require(role.name, leaf.shape[int(role.stacked) :])
+            return role._replace(layout=layout)
+
+        return map_roles(sharded, self.method.roles(params), params)
+
     def init(
         self, params: Any, key: jax.Array, capacity: Mapping[str, int] | None = None
     ) -> CompactState:
@@ -114,18 +128,19 @@ class Compact:
         Args:
           params: parameters of the model.
           key: of the arrays that the method adds.
-          capacity: slots of every shard of a leaf that is cut over a mesh, by name.
+          capacity: room in the supports of shards, by name, as from the layouts.
 
         Raises:
           InputError: if the method does not fit the parameters.
         """
         require_key("key", key)
-        roles = self.method.roles(params)
+        roles = self.roles(params)
 
-        def support(role: Role, leaf: Any) -> Support:
-            k, cut = self.method.support_size(role), self.cuts.get(role.name)
-            slots = (capacity or {}).get(role.name, k)
-            return self.method.unit.empty(role, leaf.shape, k, cut, slots)
+        def support(role: Role, leaf: Any) -> jax.Array:
+            room = (capacity or {}).get(role.name)
+            options = {"stacked": role.stacked, "capacity": room}
+            k = self.method.support_size(role)
+            return role.layout.empty(leaf.shape, k, **options)
 
         empty = map_roles(support, roles, params, only=(SPARSE,))
         state = self.begin(params, empty, self.method.added(params, key))
@@ -166,18 +181,15 @@ class Compact:
 
         Returns:
           The supports, whether the gradient was finite, and for sparse leaves the
-          number of chosen entries, of every layer and shard: where that is more than
-          the slots of a table, the support lacks entries.
+          number of chosen entries, as `Layout.choose` returns it.
         """
-        roles = self.method.roles(state.params)
+        roles = self.roles(state.params)
         require_groups(batch, self.accumulate)
-        if not self.method.needs_gradient:
-            support, counts = self._choose_by_weight(roles, state, key)
+        score = self.method.ranking
+        if score is None or not score.needs_gradient:
+            support, counts = self._choose_by_weight(roles, score, state, key)
             return support, jnp.array(True), counts
-        if self.accumulate > 1:
-            batch = jax.tree.map(lambda leaf: leaf[0], batch)
-            key = jax.random.split(key, self.accumulate)[0]
-        return self._choose_by_gradient(roles, state, batch, key)
+        return self._choose_by_gradient(roles, score, state, batch, key)
 
     def step(
         self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
@@ -200,7 +212,7 @@ class Compact:
             is that of another tuner, or the model asks for nothing of its attachment.
         """
         self._require_state(state)
-        roles = self.method.roles(state.params)
+        roles = self.roles(state.params)
         values = self._values(roles, state)
         place = lambda values: self._place(roles, state, values)
         loss, grads = self._gradients(place, values, batch, key)
@@ -246,12 +258,12 @@ class Compact:
         """
         self._require_state(state)
         _, params, support, _, added, _ = state
-        args = (self.method, self.method.roles(params), params, support, added)
+        args = (self.method, self.roles(params), params, support, added)
         return adapter_of(*args, new=new, **about)
 
     def begin(self, params: Any, support: Any, added: Any) -> CompactState:
         """Returns a state with these supports in which nothing has been updated."""
-        roles = self.method.roles(params)
+        roles = self.roles(params)
         leaves = pack(roles, support, params)
         return CompactState(
             count=jnp.zeros([], jnp.int32),
@@ -276,14 +288,14 @@ class Compact:
         self, roles: Any, state: CompactState, values: Any
     ) -> tuple[Any, Attachment]:
         """Returns what the loss needs for a gradient of the trained values."""
-        tap_leaf = lambda role, leaf, value, support: tap(leaf, value, support)
+        tap_leaf = lambda role, *leaves: tap(*leaves, role.layout)
         # The backward pass makes gradients in the dtype of their weights: until all
         # layers have theirs, bfloat16 holds the same numbers in half of the bytes.
         coarse = lambda role, leaf, value: value.astype(leaf.dtype)
         leaves = map_roles(coarse, roles, state.params, values["leaves"], only=TRAINED)
         trees = (leaves, state.support)
         params, stacked = route(roles, state.params, tap_leaf, *trees)
-        return params, self._attachment(tap, stacked, values["added"])
+        return params, self._attachment(roles, tap_leaf, stacked, values["added"])
 
     def _gradients(
         self, place: Place, values: Any, batch: Any, key: jax.Array
@@ -305,66 +317,58 @@ class Compact:
         require_state(self, state)
 
     def _choose_by_gradient(
-        self, roles: Any, state: CompactState, batch: Any, key: jax.Array
+        self, roles: Any, score: Score, state: CompactState, batch: Any, key: jax.Array
     ) -> tuple[Any, jax.Array, Any]:
         """Returns the supports, found layer by layer in one backward pass."""
-        empty = map_roles(
-            lambda role, support: empty_selection(support.shape),
-            roles, state.support, only=(SPARSE,),
-        )  # fmt: skip
-        wanted = map_roles(self._wanted, roles, only=(SPARSE,))
+
+        def draw(role: Role, leaf: jax.Array) -> jax.Array:
+            own = leaf_key(key, role.name)
+            fold = jax.vmap(lambda layer: jax.random.fold_in(own, layer))
+            return fold(jnp.arange(len(leaf))) if role.stacked else own
+
+        def tap_leaf(role: Role, *leaves: Any) -> jax.Array:
+            k = self.method.support_size(role)
+            return selecting_tap(Wanted(score, k, role.layout), *leaves)
 
         def total(selections: Any) -> jax.Array:
-            tap_leaf = lambda role, leaf, chosen: selecting_tap(
-                self._wanted(role), leaf, chosen
-            )
-            params, stacked = route(roles, state.params, tap_leaf, selections)
-            tap_layer = lambda leaf, chosen, wanted: selecting_tap(wanted, leaf, chosen)
-            attachment = self._attachment(
-                tap_layer, stacked, state.added, self._inside(wanted)
-            )
-            loss, weight = sums_of(self, params, attachment, batch, key)
+            params, stacked = route(roles, state.params, tap_leaf, selections, draws)
+            attachment = self._attachment(roles, tap_leaf, stacked, state.added)
+            loss, weight = sums_of(self, params, attachment, *first)
             return loss / weight
 
-        selections = jax.grad(total)(empty)
-        is_selection = lambda node: isinstance(node, Selection)
-        bad = [
-            jnp.any(selection.bad > 0)
-            for selection in jax.tree.leaves(selections, is_leaf=is_selection)
-        ]
-        only = {"only": (SPARSE,)}
-        positions = lambda role, chosen: support_of(
-            chosen, self.cuts.get(role.name), self.method.unit
+        first = batch, key
+        if self.accumulate > 1:
+            one = jax.tree.map(lambda leaf: leaf[0], batch)
+            first = one, jax.random.split(key, self.accumulate)[0]
+        of_sparse = functools.partial(map_roles, only=(SPARSE,))
+        draws = of_sparse(draw, roles, state.params)
+        empty = lambda role, support: empty_selection(support.shape)
+        chosen = jax.grad(total)(of_sparse(empty, roles, state.support))
+        support = lambda role, selection: support_of(selection, role.layout)
+        bad = lambda role, selection: jnp.any(selection.bad > 0)
+        count = lambda role, selection: selection.count.astype(jnp.int32)
+        return (
+            of_sparse(support, roles, chosen),
+            ~jnp.any(jnp.array(jax.tree.leaves(of_sparse(bad, roles, chosen)), bool)),
+            of_sparse(count, roles, chosen),
         )
-        support = map_roles(positions, roles, selections, **only)
-        count = lambda role, chosen: chosen.count.astype(jnp.int32)
-        counts = map_roles(count, roles, selections, **only)
-        finite = ~jnp.any(jnp.stack(bad)) if bad else jnp.array(True)
-        return support, finite, counts
 
     def _choose_by_weight(
-        self, roles: Any, state: CompactState, key: jax.Array
+        self, roles: Any, score: Score | None, state: CompactState, key: jax.Array
     ) -> tuple[Any, Any]:
         """Returns the supports of a score that looks at no gradient, and counts."""
 
-        def chosen(role: Role, leaf: jax.Array, support: Any) -> tuple[Support, Any]:
-            score, k, cut, unit = self._wanted(role)
-            options = {"cut": cut, "slots": support.shape[-1], "stacked": role.stacked}
+        def chosen(role: Role, leaf: jax.Array, support: jax.Array) -> Any:
+            assert score is not None
             # Nothing reads the gradient.
-            args = (score, leaf, leaf, k, leaf_key(key, role.name))
-            return unit.choose(*args, **options)
+            args = (score, leaf, leaf, self.method.support_size(role))
+            options = {"stacked": role.stacked, "capacity": support.shape[-1]}
+            return role.layout.choose(*args, leaf_key(key, role.name), **options)
 
-        both = map_roles(chosen, roles, state.params, state.support, only=(SPARSE,))
-        first, second = (
-            map_roles(lambda role, pair, i=i: pair[i], roles, both, only=(SPARSE,))
-            for i in (0, 1)
-        )
-        return first, second
-
-    def _wanted(self, role: Role) -> Wanted:
-        """Returns what to select in a leaf, or in each layer of it."""
-        k, cut = self.method.support_size(role), self.cuts.get(role.name)
-        return Wanted(self.method.score, k, cut, self.method.unit)
+        of_sparse = functools.partial(map_roles, only=(SPARSE,))
+        both = of_sparse(chosen, roles, state.params, state.support)
+        pick = lambda i: of_sparse(lambda role, pair: pair[i], roles, both)
+        return pick(0), pick(1)
 
     def _inside(self, tree: Any) -> Any:
         """Returns the subtree of the layers, empty if there is none."""
@@ -372,26 +376,25 @@ class Compact:
         return tree[name] if isinstance(tree, Mapping) and name in tree else {}
 
     def _attachment(
-        self, tap_leaf: Callable[..., Any], stacked: tuple, added: Any, *static: Any
+        self, roles: Any, tap_leaf: Callable[..., Any], stacked: tuple, added: Any
     ) -> Attachment:
         """Returns the attachment that taps the layers of the stack.
 
         Args:
-          tap_leaf: (leaf, a value of every tree, a value of every static tree) -> leaf.
+          roles: of all leaves.
+          tap_leaf: (role, leaf, a value of every tree) -> leaf.
           stacked: trees of arrays, of which a layer gets its slices.
           added: what the method adds.
-          *static: trees of the layers that hold no arrays.
         """
         inside = tuple(map(self._inside, stacked))
 
         def weights(layer_params: Any, trained: Any) -> Any:
-            def one(leaf: jax.Array, *values: Any) -> jax.Array:
-                masked = isinstance(values[0], optax.MaskedNode)
-                return leaf if masked else tap_leaf(leaf, *values)
+            def one(role: Role, leaf: jax.Array, *values: Any) -> jax.Array:
+                return tap_leaf(role, leaf, *values) if role.kind == SPARSE else leaf
 
             if not trained["tapped"][0]:
                 return layer_params
-            return jax.tree.map(one, layer_params, *trained["tapped"], *static)
+            return map_roles(one, self._inside(roles), layer_params, *trained["tapped"])
 
         return Attachment({"tapped": inside, "added": added}, weights, self._respond)
 

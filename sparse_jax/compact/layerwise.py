@@ -14,7 +14,6 @@ from sparse_jax.compact.gradients import as_types, choose_if, update_if
 from sparse_jax.compact.tap import tap
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment, Recompute, Slots
-from sparse_jax.params.roles import DENSE, FROZEN, SPARSE, TRAINED, Role, map_roles
 from sparse_jax.samplers.sampler import (
     Sampler,
     SamplerState,
@@ -23,7 +22,7 @@ from sparse_jax.samplers.sampler import (
     is_active,
 )
 from sparse_jax.supports.packing import below_float32, current_values
-from sparse_jax.supports.support import gather, scatter
+from sparse_jax.supports.roles import DENSE, FROZEN, SPARSE, TRAINED, Role, map_roles
 from sparse_jax.transforms.layer_state import (
     init_rows,
     put_rows,
@@ -145,7 +144,7 @@ class Layerwise(Compact):
           has to show.
         """
         self._require_state(state)
-        roles = self.method.roles(state.params)
+        roles = self.roles(state.params)
         opt: Any = state.opt_state
         value_fn = lambda strength: self._value(roles, state, batch, strength)
         before = is_active(self.sampler, opt.sampler.active)
@@ -227,7 +226,7 @@ class Layerwise(Compact):
                 return take_rows(master, active)
             if role.kind == DENSE:
                 return take_rows(leaf, active)
-            return gather(leaf, take_rows(support, active), active)
+            return role.layout.gather(leaf, take_rows(support, active), active)
 
         trees = (state.params, state.support, state.masters)
         outside = _side(roles, stacked=False)
@@ -248,9 +247,9 @@ class Layerwise(Compact):
         def place(role: Role, leaf: jax.Array, value: Any, support: Any) -> Any:
             if role.stacked or role.kind not in TRAINED:
                 return leaf
-            return (
-                tap(leaf, value, support) if role.kind == SPARSE else _like(value, leaf)
-            )
+            if role.kind == SPARSE:
+                return tap(leaf, value, support, role.layout)
+            return _like(value, leaf)
 
         def row_of(role: Role, leaf: jax.Array, support: Any) -> jax.Array:
             # The values of sparse entries are in the weights; a tap does not read them.
@@ -265,7 +264,7 @@ class Layerwise(Compact):
 
         def weight(role: Role, leaf: jax.Array, row: Any, support: Any) -> jax.Array:
             if role.kind == SPARSE:
-                return tap(leaf, row, support)
+                return tap(leaf, row, support, role.layout)
             return _like(row, leaf) if role.kind == DENSE else leaf
 
         def weights(layer_params: Any, trained: Any) -> Any:
@@ -292,10 +291,12 @@ class Layerwise(Compact):
                 if role.kind not in TRAINED:
                     return leaf
                 start = origin.astype(jnp.float32)
-                now = gather(leaf, support) if role.kind == SPARSE else leaf
-                values = start + trained["strength"] * (now.astype(jnp.float32) - start)
                 sparse = role.kind == SPARSE
-                return scatter(leaf, support, values) if sparse else _like(values, leaf)
+                now = role.layout.gather(leaf, support) if sparse else leaf
+                values = start + trained["strength"] * (now.astype(jnp.float32) - start)
+                if sparse:
+                    return role.layout.scatter(leaf, support, values)
+                return _like(values, leaf)
 
             trees = (layer_params, trained["support"], trained["origin"])
             return map_roles(damp, inside, *trees)
@@ -327,12 +328,14 @@ class Layerwise(Compact):
         ) -> jax.Array:
             if role.kind not in TRAINED:
                 return leaf
-            if not role.stacked:
-                sparse = role.kind == SPARSE
-                return scatter(leaf, support, value) if sparse else _like(value, leaf)
+            if role.kind == SPARSE and role.stacked:
+                taken = take_rows(support, active)
+                return role.layout.scatter(leaf, taken, row, active)
             if role.kind == SPARSE:
-                return scatter(leaf, take_rows(support, active), row, active)
-            return put_rows(leaf, _like(row, leaf), active)
+                return role.layout.scatter(leaf, support, value)
+            if role.stacked:
+                return put_rows(leaf, _like(row, leaf), active)
+            return _like(value, leaf)
 
         def keep(role: Role, master: Any, row: Any, value: Any) -> Any:
             if isinstance(master, optax.MaskedNode):

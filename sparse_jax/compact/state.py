@@ -13,7 +13,7 @@ class CompactState(NamedTuple):
 
     count: jax.typing.ArrayLike  # shape=(), int32: updates made; -1 before a selection
     params: Any  # current parameters, in their own dtypes
-    support: Any  # sparse leaves: shape=(k,) or (L, k), int32, or tables
+    support: Any  # sparse leaves: shape=(k,) or (L, k), int32; see `Layout`
     masters: Any  # trained leaves below float32: their float32 values
     added: Any  # arrays that the method adds, float32
     opt_state: optax.OptState  # of the trained values

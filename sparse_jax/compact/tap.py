@@ -12,10 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.supports.granularity import ENTRY, Granularity
+from sparse_jax.supports.entries import ENTRY
+from sparse_jax.supports.layout import Layout
 from sparse_jax.supports.scores import Score
-from sparse_jax.supports.sharded import Cut, Tables
-from sparse_jax.supports.support import Support, gather
 
 __all__ = [
     "Selection",
@@ -27,8 +26,10 @@ __all__ = [
 ]
 
 
-@jax.custom_vjp
-def tap(param: jax.Array, packed: jax.Array, support: Support) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tap(
+    param: jax.Array, packed: jax.Array, support: jax.Array, layout: Layout = ENTRY
+) -> jax.Array:
     """Returns `param`, so that the gradient at `support` belongs to `packed`.
 
         forward:  w           backward:  d loss / d packed = (d loss / d w)[support]
@@ -40,7 +41,9 @@ def tap(param: jax.Array, packed: jax.Array, support: Support) -> jax.Array:
       param: weight of any shape, of one layer.
       packed: shape=(k,), float32 or the dtype of `param`; what to differentiate with
         respect to. The gradient has its dtype.
-      support: positions, shape=(k,), int32; or tables, and `packed` in their shape.
+      support: positions, shape=(k,), int32; or of another layout, and `packed` in its
+        shape.
+      layout: what the numbers of the support are.
 
     Example:
       >>> w, support = jnp.array([1.0, 2.0, 3.0]), jnp.array([0, 2])
@@ -48,19 +51,20 @@ def tap(param: jax.Array, packed: jax.Array, support: Support) -> jax.Array:
       >>> jax.grad(loss)(jnp.zeros(2))
       Array([2., 6.], dtype=float32)
     """
-    del packed, support
+    del packed, support, layout
     return param
 
 
-def _tap_forward(param, packed, support):
+def _tap_forward(param, packed, support, layout):
     """Keeps the support, and a dtype."""
+    del layout
     return param, (support, jnp.empty(0, packed.dtype))
 
 
-def _tap_backward(kept, cotangent):
+def _tap_backward(layout, kept, cotangent):
     """Gathers the wanted entries of the dense gradient."""
     support, like = kept
-    return None, gather(cotangent, support).astype(like.dtype), None
+    return None, layout.gather(cotangent, support).astype(like.dtype), None
 
 
 tap.defvjp(_tap_forward, _tap_backward)
@@ -69,14 +73,13 @@ tap.defvjp(_tap_forward, _tap_backward)
 class Selection(NamedTuple):
     """A support on its way out of a backward pass, as float32 cotangents.
 
-    Of an array that is cut over a mesh, k stands for (S, c), tables of S shards, and
-    the other arrays have S at their end too; of lanes, for (m, G, C).
+    k stands for the shape of the support of one array.
     """
 
-    high: jax.Array  # shape=(..., k): positions divided by 2**16
+    high: jax.Array  # shape=(..., k): numbers divided by 2**16
     low: jax.Array  # shape=(..., k): the remainder
-    bad: jax.Array  # shape=(...): 1 where the gradient was not finite
-    count: jax.Array  # shape=(...): chosen entries, which a table may have no room for
+    bad: jax.Array  # shape of `count`: 1 where the gradient was not finite
+    count: jax.Array  # as `Layout.choose` returns it
 
 
 # Both halves of an int32 position are exact in float32.
@@ -89,13 +92,11 @@ def empty_selection(shape: tuple[int, ...]) -> Selection:
     return Selection(zeros, zeros, zeros[..., 0], zeros[..., 0])
 
 
-def support_of(
-    selection: Selection, cut: Cut | None = None, unit: Granularity = ENTRY
-) -> Support:
+def support_of(selection: Selection, layout: Layout = ENTRY) -> jax.Array:
     """Returns the support that a selection carries."""
-    positions = selection.high.astype(jnp.int32) * _HALF
-    positions += selection.low.astype(jnp.int32)
-    return unit.restored(positions, cut)
+    numbers = selection.high.astype(jnp.int32) * _HALF
+    numbers += selection.low.astype(jnp.int32)
+    return numbers.astype(layout.dtype)
 
 
 class Wanted(NamedTuple):
@@ -103,12 +104,13 @@ class Wanted(NamedTuple):
 
     score: Score  # ranks the entries; the k best are selected
     k: int
-    cut: Cut | None  # how the array, or each layer of the stack, is cut over a mesh
-    unit: Granularity = ENTRY
+    layout: Layout = ENTRY
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def selecting_tap(wanted: Wanted, param: jax.Array, selection: Selection) -> jax.Array:
+def selecting_tap(
+    wanted: Wanted, param: jax.Array, selection: Selection, key: jax.Array
+) -> jax.Array:
     """Returns `param`; the "gradient" of `selection` is the support of its gradient.
 
     This selects in the backward pass itself, so that choosing the support of a large
@@ -117,39 +119,37 @@ def selecting_tap(wanted: Wanted, param: jax.Array, selection: Selection) -> jax
     Args:
       wanted: what to select.
       param: weight of any shape, of one layer.
-      selection: `empty_selection((k,))`, or `empty_selection((S, c))` if cut.
+      selection: `empty_selection` in the shape of the support.
+      key: for scores that draw.
 
     Example:
-      >>> from sparse_jax.supports.scores import gradient
-      >>> w = jnp.array([1.0, -3.0, 2.0])
-      >>> wanted = Wanted(gradient, 2, None)
-      >>> loss = lambda s: jnp.sum(selecting_tap(wanted, w, s) ** 2)
+      >>> from sparse_jax.supports.scores import SCORES
+      >>> w, key = jnp.array([1.0, -3.0, 2.0]), jax.random.key(0)
+      >>> wanted = Wanted(SCORES["gradient"], 2)
+      >>> loss = lambda s: jnp.sum(selecting_tap(wanted, w, s, key) ** 2)
       >>> support_of(jax.grad(loss)(empty_selection((2,))))
       Array([1, 2], dtype=int32)
     """
-    del wanted, selection
+    del wanted, selection, key
     return param
 
 
-def _select_forward(wanted, param, selection):
+def _select_forward(wanted, param, selection, key):
     """Keeps what the score may want to see."""
     del wanted
-    return param, (param, selection.high)
+    return param, (param, selection.high, key)
 
 
 def _select_backward(wanted, kept, cotangent):
     """Selects from the dense gradient."""
-    (score, k, cut, unit), (param, high) = wanted, kept
-    # A score that looks at a gradient draws nothing.
-    key = jax.random.key(0)
-    support, count = unit.choose(
-        score, cotangent, param, k, key, cut=cut, slots=high.shape[-1]
+    param, high, key = kept
+    support, count = wanted.layout.choose(
+        wanted.score, cotangent, param, wanted.k, key, capacity=high.shape[-1]
     )
-    numbers = support.positions if isinstance(support, Tables) else support
-    numbers = numbers.astype(jnp.int32)
+    numbers = support.astype(jnp.int32)
     bad = jnp.broadcast_to(~jnp.isfinite(cotangent).all(), count.shape)
     parts = (numbers // _HALF, numbers % _HALF, bad, count)
-    return None, Selection(*(part.astype(jnp.float32) for part in parts))
+    return None, Selection(*(part.astype(jnp.float32) for part in parts)), None
 
 
 selecting_tap.defvjp(_select_forward, _select_backward)

@@ -12,9 +12,10 @@ from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.fields import Json, from_json, to_json
 from sparse_jax.params.names import Rule
-from sparse_jax.params.roles import Role, roles_of
-from sparse_jax.supports.granularity import ENTRY, Granularity
-from sparse_jax.supports.scores import Score, gradient
+from sparse_jax.supports.entries import ENTRY
+from sparse_jax.supports.layout import Layout
+from sparse_jax.supports.roles import Role, roles_of
+from sparse_jax.supports.scores import Score
 
 __all__ = ["Method", "PeftForm", "PeftPart", "refuse_to_merge"]
 
@@ -56,19 +57,9 @@ class Method:
                 object.__setattr__(self, field.name, tuple(value))
 
     @property
-    def score(self) -> Score:
-        """What the sparse leaves are selected by."""
-        return gradient
-
-    @property
-    def unit(self) -> Granularity:
-        """What is chosen in the sparse leaves."""
-        return ENTRY
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether the selection has to see a gradient."""
-        return False
+    def ranking(self) -> Score | None:
+        """What the sparse leaves are selected by, None if there are none."""
+        return None
 
     def roles(self, params: Any) -> Any:
         """Returns the role of every leaf of the parameters."""
@@ -145,7 +136,7 @@ class Method:
         del added
         return None
 
-    def _roles(self, params: Any, *, where: Rule | None) -> Any:
+    def _roles(self, params: Any, *, where: Rule | None, layout: Layout = ENTRY) -> Any:
         """Returns the roles by the rules of this method."""
         subtrees = params if isinstance(params, Mapping) else {}
         stacked = (
@@ -153,7 +144,8 @@ class Method:
             if self.stack and self.stack in subtrees
             else None
         )
-        return roles_of(params, where=where, dense=self.dense, stacked=stacked)
+        rules = {"where": where, "dense": self.dense, "stacked": stacked}
+        return roles_of(params, **rules, layout=layout)
 
 
 def refuse_to_merge(method: Method, params: Any, added: Any) -> Any:

@@ -350,6 +350,6 @@ register_method(
 )  # fmt: skip
 for _word, _score in (("sift", "gradient"), ("random",) * 2, ("magnitude",) * 2):
     register_method(
-        _word, "sparse_jax.methods.sparse:Sparse", learning_rate=7e-4, rank_by=_score,
+        _word, "sparse_jax.methods.sparse:Sparse", learning_rate=7e-4, score=_score,
         where=_IN_MAPS,
     )  # fmt: skip

@@ -156,7 +156,7 @@ def held_bytes(run: AbstractRun) -> Mapping[str, int]:
 
 def _gradients(run: AbstractRun) -> int:
     """Returns the bytes of the gradients of what is trained."""
-    roles = run.tuner.method.roles(run.state.params)
+    roles = run.tuner.roles(run.state.params)
 
     def values(state: Any) -> Any:
         leaves = current_values(roles, state.support, state.masters, state.params)
@@ -164,7 +164,7 @@ def _gradients(run: AbstractRun) -> int:
 
     with jax.set_mesh(run.placement.mesh):
         shapes = jax.eval_shape(values, run.state)
-    placed = run.placement.trained(shapes)
+    placed = run.placement.trained(roles, shapes)
     trees = (
         (shapes.params, placed.params, _gradient_dtypes(run)),
         (shapes.added, placed.added, {}),

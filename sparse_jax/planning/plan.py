@@ -10,11 +10,11 @@ import jax
 
 from sparse_jax.errors import InputError, first_line
 from sparse_jax.models.functional import Model
-from sparse_jax.params.roles import SPARSE, map_roles
 from sparse_jax.planning.abstract import AbstractRun, abstract_run, held_bytes
 from sparse_jax.planning.hlo import Traffic, collectives_of, count_flops
 from sparse_jax.planning.target import Chip, Target
 from sparse_jax.sharding.mesh import MeshShape
+from sparse_jax.supports.roles import SPARSE, map_roles
 from sparse_jax.training.counts import count_trained
 from sparse_jax.training.settings import Settings
 
@@ -254,7 +254,5 @@ def _reaching(plan: Plan, run: AbstractRun, chip: Chip) -> float:
     # Of every weight the gradient is read, and the weight is read and written.
     sizes: list[int] = []
     add = lambda role, leaf: sizes.append(leaf.size * leaf.dtype.itemsize)
-    map_roles(
-        add, run.tuner.method.roles(run.state.params), run.state.params, only=(SPARSE,)
-    )
+    map_roles(add, run.tuner.roles(run.state.params), run.state.params, only=(SPARSE,))
     return 3 * sum(sizes) / run.placement.mesh.size / chip.bandwidth

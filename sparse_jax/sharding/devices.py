@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from sparse_jax.compact.compact import Compact, CompactState
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner, Runner, SingleRunner
-from sparse_jax.supports.sharded import Cut
+from sparse_jax.supports.layout import Shards
 
 __all__ = ["Devices", "MeshDevices", "OneDevice"]
 
@@ -27,8 +27,8 @@ class Devices(Protocol):
         """Returns a context in which arrays of the run can be worked on."""
         ...
 
-    def cuts(self, stack: str | None) -> dict[str, Cut]:
-        """Returns how leaves are cut, for `Compact`."""
+    def shards(self, stack: str | None) -> dict[str, Shards]:
+        """Returns how leaves are sharded, for `Compact`."""
         ...
 
     def require_batch(self, batch_size: int, accumulate: int = 1) -> None:
@@ -39,7 +39,7 @@ class Devices(Protocol):
         """Returns a batch where it is used."""
         ...
 
-    def hold(self, state: CompactState) -> CompactState:
+    def hold(self, roles: Any, state: CompactState) -> CompactState:
         """Returns a state of packed values, read from a file, where it is used."""
         ...
 
@@ -61,8 +61,8 @@ class OneDevice:
         """Returns a context that does nothing."""
         return nullcontext()
 
-    def cuts(self, stack: str | None) -> dict[str, Cut]:
-        """Returns nothing: no leaf is cut."""
+    def shards(self, stack: str | None) -> dict[str, Shards]:
+        """Returns nothing: no leaf is sharded."""
         del stack
         return {}
 
@@ -74,8 +74,9 @@ class OneDevice:
         del accumulate
         return batch
 
-    def hold(self, state: CompactState) -> CompactState:
+    def hold(self, roles: Any, state: CompactState) -> CompactState:
         """Puts a state on the device."""
+        del roles
         return jax.tree.map(jnp.asarray, state)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,9 +99,9 @@ class MeshDevices(OneDevice):
         """Returns the context of the mesh."""
         return jax.set_mesh(self.placement.mesh)
 
-    def cuts(self, stack: str | None) -> dict[str, Cut]:
-        """Returns how leaves are cut, for `Compact`."""
-        return self.placement.cuts(stack)
+    def shards(self, stack: str | None) -> dict[str, Shards]:
+        """Returns how leaves are sharded, for `Compact`."""
+        return self.placement.shards(stack)
 
     def require_batch(self, batch_size: int, accumulate: int = 1) -> None:
         """Raises `InputError` unless the devices divide a batch."""
@@ -110,9 +111,9 @@ class MeshDevices(OneDevice):
         """Returns a batch on the mesh."""
         return self.placement.put(batch, accumulate)
 
-    def hold(self, state: CompactState) -> CompactState:
+    def hold(self, roles: Any, state: CompactState) -> CompactState:
         """Puts a state on the mesh."""
-        return self.placement.hold(state)
+        return self.placement.hold(roles, state)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a compiled function whose results are on every device."""

@@ -1,7 +1,7 @@
 """The placement of a run on a mesh: where parameters, batches and state lie."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from sparse_jax.compact.compact import CompactState
 from sparse_jax.errors import InputError
 from sparse_jax.params.axes import BATCH_AXES, DATA
-from sparse_jax.params.names import leaf_names, map_named
-from sparse_jax.sharding.rules import RULES, Rules, cuts_of, specs_of
-from sparse_jax.supports.sharded import Cut, Tables, map_supports
+from sparse_jax.params.names import map_named
+from sparse_jax.sharding.rules import RULES, Rules, shards_of, specs_of
+from sparse_jax.supports.layout import Shards
+from sparse_jax.supports.roles import SPARSE, Role, map_roles
 
 __all__ = ["Placement"]
 
@@ -76,9 +77,9 @@ class Placement:
         """The shardings of the parameters."""
         return jax.tree.map(self.at, self.specs)
 
-    def cuts(self, stack: str | None) -> dict[str, Cut]:
-        """Returns how leaves are cut, for `Compact`."""
-        return cuts_of(self.specs, dict(self.mesh.shape), stack)
+    def shards(self, stack: str | None) -> dict[str, Shards]:
+        """Returns how leaves are sharded, for `Compact`."""
+        return shards_of(self.specs, dict(self.mesh.shape), stack)
 
     def at(self, spec: jax.P) -> jax.NamedSharding:
         """Returns a sharding on this mesh."""
@@ -119,35 +120,29 @@ class Placement:
 
         return jax.tree.map(one, dict(batch))
 
-    def supports(self, support: Any) -> Any:
-        """Returns the shardings of supports: tables lie where their leaves do."""
+    def supports(self, roles: Any, support: Any) -> Any:
+        """Returns the shardings of supports, as their layouts say."""
+        one = lambda role, support: self.at(role.layout.spec(role.stacked))
+        return map_roles(one, roles, support, only=(SPARSE,))
 
-        def one(name: str, node: Any) -> Any:
-            del name
-            if not isinstance(node, Tables):
-                return self.at(jax.P())
-            return replace(node, positions=self.at(node.spec))
-
-        return map_supports(one, support)
-
-    def state(self, state: CompactState) -> CompactState:
+    def state(self, roles: Any, state: CompactState) -> CompactState:
         """Returns the shardings of a state, from the state or its shapes.
 
         What belongs to a leaf, wherever it is, lies where the leaf lies; the rest is
         on every device.
         """
-        return self.trained(state._replace(params=()))._replace(params=self.params)
+        rest = self.trained(roles, state._replace(params=()))
+        return rest._replace(params=self.params)
 
-    def trained(self, state: CompactState) -> CompactState:
+    def trained(self, roles: Any, state: CompactState) -> CompactState:
         """Returns the shardings of a state that has packed values for parameters."""
-        names = jax.tree.leaves(leaf_names(self.specs))
-        packed = dict(zip(names, jax.tree.leaves(self.specs), strict=True))
+        packed: dict[str, jax.P] = {}
 
-        def note(name: str, node: Any) -> None:
-            if isinstance(node, Tables):
-                packed[name] = node.spec
+        def note(role: Role, spec: jax.P) -> None:
+            of_support = role.layout.spec(role.stacked)
+            packed[role.name] = of_support if role.kind == SPARSE else spec
 
-        map_supports(note, state.support)
+        map_roles(note, roles, self.specs)
 
         def owned(name: str, leaf: Any) -> jax.NamedSharding:
             spec = _spec_of(name, packed)
@@ -155,9 +150,9 @@ class Placement:
             return self.at(spec if fits else jax.P())
 
         rest = map_named(owned, state._replace(support=()))
-        return rest._replace(support=self.supports(state.support))
+        return rest._replace(support=self.supports(roles, state.support))
 
-    def hold(self, state: CompactState) -> CompactState:
+    def hold(self, roles: Any, state: CompactState) -> CompactState:
         """Puts such a state from the host, the same on every process, on the mesh."""
 
         def one(array: Any, sharding: jax.NamedSharding) -> jax.Array:
@@ -167,7 +162,7 @@ class Placement:
                 array.shape, sharding, lambda index: array[index]
             )
 
-        return jax.tree.map(one, state, self.trained(state))
+        return jax.tree.map(one, state, self.trained(roles, state))
 
 
 def _spec_of(name: str, packed: Mapping[str, jax.P]) -> jax.P:

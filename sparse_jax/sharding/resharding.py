@@ -1,4 +1,4 @@
-"""Moving: a state that one mesh wrote, in the tables of another."""
+"""Moving a state from the mesh that wrote it to another."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,66 +8,53 @@ import numpy as np
 
 from sparse_jax.compact.compact import CompactState
 from sparse_jax.params.names import leaf_names
-from sparse_jax.supports.lanes import LaneSupport
-from sparse_jax.supports.positions import canonical, tables_of
-from sparse_jax.supports.sharded import Cut, LocalSupport, map_supports
+from sparse_jax.supports.layout import Shards
+from sparse_jax.supports.roles import SPARSE, Role, map_roles
 
 __all__ = ["moved"]
 
 
 def moved(
     state: CompactState,
-    shapes: Mapping[str, tuple[int, ...]],
-    old: Mapping[str, Cut],
-    new: Mapping[str, Cut],
+    roles: Any,
+    params: Any,
+    old: Mapping[str, Shards],
+    new: Mapping[str, Shards],
 ) -> CompactState:
-    """Returns a state on the host with its supports cut in another way.
+    """Returns a state on the host with its supports sharded in another way.
 
-    Packed values, masters and what the optimiser keeps move with the positions that
-    they belong to.
+    Packed values, masters and what the optimiser keeps move with the entries that they
+    belong to.
 
     Args:
-      state: arrays of the host; the kind of its supports says nothing, `old` does.
-      shapes: of the whole leaves, by name.
-      old: how leaves were cut, by name; leaves that were not are left out.
-      new: how they are to be cut.
+      state: arrays of the host, with packed values for parameters.
+      roles: of all leaves in one piece.
+      params: the whole leaves, or their shapes.
+      old: how leaves were sharded, by name; those that were not are left out.
+      new: how they are to be sharded.
     """
-    supports: dict[str, Any] = {}
-
-    def note(name: str, node: Any) -> None:
-        # Lanes are the same on every mesh.
-        if isinstance(node, LaneSupport):
-            return
-        positions = node.positions if isinstance(node, LocalSupport) else node
-        cut = old.get(name)
-        supports[name] = LocalSupport(positions, cut) if cut else positions
-
-    map_supports(note, state.support)
+    supports: dict[str, np.ndarray] = {}
+    note = lambda role, support: supports.update({role.name: support})
+    map_roles(note, roles, state.support, only=(SPARSE,))
     rest = state._replace(support=())
     leaves, tree = jax.tree.flatten(rest)
     owners = [
         _owner(path, np.shape(leaf), supports)
         for path, leaf in zip(jax.tree.leaves(leaf_names(rest)), leaves, strict=True)
     ]
-    found: dict[str, np.ndarray] = {}
-    for name, support in supports.items():
-        places = [i for i, owner in enumerate(owners) if owner == name]
+
+    def move(role: Role, support: np.ndarray, leaf: Any) -> np.ndarray:
+        places = [i for i, owner in enumerate(owners) if owner == role.name]
+        before, after = (role.layout.sharded(way.get(role.name)) for way in (old, new))
         packed = [leaves[i] for i in places]
-        whole = canonical(support, shapes[name], *packed)
-        if name in new:
-            whole = tables_of(whole[0], new[name], shapes[name], *whole[1:])
-        found[name], *packed = whole
-        for i, leaf in zip(places, packed, strict=True):
+        whole = before.to_positions(support, leaf.shape, *packed)
+        found = after.from_positions(whole[0], leaf.shape, *whole[1:])
+        for i, leaf in zip(places, found[1:], strict=True):
             leaves[i] = leaf
+        return found[0]
 
-    def support_of(name: str, node: Any) -> Any:
-        if isinstance(node, LaneSupport):
-            return node
-        positions: Any = found[name]
-        return LocalSupport(positions, new[name]) if name in new else positions
-
-    moved = jax.tree.unflatten(tree, leaves)
-    return moved._replace(support=map_supports(support_of, state.support))
+    support = map_roles(move, roles, state.support, params, only=(SPARSE,))
+    return jax.tree.unflatten(tree, leaves)._replace(support=support)
 
 
 def _owner(path: str, shape: tuple[int, ...], supports: Mapping[str, Any]) -> str:

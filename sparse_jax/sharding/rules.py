@@ -11,9 +11,9 @@ import numpy as np
 from sparse_jax.errors import InputError
 from sparse_jax.params.axes import FSDP, TENSOR
 from sparse_jax.params.names import map_named
-from sparse_jax.supports.sharded import Cut
+from sparse_jax.supports.layout import Shards
 
-__all__ = ["RULES", "Rules", "cuts_of", "specs_of"]
+__all__ = ["RULES", "Rules", "shards_of", "specs_of"]
 
 # (expression of leaf names, mesh axis of every dimension); the first match counts.
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
@@ -86,30 +86,32 @@ def specs_of(
     return specs, whole
 
 
-def cuts_of(specs: Any, sizes: Mapping[str, int], stack: str | None) -> dict[str, Cut]:
-    """Returns how the leaves that are cut are cut, by name.
+def shards_of(
+    specs: Any, sizes: Mapping[str, int], stack: str | None
+) -> dict[str, Shards]:
+    """Returns how the leaves that are sharded are sharded, by name.
 
     Args:
       specs: tree of partitions.
       sizes: devices along every axis.
-      stack: subtree whose leaves start with the layer axis, which is not cut.
+      stack: subtree whose leaves start with the layer axis, which is whole.
 
     Example:
       >>> specs = {"layers": {"w": jax.P(None, "fsdp", None)}, "norm": jax.P(None)}
-      >>> cuts_of(specs, {"fsdp": 4}, "layers")
-      {'layers/w': Cut(names=(('fsdp',), ()), counts=(4, 1))}
+      >>> shards_of(specs, {"fsdp": 4}, "layers")
+      {'layers/w': Shards(names=(('fsdp',), ()), counts=(4, 1))}
     """
-    cuts: dict[str, Cut] = {}
+    shards: dict[str, Shards] = {}
 
     def add(name: str, spec: jax.P) -> None:
         is_stacked = stack is not None and name.startswith(f"{stack}/")
         names = tuple((axis,) if axis else () for axis in spec[int(is_stacked) :])
         counts = tuple(sizes[axes[0]] if axes else 1 for axes in names)
         if any(names):
-            cuts[name] = Cut(names, counts)
+            shards[name] = Shards(names, counts)
 
     map_named(add, specs)
-    return cuts
+    return shards
 
 
 def _bytes(leaf: Any) -> int:

@@ -1,8 +1,6 @@
 """Runners: the compiled functions of a tuner, on one device or on a mesh."""
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
@@ -10,18 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from sparse_jax.compact.compact import Compact, CompactState
-from sparse_jax.params.roles import SPARSE, Role, map_roles
 from sparse_jax.sharding.placement import Placement
-from sparse_jax.supports.granularity import ENTRY
-from sparse_jax.supports.sharded import LocalSupport, map_supports
+from sparse_jax.supports.roles import SPARSE, Role, map_roles
 
 __all__ = ["MeshRunner", "Runner", "SingleRunner"]
 
-# Room in the first tables beyond an even share; a second selection follows where it is
-# not enough.
+# Room in the first supports beyond an even share; a second selection follows where it
+# is not enough.
 _HEADROOM = 1.25
-# Tables end at a multiple of this, the width of a vector register of a TPU.
-_LANES = 128
 
 
 class Runner(Protocol):
@@ -69,7 +63,7 @@ class MeshRunner:
     The methods are those of `Runner`.
 
     Args:
-      tuner: made with the `cuts` and `data_axes` of the placement.
+      tuner: made with the `shards` and `data_axes` of the placement.
       placement: where the parameters lie.
     """
 
@@ -84,26 +78,30 @@ class MeshRunner:
 
     def init(self, params: Any, key: jax.Array) -> CompactState:
         """Returns the state before the selection; parameters are placed already."""
-        return self._init(params, key, self._first_slots(params))
+        return self._init(params, key, self._first_capacity(params))
 
     def select(
         self, state: CompactState, batch: Any, key: jax.Array
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; says whether the gradient was finite.
 
-        Tables that turn out too short are made again, and those with too much room
-        are cut: a second selection costs a backward pass, unused slots would cost
-        memory for as long as the run lasts.
+        Supports of shards that turn out too short are made again, and those with too
+        much room are shortened: a second selection costs a backward pass, unused places
+        would cost memory for as long as the run lasts.
         """
+        roles = self.tuner.roles(state.params)
+        place = self._after_choice(roles)
         support, finite, counts = self._run(
-            self.tuner.choose, self._after_choice, (), state, batch, key
+            self.tuner.choose, place, (), state, batch, key
         )
         if not bool(finite):
             return state, False
-        needed = self._needed(state.params, counts)
+        most = lambda role, counts: float(jnp.max(counts))
+        needed = self._capacity(roles, most, counts)
         found: dict[str, int] = {}
-        map_supports(lambda name, node: found.update({name: node.shape[-1]}), support)
-        if any(slots > found[name] for name, slots in needed.items()):
+        note = lambda role, support: found.update({role.name: support.shape[-1]})
+        map_roles(note, roles, support, only=(SPARSE,))
+        if any(length > found[name] for name, length in needed.items()):
             longer = self._init(state.params, key, needed)
             return self.select(longer._replace(added=state.added), batch, key)
         return self._begin(state, support, needed), True
@@ -117,11 +115,11 @@ class MeshRunner:
 
     def abstract(self, params: Any, key: Any) -> CompactState:
         """Returns the shapes of the state, as of `init`, and where they lie."""
-        slots = self._first_slots(params)
-        init = lambda params, key: self.tuner.init(params, key, slots)
+        capacity = self._first_capacity(params)
+        init = lambda params, key: self.tuner.init(params, key, capacity)
         with jax.set_mesh(self._automatic):
             shapes = jax.eval_shape(init, params, key)
-        return jax.tree.map(_placed, shapes, self.placement.state(shapes))
+        return jax.tree.map(_placed, shapes, self._place(shapes))
 
     def lower(
         self, state: CompactState, batch: Any, key: Any, **extra_args: Any
@@ -136,11 +134,13 @@ class MeshRunner:
         """Returns the program that chooses supports, as `lower` that of `step`."""
         args, choose = (state, batch, key), self.tuner.choose
         with jax.set_mesh(self._mesh):
-            return self._compile(choose, self._after_choice, (), args).lower(*args)
+            place = self._after_choice(self.tuner.roles(state.params))
+            return self._compile(choose, place, (), args).lower(*args)
 
-    def _after_choice(self, out: Any) -> Any:
+    def _after_choice(self, roles: Any) -> Callable[[Any], Any]:
         """Returns where supports, and what is said about them, lie."""
-        return self.placement.supports(out[0]), *self._whole(out[1:])
+        placed = lambda support: self.placement.supports(roles, support)
+        return lambda out: (placed(out[0]), *self._whole(out[1:]))
 
     def _step(self, state: CompactState, batch: Any, key: Any, extra_args: Any) -> Any:
         """Makes one update."""
@@ -148,61 +148,66 @@ class MeshRunner:
 
     def _after_step(self, out: Any) -> Any:
         """Returns where a state and metrics lie."""
-        return self.placement.state(out[0]), self._whole(out[1])
+        return self._place(out[0]), self._whole(out[1])
+
+    def _place(self, state: CompactState) -> CompactState:
+        """Returns where a state lies."""
+        return self.placement.state(self.tuner.roles(state.params), state)
 
     def _init(
-        self, params: Any, key: jax.Array, slots: Mapping[str, int]
+        self, params: Any, key: jax.Array, capacity: Mapping[str, int]
     ) -> CompactState:
-        """Returns a state with empty tables of some length."""
-        init = lambda params, key: self.tuner.init(params, key, slots)
-        lengths = tuple(slots.items())
-        place = self.placement.state
-        return self._run(init, place, (0,), params, key, static=lengths)
+        """Returns a state with empty supports of some length."""
+        init = lambda params, key: self.tuner.init(params, key, capacity)
+        static = tuple(capacity.items())
+        return self._run(init, self._place, (0,), params, key, static=static)
 
     def _begin(
-        self, state: CompactState, support: Any, slots: Mapping[str, int]
+        self, state: CompactState, support: Any, capacity: Mapping[str, int]
     ) -> CompactState:
-        """Returns the state with supports cut to some length."""
+        """Returns the state with supports shortened to some length."""
 
-        def cut(name: str, node: Any) -> Any:
-            if not isinstance(node, LocalSupport):
-                return node
-            return replace(node, positions=node.positions[..., : slots[name]])
+        def shorten(role: Role, support: jax.Array) -> jax.Array:
+            return support[..., : capacity.get(role.name)]
 
         def begin(params: Any, support: Any, added: Any) -> CompactState:
-            return self.tuner.begin(params, map_supports(cut, support), added)
+            roles = self.tuner.roles(params)
+            short = map_roles(shorten, roles, support, only=(SPARSE,))
+            return self.tuner.begin(params, short, added)
 
         args = (state.params, support, state.added)
-        lengths = tuple(slots.items())
-        return self._run(begin, self.placement.state, (0,), *args, static=lengths)
+        static = tuple(capacity.items())
+        return self._run(begin, self._place, (0,), *args, static=static)
 
-    def _first_slots(self, params: Any) -> dict[str, int]:
-        """Returns the slots of every cut leaf before its entries are counted."""
+    def _first_capacity(self, params: Any) -> dict[str, int]:
+        """Returns the length of the supports of shards before entries are counted."""
 
         def share(role: Role, leaf: Any) -> float:
             del leaf
-            cut = self.tuner.cuts[role.name]
-            return _HEADROOM * self.tuner.method.support_size(role) / cut.shards
+            shards = role.layout.shards
+            parts = 1 if shards is None else shards.number
+            return _HEADROOM * self.tuner.method.support_size(role) / parts
 
-        return self._slots(params, share, params)
+        return self._capacity(self.tuner.roles(params), share, params)
 
-    def _needed(self, params: Any, counts: Any) -> dict[str, int]:
-        """Returns the slots that the chosen entries of every cut leaf need."""
-        return self._slots(params, lambda role, counts: int(jnp.max(counts)), counts)
-
-    def _slots(
-        self, params: Any, entries: Callable[[Role, Any], float], tree: Any
+    def _capacity(
+        self, roles: Any, most: Callable[[Role, Any], float], tree: Any
     ) -> dict[str, int]:
-        """Returns slots for the entries of the fullest shard of every cut leaf."""
+        """Returns the length of supports, of the leaves whose shards differ in it.
+
+        Args:
+          roles: of all leaves.
+          most: (role, leaf) -> entries of the fullest shard.
+          tree: with the leaves.
+        """
         found: dict[str, int] = {}
 
         def add(role: Role, leaf: Any) -> None:
-            cut = self.tuner.cuts.get(role.name)
-            if cut is not None and self.tuner.method.unit == ENTRY:
-                block = role.size // cut.shards
-                found[role.name] = _rounded(entries(role, leaf), block)
+            length = role.layout.capacity(most(role, leaf), role.size)
+            if length is not None:
+                found[role.name] = length
 
-        map_roles(add, self.tuner.method.roles(params), tree, only=(SPARSE,))
+        map_roles(add, roles, tree, only=(SPARSE,))
         return found
 
     def _whole(self, tree: Any) -> Any:
@@ -257,14 +262,3 @@ class MeshRunner:
 def _placed(shape: Any, sharding: jax.NamedSharding) -> jax.ShapeDtypeStruct:
     """Returns a shape with its sharding."""
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-
-def _rounded(entries: float, block: int) -> int:
-    """Returns a number of slots that ends at a full register, or at the block.
-
-    Example:
-      >>> _rounded(130, 1000), _rounded(130, 200), _rounded(0, 1000)
-      (256, 200, 128)
-    """
-    registers = max(1, math.ceil(entries / _LANES))
-    return min(block, registers * _LANES)

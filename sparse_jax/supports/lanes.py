@@ -1,4 +1,4 @@
-"""Lanes: supports with as many chosen entries in every group of 128.
+"""The layout of lanes: as many chosen entries in every group of 128.
 
 A group is 128 rows of one column of a matrix, so that rows * columns / 128 groups fill
 it; a vector is one column. A support holds row numbers within groups, one byte an
@@ -6,8 +6,10 @@ entry, as a table that has the columns of the matrix: on a TPU every column stay
 lane of the registers, and reaching the entries needs neither gather nor scatter.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -15,180 +17,197 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sparse_jax.errors import InputError
+from sparse_jax.supports.density import support_size
 from sparse_jax.supports.lanes_tpu import GROUP, get_rows, has_kernel, set_rows
-from sparse_jax.supports.sharded import Cut, Tables, get_in_layers, set_in_layer
+from sparse_jax.supports.layout import Layout, Origin, Shards
+from sparse_jax.supports.stacks import (
+    get_in_layers,
+    replicated,
+    resharded,
+    set_in_layers,
+)
 from sparse_jax.supports.top_k import key_of
 
-__all__ = [
-    "GROUP",
-    "LaneSupport",
-    "empty_lanes",
-    "fits_lanes",
-    "gather_lanes",
-    "positions_of_lanes",
-    "scatter_lanes",
-    "top_lanes",
-]
+__all__ = ["LANE", "Lanes"]
 
 _DISTINCT: Any = {"mode": "promise_in_bounds", "unique_indices": True}
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LaneSupport(Tables):
-    """The rows of chosen entries within their groups.
+class Lanes(Layout):
+    """The best entries of every 128 rows of a column: shape=(m, G, C), uint8.
 
-    Packed values have the shape of `positions`: m entries of each of G groups in each
-    of C columns. Tables are cut over a mesh like their matrix.
+    m rows of each of G groups in each of C columns, sharded like their matrix.
     """
 
-    positions: jax.Array  # shape=(m, G, C), or (L, m, G, C) for a stack; uint8
-    cut: Cut | None = field(default=None, metadata={"static": True})
+    ndim = 3
+    dtype = jnp.uint8
 
-    @property
-    def spec(self) -> jax.P:
-        """The partition of positions and packed values."""
-        if self.cut is None:
+    def sharded(self, shards: Shards | None) -> Layout:
+        """Returns the lanes of a sharded array."""
+        return Lanes(shards)
+
+    def require(self, name: str, shape: Sequence[int]) -> None:
+        """Raises unless groups fill the array, and each of its shards.
+
+        Example:
+          >>> Lanes().require("kernel", (256, 10))
+        """
+        if len(shape) not in (1, 2) or shape[0] % GROUP:
+            raise InputError(
+                f"`{name}` must be a matrix or vector with a multiple of {GROUP} rows "
+                f"to be trained by lanes, got shape {list(shape)}. Leave it out of "
+                "`where`, or take the granularity of entries."
+            )
+        if self.shards is not None and self.shards.block(shape)[0] % GROUP:
+            raise InputError(
+                f"`{name}` must have a multiple of {GROUP} rows on every device to be "
+                f"trained by lanes, got {shape[0]} rows in {self.shards.counts[0]} "
+                "parts. Take a mesh that splits them less, or the granularity of "
+                "entries."
+            )
+
+    def size(self, density: float | Fraction, size: int) -> int:
+        """Returns ceil(density * 128) for every 128 entries."""
+        return support_size(density, GROUP) * (size // GROUP)
+
+    def spec(self, stacked: bool) -> jax.P:
+        """Returns the partition of the array: groups as rows, columns as columns."""
+        if self.shards is None:
             return jax.P()
-        return _table_spec(self.cut, self.ndim == 4)
+        parts = self.shards.spec()
+        lead = (None,) * (stacked + 1)
+        return jax.P(*lead, *parts, *[None] * (2 - len(parts)))
 
+    def _empty(self, shape: Sequence[int], k: int, capacity: int | None) -> jax.Array:
+        """Returns the first rows of every group."""
+        del capacity
+        rows, *columns = shape
+        count = k * GROUP // math.prod(shape)
+        table = (count, rows // GROUP, *(columns or (1,)))
+        return lax.broadcasted_iota(jnp.uint8, table, 0)
 
-def fits_lanes(shape: Sequence[int], cut: Cut | None = None) -> bool:
-    """Returns whether groups fill an array, and each of its shards.
+    def _best(
+        self, scores: jax.Array, k: int, capacity: int | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the rows of largest magnitude of every group.
 
-    Example:
-      >>> fits_lanes((256, 10)), fits_lanes((10, 256)), fits_lanes((384,))
-      (True, False, True)
-    """
-    rows = shape[0] if cut is None else cut.block(shape)[0]
-    return len(shape) in (1, 2) and rows % GROUP == 0
+        As in `top_k_support`, equal magnitudes go to the lower row, and what is not
+        finite ranks below zero. No entry leaves its device.
+        """
+        del capacity
+        count = k * GROUP // scores.size
 
+        def select(x: jax.Array) -> jax.Array:
+            keys = key_of(x).reshape(-1, GROUP, *(x.shape[1:] or (1,)))
+            numbers = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
 
-def empty_lanes(
-    shape: Sequence[int], count: int, stacked: bool, cut: Cut | None = None
-) -> LaneSupport:
-    """Returns a support that holds nothing yet: any distinct entries.
+            # Two or three rounds a percent of density, each one pass without a sort.
+            def best(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
+                keys, chosen = state
+                row = lax.argmax(keys, 1, jnp.int32)
+                keys = jnp.where(numbers == row[:, None], -1, keys)
+                return keys, lax.dynamic_update_index_in_dim(chosen, row, j, 0)
 
-    Args:
-      shape: of the array, or of the stack.
-      count: entries of a group.
-      stacked: whether the first axis counts layers.
-      cut: how the array, or each layer, is cut over a mesh.
-    """
-    rows, *columns = shape[1:] if stacked else shape
-    tables = (count, rows // GROUP, *(columns or (1,)))
-    tables = (*shape[:1], *tables) if stacked else tables
-    rows = lax.broadcasted_iota(jnp.uint8, tables, int(stacked))
-    return LaneSupport(rows, cut)
+            empty = jnp.zeros((count, keys.shape[0], keys.shape[2]), jnp.int32)
+            chosen = lax.fori_loop(0, count, best, (keys, empty))[1]
+            return jnp.sort(chosen, axis=0).astype(jnp.uint8)
 
+        rows = self._on_shards(select, False, "x", "s")(scores)
+        return rows, jnp.full(rows.shape[:-1], rows.shape[-1], jnp.int32)
 
-def top_lanes(x: jax.Array, count: int, cut: Cut | None = None) -> LaneSupport:
-    """Returns the entries of largest magnitude of every group.
+    def gather(
+        self, x: jax.Array, support: jax.Array, layers: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns packed[j, g, c] = x[128 * g + support[j, g, c], c]."""
+        stacked = support.ndim > self.ndim
+        if self.shards is None:
+            x = replicated(x)
 
-    As in `top_k_support`, equal magnitudes go to the lower row, and what is not finite
-    ranks below zero. No entry leaves its device.
+        def gather(x: jax.Array, rows: jax.Array, layers: jax.Array) -> jax.Array:
+            stack, tables = (x, rows) if stacked else (x[None], rows[None])
+            return _get(stack, layers, tables).reshape(rows.shape)
 
-    Args:
-      x: shape=(128 * G,) or (128 * G, C).
-      count: entries of a group, in [1, 128].
-      cut: how `x` is cut over a mesh.
-
-    Example:
-      >>> top_lanes(jnp.arange(128.0) % 100, 2).positions.ravel()
-      Array([98, 99], dtype=uint8)
-    """
-
-    def select(x: jax.Array) -> jax.Array:
-        keys = key_of(x).reshape(-1, GROUP, *(x.shape[1:] or (1,)))
-        numbers = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
-
-        # Two or three rounds a percent of density, each one pass without a sort.
-        def best(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
-            keys, chosen = state
-            row = lax.argmax(keys, 1, jnp.int32)
-            keys = jnp.where(numbers == row[:, None], -1, keys)
-            return keys, lax.dynamic_update_index_in_dim(chosen, row, j, 0)
-
-        empty = jnp.zeros((count, keys.shape[0], keys.shape[2]), jnp.int32)
-        chosen = lax.fori_loop(0, count, best, (keys, empty))[1]
-        return jnp.sort(chosen, axis=0).astype(jnp.uint8)
-
-    if cut is None:
-        return LaneSupport(select(x))
-    table = _table_spec(cut, False)
-    return LaneSupport(_mapped(select, (cut.spec,), table)(x), cut)
-
-
-def gather_lanes(
-    x: jax.Array, support: LaneSupport, layers: jax.Array | None = None
-) -> jax.Array:
-    """Returns the entries of an array at a support; the arguments are of `gather`.
-
-    packed[j, g, c] = x[128 * g + positions[j, g, c], c]
-    """
-    stacked = support.ndim == 4
-
-    def gather(x: jax.Array, rows: jax.Array, layers: jax.Array) -> jax.Array:
-        stack, tables = (x, rows) if stacked else (x[None], rows[None])
-        return _get(stack, layers, tables).reshape(rows.shape)
-
-    if support.cut is not None:
-        array, table = _array_spec(support.cut, stacked), support.spec
-        gather = _mapped(gather, (array, table, jax.P()), table)
-    return gather(x, support.positions, _numbers(support, layers))
-
-
-def scatter_lanes(
-    x: jax.Array,
-    support: LaneSupport,
-    packed: jax.Array,
-    layers: jax.Array | None = None,
-) -> jax.Array:
-    """Returns an array with the entries at a support replaced; as `scatter`."""
-    stacked = support.ndim == 4
+        function = self._on_shards(gather, stacked, "xsn", "s")
+        return function(x, support, self._numbers(support, layers))
 
     def scatter(
-        x: jax.Array, rows: jax.Array, packed: jax.Array, layers: jax.Array
+        self,
+        x: jax.Array,
+        support: jax.Array,
+        packed: jax.Array,
+        layers: jax.Array | None = None,
     ) -> jax.Array:
-        if stacked:
-            return _set(x, layers, rows, packed)
-        return _set(x[None], layers, rows[None], packed[None]).reshape(x.shape)
+        """Returns the array with the entries that `gather` reads replaced."""
+        stacked, spec = support.ndim > self.ndim, jax.typeof(x).sharding.spec
+        if self.shards is None:
+            x = replicated(x)
 
-    if support.cut is not None:
-        array, table = _array_spec(support.cut, stacked), support.spec
-        scatter = _mapped(scatter, (array, table, table, jax.P()), array)
-    numbers = _numbers(support, layers)
-    return scatter(x, support.positions, packed.astype(x.dtype), numbers)
+        def scatter(
+            x: jax.Array, rows: jax.Array, packed: jax.Array, layers: jax.Array
+        ) -> jax.Array:
+            if stacked:
+                return _set(x, layers, rows, packed)
+            return _set(x[None], layers, rows[None], packed[None]).reshape(x.shape)
+
+        function = self._on_shards(scatter, stacked, "xssn", "x")
+        numbers = self._numbers(support, layers)
+        return resharded(function(x, support, packed.astype(x.dtype), numbers), spec)
+
+    def origins(self, old: jax.Array, new: jax.Array) -> Origin:
+        """Finds the rows of groups in those of before."""
+        axis = -self.ndim
+
+        def look(i: jax.Array, place: jax.Array) -> jax.Array:
+            one = lax.dynamic_index_in_dim(old, i, axis)
+            return jnp.where(new == one, jnp.int32(i), place)
+
+        nowhere = jnp.full(new.shape, -1, jnp.int32)
+        place = lax.fori_loop(0, old.shape[axis], look, nowhere)
+        return Origin(jnp.maximum(place, 0), place >= 0, axis)
+
+    def to_positions(
+        self, support: np.ndarray, shape: Sequence[int], *packed: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Returns positions in the whole array, and the values at them.
+
+        Example:
+          >>> rows = np.array([[[0, 1]], [[2, 5]]])  # two of 128 rows, in two columns
+          >>> LANE.to_positions(rows, (128, 2))[0]
+          array([ 0,  3,  4, 11], dtype=int32)
+        """
+        del shape
+        _, groups, columns = support.shape[-3:]
+        first = GROUP * np.arange(groups, dtype=np.int32)[:, None]
+        flat = (first + support) * columns + np.arange(columns, dtype=np.int32)
+        lines = [array.reshape(*support.shape[:-3], -1) for array in (flat, *packed)]
+        order = np.argsort(lines[0], axis=-1, kind="stable")
+        positions, *values = (np.take_along_axis(line, order, -1) for line in lines)
+        return positions.astype(np.int32), *values
+
+    def from_positions(
+        self, positions: np.ndarray, shape: Sequence[int], *packed: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Returns rows of groups, and values in their places.
+
+        Example:
+          >>> LANE.from_positions(np.array([0, 3, 4, 11]), (128, 2))[0].tolist()
+          [[[0, 1]], [[2, 5]]]
+        """
+        rows, *columns = shape[positions.ndim - 1 :]
+        groups, width = rows // GROUP, (columns or [1])[0]
+        row, column = np.divmod(positions, width)
+        # Groups of a column one after the other, each in the order of its rows.
+        order = np.argsort(row // GROUP * width + column, axis=-1, kind="stable")
+        table = (*positions.shape[:-1], groups, width, -1)
+        return tuple(
+            np.moveaxis(np.take_along_axis(line, order, -1).reshape(table), -1, -3)
+            for line in ((row % GROUP).astype(np.uint8), *packed)
+        )
 
 
-def positions_of_lanes(rows: np.ndarray, *packed: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns positions in the whole array, and packed values in their order.
-
-    Args:
-      rows: shape=(m, G, C), or (L, m, G, C) for a stack.
-      *packed: arrays in this shape.
-
-    Returns:
-      Row-major flat positions, ascending, shape=(k,) or (L, k), int32, and the values.
-
-    Example:
-      >>> rows = np.array([[[0, 1]], [[2, 5]]])  # two of 128 rows, in two columns
-      >>> positions_of_lanes(rows)[0]
-      array([ 0,  3,  4, 11], dtype=int32)
-    """
-    _, groups, columns = rows.shape[-3:]
-    first = GROUP * np.arange(groups, dtype=np.int32)[:, None]
-    flat = (first + rows) * columns + np.arange(columns, dtype=np.int32)
-    lines = [array.reshape(*rows.shape[:-3], -1) for array in (flat, *packed)]
-    order = np.argsort(lines[0], axis=-1, kind="stable")
-    positions, *values = (np.take_along_axis(line, order, -1) for line in lines)
-    return positions.astype(np.int32), *values
-
-
-def _numbers(support: LaneSupport, layers: jax.Array | None) -> jax.Array:
-    """Returns the numbers of the layers that a support is about."""
-    count = support.shape[0] if support.ndim == 4 else 1
-    return jnp.arange(count, dtype=jnp.int32) if layers is None else layers
+LANE = Lanes()
 
 
 def _get(stack: jax.Array, layers: jax.Array, rows: jax.Array) -> jax.Array:
@@ -211,12 +230,7 @@ def _set(
 
     def by_position(stack: jax.Array, layers: Any, rows: Any, values: Any) -> jax.Array:
         flat, lines = (x.reshape(len(rows), -1) for x in (_flat(rows), values))
-
-        # Layer by layer, for the reason that `scatter` has.
-        def set_layer(i: jax.Array, stack: jax.Array) -> jax.Array:
-            return set_in_layer(stack, layers[i], flat[i], lines[i], **_DISTINCT)
-
-        return lax.fori_loop(0, len(rows), set_layer, stack)
+        return set_in_layers(stack, layers, flat, lines, **_DISTINCT)
 
     if stack.ndim == 2 or not has_kernel(stack.dtype, rows.shape[1]):
         return by_position(stack, layers, rows, values)
@@ -228,20 +242,3 @@ def _flat(rows: jax.Array) -> jax.Array:
     """Returns the positions within a layer that rows of groups have, int32."""
     group, column = (lax.broadcasted_iota(jnp.int32, rows.shape, dim) for dim in (2, 3))
     return (group * GROUP + rows.astype(jnp.int32)) * rows.shape[3] + column
-
-
-def _array_spec(cut: Cut, stacked: bool) -> jax.P:
-    """Returns the partition of an array, or of a stack, whose layers are not cut."""
-    return jax.P(None, *cut.spec) if stacked else cut.spec
-
-
-def _table_spec(cut: Cut, stacked: bool) -> jax.P:
-    """Returns the partition of tables: groups as rows, and columns as columns."""
-    parts = (None, *cut.spec, *[None] * (2 - len(cut.spec)))
-    return jax.P(None, *parts) if stacked else jax.P(*parts)
-
-
-def _mapped(function: Any, specs: tuple, out: jax.P) -> Any:
-    """Returns a function of the shards of arrays as one of whole arrays."""
-    # Kernels do not say over which axes their results vary.
-    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_jax.params.roles import DENSE, SPARSE, TRAINED, Role, map_roles
-from sparse_jax.supports.support import gather, scatter
+from sparse_jax.supports.roles import DENSE, SPARSE, TRAINED, Role, map_roles
 
 __all__ = [
     "below_float32",
@@ -42,7 +41,7 @@ def pack(roles: Any, support: Any, tree: Any) -> Any:
     """Returns the trained values of a tree shaped like the parameters."""
 
     def pack_leaf(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
-        values = gather(leaf, support) if role.kind == SPARSE else leaf
+        values = role.layout.gather(leaf, support) if role.kind == SPARSE else leaf
         return values.astype(value_dtype(leaf))
 
     return map_roles(pack_leaf, roles, tree, support, only=TRAINED)
@@ -55,7 +54,11 @@ def unpack(roles: Any, support: Any, like: Any, packed: Any) -> Any:
         if role.kind == DENSE:
             return values.astype(leaf.dtype)
         zeros = _zeros(leaf)
-        return scatter(zeros, support, values) if role.kind == SPARSE else zeros
+        return (
+            role.layout.scatter(zeros, support, values)
+            if role.kind == SPARSE
+            else zeros
+        )
 
     return map_roles(unpack_leaf, roles, like, support, packed)
 
@@ -78,7 +81,7 @@ def current_values(roles: Any, support: Any, masters: Any, params: Any) -> Any:
     def current(role: Role, leaf: Any, support: Any, master: Any) -> Any:
         if below_float32(leaf):
             return master
-        return gather(leaf, support) if role.kind == SPARSE else leaf
+        return role.layout.gather(leaf, support) if role.kind == SPARSE else leaf
 
     return map_roles(current, roles, params, support, masters, only=TRAINED)
 
@@ -111,7 +114,7 @@ def write_back(roles: Any, params: Any, support: Any, leaves: Any) -> Any:
 
     def write(role: Role, leaf: jax.Array, support: Any, values: Any) -> jax.Array:
         if role.kind == SPARSE:
-            return scatter(leaf, support, values)
+            return role.layout.scatter(leaf, support, values)
         return values.astype(leaf.dtype) if role.kind in TRAINED else leaf
 
     return map_roles(write, roles, params, support, leaves)

@@ -1,92 +1,177 @@
-"""Scores: what makes an entry worth training, and the selection by a score."""
+"""Scores: what makes an entry worth training."""
 
+import inspect
 import zlib
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sparse_jax.errors import InputError
-from sparse_jax.supports.lanes import LaneSupport, top_lanes
-from sparse_jax.supports.sharded import Cut
-from sparse_jax.supports.support import replicated
-from sparse_jax.supports.top_k import top_k_support, top_k_tables
 
-__all__ = [
-    "SCORES",
-    "Score",
-    "gradient",
-    "gradient_over_magnitude",
-    "leaf_key",
-    "magnitude",
-    "random",
-    "score_named",
-    "select",
-    "select_lanes",
-    "select_tables",
-]
-
-# (gradient, param, key) -> scores of the same shape; the largest magnitudes win.
-Score = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+__all__ = ["SCORES", "Score", "leaf_key", "register_score", "score_named"]
 
 # Keeps a weight of exactly zero from an infinite score, which would never be chosen.
 _SMALLEST_WEIGHT = 1e-8
 
 
-def gradient(gradient: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
-    """Scores by |g|, as SIFT does (Song et al., 2024; `sift/sift.py`)."""
-    del param, key
-    return gradient
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What ranks the entries of an array: those of the largest magnitudes are trained.
+
+    Equal if the function is the same object, so that any callable can be part of a
+    static argument of `jax.jit`.
+
+    Attributes:
+      function: (gradient, param[, key]) -> scores of the same shape. It gets a key if
+        it has an argument `key`, or three arguments without defaults.
+      needs_gradient: whether it looks at the gradient. If not, the compact tier selects
+        without a backward pass, and may pass anything for it.
+      needs_param: whether it looks at the values of the parameter.
+
+    Raises:
+      InputError: if `function` does not take these arguments.
+
+    Example:
+      >>> score = Score(lambda gradient, param: gradient * param)
+      >>> score(jnp.array([1.0, 2.0]), jnp.array([3.0, 1.0]), jax.random.key(0))
+      Array([3., 2.], dtype=float32)
+    """
+
+    function: Callable[..., jax.Array]
+    needs_gradient: bool = True
+    needs_param: bool = True
+
+    def __post_init__(self):
+        self._arguments(1, 2, 3)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Score) and self.function is other.function
+
+    def __hash__(self) -> int:
+        # Callables with a comparison of their own may have no hash.
+        return object.__hash__(self.function)
+
+    def __call__(
+        self, gradient: jax.Array, param: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Returns the scores of the entries of one array."""
+        bound = self._arguments(gradient, param, key)
+        scores = self.function(*bound.args, **bound.kwargs)
+        if jnp.shape(scores) != param.shape:
+            raise InputError(
+                f"`score` must return an array of the shape of the gradient, "
+                f"{list(param.shape)}, got {list(jnp.shape(scores))}. Return one "
+                "number for each entry."
+            )
+        return scores
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether it draws at random."""
+        return len(self._arguments(1, 2, 3).arguments) == 3
+
+    def _arguments(self, *args: object) -> inspect.BoundArguments:
+        """Returns what the function takes of a gradient, a param and a key."""
+        takes = "(gradient, param[, key]) -> scores"
+        try:
+            signature = inspect.signature(self.function)
+        except ValueError:  # A callable of C has no signature.
+            signature = inspect.signature(lambda gradient, param: None)
+        except TypeError:
+            raise InputError(
+                f"`score` must be a function {takes}, got {self.function!r}."
+            ) from None
+        named = {"key": args[2]} if "key" in signature.parameters else {}
+        required = [
+            parameter
+            for parameter in signature.parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind
+            in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        given = args if not named and len(required) == 3 else args[:2]
+        try:
+            return signature.bind(*given, **named)
+        except TypeError as error:
+            raise InputError(
+                f"`score` must be a function {takes}, got one of "
+                f"{signature}: {error}. Take these arguments and no other."
+            ) from error
 
 
-def magnitude(gradient: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
-    """Scores by |w|."""
-    del gradient, key
-    return param
-
-
-def gradient_over_magnitude(
-    gradient: jax.Array, param: jax.Array, key: jax.Array
-) -> jax.Array:
-    """Scores by |g| / |w|: large gradients on small weights."""
-    del key
+def _gradient_over_magnitude(gradient: jax.Array, param: jax.Array) -> jax.Array:
+    """Returns |g| / |w|: large gradients on small weights."""
     weight = jnp.abs(param.astype(jnp.float32))
     return gradient.astype(jnp.float32) / jnp.maximum(weight, _SMALLEST_WEIGHT)
 
 
-def random(gradient: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
-    """Scores uniformly at random: the baseline every other score has to beat."""
+def _random(gradient: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns uniform numbers: the baseline every other score has to beat."""
     del gradient
     return jax.random.uniform(key, param.shape, jnp.float32)
 
 
-# The words of the public interface.
+# The words of the library and of the command line; `register_score` adds one.
 SCORES: dict[str, Score] = {
-    "gradient": gradient,
-    "magnitude": magnitude,
-    "gradient/magnitude": gradient_over_magnitude,
-    "random": random,
+    # |g|, as SIFT does (Song et al., 2024; `sift/sift.py`).
+    "gradient": Score(lambda gradient, param: gradient, needs_param=False),
+    "magnitude": Score(lambda gradient, param: param, needs_gradient=False),
+    "gradient/magnitude": Score(_gradient_over_magnitude),
+    "random": Score(_random, needs_gradient=False, needs_param=False),
 }
 
 
-def score_named(score: str | Callable[..., jax.Array]) -> Score:
-    """Returns the score behind a word, or wraps a user's `score(gradient, param)`.
+def register_score(
+    word: str,
+    function: Callable[..., jax.Array],
+    *,
+    needs_gradient: bool = True,
+    needs_param: bool = True,
+) -> Score:
+    """Adds a score under a word, for `sift`, `Sparse` and the command line.
+
+    Args:
+      word: what it is called.
+      function, needs_gradient, needs_param: as of `Score`.
 
     Raises:
-      InputError: if the word is unknown.
+      InputError: if another score has the word, or the function other arguments.
 
     Example:
-      >>> score_named("gradient") is gradient
+      >>> score = register_score("saliency", lambda gradient, param: gradient * param)
+      >>> score_named("saliency") is score
       True
+      >>> del SCORES["saliency"]
     """
-    if callable(score):
-        return lambda gradient, param, key: score(gradient, param)
-    if score not in SCORES:
-        words = ", ".join(f"'{word}'" for word in SCORES)
+    score = Score(function, needs_gradient, needs_param)
+    if SCORES.setdefault(word, score) != score:
         raise InputError(
-            f"`score` must be one of {words} or a callable, got {score!r}."
+            f"`word` must be one that no score has, got {word!r}. Scores are called "
+            f"{', '.join(map(repr, SCORES))}."
+        )
+    return SCORES[word]
+
+
+def score_named(score: str | Score | Callable[..., jax.Array]) -> Score:
+    """Returns the score behind a word, or of a function.
+
+    Raises:
+      InputError: if the word is unknown, or the function takes other arguments.
+
+    Example:
+      >>> score_named("gradient").needs_param
+      False
+    """
+    if isinstance(score, Score):
+        return score
+    if callable(score):
+        return Score(score)
+    if not isinstance(score, str) or score not in SCORES:
+        raise InputError(
+            f"`score` must be one of {', '.join(map(repr, SCORES))} or a function "
+            f"(gradient, param[, key]) -> scores, got {score!r}."
         )
     return SCORES[score]
 
@@ -94,102 +179,3 @@ def score_named(score: str | Callable[..., jax.Array]) -> Score:
 def leaf_key(key: jax.Array, name: str) -> jax.Array:
     """Returns the key of a leaf, which depends on its name and on nothing else."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-
-
-def select(
-    score: Score,
-    gradient: jax.Array,
-    param: jax.Array,
-    k: int,
-    key: jax.Array,
-    *,
-    stacked: bool = False,
-) -> jax.Array:
-    """Returns the support of the k best entries, of each layer if stacked.
-
-    Args:
-      score: ranks the entries of one array.
-      gradient: shape=(...) or (L, ...).
-      param: the array the gradient belongs to, in the same shape.
-      k: entries chosen in the array, or in each layer.
-      key: for the random score; layer l uses `fold_in(key, l)`.
-      stacked: whether the first axis counts layers.
-
-    Returns:
-      Positions, shape=(k,) or (L, k), int32.
-    """
-    gradient, param = replicated(gradient), replicated(param)
-    if not stacked:
-        return top_k_support(score(gradient, param, key), k)
-
-    def select_layer(layer: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        index, gradient, param = layer
-        return select(score, gradient, param, k, jax.random.fold_in(key, index))
-
-    # One layer after the other, so that scores exist for one layer at a time.
-    return lax.map(select_layer, (jnp.arange(param.shape[0]), gradient, param))
-
-
-def select_tables(
-    score: Score,
-    gradient: jax.Array,
-    param: jax.Array,
-    k: int,
-    key: jax.Array,
-    *,
-    cut: Cut,
-    capacity: int,
-    stacked: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the support of `select` for an array that is cut over a mesh.
-
-    Args:
-      score, gradient, param, k, key, stacked: as for `select`.
-      cut: how the array, or each layer, is cut.
-      capacity: slots of a shard.
-
-    Returns:
-      Tables, shape=(S, c) or (L, S, c), int32, and the chosen entries of every shard,
-      shape=(S,) or (L, S), which may be more than `capacity`.
-    """
-    if not stacked:
-        return top_k_tables(score(gradient, param, key), k, cut, capacity)
-
-    def select_layer(layer: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
-        index, gradient, param = layer
-        key_of_layer = jax.random.fold_in(key, index)
-        return select_tables(
-            score, gradient, param, k, key_of_layer, cut=cut, capacity=capacity
-        )
-
-    return lax.map(select_layer, (jnp.arange(param.shape[0]), gradient, param))
-
-
-def select_lanes(
-    score: Score,
-    gradient: jax.Array,
-    param: jax.Array,
-    count: int,
-    key: jax.Array,
-    *,
-    cut: Cut | None = None,
-    stacked: bool = False,
-) -> LaneSupport:
-    """Returns the best entries of every group of 128.
-
-    Args:
-      score, gradient, param, key, stacked: as for `select`.
-      count: entries chosen in every group.
-      cut: how the array, or each layer, is cut over a mesh.
-    """
-    if not stacked:
-        if cut is None:
-            gradient, param = replicated(gradient), replicated(param)
-        return top_lanes(score(gradient, param, key), count, cut)
-
-    def select_layer(layer: tuple[jax.Array, jax.Array, jax.Array]) -> LaneSupport:
-        index, gradient, param = layer
-        key_of_layer = jax.random.fold_in(key, index)
-        return select_lanes(score, gradient, param, count, key_of_layer, cut=cut)
-
-    return lax.map(select_layer, (jnp.arange(param.shape[0]), gradient, param))

@@ -8,7 +8,7 @@ needs neither a sort nor colliding scatters (which are slow on GPU in jaxlib 0.1
 
 The search for the threshold is that of `top_k`, with one scalar all-reduce a pass, and
 equal magnitudes go to the lower position in the whole array: the support is that of the
-uncut array, bit for bit. No entry leaves its device.
+whole array, bit for bit. No entry leaves its device.
 """
 
 import math
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax.supports.sharded import Cut
+from sparse_jax.supports.layout import Shards
 
 __all__ = [
     "bits_of",
@@ -28,7 +28,7 @@ __all__ = [
     "positions_of",
     "search",
     "top_k_support",
-    "top_k_tables",
+    "top_k_in_shards",
 ]
 
 _WORD = 32
@@ -209,30 +209,30 @@ def positions_of(words: jax.Array, k: int) -> jax.Array:
     return owner * _WORD + _bit_position(words[owner], rank)
 
 
-def top_k_tables(
-    x: jax.Array, k: int, cut: Cut, capacity: int
+def top_k_in_shards(
+    x: jax.Array, k: int, shards: Shards, capacity: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the positions of the k entries of largest magnitude, shard by shard.
 
     Args:
-      x: array with at most 2**31 - 1 entries, cut as `cut` says.
+      x: array with at most 2**31 - 1 entries, sharded as `shards` says.
       k: entries of the whole array, in [1, x.size].
-      cut: how `x` is cut.
-      capacity: slots of every shard.
+      shards: how `x` is sharded.
+      capacity: places of every shard.
 
     Returns:
-      Tables as in a `LocalSupport`, shape=(S, capacity), int32, and how many entries
-      each shard has, shape=(S,), int32: where that is more than `capacity`, the table
-      lacks the rest.
+      A support as in `ShardedEntries`, shape=(S, capacity), int32, and how many entries
+      each shard has, shape=(S,), int32: where that is more than `capacity`, the
+      support lacks the rest.
     """
 
     def select(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        total = lambda count: lax.psum(count, cut.axes)
-        size = x.size * cut.shards
+        total = lambda count: lax.psum(count, shards.axes)
+        size = x.size * shards.number
         found = search(lambda key: total(count_from(x, key)), size, k)
         keys = key_of(x)
         tied = (keys >= found.low) & (keys < found.high)
-        place = _places(x.shape, cut)
+        place = _places(x.shape, shards)
         end = _end_of_ties(
             lambda end: total(jnp.sum(tied & (place < end), dtype=jnp.int32)),
             size,
@@ -250,19 +250,21 @@ def top_k_tables(
 
     return jax.shard_map(
         select,
-        in_specs=cut.spec,
-        out_specs=(jax.P(cut.axes, None), jax.P(cut.axes)),
+        in_specs=shards.spec(),
+        out_specs=(jax.P(shards.axes, None), jax.P(shards.axes)),
     )(x)
 
 
-def _places(shape: Sequence[int], cut: Cut) -> jax.Array:
+def _places(shape: Sequence[int], shards: Shards) -> jax.Array:
     """Returns the row-major positions of a shard's entries in the whole array."""
     strides = [
-        math.prod(n * parts for n, parts in zip(shape[i:], cut.counts[i:], strict=True))
+        math.prod(
+            n * parts for n, parts in zip(shape[i:], shards.counts[i:], strict=True)
+        )
         for i in range(1, len(shape) + 1)
     ]
     place = jnp.zeros(shape, jnp.int32)
-    for i, (names, stride) in enumerate(zip(cut.names, strides, strict=True)):
+    for i, (names, stride) in enumerate(zip(shards.names, strides, strict=True)):
         start = lax.axis_index(names) * shape[i] if names else 0
         along = lax.broadcasted_iota(jnp.int32, shape, i)
         place += (start + along) * stride

@@ -113,7 +113,7 @@ def make_tuner(
     if settings.optimizer is not None:
         tx, max_norm = settings.optimizer, None
     placed: dict[str, Any] = {
-        "cuts": devices.cuts(method.stack),
+        "shards": devices.shards(method.stack),
         "data_axes": devices.data_axes,
     }
     if sampler is None:

@@ -13,14 +13,12 @@ import numpy as np
 
 from sparse_jax.compact.compact import Compact, CompactState
 from sparse_jax.errors import InputError
-from sparse_jax.params.names import leaf_names
-from sparse_jax.params.roles import FROZEN, SPARSE, TRAINED, Role, map_roles
 from sparse_jax.sharding.devices import Devices
 from sparse_jax.sharding.processes import is_first_process, require_agreement
 from sparse_jax.sharding.resharding import moved
+from sparse_jax.supports.layout import Shards
 from sparse_jax.supports.packing import current_values, keep_masters
-from sparse_jax.supports.sharded import Cut
-from sparse_jax.supports.support import scatter
+from sparse_jax.supports.roles import FROZEN, SPARSE, TRAINED, Role, map_roles
 from sparse_jax.training.checkpoint_file import (
     UNFINISHED,
     Position,
@@ -81,7 +79,7 @@ class Checkpoints:
             return
         record = Record(
             position=position,
-            cuts={name: [*cut] for name, cut in self._tuner.cuts.items()},
+            cuts={name: [*parts] for name, parts in self._tuner.shards.items()},
             names=names,
             run=self._directory.identity,
             rows=self._directory.rows_digest(position.batches),
@@ -118,7 +116,7 @@ class Checkpoints:
             # The run will come to these again.
             for damaged in steps[:tried] if is_first_process() else ():
                 self._remove(str(damaged))
-            return self._rebuilt(state, self._devices.hold(trained)), position
+            return self._rebuilt(state, trained), position
         require_agreement("checkpoint", None)
         if steps:
             raise InputError(
@@ -165,16 +163,20 @@ class Checkpoints:
         self._require_own(step, record)
         like = jax.eval_shape(self._trained, state)
         names, leaves = _named(like)
-        cuts = {name: _cut(*cut) for name, cut in record.cuts.items()}
-        # Another mesh may have others: supports are tables there.
-        if cuts == dict(self._tuner.cuts) and list(record.names) not in ([], names):
+        shards = {name: _shards(*parts) for name, parts in record.cuts.items()}
+        # Earlier versions kept supports in classes with a field.
+        written = [name.removesuffix(".positions") for name in record.names]
+        if written not in ([], names):
             raise ValueError("another version of the program wrote it")
         typed = [_typed(*pair) for pair in zip(arrays, leaves, strict=True)]
         trained = jax.tree.unflatten(jax.tree.structure(like), typed)
-        trained = moved(trained, _shapes(state.params), cuts, self._tuner.cuts)
+        roles = self._tuner.method.roles(state.params)
+        ways = (shards, self._tuner.shards)
+        trained = moved(trained, roles, state.params, *ways)
         for found, leaf in zip(jax.tree.leaves(trained), leaves, strict=True):
-            # Tables are as long as the fullest needs, which the selection decides.
-            of = np.ndim if self._tuner.cuts else np.shape
+            # Supports of shards are as long as the fullest needs, which the selection
+            # decides.
+            of = np.ndim if self._tuner.shards else np.shape
             if of(found) != of(leaf) or found.dtype != leaf.dtype:
                 raise ValueError(f"it has an array of {found.shape} for {leaf.shape}")
         return trained, record.position
@@ -220,20 +222,21 @@ class Checkpoints:
 
     def _trained(self, state: CompactState) -> CompactState:
         """Returns the state with its parameters reduced to the trained values."""
-        roles = self._tuner.method.roles(state.params)
+        roles = self._tuner.roles(state.params)
         values = current_values(roles, state.support, state.masters, state.params)
         return state._replace(params=values, masters=())
 
     def _rebuilt(self, state: CompactState, trained: CompactState) -> CompactState:
         """Returns the state whose reduced form is `trained`; `state` is given away."""
-        roles = self._tuner.method.roles(state.params)
+        roles = self._tuner.roles(state.params)
+        trained = self._devices.hold(roles, trained)
         values: Any = trained.params
 
         def write(role: Role, leaf: jax.Array, support: Any, values: Any) -> jax.Array:
             if role.kind == FROZEN:
                 return leaf
             if role.kind == SPARSE:
-                return scatter(leaf, support, values)
+                return role.layout.scatter(leaf, support, values)
             # A copy, because the step gives away what it gets.
             return jnp.array(values, leaf.dtype)
 
@@ -269,12 +272,6 @@ def _named(state: Any) -> tuple[list[str], list[Any]]:
     return [jax.tree_util.keystr(path) for path, _ in found], [x for _, x in found]
 
 
-def _cut(names: Any, counts: Any) -> Cut:
-    """Returns a cut that was stored as lists."""
-    return Cut(tuple(map(tuple, names)), tuple(counts))
-
-
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of leaves by name."""
-    names, leaves = (jax.tree.leaves(tree) for tree in (leaf_names(params), params))
-    return {name: leaf.shape for name, leaf in zip(names, leaves, strict=True)}
+def _shards(names: Any, counts: Any) -> Shards:
+    """Returns shards that were stored as lists."""
+    return Shards(tuple(map(tuple, names)), tuple(counts))

@@ -45,7 +45,7 @@ class Record:
     """What the arrays of a checkpoint are, and which run they belong to."""
 
     position: Position
-    cuts: dict[str, Any]  # leaf: names and counts of its `Cut`
+    cuts: dict[str, Any]  # leaf: names and counts of its `Shards`
     names: Sequence[str] = ()  # place of each array in the state; none if not known
     run: str = ""  # SHA-256 of its settings, model and data; empty if not known
     rows: str = ""  # SHA-256 of the rows before it; empty if not known

@@ -9,7 +9,7 @@ import jax
 from sparse_jax.compact.compact import CompactState
 from sparse_jax.methods.method import Method
 from sparse_jax.params.names import first_match
-from sparse_jax.params.roles import FROZEN, SPARSE, Role, map_roles
+from sparse_jax.supports.roles import FROZEN, SPARSE, Role, map_roles
 
 __all__ = ["Counts", "count_trained", "optimizer_bytes"]
 

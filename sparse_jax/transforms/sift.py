@@ -17,8 +17,9 @@ from sparse_jax.params.arguments import (
     require_transformation,
 )
 from sparse_jax.params.names import Rule
-from sparse_jax.params.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
-from sparse_jax.supports.granularity import ENTRY, Granularity, require_granularity
+from sparse_jax.supports.density import require_density
+from sparse_jax.supports.granularity import ENTRY, granularity_named
+from sparse_jax.supports.layout import Layout
 from sparse_jax.supports.packing import (
     below_float32,
     current_values,
@@ -28,8 +29,8 @@ from sparse_jax.supports.packing import (
     value_dtype,
     zeros_like,
 )
-from sparse_jax.supports.scores import leaf_key, score_named
-from sparse_jax.supports.support import Support, require_density
+from sparse_jax.supports.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
+from sparse_jax.supports.scores import SCORES, Score, leaf_key, score_named
 from sparse_jax.transforms.carry import carry_state, carry_values
 from sparse_jax.transforms.torch_sift import torch_sift
 
@@ -48,7 +49,7 @@ class SiftState(NamedTuple):
 
     count: jax.typing.ArrayLike  # shape=(), int32: gradients accepted
     skipped: jax.typing.ArrayLike  # shape=(), int32: non-finite gradients skipped
-    support: Any  # sparse leaves: shape=(k,) or (L, k), int32; or a `LaneSupport`
+    support: Any  # sparse leaves: shape=(k,) or (L, k), int32; or rows
     masters: optax.Updates  # trained leaves below float32: their float32 values
     summed: optax.Updates  # sparse leaves if select_from > 1: float32 gradients
     inner_state: optax.OptState
@@ -60,14 +61,14 @@ def sift(
     *,
     where: Rule | None = None,
     dense: Rule | None = None,
-    score: str | Callable[[jax.Array, jax.Array], jax.Array] = "gradient",
+    score: str | Score | Callable[..., jax.Array] = "gradient",
     select_from: int = 1,
     reselect_every: int | None = None,
     reselect_state: Literal["carry", "restart"] = "carry",
     stacked: Rule | None = None,
     key: jax.Array | None = None,
     compat: Literal["torch-sift"] | None = None,
-    granularity: Granularity = ENTRY,
+    granularity: str | Layout = "entry",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains only the entries of each array with the largest gradients.
 
@@ -97,8 +98,9 @@ def sift(
       dense: expressions of the leaves trained in full, such as the classifier. It
         wins over `where`. Everything else is frozen.
       score: what to rank by: "gradient", "magnitude", "gradient/magnitude",
-        "random", or a callable (gradient, param) -> scores of the same shape, of
-        which the largest magnitudes win. Static under `inject_hyperparams`.
+        "random", a word of `register_score`, or a function (gradient, param[, key])
+        -> scores of the same shape, of which the largest magnitudes win. Static under
+        `inject_hyperparams`.
       select_from: gradients summed before the selection; nothing moves before it.
         More than one keeps a dense float32 sum in the state.
       reselect_every: updates between two selections; None selects once, which the
@@ -109,12 +111,12 @@ def sift(
         of it is initialised again, counts included.
       stacked: expressions of the leaves whose first axis counts layers; each layer
         then gets a support of its own.
-      key: PRNG key, needed by `score="random"`.
+      key: PRNG key, needed by a score that draws, such as "random".
       compat: "torch-sift" reproduces the released PyTorch code update by update.
-      granularity: `ENTRY`, or `LANE` to choose as many entries of every 128 rows of a
-        column, ceil(128 * density), which a TPU reaches without gather or scatter.
+      granularity: "entry", or "lane" to choose as many entries of every 128 rows of a
+        column, ceil(128 * density), which a TPU reaches without gather or scatter:
         `inner` then sees arrays of shape (m, rows / 128, columns), of a stack with L
-        in front.
+        in front. Or a `Layout`.
 
     Returns:
       A transformation whose updates have the shapes and dtypes of the gradients. For
@@ -143,28 +145,29 @@ def sift(
         require_transformation("inner", inner)
     if key is not None:
         require_key("key", key)
-    require_granularity(granularity)
+    rank, layout = score_named(score), granularity_named(granularity)
     _require_counts(select_from, reselect_every)
     if reselect_state not in ("carry", "restart"):
         raise InputError(
             f"`reselect_state` must be 'carry' or 'restart', got {reselect_state!r}."
         )
-    if score == "random" and key is None:
+    if rank.needs_key and key is None:
         raise InputError(
-            "`key` must be given when `score` is 'random', got None. Pass "
+            f"`key` must be given when `score` is {score!r}, got None. Pass "
             "`key=jax.random.key(seed)`."
         )
-    rank = score_named(score)
     if compat is not None:
-        settings = (score, select_from, reselect_every, granularity)
-        original = _require_original(compat, inner, settings)
+        kept = rank == SCORES["gradient"] and layout == ENTRY
+        given = (score, select_from, reselect_every, granularity)
+        is_default = kept and given[1:3] == (1, None)
+        original = _require_original(compat, inner, () if is_default else given)
         return torch_sift(original, density, where=where, dense=dense, stacked=stacked)
 
     # Without an inner transformation nothing is known of the step, so there is no
     # value to keep a master of.
     has_masters = inner is not None
     tx = optax.with_extra_args_support(optax.identity() if inner is None else inner)
-    # Only the random score looks at the key.
+    # Only a score that draws looks at the key.
     base_key = jax.random.key(0) if key is None else key
 
     def masters_of(roles: Any, values: Any, params: Any) -> Any:
@@ -172,20 +175,23 @@ def sift(
         return kept if has_masters else map_roles(lambda role: role, roles, only=())
 
     def select(roles: Any, source: Any, params: Any, key: jax.Array) -> Any:
-        def choose(role: Role, gradient: jax.Array, param: jax.Array) -> Support:
-            k = granularity.size(density, role.size)
-            draw = leaf_key(key, role.name)
-            options = {"cut": None, "slots": k, "stacked": role.stacked}
-            return granularity.choose(rank, gradient, param, k, draw, **options)[0]
+        def choose(role: Role, gradient: jax.Array, param: jax.Array) -> jax.Array:
+            k, draw = layout.size(density, role.size), leaf_key(key, role.name)
+            args = (rank, gradient, param, k, draw)
+            return layout.choose(*args, stacked=role.stacked)[0]
 
         return map_roles(choose, roles, source, params, only=(SPARSE,))
 
-    def init_fn(params: optax.Params) -> SiftState:
-        roles = roles_of(params, where=where, dense=dense, stacked=stacked)
+    def roles_in(tree: Any) -> Any:
+        rules = {"where": where, "dense": dense, "stacked": stacked}
+        return roles_of(tree, **rules, layout=layout)
 
-        def empty(role: Role, leaf: Any) -> Support:
-            k = granularity.size(density, role.size)
-            return granularity.empty(role, leaf.shape, k, None, k)
+    def init_fn(params: optax.Params) -> SiftState:
+        roles = roles_in(params)
+
+        def empty(role: Role, leaf: Any) -> jax.Array:
+            k = layout.size(density, role.size)
+            return layout.empty(leaf.shape, k, stacked=role.stacked)
 
         def packed(role: Role, leaf: Any, support: Any) -> jax.Array:
             if role.kind == DENSE:
@@ -222,11 +228,11 @@ def sift(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SiftState]:
         if params is None:
-            if has_masters or score not in ("gradient", "random"):
+            if has_masters or rank.needs_param:
                 raise ValueError(_PARAMS_MISSING)
             params = updates
         require_one_device_view("updates", updates)
-        roles = roles_of(updates, where=where, dense=dense, stacked=stacked)
+        roles = roles_in(updates)
         collecting, due = _schedule(state.count, select_from, reselect_every)
 
         def skip() -> tuple[optax.Updates, SiftState]:
@@ -334,15 +340,15 @@ def _require_counts(select_from: int, reselect_every: int | None) -> None:
 
 
 def _require_original(
-    compat: str, inner: optax.GradientTransformation | None, settings: tuple
+    compat: str, inner: optax.GradientTransformation | None, changed: tuple
 ) -> optax.GradientTransformation:
     """Returns `inner`, or raises if an argument is not one the released code has."""
     if compat != "torch-sift":
         raise InputError(f"`compat` must be 'torch-sift' or None, got {compat!r}.")
-    if settings != ("gradient", 1, None, ENTRY):
+    if changed:
         raise InputError(
             "`score`, `select_from`, `reselect_every` and `granularity` must keep "
-            f"their defaults with `compat='torch-sift'`, got {settings}. The released "
+            f"their defaults with `compat='torch-sift'`, got {changed}. The released "
             "code selects entries once, from one gradient."
         )
     if inner is None:

@@ -9,10 +9,10 @@ from jax import lax
 
 from sparse_jax.params.arguments import require_one_device_view
 from sparse_jax.params.names import Rule
-from sparse_jax.params.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
+from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.packing import unpack
-from sparse_jax.supports.scores import gradient, select
-from sparse_jax.supports.support import gather
+from sparse_jax.supports.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
+from sparse_jax.supports.scores import SCORES
 
 __all__ = ["TorchSiftState", "torch_sift"]
 
@@ -106,7 +106,7 @@ def torch_sift(
         )
 
         def read(role: Role, leaf: Any, support: Any) -> Any:
-            return gather(leaf, support) if role.kind == SPARSE else leaf
+            return ENTRY.gather(leaf, support) if role.kind == SPARSE else leaf
 
         # The original's parameter is the increment, which is zero when the optimiser
         # looks at it: this is why its weight decay does nothing.
@@ -191,6 +191,7 @@ def _select(roles: Any, updates: optax.Updates, density: float) -> Any:
     def select_leaf(role: Role, leaf: jax.Array) -> jax.Array:
         k = _original_size(density, role.size)
         unused = jax.random.key(0)
-        return select(gradient, leaf, leaf, k, unused, stacked=role.stacked)
+        chosen = (leaf, leaf, k, unused)
+        return ENTRY.choose(SCORES["gradient"], *chosen, stacked=role.stacked)[0]
 
     return map_roles(select_leaf, roles, updates, only=(SPARSE,))

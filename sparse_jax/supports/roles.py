@@ -11,6 +11,8 @@ import optax
 
 from sparse_jax.errors import InputError
 from sparse_jax.params.names import Rule, first_match, map_named, require_match
+from sparse_jax.supports.entries import ENTRY
+from sparse_jax.supports.layout import Layout
 
 __all__ = ["DENSE", "FROZEN", "SPARSE", "TRAINED", "Role", "map_roles", "roles_of"]
 
@@ -28,6 +30,7 @@ class Role(NamedTuple):
     name: str
     stacked: bool  # whether the first axis counts layers
     size: int  # entries of the array, or of one layer of the stack
+    layout: Layout = ENTRY  # what is chosen in a sparse leaf
 
     def packed_shape(self, shape: tuple[int, ...], k: int) -> tuple[int, ...]:
         """Returns (k,), or (L, k) for a stack of L layers."""
@@ -40,6 +43,7 @@ def roles_of(
     where: Rule | None = None,
     dense: Rule | None = None,
     stacked: Rule | None = None,
+    layout: Layout = ENTRY,
 ) -> Any:
     """Returns the role of every leaf, by ordered rules over leaf names.
 
@@ -47,7 +51,8 @@ def roles_of(
     that do not hold floating-point numbers are frozen. Every leaf gets a role.
 
     Raises:
-      InputError: if a pattern matches no leaf.
+      InputError: if a pattern matches no leaf, or a sparse leaf cannot be trained in
+        the layout.
 
     Example:
       >>> tree = {"query": jnp.zeros((4, 4)), "classifier": jnp.zeros(4)}
@@ -77,14 +82,17 @@ def roles_of(
                 f"`{name}` must have an axis of layers to be stacked, got a scalar. "
                 "Leave it out of `stacked`."
             )
-        size = math.prod(leaf.shape[int(is_stacked) :])
+        shape = leaf.shape[int(is_stacked) :]
+        size = math.prod(shape)
         if kind == SPARSE and size > _MOST_ENTRIES:
             raise InputError(
                 f"`{name}` must have fewer than 2**31 entries{' a layer' * is_stacked} "
                 f"to be trained sparsely, got shape {list(leaf.shape)}. Name stacks of "
                 "layers by `stacked`, or leave it out of `where`."
             )
-        return Role(kind, name, is_stacked, size)
+        if kind == SPARSE:
+            layout.require(name, shape)
+        return Role(kind, name, is_stacked, size, layout)
 
     return map_named(role, tree)
 

@@ -1,0 +1,266 @@
+"""Layouts: what is chosen in an array, and how the chosen entries are reached.
+
+A support is a plain array of numbers, and packed values have its shape. What the
+numbers mean is said by a layout, which is static and hashable: it follows from the
+method, the shape of the leaf and the mesh, so no state holds one. There is a layout of
+single entries (`entries.py`), of the entries of a sharded array (`sharded.py`), and of
+rows in groups of 128 (`lanes.py`). Another, of blocks or channels, would be one more
+subclass in a file of its own, with a word in `granularity.py`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from sparse_jax.supports.density import support_size
+from sparse_jax.supports.stacks import replicated
+
+__all__ = ["Layout", "Origin", "Rank", "Shards"]
+
+# (gradient, param, key) -> scores of the same shape; the largest magnitudes win.
+Rank = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Shards(NamedTuple):
+    """How an array, or each layer of a stack, is sharded over the axes of a mesh.
+
+    Example:
+      >>> shards = Shards((("fsdp",), ()), (4, 1))
+      >>> shards.axes, shards.number, shards.block((8, 6))
+      (('fsdp',), 4, (2, 6))
+    """
+
+    names: tuple[tuple[str, ...], ...]  # mesh axes of every dimension
+    counts: tuple[int, ...]  # parts of every dimension
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes, in the order in which shards are numbered."""
+        return tuple(name for names in self.names for name in names)
+
+    @property
+    def number(self) -> int:
+        """The number of shards of the array."""
+        return math.prod(self.counts)
+
+    def spec(self, stacked: bool = False) -> jax.P:
+        """Returns the partition of the array, or of a stack of whole layers."""
+        return jax.P(*(None,) * stacked, *(names or None for names in self.names))
+
+    def block(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of one shard."""
+        return tuple(n // parts for n, parts in zip(shape, self.counts, strict=True))
+
+
+class Origin(NamedTuple):
+    """For each place of a new support: its place in the old one, if it was there."""
+
+    place: jax.Array  # int32, in the shape of the new support
+    stays: jax.Array  # bool
+    axis: int  # along which places count
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """What the numbers of a support are, of an array or of each layer of a stack.
+
+    The support of a stack has its layers in front. Defaults are those of numbers that
+    ascend along the last axis, as positions do.
+
+    Attributes:
+      shards: how the array, or each layer, is sharded; None if it is in one piece.
+    """
+
+    ndim: ClassVar[int]  # dimensions of the support of one array
+    dtype: ClassVar[DTypeLike] = jnp.int32
+
+    shards: Shards | None = None
+
+    @abstractmethod
+    def sharded(self, shards: Shards | None) -> "Layout":
+        """Returns the layout of the same choice in an array sharded in some way."""
+
+    def require(self, name: str, shape: Sequence[int]) -> None:  # noqa: B027
+        """Raises unless an array of some shape can be trained in this layout.
+
+        Args:
+          name: of the leaf.
+          shape: of the array, or of one layer of a stack.
+
+        Raises:
+          InputError: naming the leaf.
+        """
+
+    def size(self, density: float | Fraction, size: int) -> int:
+        """Returns the number of entries trained in an array of `size` entries."""
+        return support_size(density, size)
+
+    def capacity(self, most: float, size: int) -> int | None:
+        """Returns the room that `most` entries need in the support of a shard.
+
+        Args:
+          most: entries of the fullest shard.
+          size: entries of the array, or of one layer of a stack.
+
+        Returns:
+          The length of the last axis; None if it follows from the shape of the array.
+        """
+        del most, size
+        return None
+
+    @abstractmethod
+    def spec(self, stacked: bool) -> jax.P:
+        """Returns the partition of a support and of packed values."""
+
+    def empty(
+        self,
+        shape: Sequence[int],
+        k: int,
+        *,
+        stacked: bool = False,
+        capacity: int | None = None,
+    ) -> jax.Array:
+        """Returns a support that holds nothing yet.
+
+        Args:
+          shape: of the array, or of the stack.
+          k: entries of the array, or of one layer.
+          stacked: whether the first axis counts layers.
+          capacity: as from `capacity`.
+        """
+        one = self._empty(shape[int(stacked) :], k, capacity)
+        return jnp.broadcast_to(one, (*shape[: int(stacked)], *one.shape))
+
+    @abstractmethod
+    def _empty(self, shape: Sequence[int], k: int, capacity: int | None) -> jax.Array:
+        """Returns the empty support of one array."""
+
+    def choose(
+        self,
+        score: Rank,
+        gradient: jax.Array,
+        param: jax.Array,
+        k: int,
+        key: jax.Array,
+        *,
+        stacked: bool = False,
+        capacity: int | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the support of the k best entries, of each layer if stacked.
+
+        Args:
+          score: ranks the entries of one array.
+          gradient: shape=(...) or (L, ...).
+          param: the array that the gradient belongs to, in the same shape.
+          k: entries of the array, or of one layer.
+          key: for scores that draw; layer l uses `fold_in(key, l)`.
+          stacked: whether the first axis counts layers.
+          capacity: as from `capacity`.
+
+        Returns:
+          The support, and how many entries were chosen for each of its rows,
+          shape=support.shape[:-1], int32: where these are more than `capacity`, the
+          support lacks the rest.
+        """
+        # Under explicit axes positions need the whole array.
+        if self.shards is None:
+            gradient, param = replicated(gradient), replicated(param)
+        if not stacked:
+            return self._best(score(gradient, param, key), k, capacity)
+
+        def choose_layer(layer: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+            index, gradient, param = layer
+            own = jax.random.fold_in(key, index)
+            return self.choose(score, gradient, param, k, own, capacity=capacity)
+
+        # One layer after the other, so that scores exist for one layer at a time.
+        return lax.map(choose_layer, (jnp.arange(param.shape[0]), gradient, param))
+
+    @abstractmethod
+    def _best(
+        self, scores: jax.Array, k: int, capacity: int | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns what `choose` returns, for the scores of one array."""
+
+    @abstractmethod
+    def gather(
+        self, x: jax.Array, support: jax.Array, layers: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the entries of an array, or of layers of a stack, at a support."""
+
+    @abstractmethod
+    def scatter(
+        self,
+        x: jax.Array,
+        support: jax.Array,
+        packed: jax.Array,
+        layers: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns an array, or a stack, with the entries at a support replaced."""
+
+    def origins(self, old: jax.Array, new: jax.Array) -> Origin:
+        """Finds the entries of one support in another."""
+        search = jnp.searchsorted
+        for _ in range(old.ndim - 1):
+            search = jax.vmap(search)
+        place = jnp.minimum(search(old, new), old.shape[-1] - 1)
+        return Origin(place, jnp.take_along_axis(old, place, axis=-1) == new, -1)
+
+    @abstractmethod
+    def to_positions(
+        self, support: np.ndarray, shape: Sequence[int], *packed: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Returns positions in the whole array, and packed values in their order.
+
+        Args:
+          support: of the array, or of a stack.
+          shape: of the array, or of the stack.
+          *packed: arrays in the shape of the support.
+
+        Returns:
+          Row-major flat positions, ascending, shape=(k,) or (L, k), int32, and the
+          values at them.
+        """
+
+    @abstractmethod
+    def from_positions(
+        self, positions: np.ndarray, shape: Sequence[int], *packed: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """Returns a support and values packed for it, as `to_positions` undoes."""
+
+    def _numbers(self, support: jax.Array, layers: jax.Array | None) -> jax.Array:
+        """Returns the numbers of the layers that a support is about."""
+        count = support.shape[0] if support.ndim > self.ndim else 1
+        return jnp.arange(count, dtype=jnp.int32) if layers is None else layers
+
+    def _on_shards(
+        self, function: Callable[..., jax.Array], stacked: bool, inputs: str, out: str
+    ) -> Callable[..., jax.Array]:
+        """Returns a function of whole arrays from one of their shards.
+
+        Args:
+          function: of arrays that lie as `inputs` says.
+          stacked: whether the first axis of the array counts layers.
+          inputs: a letter for each argument: "x" for the array, "s" for a support or
+            packed values, "n" for numbers that every device has.
+          out: the letter of the result.
+        """
+        if self.shards is None:
+            return function
+        specs = {"x": self.shards.spec(stacked), "s": self.spec(stacked), "n": jax.P()}
+        # Kernels do not say over which axes their results vary.
+        return jax.shard_map(
+            function,
+            in_specs=tuple(specs[letter] for letter in inputs),
+            out_specs=specs[out],
+            check_vma=False,
+        )
