@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx, serialization
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparse_jax import LANE, Cyclic, GradientNorm, ist, sift
+from sparse_jax.supports.granularity import GRANULARITIES
 
 
 def layered(inner, **options):
@@ -145,6 +147,50 @@ def test_the_state_can_be_mapped_over(tx):
 
 
 @every_transform
+def test_a_state_is_the_same_after_it_was_bytes(tx):
+    params = make_params()
+    _, state = jax.jit(tx.update)(make_grads(0), tx.init(params), params)
+    again = serialization.from_bytes(tx.init(params), serialization.to_bytes(state))
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    jax.tree.map(assert_same_array, again, state)
+
+
+def assert_same_array(a, b):
+    assert jnp.result_type(a) == jnp.result_type(b)
+    if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("granularity", [*GRANULARITIES, LANE])
+def test_the_optimizer_of_nnx_gives_the_numbers_of_optax(granularity):
+    tx = sift(optax.adamw(1e-2), 0.05, dense="bias", granularity=granularity)
+    model = nnx.Linear(128, 4, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(model))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    x, state = jax.random.normal(jax.random.key(1), (8, 128)), tx.init(params)
+    loss = lambda model: jnp.mean((model(x) - 1.0) ** 2)
+    pure = lambda p: jnp.mean((x @ p["kernel"] + p["bias"] - 1.0) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    @jax.jit
+    def plain(params, state):
+        updates, state = tx.update(jax.grad(pure)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        step(model, optimizer)
+        params, state = plain(params, state)
+    assert_equal_trees(nnx.to_pure_dict(nnx.state(model)), params, 1e-6, 1e-7)
+    trained = nnx.to_pure_dict(nnx.state(optimizer))["opt_state"]
+    support = trained["support"]["kernel"]
+    np.testing.assert_array_equal(support, state.support["kernel"])
+
+
+@every_transform
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_eight_devices_give_what_one_gives(tx, axis_type):
     if axis_type == AxisType.Explicit and tx is TRANSFORMS["ist of sift"]:
@@ -206,6 +252,65 @@ def test_it_composes(tx, wrap):
         updates, state = update(make_grads(i), state, params)
         params = optax.apply_updates(params, updates)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
+
+
+@every_transform
+def test_injected_hyperparameters_change_no_number(tx):
+    inner = optax.chain(tx, optax.scale(0.5))
+    make = lambda rate: optax.chain(tx, optax.scale(rate))
+    injected, params = optax.inject_hyperparams(make)(rate=0.5), make_params()
+    updates, state = jax.jit(inner.update)(make_grads(0), inner.init(params), params)
+    theirs, after = jax.jit(injected.update)(
+        make_grads(0), injected.init(params), params
+    )
+    assert_equal_trees(theirs, updates, 1e-6, 1e-7)
+    jax.tree.map(
+        lambda a, b: assert_same_array(a, b) if a.dtype == "int32" else None,
+        after.inner_state,
+        state,
+    )
+
+
+BOWL, VALLEY = jnp.array([1.0, -1.0, 1.0]), jnp.ones(2)
+TARGETS = {
+    "bowl": (
+        lambda x: jnp.sum((x - BOWL.astype(x.dtype)) ** 2),
+        [-1.0, 10.0, 1.0],
+        BOWL,
+    ),
+    "valley": (
+        lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2,
+        [0.0, 0.0],
+        VALLEY,
+    ),
+}
+ONE_LAYER = {"layer_of": "^0$", "num_layers": 1, "num_active": 1}
+SOLVERS = {
+    "sift": sift(optax.adam(0.1), density=1.0),
+    "sift, several": sift(optax.adam(0.1), density=1.0, select_from=3),
+    "ist": ist(optax.adam(0.1), key=jax.random.key(0), sampler="cyclic", **ONE_LAYER),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("loss", "start", "end"), TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("tx", SOLVERS.values(), ids=SOLVERS)
+def test_with_all_entries_trained_it_finds_the_minimum(tx, loss, start, end, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        # A stack of one layer.
+        params = [jnp.array([start], dtype)]
+        total = lambda params: loss(params[0][0])
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(total)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=4000)[0])
+        state = optax.tree.map_params(tx, lambda leaf: leaf, tx.init(params))
+        found, _ = run((params, state))
+        assert found[0].dtype == dtype
+        np.testing.assert_allclose(found[0][0], end, rtol=0.03, atol=0.03)
 
 
 def test_arguments_that_fix_shapes_are_static_under_inject_hyperparams():

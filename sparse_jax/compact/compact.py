@@ -49,6 +49,7 @@ __all__ = ["Compact", "CompactState", "Loss"]
 # (params, batch, key, attachment) -> (sum of the losses, number they are averaged by)
 Loss = Callable[[Any, Any, Any, Attachment], tuple[jax.Array, jax.typing.ArrayLike]]
 
+_map_sparse = functools.partial(map_roles, only=(SPARSE,))
 # trained values -> parameters and attachment of a forward pass that depends on them
 Place = Callable[[Any], tuple[Any, Attachment]]
 
@@ -142,7 +143,7 @@ class Compact:
             k = self.method.support_size(role)
             return role.layout.empty(leaf.shape, k, **options)
 
-        empty = map_roles(support, roles, params, only=(SPARSE,))
+        empty = _map_sparse(support, roles, params)
         state = self.begin(params, empty, self.method.added(params, key))
         if not jax.tree.leaves(empty):
             return state
@@ -180,15 +181,13 @@ class Compact:
         The arguments are those of `select`.
 
         Returns:
-          The supports, whether the gradient was finite, and for sparse leaves the
-          number of chosen entries, as `Layout.choose` returns it.
+          Supports, whether the gradient was finite, and counts as of `Layout.choose`.
         """
         roles = self.roles(state.params)
         require_groups(batch, self.accumulate)
         score = self.method.ranking
         if score is None or not score.needs_gradient:
-            support, counts = self._choose_by_weight(roles, score, state, key)
-            return support, jnp.array(True), counts
+            return self._choose_by_weight(roles, score, state, key)
         return self._choose_by_gradient(roles, score, state, batch, key)
 
     def step(
@@ -340,22 +339,21 @@ class Compact:
         if self.accumulate > 1:
             one = jax.tree.map(lambda leaf: leaf[0], batch)
             first = one, jax.random.split(key, self.accumulate)[0]
-        of_sparse = functools.partial(map_roles, only=(SPARSE,))
-        draws = of_sparse(draw, roles, state.params)
+        draws = _map_sparse(draw, roles, state.params)
         empty = lambda role, support: empty_selection(support.shape)
-        chosen = jax.grad(total)(of_sparse(empty, roles, state.support))
+        chosen = jax.grad(total)(_map_sparse(empty, roles, state.support))
         support = lambda role, selection: support_of(selection, role.layout)
         bad = lambda role, selection: jnp.any(selection.bad > 0)
         count = lambda role, selection: selection.count.astype(jnp.int32)
         return (
-            of_sparse(support, roles, chosen),
-            ~jnp.any(jnp.array(jax.tree.leaves(of_sparse(bad, roles, chosen)), bool)),
-            of_sparse(count, roles, chosen),
+            _map_sparse(support, roles, chosen),
+            ~jnp.any(jnp.array(jax.tree.leaves(_map_sparse(bad, roles, chosen)), bool)),
+            _map_sparse(count, roles, chosen),
         )
 
     def _choose_by_weight(
         self, roles: Any, score: Score | None, state: CompactState, key: jax.Array
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, jax.Array, Any]:
         """Returns the supports of a score that looks at no gradient, and counts."""
 
         def chosen(role: Role, leaf: jax.Array, support: jax.Array) -> Any:
@@ -365,10 +363,9 @@ class Compact:
             options = {"stacked": role.stacked, "capacity": support.shape[-1]}
             return role.layout.choose(*args, leaf_key(key, role.name), **options)
 
-        of_sparse = functools.partial(map_roles, only=(SPARSE,))
-        both = of_sparse(chosen, roles, state.params, state.support)
-        pick = lambda i: of_sparse(lambda role, pair: pair[i], roles, both)
-        return pick(0), pick(1)
+        both = _map_sparse(chosen, roles, state.params, state.support)
+        pick = lambda i: _map_sparse(lambda role, pair: pair[i], roles, both)
+        return pick(0), jnp.array(True), pick(1)
 
     def _inside(self, tree: Any) -> Any:
         """Returns the subtree of the layers, empty if there is none."""
