@@ -228,12 +228,9 @@ def compiled_step(method, shape):
     batch, key = placement.put(random_batch()), jax.random.key(0)
     state = runner.init(jax.device_put(params, placement.params), key)
     state, _ = runner.select(state, batch, key)
+    where = placement.state(tuner.roles(state.params), state), placement.at(jax.P())
     with jax.set_mesh(mesh):
-        step = jax.jit(
-            tuner.step,
-            donate_argnums=0,
-            out_shardings=(placement.state(state), placement.at(jax.P())),
-        )
+        step = jax.jit(tuner.step, donate_argnums=0, out_shardings=where)
         return step.lower(state, batch, key).compile(), state
 
 
@@ -263,9 +260,9 @@ def test_no_weight_has_a_second_copy_on_the_mesh():
             assert leaf.sharding.spec[1] in (("fsdp", "tensor"), ("tensor", "fsdp"))
 
 
-def test_tables_that_are_too_short_are_made_again(monkeypatch):
+def test_supports_that_are_too_short_are_made_again(monkeypatch):
     monkeypatch.setattr("sparse_jax.sharding.runner._HEADROOM", 0.01)
-    monkeypatch.setattr("sparse_jax.sharding.runner._LANES", 1)
+    monkeypatch.setattr("sparse_jax.supports.entries._REGISTER", 1)
     one, many = on_one(METHODS["sift"], 2), on_mesh(METHODS["sift"], 2, MESHES["fsdp"])
     assert_same(one, many)
 
