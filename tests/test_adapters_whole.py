@@ -39,7 +39,6 @@ from sparse_jax.models.families.bert import BERT
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.pretrained import base_config
-from sparse_jax.supports.scores import SCORES
 
 MODEL = Model(SequenceClassifier, BERT, tiny_config("bert"))
 QUERY = "layers/attention/query/kernel"

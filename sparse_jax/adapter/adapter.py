@@ -10,8 +10,8 @@ import numpy as np
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS, word_of
-from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 from sparse_jax.supports.positions import fetch, read_entries
+from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
 __all__ = ["Adapter", "Arrays", "adapter_of", "require_no_settings"]
 
