@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS, word_of
+from sparse_jax.params.fields import Json
 from sparse_jax.supports.positions import fetch, read_entries
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
@@ -27,7 +28,7 @@ class Adapter:
     added, and so will nothing at all. Then it may hold any leaves.
 
     Raises:
-      InputError: if a word stands for a method that adds arrays.
+      InputError: if `method` is none, or the word of one that adds arrays.
 
     Example:
       >>> adapter = Adapter(
@@ -49,7 +50,7 @@ class Adapter:
     base_model: str = ""
     base_hash: str = ""  # SHA-256 of the base's weights, hexadecimal
     # What the base computes with them, as `base_config` returns it; empty: not known.
-    base_config: Mapping[str, Any] = field(default_factory=dict)
+    base_config: Mapping[str, Json] = field(default_factory=dict)
     task: str = ""
     labels: tuple[str, ...] = ()  # empty for regression
 
@@ -58,6 +59,11 @@ class Adapter:
         if isinstance(method, str):
             method, word = Method(), method
             require_no_settings(word, bool(self.added))
+        elif not isinstance(method, Method):
+            raise InputError(
+                f"`method` must be a method, got {brief(method)}. Pass one that is "
+                "made, such as `LoRA(rank=4)`."
+            )
         elif method != Method():
             words = [w for w, entry in METHODS.items() if entry.kind is type(method)]
             if word not in words:

@@ -283,7 +283,10 @@ def _method(
     """Returns the method of a file, which reads its own settings."""
     word, settings, place = words["method"], words["method_settings"], f"`{path}`"
     if words["format"] == FORMAT_1:
-        return method_of_format_1(words, dense, has_added, place)
+        # A decoder that writes text has no head of its own.
+        about = {"has_added": has_added, "has_head": words["task"] != "causal"}
+        args = (word, words["settings"], dense)
+        return method_of_format_1(*args, **about, place=place)
     if settings is None:
         require_no_settings(word, has_added)
         return Method()

@@ -3,12 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS, entry_of
-from sparse_jax.params.fields import fields_of, read_json
+from sparse_jax.params.fields import Json, fields_of, read_json
 
 __all__ = ["FORMAT_1", "method_of_format_1"]
 
@@ -19,21 +18,28 @@ _LATER = ("alpha", "rslora", "dropout", "granularity")
 
 
 def method_of_format_1(
-    words: Mapping[str, Any], dense: Sequence[str], has_added: bool, place: str
+    word: str,
+    settings: Mapping[str, Json],
+    dense: Sequence[str],
+    *,
+    has_added: bool,
+    has_head: bool,
+    place: str,
 ) -> Method:
     """Returns the method of a file, or `Method()` if it does not say enough.
 
     Args:
-      words: what the file says beside its arrays.
+      word: of the method.
+      settings: of the method and its run.
       dense: names of the leaves that it holds as a whole.
       has_added: whether it holds arrays that a method adds.
+      has_head: whether its task has a head, which is trained in full by default.
       place: the file, for messages.
 
     Raises:
       InputError: if the method is not known, or a setting that says what the arrays
         mean is missing or of a wrong type.
     """
-    word, settings = words["method"], words["settings"]
     is_of_run = "dense" in settings  # `finetune` always wrote it.
     if word not in METHODS and not has_added and not is_of_run:
         return Method()
@@ -53,10 +59,9 @@ def method_of_format_1(
                 "needs, and does not. Copy it again; if it was made by hand, make it "
                 "again with the method itself instead of a word."
             )
-    head = [f"^{re.escape(leaf)}$" for leaf in dense]
-    if is_of_run:
-        # A decoder that writes text has no head of its own.
-        head = [] if words["task"] == "causal" else ["^classifier/"]
+    head = ["^classifier/"] if has_head else []
+    if not is_of_run:
+        head = [f"^{re.escape(leaf)}$" for leaf in dense]
     method = entry.make(given, head)
     # Fields that are no options, such as the factor of a bottleneck.
     more = [name for name in given if name not in (*entry.options, "dense")]

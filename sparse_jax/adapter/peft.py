@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import PEFT_CONFIG
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, to_tensor_layout
 from sparse_jax.models.hf.tensors import save_tensors
+from sparse_jax.params.fields import Json
 from sparse_jax.params.names import leaf_names
 
 __all__ = ["save_peft"]
@@ -99,7 +99,7 @@ def _has_tied_table(adapter: Adapter, model: Model) -> bool:
     return model.head is CausalLM and model.config.tied and _WORDS in adapter.dense
 
 
-def _config(adapter: Adapter, form: PeftForm, model: Model) -> dict[str, Any]:
+def _config(adapter: Adapter, form: PeftForm, model: Model) -> dict[str, Json]:
     """Returns what `adapter_config.json` holds."""
     modules = {
         module.format(layer)

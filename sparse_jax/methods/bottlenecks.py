@@ -4,14 +4,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, refuse_to_merge
-from sparse_jax.methods.sites import channels, kernels_at, uniform
+from sparse_jax.methods.sites import Added, Params, channels, kernels_at, uniform
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.arguments import require_whole
@@ -66,7 +66,7 @@ class Bottleneck(Method, ABC):
                 f"`scale` must be positive, got {self.scale}. Leave it out for 1."
             )
 
-    def added(self, params: Any, key: jax.Array) -> Any:
+    def added(self, params: Params, key: jax.Array) -> Added:
         """Returns {site: {"down", "down_bias", "up", "up_bias"}} of matching sites."""
 
         def create(site: str, kernel: jax.Array) -> dict[str, jax.Array]:
@@ -87,7 +87,7 @@ class Bottleneck(Method, ABC):
         site: str,
         module: Module,
         x: jax.Array,
-        added: Any,
+        added: Added,
         strength: jax.typing.ArrayLike = 1.0,
         *,
         key: jax.Array | None = None,
@@ -103,7 +103,7 @@ class Bottleneck(Method, ABC):
         high = high + channels(arrays["up_bias"], z)
         return y + jnp.asarray(self.scale * strength, z.dtype) * high
 
-    def merge(self, params: Any, added: Any) -> Any:
+    def merge(self, params: Params, added: Added) -> Params:
         """Raises if anything is added."""
         return refuse_to_merge(self, params, added)
 

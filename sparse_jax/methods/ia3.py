@@ -1,14 +1,21 @@
 """(IA)3: train one factor for every channel of keys, values and feed-forward."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, PeftForm, PeftPart
-from sparse_jax.methods.sites import channels, kernels_at, map_sites
+from sparse_jax.methods.sites import (
+    Added,
+    Params,
+    Parts,
+    channels,
+    kernels_at,
+    map_sites,
+)
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.names import Rule
 
@@ -40,7 +47,7 @@ class IA3(Method):
     where: Rule = "^attention/(key|value)$"
     feedforward: Rule = "^mlp/down$"
 
-    def added(self, params: Any, key: jax.Array) -> Any:
+    def added(self, params: Params, key: jax.Array) -> Added:
         """Returns {site: {"output": ...}} or {site: {"input": ...}}."""
         del key
         outputs = kernels_at("where", self.where, params, self.stack)
@@ -64,7 +71,7 @@ class IA3(Method):
         site: str,
         module: Module,
         x: jax.Array,
-        added: Any,
+        added: Added,
         strength: jax.typing.ArrayLike = 1.0,
         *,
         key: jax.Array | None = None,
@@ -78,7 +85,7 @@ class IA3(Method):
         y = module(x)
         return y * channels(damped(arrays["output"]), y) if "output" in arrays else y
 
-    def to_peft(self, added: Any) -> PeftForm:
+    def to_peft(self, added: Mapping[str, Collection[str]]) -> PeftForm:
         """Returns PEFT's (IA)3, whose factors are rows or columns."""
         return PeftForm(
             {"peft_type": "IA3"},
@@ -89,10 +96,10 @@ class IA3(Method):
             {"feedforward_modules": [s for s in sorted(added) if "input" in added[s]]},
         )
 
-    def merge(self, params: Any, added: Any) -> Any:
+    def merge(self, params: Params, added: Added) -> Params:
         """Returns parameters with scaled columns, biases and rows."""
 
-        def change(kind: str, leaf: jax.Array, arrays: Any) -> jax.Array:
+        def change(kind: str, leaf: jax.Array, arrays: Parts) -> jax.Array:
             if "output" in arrays:
                 factor = arrays["output"]
                 return leaf * (factor[:, None, :] if kind == "kernel" else factor)

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -12,7 +13,15 @@ from jax import lax
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, PeftForm, PeftPart
-from sparse_jax.methods.sites import channels, kernels_at, map_sites, uniform
+from sparse_jax.methods.sites import (
+    Added,
+    Params,
+    Parts,
+    channels,
+    kernels_at,
+    map_sites,
+    uniform,
+)
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.arguments import require_whole
 from sparse_jax.params.names import Rule
@@ -71,7 +80,7 @@ class LowRank(Method, ABC):
         """Alpha, or what stands for it."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
-    def added(self, params: Any, key: jax.Array) -> Any:
+    def added(self, params: Params, key: jax.Array) -> Added:
         """Returns {site: {"a": ..., "b": ...}} for every matching site."""
 
         def create(site: str, kernel: jax.Array) -> dict[str, jax.Array]:
@@ -84,10 +93,10 @@ class LowRank(Method, ABC):
         return {site: create(site, kernel) for site, kernel in kernels.items()}
 
     @abstractmethod
-    def merge(self, params: Any, added: Any) -> Any:
+    def merge(self, params: Params, added: Added) -> Params:
         """Returns parameters with new kernels at the sites."""
 
-    def to_peft(self, added: Any) -> PeftForm:
+    def to_peft(self, added: Mapping[str, Collection[str]]) -> PeftForm:
         """Returns PEFT's LoRA."""
         del added
         config = {
@@ -115,7 +124,7 @@ class LowRank(Method, ABC):
             )
 
     def _product(
-        self, site: str, x: jax.Array, pair: Any, key: jax.Array | None
+        self, site: str, x: jax.Array, pair: Parts, key: jax.Array | None
     ) -> jax.Array:
         """Returns dropout(x) @ A @ B."""
         if key is not None and self.dropout > 0:
@@ -123,7 +132,7 @@ class LowRank(Method, ABC):
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
         return (x @ pair["a"].astype(x.dtype)) @ pair["b"].astype(x.dtype)
 
-    def _with_product(self, kernel: jax.Array, pair: Any) -> jax.Array:
+    def _with_product(self, kernel: jax.Array, pair: Parts) -> jax.Array:
         """Returns W + scale * A @ B."""
         return kernel + self.scale * (pair["a"] @ pair["b"])
 
@@ -154,7 +163,7 @@ class LoRA(LowRank):
         site: str,
         module: Module,
         x: jax.Array,
-        added: Any,
+        added: Added,
         strength: jax.typing.ArrayLike = 1.0,
         *,
         key: jax.Array | None = None,
@@ -165,7 +174,7 @@ class LoRA(LowRank):
         product = self._product(site, x, added[site], key)
         return module(x) + jnp.asarray(self.scale * strength, x.dtype) * product
 
-    def merge(self, params: Any, added: Any) -> Any:
+    def merge(self, params: Params, added: Added) -> Params:
         """Returns parameters with the products added to the kernels."""
         add = lambda kind, leaf, pair: (
             self._with_product(leaf, pair) if kind == "kernel" else leaf
@@ -202,7 +211,7 @@ class DoRA(LowRank):
       Liu et al., 2024, Sec. 4, https://arxiv.org/abs/2402.09353
     """
 
-    def added(self, params: Any, key: jax.Array) -> Any:
+    def added(self, params: Params, key: jax.Array) -> Added:
         """Returns {site: {"a": ..., "b": ..., "m": ...}} for every matching site."""
         kernels = kernels_at("where", self.where, params, self.stack)
         pairs = super().added(params, key)
@@ -216,7 +225,7 @@ class DoRA(LowRank):
         site: str,
         module: Module,
         x: jax.Array,
-        added: Any,
+        added: Added,
         strength: jax.typing.ArrayLike = 1.0,
         *,
         key: jax.Array | None = None,
@@ -235,10 +244,10 @@ class DoRA(LowRank):
             return y
         return y + channels(linear.bias[...], x)
 
-    def merge(self, params: Any, added: Any) -> Any:
+    def merge(self, params: Params, added: Added) -> Params:
         """Returns parameters with the new kernels."""
 
-        def change(kind: str, leaf: jax.Array, arrays: Any) -> jax.Array:
+        def change(kind: str, leaf: jax.Array, arrays: Parts) -> jax.Array:
             if kind != "kernel":
                 return leaf
             direction = self._with_product(leaf, arrays)
@@ -247,7 +256,7 @@ class DoRA(LowRank):
 
         return map_sites(change, params, added, self.stack)
 
-    def to_peft(self, added: Any) -> PeftForm:
+    def to_peft(self, added: Mapping[str, Collection[str]]) -> PeftForm:
         """Returns PEFT's LoRA with magnitudes."""
         form = super().to_peft(added)
         length = PeftPart("lora_magnitude_vector", lambda array: array)

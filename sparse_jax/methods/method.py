@@ -1,7 +1,7 @@
 """What a method is: which leaves it trains, and what it adds to the layers."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
 
@@ -131,8 +131,8 @@ class Method:
         """
         return from_json(cls, settings, place)
 
-    def to_peft(self, added: Mapping[str, Mapping[str, np.ndarray]]) -> PeftForm | None:
-        """Returns how PEFT stores the arrays added, or None if it cannot."""
+    def to_peft(self, added: Mapping[str, Collection[str]]) -> PeftForm | None:
+        """Returns how PEFT stores the added arrays, by site and part, if it can."""
         del added
         return None
 

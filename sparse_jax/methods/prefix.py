@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, refuse_to_merge
-from sparse_jax.methods.sites import kernels_at
+from sparse_jax.methods.sites import Added, Params, kernels_at
 from sparse_jax.models.attachment import MEMORY, Memory, Module
 from sparse_jax.params.arguments import require_whole
 from sparse_jax.params.fields import option
@@ -59,7 +59,7 @@ class Prefix(Method):
                 "8 to 128."
             )
 
-    def added(self, params: Any, key: jax.Array) -> Any:
+    def added(self, params: Params, key: jax.Array) -> Added:
         """Returns {"attention/memory": {"keys": ..., "values": ...}}."""
         widths = kernels_at("params", "^attention/key$", params, self.stack)
         layers, _, width = widths["attention/key"].shape
@@ -76,7 +76,7 @@ class Prefix(Method):
         site: str,
         module: Module,
         x: jax.Array,
-        added: Any,
+        added: Added,
         strength: jax.typing.ArrayLike = 1.0,
         *,
         key: jax.Array | None = None,
@@ -89,6 +89,6 @@ class Prefix(Method):
         bias = jnp.log(jnp.asarray(strength, jnp.float32))
         return Memory(arrays["keys"], arrays["values"], bias)
 
-    def merge(self, params: Any, added: Any) -> Any:
+    def merge(self, params: Params, added: Added) -> Params:
         """Raises if anything is added."""
         return refuse_to_merge(self, params, added)

@@ -10,7 +10,20 @@ from sparse_jax.errors import InputError
 from sparse_jax.params.names import Rule, first_match, map_named, require_match
 from sparse_jax.supports.scores import leaf_key
 
-__all__ = ["channels", "kernels_at", "map_sites", "uniform"]
+__all__ = [
+    "Added",
+    "Params",
+    "Parts",
+    "channels",
+    "kernels_at",
+    "map_sites",
+    "uniform",
+]
+
+
+Params = Mapping[str, Any]  # parameters by subtree, one of which is the stack
+Parts = Mapping[str, jax.Array]  # what a method adds at a site, by part
+Added = Mapping[str, Parts]  # by site
 
 
 def channels(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -41,7 +54,7 @@ _KERNEL = "/kernel"
 
 
 def kernels_at(
-    argument: str, where: Rule, params: Any, stack: str | None
+    argument: str, where: Rule, params: Params, stack: str | None
 ) -> dict[str, jax.Array]:
     """Returns the kernels of the linear maps whose site a rule matches.
 
@@ -69,11 +82,11 @@ def kernels_at(
 
 
 def map_sites(
-    function: Callable[[str, jax.Array, Any], jax.Array],
-    params: Any,
-    added: Mapping[str, Any],
+    function: Callable[[str, jax.Array, Parts], jax.Array],
+    params: Params,
+    added: Added,
     stack: str | None,
-) -> Any:
+) -> Params:
     """Maps `function(kind, leaf, added[site])` over the leaves of the sites in `added`.
 
     The function gets a leaf in float32 with its kind, such as "kernel" or "bias"; what
@@ -97,7 +110,7 @@ def map_sites(
     return map_named(change, params)
 
 
-def _kernels(params: Any, stack: str | None) -> dict[str, jax.Array]:
+def _kernels(params: Params, stack: str | None) -> dict[str, jax.Array]:
     """Returns the stacked kernels of the layers by the name of their site."""
     subtrees = params if isinstance(params, Mapping) else {}
     if stack is None or stack not in subtrees:
