@@ -247,7 +247,7 @@ def test_leaves_and_layers_that_do_not_fit_are_named(options, message):
     [
         ({"num_active": 7}, r"`num_active` must be in \[1, num_layers=6\], got 7"),
         ({"num_active": 0}, "got 0"),
-        ({"sampler": "best"}, "`sampler` must be 'ist', 'uniform', 'cyclic' or a `Sam"),
+        ({"sampler": "best"}, "`sampler` must be a `Sampler`, or one of ist, uniform"),
         ({"sampler": Static.of(1, num_layers=6)}, "`num_active` must be 1 as in"),
         ({"sampler": Static.of(1, 2, num_layers=6), "hold": 3}, "`hold` must be 1 as"),
         ({"probe_every": 0}, "`probe_every` must be at least 1"),

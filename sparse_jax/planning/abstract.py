@@ -26,7 +26,7 @@ from sparse_jax.supports.packing import current_values
 from sparse_jax.training.build import head_rules, make_tuner, method_of, sampler_of
 from sparse_jax.training.classification import make_loss
 from sparse_jax.training.language_modelling import make_token_loss
-from sparse_jax.training.optimizer import Schedule
+from sparse_jax.training.optimizer import Schedule, schedule_of
 from sparse_jax.training.settings import Settings
 
 __all__ = ["AbstractRun", "abstract_run", "held_bytes", "read_model"]
@@ -101,8 +101,7 @@ def abstract_run(
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = CompactState(*runner.abstract(params, key))
     batch = _batch(model, settings, length, placement)
-    number = jax.ShapeDtypeStruct((), np.float32)
-    schedule = Schedule(number, number, number, number)
+    schedule = jax.eval_shape(lambda: schedule_of(1.0, 1))
     return AbstractRun(
         settings, tuner, runner, placement, state, batch, key, schedule, head
     )

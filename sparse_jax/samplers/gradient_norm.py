@@ -21,7 +21,7 @@ class GradientNormMemory(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientNorm(Sampler):
+class GradientNorm(Sampler[GradientNormMemory]):
     """Draws layers by a running mean of the norms of their gradients.
 
     With m `[L]` the running means, only those of active layers moving,

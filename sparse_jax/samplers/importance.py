@@ -32,7 +32,7 @@ class ImportanceMemory(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Importance(Sampler):
+class Importance(Sampler[ImportanceMemory]):
     """Draws layers by an importance that probes of the loss keep learning.
 
     With importance I `[L]`, zero at first, layers are drawn without replacement with
@@ -199,7 +199,9 @@ class Importance(Sampler):
                     tries < _MOST_DRAWS
                 )
 
-            def again(carry: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+            def again(
+                carry: tuple[jax.Array, jax.Array],
+            ) -> tuple[jax.Array, jax.Array]:
                 tries = carry[0] + 1
                 return tries, fresh(jax.random.fold_in(row_key, tries))
 

@@ -166,7 +166,11 @@ def sampler_class(word: str) -> "type[Sampler]":
       >>> sampler_class("ist").__name__
       'Importance'
     """
-    require_word("sampler", word, SAMPLERS)
+    if not isinstance(word, str) or word not in SAMPLERS:
+        raise InputError(
+            f"`sampler` must be a `Sampler`, or one of {', '.join(SAMPLERS)}, got "
+            f"{brief(word)}."
+        )
     kind = SAMPLERS[word].kind
     return pkgutil.resolve_name(kind) if isinstance(kind, str) else kind
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ __all__ = [
     "is_active",
 ]
 
+Memory = TypeVar("Memory")
 # strength [L] -> loss of the model whose layer l adds strength[l] times what it learnt
 ValueFn = Callable[[jax.Array], jax.Array]
 
@@ -36,8 +37,10 @@ class SamplerState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampler:
+class Sampler(Generic[Memory]):
     """A rule for which layers are active: hashable, without arrays.
+
+    `Memory` is the pytree of arrays that it keeps between updates.
 
     Attributes:
       num_layers: L.
@@ -63,7 +66,7 @@ class Sampler:
             )
 
     @classmethod
-    def fitted(cls, *, num_layers: int, num_active: int, **options: Any) -> "Sampler":
+    def fitted(cls, *, num_layers: int, num_active: int, **options: Any) -> Self:
         """Returns the sampler for a model, from the options of a run.
 
         Args:
@@ -83,17 +86,17 @@ class Sampler:
         """Whether `observe` reads the norms of gradients."""
         return False
 
-    def start(self) -> Any:
-        """Returns the memory before the first update, a pytree of arrays."""
-        return ()
+    def start(self) -> Memory:
+        """Returns the memory before the first update."""
+        return cast(Memory, ())
 
-    def weights(self, memory: Any) -> jax.Array:
+    def weights(self, memory: Memory) -> jax.Array:
         """Returns the weights that layers are drawn with, shape=(L,), float32."""
         del memory
         return jnp.ones(self.num_layers, jnp.float32)
 
     def draw(
-        self, memory: Any, key: jax.Array, turn: jax.typing.ArrayLike
+        self, memory: Memory, key: jax.Array, turn: jax.typing.ArrayLike
     ) -> jax.Array:
         """Returns the active layers of a turn, sorted, shape=(num_active,), int32.
 
@@ -105,12 +108,12 @@ class Sampler:
         draw_key = jax.random.fold_in(key, turn)
         return draw_layers(draw_key, jnp.log(self.weights(memory)), self.num_active)
 
-    def probe(self, memory: Any, key: jax.Array, value_fn: ValueFn) -> Any:
+    def probe(self, memory: Memory, key: jax.Array, value_fn: ValueFn) -> Memory:
         """Returns the memory after asking `value_fn` about suppressed layers."""
         del key, value_fn
         return memory
 
-    def observe(self, memory: Any, active: jax.Array, norms: jax.Array) -> Any:
+    def observe(self, memory: Memory, active: jax.Array, norms: jax.Array) -> Memory:
         """Returns the memory after an update.
 
         Args:
@@ -121,7 +124,7 @@ class Sampler:
         del active, norms
         return memory
 
-    def shown(self, memory: Any) -> dict[str, jax.Array]:
+    def shown(self, memory: Memory) -> dict[str, jax.Array]:
         """Returns what is worth writing down of the memory, by name."""
         del memory
         return {}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ __all__ = ["Cyclic", "Fixed", "Static", "Uniform"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Sampler):
+class Uniform(Sampler[tuple[()]]):
     """Draws layers uniformly, without replacement.
 
     With `hold=1` this is random sparse tuning, the control of IST (Yao et al., 2024);
@@ -31,7 +30,7 @@ class Uniform(Sampler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cyclic(Sampler):
+class Cyclic(Sampler[tuple[()]]):
     """Trains blocks of `num_active` layers in turn.
 
     In order, from the bottom up (or down, `descending`), as HiFT (Liu et al., 2024,
@@ -58,7 +57,7 @@ class Cyclic(Sampler):
             )
 
     def draw(
-        self, memory: Any, key: jax.Array, turn: jax.typing.ArrayLike
+        self, memory: tuple[()], key: jax.Array, turn: jax.typing.ArrayLike
     ) -> jax.Array:
         """Returns the block of a turn."""
         del memory
@@ -78,7 +77,7 @@ class Cyclic(Sampler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fixed(Sampler):
+class Fixed(Sampler[tuple[()]]):
     """Draws layers without replacement in proportion to given numbers.
 
     OwLore (Li et al., 2024, https://arxiv.org/abs/2405.18380) takes the share of
@@ -106,14 +105,14 @@ class Fixed(Sampler):
         _require_weights("layer_weights", layer_weights, Sampler(**sizes))
         return cls(**sizes, proportions=tuple(layer_weights))
 
-    def weights(self, memory: Any) -> jax.Array:
+    def weights(self, memory: tuple[()]) -> jax.Array:
         """Returns the proportions."""
         del memory
         return jnp.array(self.proportions, jnp.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Static(Sampler):
+class Static(Sampler[tuple[()]]):
     """Trains a fixed list of layers.
 
     Raises:
@@ -154,7 +153,7 @@ class Static(Sampler):
         """Returns the sampler of some layers of a model."""
         return cls(num_layers=num_layers, num_active=len(layers), layers=layers)
 
-    def weights(self, memory: Any) -> jax.Array:
+    def weights(self, memory: tuple[()]) -> jax.Array:
         """Returns 1 for the layers of the list and 0 for the others."""
         del memory
         return (
@@ -162,7 +161,7 @@ class Static(Sampler):
         )
 
     def draw(
-        self, memory: Any, key: jax.Array, turn: jax.typing.ArrayLike
+        self, memory: tuple[()], key: jax.Array, turn: jax.typing.ArrayLike
     ) -> jax.Array:
         """Returns the list."""
         del memory, key, turn

@@ -3,13 +3,17 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from sparse_jax.errors import InputError, brief, listed, reason_of
 from sparse_jax.methods.registry import METHODS
-from sparse_jax.params.fields import Option, from_json
+from sparse_jax.params.fields import Json, Option, from_json
 from sparse_jax.samplers.registry import SAMPLERS, sampler_class
 from sparse_jax.training.settings import setting_options
+
+if TYPE_CHECKING:
+    from sparse_jax.methods.method import Method
+    from sparse_jax.samplers.sampler import Sampler
 
 __all__ = ["read_settings"]
 
@@ -46,8 +50,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         )
     place, objects = f"`{path}`", {}
     for name in ("method", "sampler"):
-        if isinstance(found.get(name), Mapping):
-            objects[name] = _object(name, found[name], place)
+        if isinstance(one := found.get(name), Mapping):
+            objects[name] = _object(name, one, place)
     return objects | {
         name: _value(place, one, found[name])
         for name, one in known.items()
@@ -55,7 +59,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _object(name: str, found: Mapping[str, Any], place: str) -> Any:
+def _object(name: str, found: Mapping[str, Json], place: str) -> "Method | Sampler":
     """Returns the method or the sampler that a file describes."""
     settings = {**found}
     word = settings.pop("name", None)
@@ -70,7 +74,7 @@ def _object(name: str, found: Mapping[str, Any], place: str) -> Any:
     return from_json(sampler_class(word), settings, place)
 
 
-def _mapping(path: Path) -> Mapping[str, Any]:
+def _mapping(path: Path) -> Mapping[str, Json]:
     """Returns what a file holds."""
     # Only this reads YAML, and it takes a while to import.
     import yaml
@@ -93,7 +97,7 @@ def _mapping(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _value(place: str, one: Option, value: object) -> Any:
+def _value(place: str, one: Option, value: object) -> object:
     """Returns the value of a setting in its type."""
     if value is None and one.is_optional:
         return None

@@ -19,10 +19,10 @@ class Schedule(NamedTuple):
     As constants of the program they would make it another one for every learning rate.
     """
 
-    peak: Any
-    updates: Any
-    rise: Any  # 1 / updates of the warm-up
-    fall: Any  # 1 / (updates after it + 1)
+    peak: jax.typing.ArrayLike
+    updates: jax.typing.ArrayLike
+    rise: jax.typing.ArrayLike  # 1 / updates of the warm-up
+    fall: jax.typing.ArrayLike  # 1 / (updates after it + 1)
 
 
 def schedule_of(peak: float, updates: int) -> Schedule:
@@ -60,8 +60,8 @@ def learning_rate_at(count: jax.typing.ArrayLike, schedule: Schedule) -> jax.Arr
       [1.0, 0.75, 0.5, 0.25]
     """
     count = jnp.asarray(count, jnp.float32)
-    rise = (count + 1) * schedule.rise
-    return schedule.peak * jnp.minimum(rise, (schedule.updates - count) * schedule.fall)
+    peak, updates, rise, fall = map(jnp.asarray, schedule)
+    return peak * jnp.minimum((count + 1) * rise, (updates - count) * fall)
 
 
 def make_optimizer() -> optax.GradientTransformationExtraArgs:
@@ -78,20 +78,20 @@ def make_optimizer() -> optax.GradientTransformationExtraArgs:
     )
 
 
-def _start(params: Any) -> optax.ScaleByScheduleState:
+def _start(params: optax.Params) -> optax.ScaleByScheduleState:
     """Returns the state of `_scale`."""
     del params
     return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
 
 
 def _scale(
-    updates: Any,
+    updates: optax.Updates,
     state: optax.ScaleByScheduleState,
-    params: Any = None,
+    params: optax.Params | None = None,
     *,
     schedule: Schedule,
     **extra_args: Any,
-) -> tuple[Any, optax.ScaleByScheduleState]:
+) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
     """Returns steps against the updates, of the length that the schedule says."""
     del params, extra_args
     rate = -learning_rate_at(state.count, schedule)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.glue import CAUSAL, TASKS
@@ -185,13 +185,13 @@ class Settings(MethodOptions, SamplerOptions):
             return METHODS[self.method_word].learning_rate
         return self.learning_rate
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Returns the settings as `config.json` holds them.
 
         An object is a mapping of its word, `name`, and its fields; an optimizer is only
         said to have been given.
         """
-        record: dict[str, Any] = {
+        record: dict[str, object] = {
             one.name: getattr(self, one.name) for one in fields(self)
         }
         if not isinstance(self.method, str):

@@ -173,13 +173,15 @@ def ist(
         on = is_active(rule, chosen.active)
         is_new = on & ~before
 
-        def split(kind: str, layer: int = -1) -> tuple[Any, Any]:
+        def split(
+            kind: str, layer: int = -1
+        ) -> tuple[optax.Updates, optax.Params | None]:
             grads = places_only(updates, places, kind, layer)
             if params is None:
                 return grads, None
             return grads, places_only(params, places, kind, layer)
 
-        def stack() -> tuple[Any, Any]:
+        def stack() -> tuple[optax.Updates, optax.OptState]:
             grads, values = split(STACKED)
             if not jax.tree.leaves(grads):
                 return grads, state.stacked
@@ -200,11 +202,11 @@ def ist(
                 put_rows(state.stacked, after, chosen.active),
             )
 
-        def layer(number: int) -> tuple[Any, Any]:
+        def layer(number: int) -> tuple[optax.Updates, optax.OptState]:
             grads, values = split(LAYER, number)
             kept = state.layers[number]
             if restart:
-                fresh = tx.init(grads if params is None else values)
+                fresh = tx.init(grads if values is None else values)
                 kept = where(~is_new[number], kept, fresh)
             step, after = tx.update(grads, kept, values, **extra_args)
             step = jax.tree.map(lambda leaf: jnp.where(on[number], leaf, 0), step)
@@ -303,10 +305,10 @@ def _require_same_sizes(
     return sampler
 
 
-def _joined(updates: optax.Updates, steps: list[Any]) -> optax.Updates:
+def _joined(updates: optax.Updates, steps: list[optax.Updates]) -> optax.Updates:
     """Returns the one tree whose leaves the others share out; zeros elsewhere."""
 
-    def join(update: jax.Array, *parts: Any) -> jax.Array:
+    def join(update: jax.Array, *parts: jax.Array | optax.MaskedNode) -> jax.Array:
         found = [part for part in parts if not isinstance(part, optax.MaskedNode)]
         return found[0] if found else jnp.zeros_like(update)
 
