@@ -341,7 +341,7 @@ def test_an_adapter_is_that_of_any_sparse_method(folder, metrics):
     # Thirteen of 128 rows, in a map of two layers and in its bias.
     assert metrics["trained_parameters_without_head"] == 2 * 13 * (128 + 1)
     adapter = load_adapter(folder / "run")
-    assert adapter.settings["granularity"] == "lane"
+    assert adapter.method.granularity == "lane"
     positions = adapter.support["layers/attention/query/kernel"]
     assert positions.shape == (2, 13 * 128) and positions.dtype == np.int32
     again = evaluate_adapter(folder / "run", data=str(folder / "data"))
