@@ -238,7 +238,7 @@ ARGUMENTS = {
     ),
     "granularity, compact": (
         lambda: Sparse(density=0.5, granularity=["lane"]),
-        "`granularity` must be one of 'entry', 'lane' or a `Layout`, got ['lane']",
+        "`granularity` must be one of 'entry', 'lane' or a `Layout`, got \\['lane'\\]",
     ),
     "score, compact": (
         lambda: Sparse(density=0.5, score="gradients"),
@@ -246,7 +246,7 @@ ARGUMENTS = {
     ),
     "score of one argument": (
         lambda: sift(SGD, score=lambda gradient: gradient),
-        "`score` must be a function (gradient, param[, key]) -> scores, got",
+        r"`score` must be a function \(gradient, param\[, key\]\) -> scores, got",
     ),
     "score": (lambda: sift(SGD, score=3), "`score` must be one of"),
     "where, number": (

@@ -8,8 +8,18 @@ import numpy as np
 import optax
 import pytest
 
-from sparse_jax import LANE, Compact, InputError, Score, Sparse, register_score, sift
+from sparse_jax import (
+    LANE,
+    Compact,
+    InputError,
+    Score,
+    Settings,
+    Sparse,
+    register_score,
+    sift,
+)
 from sparse_jax.compact.tap import Wanted, empty_selection, selecting_tap, support_of
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.supports.scores import SCORES, score_named
 
 KEY = jax.random.key(0)
@@ -107,6 +117,20 @@ def test_a_registered_word_means_the_same_everywhere():
             register_score("saliency", lambda gradient, param: gradient)
     finally:
         del SCORES["saliency"]
+
+
+def test_the_command_line_has_the_same_words():
+    made = lambda **options: METHODS["sift"].make({"density": 0.1, **options})
+    assert made().score == "gradient"
+    assert made(score="gradient/magnitude").score == "gradient/magnitude"
+    assert METHODS["random"].make({}).score == "random"
+    settings = {"model": "m", "task": "sst2", "output": "o"}
+    assert Settings(**settings, method="sift", score="random").score == "random"
+    with pytest.raises(InputError, match="`score` must be one of gradient, magnitude"):
+        Settings(**settings, method="sift", score="gradients")
+    for word in ("lora", "random"):
+        with pytest.raises(InputError, match="`score` must be left out .* to sift"):
+            Settings(**settings, method=word, score="magnitude")
 
 
 def test_a_score_of_weights_alone_needs_no_backward_pass():

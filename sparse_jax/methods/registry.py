@@ -41,6 +41,11 @@ class MethodOptions:
         "Where sift, random and magnitude choose entries: entry (anywhere in a "
         "matrix) or lane (as many in every 128 rows of a column, for TPUs).",
     )
+    score: str = setting(
+        "gradient",
+        "What sift ranks entries by: gradient, magnitude, gradient/magnitude, random, "
+        "or a word of `register_score`.",
+    )
     rank: int = setting(8, "Rank of the matrices that lora and dora add.")
     alpha: float | None = setting(
         None, "lora and dora scale what they add by alpha / rank.", "twice the rank"
@@ -102,6 +107,7 @@ class Entry:
       defaults: values of fields, or their words, where a run says nothing; by field.
       dense: rules of what is trained in full, in place of the head.
       also_dense: rules of what is trained in full beside the head.
+      fixed: fields that the word stands for, such as the score of `random`.
     """
 
     word: str
@@ -111,6 +117,7 @@ class Entry:
     defaults: Mapping[str, Any]
     dense: tuple[str, ...]
     also_dense: tuple[str, ...]
+    fixed: tuple[str, ...]
 
     @property
     def kind(self) -> "type[Method]":
@@ -148,7 +155,7 @@ class Entry:
         usual = {one.name: one.default for one in fields(MethodOptions)}
         found = {}
         for one in fields_of(self.kind):
-            if one.help or one.name in usual:
+            if (one.help or one.name in usual) and one.field not in self.fixed:
                 default = (
                     one.default if usual.get(one.name) is None else usual[one.name]
                 )
@@ -199,6 +206,7 @@ def register_method(
     help: str = "",
     dense: Sequence[str] = (),
     also_dense: Sequence[str] = (),
+    fixed: Sequence[str] = (),
     **defaults: Any,
 ) -> None:
     """Gives a class of methods a word, by which runs and adapter files name it.
@@ -213,6 +221,7 @@ def register_method(
       help: one sentence; without one it is the first of the class.
       dense: rules of what is trained in full, in place of the head of a task.
       also_dense: rules of what is trained in full beside it.
+      fixed: which of `defaults` the word stands for, so that they are no options.
       **defaults: values of fields where a run says nothing.
 
     Raises:
@@ -238,7 +247,7 @@ def register_method(
     if not isinstance(kind, str):
         _require_kind(kind, defaults)
     METHODS[word] = Entry(
-        word, kind, learning_rate, help, defaults, (*dense,), (*also_dense,)
+        word, kind, learning_rate, help, defaults, (*dense,), (*also_dense,), (*fixed,)
     )
 
 
@@ -285,8 +294,8 @@ def word_of(method: "Method") -> str:
 
     Example:
       >>> from sparse_jax import Sparse
-      >>> word_of(Sparse(density=0.1))
-      'sift'
+      >>> word_of(Sparse(density=0.1)), word_of(Sparse(density=0.1, score="random"))
+      ('sift', 'random')
     """
     entries = [one for one in METHODS.values() if one.kind is type(method)]
     if not entries:
@@ -294,9 +303,9 @@ def word_of(method: "Method") -> str:
             f"`method` must be of a class with a word, got {type(method).__name__}. "
             "Give it one by `register_method`."
         )
-    for entry in entries:
-        fixed = {*entry.defaults} - {one.field for one in entry.options.values()}
-        if all(getattr(method, name) == entry.values[name] for name in fixed):
+    for entry in sorted(entries, key=lambda entry: -len(entry.fixed)):
+        either = {x: (entry.defaults[x], entry.values[x]) for x in entry.fixed}
+        if all(getattr(method, name) in values for name, values in either.items()):
             return entry.word
     return entries[0].word
 
@@ -348,8 +357,11 @@ register_method(
     "prefix", "sparse_jax.methods.prefix:Prefix", learning_rate=1e-2,
     length=PREFIX_LENGTH,
 )  # fmt: skip
-for _word, _score in (("sift", "gradient"), ("random",) * 2, ("magnitude",) * 2):
+register_method(
+    "sift", "sparse_jax.methods.sparse:Sparse", learning_rate=7e-4, where=_IN_MAPS
+)
+for _word in ("random", "magnitude"):
     register_method(
-        _word, "sparse_jax.methods.sparse:Sparse", learning_rate=7e-4, score=_score,
-        where=_IN_MAPS,
+        _word, "sparse_jax.methods.sparse:Sparse", learning_rate=7e-4, where=_IN_MAPS,
+        score=_word, fixed=("score",),
     )  # fmt: skip
