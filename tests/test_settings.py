@@ -128,6 +128,25 @@ def test_a_sampler_is_what_its_words_make():
     assert Settings(**RUN, sampler=made).sampler_word == "ist"
 
 
+NEEDED = {"layers": (0, 2), "layer_weights": (1.0, 1.0, 2.0, 2.0)}
+
+
+@pytest.mark.parametrize("word", SAMPLERS)
+def test_every_sampler_is_made_from_its_options_and_recorded(word):
+    entry = SAMPLERS[word]
+    given = {name: NEEDED[name] for name in entry.required}
+    active = {"active": 0.5} if "active" in entry.options else {}
+    made = sampler_of(Settings(**RUN, sampler=word, **active, **given), 4)
+    assert (made.num_layers, made.num_active) == (4, 2)
+    record = Settings(**RUN, sampler=made).record()["sampler"]
+    assert record["name"] == word
+    assert {**record} == json.loads(json.dumps(record))
+    for name in entry.required:
+        left_out = {key: value for key, value in given.items() if key != name}
+        with pytest.raises(InputError, match=f"`{name}` must be given with sampler"):
+            Settings(**RUN, sampler=word, **left_out)
+
+
 def arrays_of(folder):
     adapter = load_adapter(folder)
     return jax.tree.map(
