@@ -32,7 +32,7 @@ def finetune(
         "--distributed", "Join the other processes of a TPU pod or SLURM job."
     ),
     coordinator: str | None = option(
-        None, "Host and port of the first of several processes.", "none"
+        None, "Address of the first process, such as HOST:1234.", "none"
     ),
     processes: int | None = option(None, "Number of processes.", "1"),
     process: int | None = option(None, "Number of this process, counted from 0.", "0"),

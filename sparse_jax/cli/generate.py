@@ -38,11 +38,11 @@ def generate(
         None, "File of texts to continue, one a line.", "none"
     ),
     chat: bool = flag(
-        "--chat", "Wrap each text as a message in the tokenizer's chat template."
+        "--chat", "Format each text as a message by the tokenizer's chat template."
     ),
     template: str | None = option(
         None,
-        "Wrap each text as an instruction in a prompt template: "
+        "Format each text as an instruction by a prompt template: "
         f"{' or '.join(PROMPTS)}.",
         "none",
     ),
@@ -58,7 +58,7 @@ def generate(
     ),
     beams: int | None = option(None, "Beam search with this many beams.", "greedy"),
     length_penalty: float | None = option(
-        None, "Exponent of the length that the score of a beam is divided by.", "1"
+        None, "The score of a beam is divided by its length to this power.", "1"
     ),
     stop: list[str] | None = option(
         None,

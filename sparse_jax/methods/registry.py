@@ -48,9 +48,9 @@ class MethodOptions:
     )
     rank: int = setting(8, "Rank of the matrices that lora and dora add.")
     alpha: float | None = setting(
-        None, "lora and dora scale what they add by alpha / rank.", "twice the rank"
+        None, "lora and dora multiply what they add by alpha / rank.", "twice the rank"
     )
-    rslora: bool = setting(False, "Scale by alpha / sqrt(rank) instead.")
+    rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead.")
     dropout: float | None = setting(
         None, "Dropout rate of the input of the matrices that lora and dora add.", "0"
     )

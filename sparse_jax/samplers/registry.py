@@ -88,9 +88,9 @@ class SamplerOptions:
         "every layer.",
         "none",
     )
-    probe_every: int = setting(10, "Updates between two probes of ist.")
+    probe_every: int = setting(10, "Updates after which ist measures the layers again.")
     importance_rate: float = setting(
-        10.0, "Step size with which a probe of ist changes the importance."
+        10.0, "Step size with which ist moves the importance of a layer."
     )
     restart_layers: bool = setting(
         False, "Reset the optimizer state of a layer when it becomes active again."

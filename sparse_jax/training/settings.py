@@ -88,7 +88,7 @@ class Settings(MethodOptions, SamplerOptions):
         False, "Fill rows with several texts; attention never crosses examples."
     )
     template: str | None = setting(
-        None, f"Prompt template around an instruction: {one_of(PROMPTS)}.", TEMPLATE
+        None, f"Prompt template of instructions: {one_of(PROMPTS)}.", TEMPLATE
     )
     held_out: float | None = setting(
         None,
@@ -151,7 +151,7 @@ class Settings(MethodOptions, SamplerOptions):
     save_every: int = setting(
         500, "Updates between two checkpoints; every epoch ends with one, too."
     )
-    keep: int = setting(2, "Checkpoints to keep, the newest ones.")
+    keep: int = setting(2, "Checkpoints to keep; older ones are removed.")
     overwrite: bool = setting(False, "Replace the run in the output folder.")
     resume: bool = setting(False, "Continue the interrupted run in the output folder.")
 
