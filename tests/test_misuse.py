@@ -237,8 +237,8 @@ ARGUMENTS = {
         "`granularity` must be one of 'entry', 'lane' or a `Layout`, got 'row'",
     ),
     "granularity, compact": (
-        lambda: Sparse(density=0.5, granularity=["lane"]),
-        "`granularity` must be one of 'entry', 'lane' or a `Layout`, got \\['lane'\\]",
+        lambda: Sparse(density=0.5, granularity=3),
+        "`granularity` must be one of 'entry', 'lane' or a `Layout`, got 3",
     ),
     "score, compact": (
         lambda: Sparse(density=0.5, score="gradients"),
