@@ -1,5 +1,6 @@
 """Run directories with damaged or foreign files: refused, or nothing is lost."""
 
+import hashlib
 import json
 import logging
 import random
@@ -236,6 +237,22 @@ def test_a_checkpoint_of_an_earlier_version_is_read(changes, step, stopped, tmp_
     run = stopped.copied(tmp_path / "run")
     as_before(run / "checkpoints" / "3", **changes)
     assert stopped.resumed(run) == stopped.expected[3 - step]
+
+
+def test_a_checkpoint_whose_supports_had_a_class_is_read(stopped, tmp_path, caplog):
+    run = stopped.copied(tmp_path / "run")
+    path = run / "checkpoints" / "3" / "told" / "metadata"
+    told = json.loads(path.read_text())
+    suffix = lambda name: ".positions" if name.startswith(".support[") else ""
+    named = [name + suffix(name) for name in told["names"]]
+    assert named != told["names"]
+    told["names"] = named
+    del told["digest"]
+    text = json.dumps(told, sort_keys=True)
+    told["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(told))
+    assert stopped.resumed(run) == stopped.expected[0]
+    assert not caplog.messages
 
 
 def test_orbax_opens_a_checkpoint(stopped):
