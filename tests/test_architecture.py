@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import sparse_jax
+import sparse_jax.sharding
 
 PACKAGE = Path(sparse_jax.__file__).parent
 
@@ -105,9 +106,10 @@ def test_an_import_loads_no_library_that_it_does_not_need(code, heavy):
     assert run.stdout.strip() == "set()", run.stderr
 
 
-def test_every_public_name_can_be_reached():
-    for public in sparse_jax.__all__:
-        assert getattr(sparse_jax, public) is not None
+@pytest.mark.parametrize("package", [sparse_jax, sparse_jax.sharding])
+def test_every_public_name_can_be_reached(package):
+    for public in package.__all__:
+        assert getattr(package, public) is not None
 
 
 def test_the_version_is_that_of_the_installed_package():

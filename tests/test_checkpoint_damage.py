@@ -19,6 +19,7 @@ from tiny_text import text_settings, write_chats, write_decoder
 
 from sparse_jax import finetune
 from sparse_jax.errors import InputError
+from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.checkpoint_file import (
     Position,
@@ -55,7 +56,7 @@ class Stopped:
         self.job = make_job(self.settings)
         self.tuner = _tuner(self.job)
         params = jax.tree.map(jnp.copy, self.job.base.params)
-        self.state = self.job.base.devices.runner(self.tuner).init(
+        self.state = MeshRunner(self.tuner, self.job.base.placement).init(
             params, jax.random.key(0)
         )
         self.expected = [self.resumed(self.copied(folder / "three"))]
@@ -72,7 +73,7 @@ class Stopped:
         directory = RunDirectory.create(settings, surroundings(self.job))
         with closing(directory), pytest.MonkeyPatch.context() as patch:
             patch.setattr(Checkpoints, "_rebuilt", lambda self, state, trained: trained)
-            checkpoints = Checkpoints(directory, self.tuner, self.job.base.devices)
+            checkpoints = Checkpoints(directory, self.tuner, self.job.base.placement)
             state, at = checkpoints.restore(self.state)
             directory.rewind(at.batches)
         numbers = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in plain(state)]

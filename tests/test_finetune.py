@@ -239,7 +239,7 @@ def test_the_norm_of_the_gradient_is_clipped_to_one(model, data, tmp_path):
     def make(**more):
         settings = tiny_settings(model, data, tmp_path / "run", **more)
         job = make_job(settings)
-        parts = (job.method, job.sampler, job.base.devices)
+        parts = (job.method, job.sampler, job.base.placement)
         return make_tuner(settings, make_loss(job.base.model), *parts)
 
     tx, params = make().tx, {"w": jnp.zeros(2)}
@@ -258,7 +258,7 @@ def test_a_sweep_over_rates_and_lengths_compiles_once(model, data, tmp_path, sam
             sampler=sampler,
         )  # fmt: skip
         job = make_job(settings)
-        devices, loss = job.base.devices, make_loss(job.base.model)
+        devices, loss = job.base.placement, make_loss(job.base.model)
         tuner = make_tuner(settings, loss, job.method, job.sampler, devices)
         key, schedule = jax.random.key(0), schedule_of(rate, updates)
         state = jax.eval_shape(tuner.init, job.base.params, key)

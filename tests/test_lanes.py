@@ -31,9 +31,9 @@ from sparse_jax.models.families.llama import LLAMA
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.params.names import map_named
-from sparse_jax.sharding.mesh import MeshShape, make_mesh
+from sparse_jax.sharding.mesh import MeshShape, make_mesh, mesh_of
 from sparse_jax.sharding.placement import Placement
-from sparse_jax.sharding.runner import MeshRunner, SingleRunner
+from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.supports.lanes_tpu import get_rows, has_kernel, set_rows
 from sparse_jax.supports.scores import SCORES
 from sparse_jax.training.checkpoint import Checkpoints
@@ -403,13 +403,11 @@ def run_decoder(shape=None, method=None):
     ids = np.random.default_rng(0).integers(0, 10, (8, 6)).astype(np.int32)
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     batch["weights"] = np.ones(ids.shape, np.float32)
-    if shape is None:
-        runner = SingleRunner(Compact(loss, method, tx))
-    else:
-        placement = Placement.of(model.abstract(), make_mesh(shape))
-        shards, axes = placement.shards("layers"), placement.data_axes
-        runner = MeshRunner(Compact(loss, method, tx, 1, shards, axes), placement)
-        params, batch = jax.device_put(params, placement.params), placement.put(batch)
+    mesh = mesh_of(None) if shape is None else make_mesh(shape)
+    placement = Placement.of(model.abstract(), mesh)
+    shards, axes = placement.shards("layers"), placement.data_axes
+    runner = MeshRunner(Compact(loss, method, tx, 1, shards, axes), placement)
+    params, batch = jax.device_put(params, placement.params), placement.put(batch)
     state = runner.init(params, jax.random.key(0))
     state, finite = runner.select(state, batch, jax.random.key(1))
     assert finite

@@ -20,8 +20,8 @@ from sparse_jax.generation.writer import load_writer
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import MaskedLM
-from sparse_jax.sharding.load_sharded import load_onto
-from sparse_jax.sharding.mesh import MeshShape, make_mesh
+from sparse_jax.sharding.mesh import MeshShape, make_mesh, mesh_of
+from sparse_jax.sharding.placement import load_placed
 
 HEAD, WORDS = "lm_head.weight", "model.embed_tokens.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -193,15 +193,15 @@ def test_a_weight_that_is_not_finite_is_named(value, dtype, mesh, folder):
         tensors[UP][3, 5] = value
         return tensors
 
-    mesh = None if mesh is None else make_mesh(mesh)
+    mesh = mesh_of(None) if mesh is None else make_mesh(mesh)
     message = f"`layers/mlp/up/kernel` must be finite in .*tensor `{UP}`"
     rewrite(folder, lambda tensors: {k: v.astype(dtype) for k, v in tensors.items()})
-    load_onto(mesh, folder, head=CausalLM, dtype=dtype)
+    load_placed(mesh, folder, head=CausalLM, dtype=dtype)
     rewrite(folder, spoil)
     with pytest.raises(InputError, match=message):
-        load_onto(mesh, folder, head=CausalLM, dtype=jnp.float32)
+        load_placed(mesh, folder, head=CausalLM, dtype=jnp.float32)
     with pytest.raises(InputError, match=message):
-        load_onto(mesh, folder, head=CausalLM, dtype=dtype)
+        load_placed(mesh, folder, head=CausalLM, dtype=dtype)
 
 
 def test_a_weight_that_the_dtype_cannot_hold_is_named(folder):

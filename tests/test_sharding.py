@@ -18,11 +18,10 @@ from sparse_jax.methods.sparse import Sparse
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.hf.pretrained import save_pretrained
 from sparse_jax.params.names import map_named
-from sparse_jax.sharding.load_sharded import load_onto
-from sparse_jax.sharding.mesh import MeshShape, make_mesh, parse_mesh
-from sparse_jax.sharding.placement import Placement
+from sparse_jax.sharding.mesh import MeshShape, make_mesh, mesh_of, parse_mesh
+from sparse_jax.sharding.placement import Placement, load_placed
 from sparse_jax.sharding.rules import specs_of
-from sparse_jax.sharding.runner import MeshRunner, SingleRunner
+from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.supports.positions import fetch, shards_of
 from sparse_jax.training.language_modelling import make_token_loss
 
@@ -73,13 +72,12 @@ def tuner_of(method, placement=None, dtype=jnp.float32, sampler=None, accumulate
 @functools.cache
 def on_one(method, steps, **options):
     """Returns losses and the last state of one device."""
-    tuner, params = tuner_of(method, **options)
-    return run(SingleRunner(tuner), params, lambda batch: batch, steps, options)
+    return on_mesh(method, steps, None, **options)
 
 
 def on_mesh(method, steps, shape, kind=AxisType.Auto, **options):
-    """Returns losses and the last state of a mesh."""
-    mesh = make_mesh(shape, axis_type=kind)
+    """Returns losses and the last state of a mesh, of one device without a shape."""
+    mesh = mesh_of(None) if shape is None else make_mesh(shape, axis_type=kind)
     placement = Placement.of(tiny_decoder()[0].abstract(), mesh)
     tuner, params = tuner_of(method, placement, **options)
     params = jax.device_put(params, placement.params)
@@ -305,7 +303,7 @@ def test_what_is_not_divided_is_told(caplog, tmp_path):
     for tensor, told in ((2, ""), (4, "does not divide embeddings/word/embedding, ")):
         shape = MeshShape(data=8 // tensor, tensor=tensor)
         caplog.clear()
-        load_onto(make_mesh(shape), tmp_path, head=CausalLM)
+        load_placed(make_mesh(shape), tmp_path, head=CausalLM)
         assert told in caplog.text
         assert bool(told) == ("more than its share" in caplog.text)
 

@@ -28,9 +28,8 @@ from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.pretrained import base_hash, new_leaves
 from sparse_jax.models.hf.read_config import read_config
-from sparse_jax.sharding.devices import Devices, OneDevice
-from sparse_jax.sharding.load_sharded import load_onto
-from sparse_jax.sharding.mesh import make_mesh, parse_mesh
+from sparse_jax.sharding.mesh import mesh_of
+from sparse_jax.sharding.placement import Placement, load_placed
 
 __all__ = ["Stop", "Writer", "chat_tokens", "load_writer", "read_stop", "text_tokens"]
 
@@ -143,7 +142,7 @@ class Writer:
     attachment: Attachment
     tokenizer: Any
     stop: tuple[int, ...]  # tokens that end a text
-    devices: Devices = OneDevice()
+    placement: Placement
 
     def write(
         self,
@@ -166,7 +165,7 @@ class Writer:
         Raises:
           InputError: as `generate`.
         """
-        with self.devices.active():
+        with self.placement.active():
             rows = generate(
                 self.model,
                 self.params,
@@ -203,9 +202,8 @@ def load_writer(
     found = None if adapter is None else _causal_adapter(adapter)
     folder = _base(model, found)
     _require_decoder(folder)
-    made = None if mesh is None else make_mesh(parse_mesh(mesh))
     options: dict[str, Any] = {"head": CausalLM, **_as_trained(found)}
-    lm, params, devices = load_onto(made, folder, **options)
+    lm, params, placement = load_placed(mesh_of(mesh), folder, **options)
     new = new_leaves(lm, folder)
     attachment = Attachment()
     if found is None:
@@ -224,7 +222,7 @@ def load_writer(
         _log.warning(
             "the model has no end-of-sequence token: only `max_new_tokens` ends a text"
         )
-    return Writer(lm, params, attachment, tokenizer, tuple(sorted(stop)), devices)
+    return Writer(lm, params, attachment, tokenizer, tuple(sorted(stop)), placement)
 
 
 def _before(text: str, ends: Sequence[str]) -> str:

@@ -18,7 +18,6 @@ from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import config_folder
 from sparse_jax.models.hf.read_config import read_config
-from sparse_jax.sharding.devices import MeshDevices
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner
@@ -94,9 +93,8 @@ def abstract_run(
     sampler = sampler_of(settings, model.config.num_layers)
     placement = Placement.of(params, make_mesh(shape, devices=devices))
     placement.require_batch(settings.batch_size, settings.accumulate)
-    where = MeshDevices(placement)
     loss = _loss(model, settings)
-    tuner = make_tuner(settings, loss, method, sampler, where)
+    tuner = make_tuner(settings, loss, method, sampler, placement)
     runner = MeshRunner(tuner, placement)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = CompactState(*runner.abstract(params, key))

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from sparse_jax.errors import InputError
 
-__all__ = ["MeshShape", "make_mesh", "parse_mesh"]
+__all__ = ["MeshShape", "make_mesh", "mesh_of", "parse_mesh"]
 
 
 class MeshShape(NamedTuple):
@@ -89,3 +90,18 @@ def make_mesh(
         )
     types = (axis_type,) * len(shape)
     return jax.make_mesh(shape, shape._fields, axis_types=types, devices=devices)
+
+
+def mesh_of(text: str | None) -> jax.sharding.Mesh:
+    """Returns the mesh that a text describes; None is the device that JAX would take.
+
+    Raises:
+      InputError: as `parse_mesh` and `make_mesh`.
+
+    Example:
+      >>> mesh_of(None).size
+      1
+    """
+    if text is None:
+        return make_mesh(MeshShape(), devices=[*jnp.zeros([]).devices()])
+    return make_mesh(parse_mesh(text))

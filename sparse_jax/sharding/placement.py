@@ -1,8 +1,11 @@
-"""The placement of a run on a mesh: where parameters, batches and state lie."""
+"""Where parameters, batches and state lie on a mesh, and how they get there."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,13 +13,18 @@ import numpy as np
 
 from sparse_jax.compact.compact import CompactState
 from sparse_jax.errors import InputError
+from sparse_jax.models.functional import Model, Params
+from sparse_jax.models.hf.pretrained import from_pretrained
 from sparse_jax.params.axes import BATCH_AXES, DATA
 from sparse_jax.params.names import map_named
+from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.sharding.rules import RULES, Rules, shards_of, specs_of
 from sparse_jax.supports.layout import Shards
 from sparse_jax.supports.roles import SPARSE, Role, map_roles
 
-__all__ = ["Placement"]
+__all__ = ["Placement", "load_placed"]
+
+_log = logging.getLogger(__name__)
 
 # Leaves that a remark names.
 _NAMED = 3
@@ -24,7 +32,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where the arrays of a run lie.
+    """Where the arrays of a run lie. One device is a mesh of one.
 
     Attributes:
       mesh: devices with the axes data, fsdp and tensor.
@@ -77,6 +85,26 @@ class Placement:
         """The shardings of the parameters."""
         return jax.tree.map(self.at, self.specs)
 
+    @property
+    def replicated(self) -> jax.NamedSharding:
+        """The sharding of an array that every device has all of."""
+        return self.at(jax.P())
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Returns a context in which arrays of the run can be worked on."""
+        return jax.set_mesh(self.mesh)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a compiled function whose results every process can read."""
+        program = jax.jit(function, out_shardings=self.replicated)
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            with self.active():
+                return program(*args)
+
+        return call
+
     def shards(self, stack: str | None) -> dict[str, Shards]:
         """Returns how leaves are sharded, for `Compact`."""
         return shards_of(self.specs, dict(self.mesh.shape), stack)
@@ -105,20 +133,15 @@ class Placement:
         """Returns the sharding of every array of a batch."""
         return self.at(jax.P(None, BATCH_AXES) if accumulate > 1 else jax.P(BATCH_AXES))
 
-    def put(self, batch: Mapping[str, np.ndarray], accumulate: int = 1) -> Any:
+    def put(
+        self, batch: Mapping[str, np.ndarray], accumulate: int = 1
+    ) -> dict[str, jax.Array]:
         """Returns a batch, the same on every process, on the devices of the mesh."""
         sharding = self.batch(accumulate)
         # Evaluation may have a batch that the devices do not divide.
         if next(iter(batch.values())).shape[accumulate > 1] % self.shards_of_batch:
-            sharding = self.at(jax.P())
-
-        def one(array: np.ndarray) -> jax.Array:
-            array = np.asarray(array)
-            return jax.make_array_from_callback(
-                array.shape, sharding, lambda index: array[index]
-            )
-
-        return jax.tree.map(one, dict(batch))
+            sharding = self.replicated
+        return {name: _put(array, sharding) for name, array in batch.items()}
 
     def supports(self, roles: Any, support: Any) -> Any:
         """Returns the shardings of supports, as their layouts say."""
@@ -147,22 +170,44 @@ class Placement:
         def owned(name: str, leaf: Any) -> jax.NamedSharding:
             spec = _spec_of(name, packed)
             fits = len(spec) <= len(leaf.shape)
-            return self.at(spec if fits else jax.P())
+            return self.at(spec) if fits else self.replicated
 
         rest = map_named(owned, state._replace(support=()))
         return rest._replace(support=self.supports(roles, state.support))
 
     def hold(self, roles: Any, state: CompactState) -> CompactState:
         """Puts such a state from the host, the same on every process, on the mesh."""
+        return jax.tree.map(_put, state, self.trained(roles, state))
 
-        def one(array: Any, sharding: jax.NamedSharding) -> jax.Array:
-            if not isinstance(array, np.ndarray):
-                return jax.device_put(array, sharding)
-            return jax.make_array_from_callback(
-                array.shape, sharding, lambda index: array[index]
-            )
 
-        return jax.tree.map(one, state, self.trained(roles, state))
+def load_placed(
+    mesh: jax.sharding.Mesh, folder: Path, **options: Any
+) -> tuple[Model, Params, Placement]:
+    """Loads a model; every device reads its own parts of the parameters.
+
+    Args:
+      mesh: where the parameters will lie.
+      folder: of the model.
+      **options: of `from_pretrained`.
+
+    Raises:
+      InputError: as `from_pretrained`, or if an axis of the mesh divides no leaf.
+    """
+    place = lambda shapes: Placement.of(shapes, mesh).params
+    model, params = from_pretrained(folder, place=place, **options)
+    placement = Placement.of(params, mesh)
+    if placement.remark is not None and is_first_process():
+        _log.warning("%s", placement.remark)
+    return model, params, placement
+
+
+def _put(array: np.ndarray | jax.Array, sharding: jax.NamedSharding) -> jax.Array:
+    """Puts an array, the same on every process, where a sharding says."""
+    if isinstance(array, jax.Array) or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: array[index]
+    )
 
 
 def _spec_of(name: str, packed: Mapping[str, jax.P]) -> jax.P:

@@ -1,7 +1,8 @@
-"""Runners: the compiled functions of a tuner, on one device or on a mesh."""
+"""The runner: the compiled functions of a tuner, on a mesh of one device or more."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,56 +12,19 @@ from sparse_jax.compact.compact import Compact, CompactState
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.supports.roles import SPARSE, Role, map_roles
 
-__all__ = ["MeshRunner", "Runner", "SingleRunner"]
+__all__ = ["MeshRunner"]
 
 # Room in the first supports beyond an even share; a second selection follows where it
 # is not enough.
 _HEADROOM = 1.25
 
 
-class Runner(Protocol):
-    """What a loop needs of a tuner. States that go in are given away."""
-
-    def init(self, params: Any, key: jax.Array) -> CompactState:
-        """Returns the state before the selection."""
-        ...
-
-    def select(
-        self, state: CompactState, batch: Any, key: jax.Array
-    ) -> tuple[CompactState, bool]:
-        """Chooses the supports; says whether the gradient was finite."""
-        ...
-
-    def step(
-        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
-    ) -> tuple[CompactState, dict[str, jax.Array]]:
-        """Makes one update; extra arguments are those of the optimiser."""
-        ...
-
-
-class SingleRunner:
-    """Runs on one device. The methods are those of `Runner`."""
-
-    def __init__(self, tuner: Compact):
-        # The loaded weights become those of the state: there is one copy of them.
-        self.init = jax.jit(tuner.init, donate_argnums=0)
-        self.step = jax.jit(tuner.step, donate_argnums=0)
-        self._select = jax.jit(tuner.select, donate_argnums=0)
-
-    def select(
-        self, state: CompactState, batch: Any, key: jax.Array
-    ) -> tuple[CompactState, bool]:
-        """Chooses the supports; says whether the gradient was finite."""
-        state, finite = self._select(state, batch, key)
-        return state, bool(finite)
-
-
 class MeshRunner:
-    """Runs on a mesh: the numbers are those of one device, up to the order of sums.
+    """Runs a tuner on a mesh: the numbers of one device, up to the order of sums.
 
     Every leaf, its support, and what the optimiser keeps for it lie on the same
     devices. Selecting sends counts, beside the gradient itself; updating sends nothing.
-    The methods are those of `Runner`.
+    States and parameters that go in are given away.
 
     Args:
       tuner: made with the `shards` and `data_axes` of the placement.
@@ -69,12 +33,9 @@ class MeshRunner:
 
     def __init__(self, tuner: Compact, placement: Placement):
         self.tuner, self.placement = tuner, placement
-        self._mesh = placement.mesh
-        names = self._mesh.axis_names
-        self._automatic = jax.sharding.Mesh(
-            self._mesh.devices, names, axis_types=(AxisType.Auto,) * len(names)
-        )
-        self._compiled: dict[Any, Any] = {}
+        self._choose = _Compiled(tuner.choose, placement, self._after_choice)
+        self._select = _Compiled(tuner.select, placement, self._after_update, (0,))
+        self._update = _Compiled(self._step, placement, self._after_update, (0,))
 
     def init(self, params: Any, key: jax.Array) -> CompactState:
         """Returns the state before the selection; parameters are placed already."""
@@ -89,11 +50,12 @@ class MeshRunner:
         much room are shortened: a second selection costs a backward pass, unused places
         would cost memory for as long as the run lasts.
         """
+        if not self.tuner.shards:
+            # No support has a length to find: one program does all.
+            state, finite = self._select(state, batch, key)
+            return state, bool(finite)
         roles = self.tuner.roles(state.params)
-        place = self._after_choice(roles)
-        support, finite, counts = self._run(
-            self.tuner.choose, place, (), state, batch, key
-        )
+        support, finite, counts = self._choose(state, batch, key)
         if not bool(finite):
             return state, False
         most = lambda role, counts: float(jnp.max(counts))
@@ -110,57 +72,54 @@ class MeshRunner:
         self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
     ) -> tuple[CompactState, dict[str, jax.Array]]:
         """Makes one update; extra arguments are those of the optimiser."""
-        args = (state, batch, key, extra_args)
-        return self._run(self._step, self._after_step, (0,), *args)
+        return self._update(state, batch, key, extra_args)
 
     def abstract(self, params: Any, key: Any) -> CompactState:
         """Returns the shapes of the state, as of `init`, and where they lie."""
         capacity = self._first_capacity(params)
         init = lambda params, key: self.tuner.init(params, key, capacity)
-        with jax.set_mesh(self._automatic):
+        with _automatic(self.placement.mesh):
             shapes = jax.eval_shape(init, params, key)
-        return jax.tree.map(_placed, shapes, self._place(shapes))
+        return jax.tree.map(_placed, shapes, self._state(shapes))
 
     def lower(
         self, state: CompactState, batch: Any, key: Any, **extra_args: Any
     ) -> jax.stages.Lowered:
         """Returns the program of `step` for shapes, for devices that may be absent."""
-        args = (state, batch, key, extra_args)
-        with jax.set_mesh(self._mesh):
-            step = self._compile(self._step, self._after_step, (0,), args)
-            return step.lower(*args)
+        return self._update.lower(state, batch, key, extra_args)
 
-    def lower_choice(self, state: CompactState, batch: Any, key: Any) -> Any:
+    def lower_choice(
+        self, state: CompactState, batch: Any, key: Any
+    ) -> jax.stages.Lowered:
         """Returns the program that chooses supports, as `lower` that of `step`."""
-        args, choose = (state, batch, key), self.tuner.choose
-        with jax.set_mesh(self._mesh):
-            place = self._after_choice(self.tuner.roles(state.params))
-            return self._compile(choose, place, (), args).lower(*args)
+        return self._choose.lower(state, batch, key)
 
-    def _after_choice(self, roles: Any) -> Callable[[Any], Any]:
+    def _after_choice(self, out: Any, state: CompactState, *args: Any) -> Any:
         """Returns where supports, and what is said about them, lie."""
-        placed = lambda support: self.placement.supports(roles, support)
-        return lambda out: (placed(out[0]), *self._whole(out[1:]))
+        del args
+        support = self.placement.supports(self.tuner.roles(state.params), out[0])
+        return support, *self._replicated(out[1:])
 
     def _step(self, state: CompactState, batch: Any, key: Any, extra_args: Any) -> Any:
         """Makes one update."""
         return self.tuner.step(state, batch, key, **extra_args)
 
-    def _after_step(self, out: Any) -> Any:
-        """Returns where a state and metrics lie."""
-        return self._place(out[0]), self._whole(out[1])
-
-    def _place(self, state: CompactState) -> CompactState:
+    def _state(self, state: CompactState, *args: Any) -> CompactState:
         """Returns where a state lies."""
+        del args
         return self.placement.state(self.tuner.roles(state.params), state)
+
+    def _after_update(self, out: Any, *args: Any) -> Any:
+        """Returns where a state and what is said about it lie."""
+        del args
+        return self._state(out[0]), self._replicated(out[1])
 
     def _init(
         self, params: Any, key: jax.Array, capacity: Mapping[str, int]
     ) -> CompactState:
         """Returns a state with empty supports of some length."""
         init = lambda params, key: self.tuner.init(params, key, capacity)
-        static = tuple(capacity.items())
-        return self._run(init, self._place, (0,), params, key, static=static)
+        return _Compiled(init, self.placement, self._state, (0,))(params, key)
 
     def _begin(
         self, state: CompactState, support: Any, capacity: Mapping[str, int]
@@ -175,9 +134,8 @@ class MeshRunner:
             short = map_roles(shorten, roles, support, only=(SPARSE,))
             return self.tuner.begin(params, short, added)
 
-        args = (state.params, support, state.added)
-        static = tuple(capacity.items())
-        return self._run(begin, self._place, (0,), *args, static=static)
+        begun = _Compiled(begin, self.placement, self._state, (0,))
+        return begun(state.params, support, state.added)
 
     def _first_capacity(self, params: Any) -> dict[str, int]:
         """Returns the length of the supports of shards before entries are counted."""
@@ -210,53 +168,72 @@ class MeshRunner:
         map_roles(add, roles, tree, only=(SPARSE,))
         return found
 
-    def _whole(self, tree: Any) -> Any:
+    def _replicated(self, tree: Any) -> Any:
         """Returns shardings that put all of every array on every device."""
-        return jax.tree.map(lambda _: self.placement.at(jax.P()), tree)
+        return jax.tree.map(lambda _: self.placement.replicated, tree)
 
-    def _run(
+
+class _Compiled:
+    """A function of arrays on a mesh, compiled once for every shape.
+
+    Args:
+      function: the function.
+      placement: of its arguments, or they are the same on every process.
+      shardings: (shapes of what it returns, of its arguments...) -> their shardings.
+      donated: arguments that are given away.
+    """
+
+    def __init__(
         self,
         function: Callable[..., Any],
-        shardings: Callable[[Any], Any],
-        donated: tuple[int, ...],
-        *args: Any,
-        static: tuple = (),
-    ) -> Any:
-        """Calls a function of global arrays, compiled once for every shape.
+        placement: Placement,
+        shardings: Callable[..., Any],
+        donated: tuple[int, ...] = (),
+    ):
+        self._function, self._placement = function, placement
+        self._shardings, self._donated = shardings, donated
+        self._programs: dict[Any, Callable[..., Any]] = {}
 
-        Args:
-          function: the function.
-          shardings: shapes of what it returns -> their shardings.
-          donated: arguments that are given away.
-          *args: arrays on the mesh, or the same on every process.
-          static: what the function knows beside its arguments.
-        """
+    def __call__(self, *args: Any) -> Any:
+        """Calls the function."""
         leaves, tree = jax.tree.flatten(args)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        place = (getattr(function, "__qualname__", ""), tree, shapes, static)
-        if place not in self._compiled:
-            self._compiled[place] = self._compile(function, shardings, donated, args)
-        with jax.set_mesh(self._mesh):
-            return self._compiled[place](*args)
+        shapes = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if shapes not in self._programs:
+            self._programs[shapes] = self._program(args)
+        with self._placement.active():
+            return self._programs[shapes](*args)
 
-    def _compile(
-        self,
-        function: Callable[..., Any],
-        shardings: Callable[[Any], Any],
-        donated: tuple[int, ...],
-        args: tuple,
-    ) -> Any:
-        """Returns the compiled function."""
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args
-        )
-        with jax.set_mesh(self._automatic):
-            out = shardings(jax.eval_shape(function, *shapes))
-        if any(kind != AxisType.Auto for kind in self._mesh.axis_types):
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Returns the program for arguments or their shapes."""
+        with self._placement.active():
+            return self._program(args).lower(*args)
+
+    def _program(self, args: tuple[Any, ...]) -> Any:
+        """Returns the function for arguments of these shapes."""
+        mesh, function = self._placement.mesh, self._function
+        is_automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
+        if mesh.size == 1 and is_automatic:
+            # There is one place, and no need to trace the function to find it.
+            out = self._placement.replicated
+        else:
+            shapes = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args
+            )
+            with _automatic(mesh):
+                out = self._shardings(jax.eval_shape(function, *shapes), *shapes)
+        if not is_automatic:
             # Models leave the sharding of what is in between to the compiler.
-            axes = self._mesh.axis_names
+            axes = mesh.axis_names
             function = jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
-        return jax.jit(function, out_shardings=out, donate_argnums=donated)
+        return jax.jit(function, out_shardings=out, donate_argnums=self._donated)
+
+
+def _automatic(mesh: jax.sharding.Mesh) -> AbstractContextManager[Any]:
+    """Returns the context of a mesh whose axes are the compiler's."""
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    return jax.set_mesh(
+        jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+    )
 
 
 def _placed(shape: Any, sharding: jax.NamedSharding) -> jax.ShapeDtypeStruct:

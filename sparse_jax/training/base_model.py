@@ -15,8 +15,7 @@ from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.pretrained import base_hash, new_leaves
 from sparse_jax.models.hf.read_config import FAMILIES, read_config
-from sparse_jax.sharding.devices import Devices
-from sparse_jax.sharding.load_sharded import load_onto
+from sparse_jax.sharding.placement import Placement, load_placed
 
 __all__ = ["Base", "label_names", "load_classifier", "load_decoder"]
 
@@ -30,7 +29,7 @@ class Base:
     model: Model
     params: Any
     new: tuple[str, ...]  # leaves that the checkpoint does not have, or not for this
-    devices: Devices  # where the parameters lie
+    placement: Placement  # of the parameters
 
 
 def label_names(model: str) -> tuple[str, ...]:
@@ -51,7 +50,7 @@ def load_classifier(
     labels: tuple[str, ...],
     dtype: str,
     seed: int,
-    mesh: Mesh | None = None,
+    mesh: Mesh,
 ) -> Base:
     """Loads an encoder for the labels of a task, none for a regression.
 
@@ -65,9 +64,7 @@ def load_classifier(
     return _load(folder, dtype, seed, mesh, labels=labels)
 
 
-def load_decoder(
-    model: str, *, dtype: str, seed: int, mesh: Mesh | None = None
-) -> Base:
+def load_decoder(model: str, *, dtype: str, seed: int, mesh: Mesh) -> Base:
     """Loads a decoder; a head that it lacks is drawn from the seed.
 
     Raises:
@@ -77,14 +74,12 @@ def load_decoder(
     return _load(folder, dtype, seed, mesh, head=CausalLM)
 
 
-def _load(
-    folder: Path, dtype: str, seed: int, mesh: Mesh | None, **options: Any
-) -> Base:
-    """Loads a model onto one device, or its parts onto those of a mesh."""
+def _load(folder: Path, dtype: str, seed: int, mesh: Mesh, **options: Any) -> Base:
+    """Loads a model onto a mesh."""
     options |= {"dtype": jnp.dtype(dtype), "key": jax.random.key(seed)}
-    model, params, devices = load_onto(mesh, folder, **options)
+    model, params, placement = load_placed(mesh, folder, **options)
     new = new_leaves(model, folder, options.get("labels"))
-    return Base(folder, base_hash(folder), model, params, new, devices)
+    return Base(folder, base_hash(folder), model, params, new, placement)
 
 
 def _folder(model: str, head: Head, task: str, kind: str) -> Path:

@@ -13,7 +13,7 @@ from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.attachment import Recompute
 from sparse_jax.samplers.registry import SamplerOptions, make_sampler
 from sparse_jax.samplers.sampler import Sampler
-from sparse_jax.sharding.devices import Devices
+from sparse_jax.sharding.placement import Placement
 from sparse_jax.training.optimizer import MAX_NORM, make_optimizer
 from sparse_jax.training.settings import Settings
 
@@ -96,7 +96,7 @@ def make_tuner(
     loss: Loss,
     method: Method,
     sampler: Sampler | None,
-    devices: Devices,
+    placement: Placement,
 ) -> Compact:
     """Returns what makes the updates of a run.
 
@@ -107,14 +107,14 @@ def make_tuner(
       loss: what it minimises.
       method: what it trains.
       sampler: of the layers; None trains all of them at every update.
-      devices: where it takes place.
+      placement: of the parameters.
     """
     tx, max_norm = make_optimizer(), MAX_NORM
     if settings.optimizer is not None:
         tx, max_norm = settings.optimizer, None
     placed: dict[str, Any] = {
-        "shards": devices.shards(method.stack),
-        "data_axes": devices.data_axes,
+        "shards": placement.shards(method.stack),
+        "data_axes": placement.data_axes,
     }
     if sampler is None:
         if max_norm is not None:

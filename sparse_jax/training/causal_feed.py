@@ -68,7 +68,7 @@ class CausalFeed:
 
     @property
     def evaluation(self) -> dict[str, CausalBatches]:
-        """The batches of the splits that a model is judged on."""
+        """The batches of the splits that a model is evaluated on."""
         return {
             name: causal_eval_batches(part, self.batch_size, is_packed=self.is_packed)
             for name, part in self.sequences.items()

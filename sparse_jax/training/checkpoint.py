@@ -13,7 +13,7 @@ import numpy as np
 
 from sparse_jax.compact.compact import Compact, CompactState
 from sparse_jax.errors import InputError
-from sparse_jax.sharding.devices import Devices
+from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.processes import is_first_process, require_agreement
 from sparse_jax.sharding.resharding import moved
 from sparse_jax.supports.layout import Shards
@@ -47,19 +47,23 @@ class Checkpoints:
     Args:
       directory: of the run.
       tuner: made the states.
-      devices: where states lie.
+      placement: of the states.
       keep: how many to keep; the one before the newest serves if that is damaged.
     """
 
     def __init__(
-        self, directory: RunDirectory, tuner: Compact, devices: Devices, keep: int = 2
+        self,
+        directory: RunDirectory,
+        tuner: Compact,
+        placement: Placement,
+        keep: int = 2,
     ):
         self._directory, self._folder = directory, directory.checkpoints
-        self._tuner, self._devices, self._keep = tuner, devices, keep
+        self._tuner, self._placement, self._keep = tuner, placement, keep
         self._writer: threading.Thread | None = None
         # Compiled, because on a mesh every operation by itself is a program to compile.
         self._copied = jax.jit(lambda s: jax.tree.map(jnp.copy, self._trained(s)))
-        self._everywhere = devices.compiled(lambda leaf: leaf)
+        self._everywhere = placement.compiled(lambda leaf: leaf)
 
     def save(self, state: CompactState, position: Position) -> None:
         """Begins to write the state between two batches, whole or not at all.
@@ -92,8 +96,8 @@ class Checkpoints:
         """Returns the newest checkpoint on the parameters of a fresh state.
 
         Args:
-          state: as `Runner.init` returns it for the base model; returned as it is if
-            there is no checkpoint.
+          state: as `MeshRunner.init` returns it for the base model; returned as it is
+            if there is no checkpoint.
 
         Raises:
           InputError: if there are checkpoints, and all of them are damaged.
@@ -229,7 +233,7 @@ class Checkpoints:
     def _rebuilt(self, state: CompactState, trained: CompactState) -> CompactState:
         """Returns the state whose reduced form is `trained`; `state` is given away."""
         roles = self._tuner.roles(state.params)
-        trained = self._devices.hold(roles, trained)
+        trained = self._placement.hold(roles, trained)
         values: Any = trained.params
 
         def write(role: Role, leaf: jax.Array, support: Any, values: Any) -> jax.Array:

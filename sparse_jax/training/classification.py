@@ -15,10 +15,10 @@ from sparse_jax.data.glue import Task
 from sparse_jax.data.metrics import evaluate, one_class_warning
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.functional import Model
-from sparse_jax.sharding.devices import Devices
+from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.training.feed import Feed
-from sparse_jax.training.objective import Judge
+from sparse_jax.training.objective import Evaluate
 
 __all__ = ["Classification", "Predict", "make_loss", "make_predict", "model_inputs"]
 
@@ -64,20 +64,20 @@ def make_loss(
     return loss
 
 
-def make_predict(model: Model, attachment: Attachment, devices: Devices) -> Predict:
+def make_predict(model: Model, attachment: Attachment, placement: Placement) -> Predict:
     """Returns a compiled function of logits, without dropout.
 
     The arrays of the attachment are its argument, so that training and a loaded
     adapter run the same program and give the same bits.
     """
 
-    @devices.compiled
+    @placement.compiled
     def predict(params: Any, trained: Any, inputs: Mapping[str, Any]) -> jax.Array:
         attached = attachment._replace(trained=trained)
         return model(params, inputs, attachment=attached)
 
     return lambda params, trained, batch: predict(
-        params, trained, devices.put(model_inputs(batch))
+        params, trained, placement.put(model_inputs(batch))
     )
 
 
@@ -131,13 +131,13 @@ class Classification:
         """Returns the loss that training minimises."""
         return make_loss(model, checkpointing=checkpointing)
 
-    def make_judge(
-        self, model: Model, attachment: Attachment, feed: Feed, devices: Devices
-    ) -> Judge:
+    def make_evaluate(
+        self, model: Model, attachment: Attachment, feed: Feed, placement: Placement
+    ) -> Evaluate:
         """Returns the metrics of the task on every evaluation split."""
-        predict = make_predict(model, attachment, devices)
+        predict = make_predict(model, attachment, placement)
 
-        def judge(params: Any, trained: Any) -> dict[str, dict[str, float]]:
+        def run(params: Any, trained: Any) -> dict[str, dict[str, float]]:
             results = {}
             for split, batches in feed.evaluation.items():
                 outputs, labels = [], []
@@ -153,4 +153,4 @@ class Classification:
                     _log.warning("%s: %s", split, warning)
             return results
 
-        return judge
+        return run

@@ -75,8 +75,8 @@ def evaluate_adapter(
     params, attachment = apply_adapter(
         base.params, found, base_hash=base.hash, model=base.model, new=base.new
     )
-    judge = objective.make_judge(base.model, attachment, feed, base.devices)
-    return flattened(judge(params, attachment.trained))
+    evaluate = objective.make_evaluate(base.model, attachment, feed, base.placement)
+    return flattened(evaluate(params, attachment.trained))
 
 
 def _kept(adapter: Adapter, **given: int | None) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Feed(Protocol):
 
     @property
     def evaluation(self) -> Mapping[str, Iterable[Batch]]:
-        """The batches of the splits that a model is judged on."""
+        """The batches of the splits that a model is evaluated on."""
         ...
 
     def train(self, epoch: int, start: int = 0) -> Iterable[Batch]:
@@ -132,7 +132,7 @@ class LabelledFeed:
 
     @property
     def evaluation(self) -> dict[str, Batches]:
-        """The batches of the splits that predictions are judged on."""
+        """The batches of the splits that predictions are evaluated on."""
         splits = {name: self.encoded[name] for name in self.encoded if name != "train"}
         return {name: eval_batches(e, self.batch_size) for name, e in splits.items()}
 

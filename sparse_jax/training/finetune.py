@@ -18,7 +18,7 @@ from sparse_jax.sharding.processes import (
     on_first_process,
     require_agreement,
 )
-from sparse_jax.sharding.runner import Runner
+from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.build import make_tuner
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.counts import Counts, count_trained, optimizer_bytes
@@ -113,7 +113,7 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Any]:
         if settings.resume and (metrics := directory.finished()):
             _log.info("the run in %s is complete: nothing to resume", directory.path)
             return metrics
-        with job.base.devices.active():
+        with job.base.placement.active():
             return _run(job, directory, warnings)
 
 
@@ -121,8 +121,8 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, An
     """Trains, from the last checkpoint if there is one, and returns the metrics."""
     total = _total(job)
     tuner = _tuner(job)
-    checkpoints = Checkpoints(directory, tuner, job.base.devices, job.settings.keep)
-    runner = job.base.devices.runner(tuner)
+    checkpoints = Checkpoints(directory, tuner, job.base.placement, job.settings.keep)
+    runner = MeshRunner(tuner, job.base.placement)
     state = runner.init(job.base.params, jax.random.key(job.settings.seed))
     counts = count_trained(job.method, state.params, state.added, job.head)
     _announce(job, counts, optimizer_bytes(state))
@@ -133,9 +133,9 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, An
         if job.settings.resume:
             _log.info("resuming after update %d of %d", at.batches, total)
         with show_progress(total, at.batches) as progress:
-            judge = _judge(job, tuner, state)
+            evaluate = _evaluate(job, tuner, state)
             loop = _loop(
-                job, runner, judge, total, directory, checkpoints, progress, signals
+                job, runner, evaluate, total, directory, checkpoints, progress, signals
             )
             state, at = loop.run(state, at)
     return _finish(job, tuner, state, at, directory, counts, warnings)
@@ -168,24 +168,24 @@ def _total(job: Job) -> int:
 
 def _tuner(job: Job) -> Compact:
     """Returns what makes the updates of a job."""
-    checkpointing, devices = job.settings.checkpointing, job.base.devices
+    checkpointing = job.settings.checkpointing
     loss = job.objective.make_loss(job.base.model, checkpointing=checkpointing)
-    return make_tuner(job.settings, loss, job.method, job.sampler, devices)
+    return make_tuner(job.settings, loss, job.method, job.sampler, job.base.placement)
 
 
-def _judge(
+def _evaluate(
     job: Job, tuner: Compact, state: CompactState
 ) -> Callable[[CompactState], dict[str, dict[str, float]]]:
     """Returns the evaluation of a state."""
-    judge = job.objective.make_judge(
-        job.base.model, tuner.attach(state), job.feed, job.base.devices
+    evaluate = job.objective.make_evaluate(
+        job.base.model, tuner.attach(state), job.feed, job.base.placement
     )
-    return lambda state: judge(state.params, {"added": state.added})
+    return lambda state: evaluate(state.params, {"added": state.added})
 
 
 def _loop(
     job: Job,
-    runner: Runner,
+    runner: MeshRunner,
     evaluate: Callable[[CompactState], dict[str, dict[str, float]]],
     total: int,
     directory: RunDirectory,
@@ -198,7 +198,7 @@ def _loop(
     peak = settings.resolved_learning_rate
     return Loop(
         runner=runner,
-        put=lambda batch: job.base.devices.put(batch, settings.accumulate),
+        put=lambda batch: job.base.placement.put(batch, settings.accumulate),
         feed=job.feed,
         seed=settings.seed,
         total=total,

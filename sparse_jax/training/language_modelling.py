@@ -12,9 +12,9 @@ from sparse_jax.compact.compact import Loss
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.functional import Model
 from sparse_jax.models.next_token import summed_token_loss
-from sparse_jax.sharding.devices import Devices
+from sparse_jax.sharding.placement import Placement
 from sparse_jax.training.feed import Feed
-from sparse_jax.training.objective import Judge
+from sparse_jax.training.objective import Evaluate
 
 __all__ = ["LanguageModelling", "make_token_loss"]
 
@@ -80,28 +80,28 @@ class LanguageModelling:
         """Returns the loss that training minimises."""
         return make_token_loss(model, checkpointing=checkpointing)
 
-    def make_judge(
-        self, model: Model, attachment: Attachment, feed: Feed, devices: Devices
-    ) -> Judge:
+    def make_evaluate(
+        self, model: Model, attachment: Attachment, feed: Feed, placement: Placement
+    ) -> Evaluate:
         """Returns loss and perplexity of every evaluation split."""
         loss = make_token_loss(model)
 
-        @devices.compiled
+        @placement.compiled
         def sums(params: Any, trained: Any, batch: Mapping[str, Any]) -> Any:
             return loss(params, batch, None, attachment._replace(trained=trained))
 
-        def judge(params: Any, trained: Any) -> dict[str, dict[str, float]]:
+        def run(params: Any, trained: Any) -> dict[str, dict[str, float]]:
             results = {}
             for split, batches in feed.evaluation.items():
                 # Python adds in float64: a split may have millions of tokens.
                 total = weight = 0.0
                 for batch in batches:
-                    part, part_weight = sums(params, trained, devices.put(batch))
+                    part, part_weight = sums(params, trained, placement.put(batch))
                     total, weight = total + float(part), weight + float(part_weight)
                 results[split] = _metrics(total / weight)
             return results
 
-        return judge
+        return run
 
 
 def _metrics(loss: float) -> dict[str, float]:

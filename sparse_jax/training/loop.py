@@ -18,7 +18,7 @@ import numpy as np
 from sparse_jax.compact.compact import CompactState
 from sparse_jax.data.batches import Batch
 from sparse_jax.errors import InputError
-from sparse_jax.sharding.runner import Runner
+from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.history import skipped_at_end
@@ -131,7 +131,7 @@ class Loop:
       signals: ask to stop.
     """
 
-    runner: Runner
+    runner: MeshRunner
     put: Callable[[Batch], Any]
     feed: Feed
     seed: int

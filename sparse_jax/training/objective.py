@@ -1,4 +1,4 @@
-"""The objective of a run: what it minimises, and how it is judged."""
+"""The objective of a run: what it minimises, and how a model is evaluated."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -6,14 +6,14 @@ from typing import Any, Protocol
 from sparse_jax.compact.compact import Loss
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.functional import Model
-from sparse_jax.sharding.devices import Devices
+from sparse_jax.sharding.placement import Placement
 from sparse_jax.training.feed import Feed
 
-__all__ = ["Judge", "Metrics", "Objective", "flattened"]
+__all__ = ["Evaluate", "Metrics", "Objective", "flattened"]
 
 Metrics = dict[str, float]
 # (parameters, arrays of the attachment) -> metrics of every evaluation split
-Judge = Callable[[Any, Any], dict[str, Metrics]]
+Evaluate = Callable[[Any, Any], dict[str, Metrics]]
 
 
 class Objective(Protocol):
@@ -53,9 +53,9 @@ class Objective(Protocol):
         """Returns the loss that training minimises."""
         ...
 
-    def make_judge(
-        self, model: Model, attachment: Attachment, feed: Feed, devices: Devices
-    ) -> Judge:
+    def make_evaluate(
+        self, model: Model, attachment: Attachment, feed: Feed, placement: Placement
+    ) -> Evaluate:
         """Returns the evaluation of a model with an attachment of this structure."""
         ...
 

@@ -27,7 +27,7 @@ from sparse_jax.data.tokenizer import (
 from sparse_jax.errors import InputError, listed
 from sparse_jax.generation.ends import require_ends
 from sparse_jax.models.hf.model_files import local_folder
-from sparse_jax.sharding.mesh import make_mesh, parse_mesh
+from sparse_jax.sharding.mesh import mesh_of
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.training.base_model import (
     Base,
@@ -75,13 +75,13 @@ def load_material(settings: Settings, *, adapter: Adapter | None = None) -> Mate
     """
     # The folder first: data from the Hub takes minutes to arrive, or to fail.
     local_folder(settings.model)
-    mesh = None if settings.mesh is None else make_mesh(parse_mesh(settings.mesh))
+    mesh = mesh_of(settings.mesh)
     if settings.is_causal:
         material = _causal(settings, adapter, mesh)
     else:
         material = _labelled(settings, adapter, mesh)
-    devices = material.base.devices
-    devices.require_batch(settings.batch_size, settings.accumulate)
+    placement = material.base.placement
+    placement.require_batch(settings.batch_size, settings.accumulate)
     if adapter is not None:
         _warn_of_lost(material.feed)
     return material
@@ -94,9 +94,7 @@ def _warn_of_lost(feed: Feed) -> None:
             _log.warning("%s", usage_text(split, usage, feed.max_length))
 
 
-def _labelled(
-    settings: Settings, adapter: Adapter | None, mesh: Mesh | None
-) -> Material:
+def _labelled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> Material:
     """Returns classes, or numbers, and a model that predicts them."""
     splits = load(
         find_task(settings.task),
@@ -141,7 +139,7 @@ def _labelled(
     return Material(Classification(splits.task, kept), base, feed)
 
 
-def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh | None) -> Material:
+def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> Material:
     """Returns texts, and a model that continues them."""
     if settings.data is None:
         raise InputError(
