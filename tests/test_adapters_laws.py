@@ -15,6 +15,7 @@ from sparse_jax.methods.bottlenecks import PFEIFFER, Parallel, Series
 from sparse_jax.methods.ia3 import IA3
 from sparse_jax.methods.lora import DoRA, LoRA
 from sparse_jax.methods.prefix import Prefix
+from sparse_jax.models.attachment import LayerValues
 from sparse_jax.models.families.bert import BERT
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
@@ -243,12 +244,7 @@ def test_dropout_before_lora_needs_a_key():
     model = Model(SequenceClassifier, BERT, replace(tiny_config("bert"), **off))
     params = tiny_params("bert", SequenceClassifier)
     added = jax.tree.map(jnp.ones_like, method.added(params, jax.random.key(0)))
-    attachment = Attachment(
-        {"added": added},
-        response=lambda site, module, x, trained, key: method.response(
-            site, module, x, trained["added"], key=key
-        ),
-    )
+    attachment = Attachment(LayerValues(added), response=method.respond)
     run = lambda key: model(params, BATCH, key=key, attachment=attachment, unroll=1)
     first, second, none = (run(k) for k in (jax.random.key(1), jax.random.key(2), None))
     assert bool(jnp.any(first != none)) and bool(jnp.any(first != second))

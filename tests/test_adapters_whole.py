@@ -54,7 +54,7 @@ def applied(params, adapter):
     method = adapter.method
     means = (type(method), *(getattr(method, n, None) for n in ("scale", "activation")))
     changed, attachment = apply_adapter(params, adapter)
-    assert attachment.trained["added"].keys() == adapter.added.keys()
+    assert attachment.trained.added.keys() == adapter.added.keys()
     leaves = jax.tree_util.tree_leaves_with_path(changed)
     leaves += jax.tree_util.tree_leaves_with_path(adapter.added)
     return means, {str(path): np.asarray(leaf).tobytes() for path, leaf in leaves}

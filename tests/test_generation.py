@@ -14,7 +14,7 @@ from sparse_jax import Beams, CausalLM, Greedy, Sample, from_pretrained, generat
 from sparse_jax.errors import InputError
 from sparse_jax.methods.lora import LoRA
 from sparse_jax.methods.prefix import Prefix
-from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import BERT
 from sparse_jax.models.functional import Model
@@ -155,10 +155,7 @@ def test_what_is_attached_is_used(method, llama):
     noise = lambda a: 0.3 * jax.random.normal(jax.random.key(1), a.shape)
     added = method.added(params, jax.random.key(0))
     added = jax.tree.map(lambda a: a + noise(a), added)
-    respond = lambda site, module, x, trained, key: method.response(
-        site, module, x, trained["added"], key=key
-    )
-    attachment = Attachment(trained={"added": added}, response=respond)
+    attachment = Attachment(LayerValues(added), response=method.respond)
     written = texts(model, params, PROMPTS[:1], attachment=attachment)
     assert written != texts(model, params, PROMPTS[:1])
     row = np.array([PROMPTS[0] + written[0]])

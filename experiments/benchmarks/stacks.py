@@ -124,7 +124,7 @@ def decoder(
         def call_row(x: jax.Array, one: Any, row: Any, context: Any) -> jax.Array:
             del context
             layer_params, trained = one
-            return call(x, (layer_params, {**trained, "row": row}))
+            return call(x, (layer_params, trained.with_row(row)))
 
         x = params["embedding"][ids]
         stacked, slots = (params["layers"], attachment.trained), attachment.slots

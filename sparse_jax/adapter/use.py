@@ -13,7 +13,7 @@ import numpy as np
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.whole import require_whole
 from sparse_jax.errors import InputError, brief, listed, printable
-from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.model_files import cached_folder, local_folder
 from sparse_jax.models.hf.pretrained import base_config, changed_field
@@ -59,10 +59,7 @@ def apply_adapter(
     _warn_of_dtype(params, adapter)
     params, _ = swap(params, adapter)
     added = jax.tree.map(jnp.asarray, adapter.added)
-    respond = lambda site, module, x, trained, key: adapter.method.response(
-        site, module, x, trained["added"], key=key
-    )
-    return params, Attachment(trained={"added": added}, response=respond)
+    return params, Attachment(LayerValues(added), response=adapter.method.respond)
 
 
 def merge_adapter(params: Any, adapter: Adapter, **options: Any) -> Any:

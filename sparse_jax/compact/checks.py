@@ -1,6 +1,7 @@
 """What a tuner checks when it is made or traced; a compiled update checks nothing."""
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,15 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.attachment import Attachment, LayerValues, Module
 from sparse_jax.params.names import map_named
 
 __all__ = [
+    "Loss",
     "require_groups",
     "require_loss",
-    "require_state",
+    "require_same",
     "sums_of",
 ]
+
+# (params, batch, key, attachment) -> (sum of the losses, number they are averaged by)
+Loss = Callable[[Any, Any, Any, Attachment], tuple[jax.Array, jax.typing.ArrayLike]]
 
 _SIGNATURE = "(params, batch, key, attachment) -> (total, weight)"
 
@@ -46,19 +51,24 @@ def require_loss(loss: Any) -> None:
 
 
 def sums_of(
-    tuner: Any, params: Any, attachment: Attachment, batch: Any, key: Any
+    loss: Loss,
+    stack: str | None,
+    params: Any,
+    attachment: Attachment,
+    batch: Any,
+    key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what the loss of a tuner gives, as two float32 scalars.
+    """Returns what a loss gives, as two float32 scalars.
 
     Raises:
       InputError: if that is not a sum and a weight, or if the model never asks its
         attachment for what is trained in the layers.
     """
     use = _UseOfStack()
-    sums = tuner.loss(params, batch, key, use.watch(attachment))
-    slots, trained = attachment.slots, attachment.trained
-    inside = trained["tapped"] if slots is None else slots.rows["leaves"]
-    use.require(tuner.method.stack, bool(jax.tree.leaves(inside)), trained["added"])
+    sums = loss(params, batch, key, use.watch(attachment))
+    slots = attachment.slots
+    values = attachment.trained if slots is None else slots.rows
+    use.require(stack, bool(jax.tree.leaves(values.leaves)), values.added)
     return _two_scalars(sums)
 
 
@@ -113,17 +123,35 @@ class _UseOfStack:
     def watch(self, attachment: Attachment) -> Attachment:
         """Returns an attachment that does the same and is noted."""
 
-        def weights(layer_params: Any, trained: Any) -> Any:
-            self.weights = True
-            return attachment.weights(layer_params, trained)
+        def require_row(layer: LayerValues) -> None:
+            if attachment.slots is not None and layer.leaves is None:
+                raise InputError(
+                    "`loss` must run the layers of a model by `attachment.slots`, got "
+                    "a model that does not. Use `run_layers` of "
+                    "`sparse_jax.models.stack`."
+                )
 
-        def response(site: str, module: Any, x: Any, trained: Any, key: Any) -> Any:
+        def weights(layer_params: Any, layer: LayerValues) -> Any:
+            require_row(layer)
+            self.weights = True
+            return attachment.weights(layer_params, layer)
+
+        def response(
+            site: str,
+            module: Module,
+            x: jax.Array,
+            layer: LayerValues,
+            key: jax.Array | None,
+        ) -> jax.Array:
+            require_row(layer)
             self.sites.add(site)
-            return attachment.response(site, module, x, trained, key)
+            return attachment.response(site, module, x, layer, key)
 
         return attachment._replace(weights=weights, response=response)
 
-    def require(self, stack: str | None, needs_weights: bool, added: Any) -> None:
+    def require(
+        self, stack: str | None, needs_weights: bool, added: Mapping[str, Any]
+    ) -> None:
         """Raises if what is trained in the layers was never asked for."""
         if needs_weights and not self.weights:
             raise InputError(
@@ -141,28 +169,12 @@ class _UseOfStack:
             )
 
 
-def require_state(tuner: Any, state: Any) -> None:
-    """Raises unless a state has the arrays that its tuner gives one.
-
-    Args:
-      tuner: a `Compact`.
-      state: with supports chosen.
+def require_same(part: str, given: Any, expected: Any) -> None:
+    """Raises unless the arrays of a part of a state have the expected shapes.
 
     Raises:
       InputError: if the method or the optimiser is another.
     """
-    init = lambda params: tuner.init(params, jax.random.key(0))
-    fresh = jax.eval_shape(init, state.params)
-    # Supports of shards are as long as the fullest shard needs.
-    _require_same("support", state.support, None if tuner.shards else fresh.support)
-    _require_same("added", state.added, fresh.added)
-    begun = jax.eval_shape(tuner.begin, state.params, state.support, state.added)
-    _require_same("masters", state.masters, begun.masters)
-    _require_same("opt_state", state.opt_state, begun.opt_state)
-
-
-def _require_same(part: str, given: Any, expected: Any) -> None:
-    """Raises unless the arrays of a part of a state have the expected shapes."""
     shapes = lambda tree: [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
     same = jax.tree.structure(given) == jax.tree.structure(expected)
     if expected is not None and not (same and shapes(given) == shapes(expected)):

@@ -1,9 +1,9 @@
 """The compact tier: a training step whose gradients are never dense."""
 
-import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,23 @@ import optax
 
 from sparse_jax.adapter.adapter import Adapter, adapter_of
 from sparse_jax.compact.checks import (
+    Loss,
     require_groups,
     require_loss,
-    require_state,
+    require_same,
     sums_of,
 )
 from sparse_jax.compact.gradients import summed_gradients, update_if
-from sparse_jax.compact.state import CompactState, UnselectedState
-from sparse_jax.compact.tap import (
-    Wanted,
-    empty_selection,
-    selecting_tap,
-    support_of,
-    tap,
+from sparse_jax.compact.model_taps import (
+    TrainedValues,
+    choose_by_gradient,
+    choose_by_weight,
+    tap_leaves,
 )
+from sparse_jax.compact.state import CompactState, UnselectedState
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
-from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.params.arguments import (
     require_count,
     require_key,
@@ -38,55 +38,18 @@ from sparse_jax.supports.packing import (
     current_values,
     keep_masters,
     pack,
-    route,
     write_back,
 )
-from sparse_jax.supports.roles import SPARSE, TRAINED, Role, map_roles
-from sparse_jax.supports.scores import Score, leaf_key
+from sparse_jax.supports.roles import SPARSE, Role, map_roles
 
-__all__ = ["Compact", "CompactState", "Loss"]
-
-# (params, batch, key, attachment) -> (sum of the losses, number they are averaged by)
-Loss = Callable[[Any, Any, Any, Attachment], tuple[jax.Array, jax.typing.ArrayLike]]
-
-_map_sparse = functools.partial(map_roles, only=(SPARSE,))
-# trained values -> parameters and attachment of a forward pass that depends on them
-Place = Callable[[Any], tuple[Any, Attachment]]
+__all__ = ["Compact", "CompactState", "Loss", "TrainedValues", "Tuner"]
 
 
 @dataclass(frozen=True)
-class Compact:
-    """Fine-tunes by a method with gradients, state and updates of O(k).
+class Tuner(ABC):
+    """What `Compact` and `Layerwise` have in common: all but the update itself.
 
-        packed = w[S];   packed += tx(d loss / d packed);   w[S] = packed
-
-    Float32 leaves are their own masters; coarser leaves keep float32 masters of the
-    trained values. `tx` sees nothing but trained values, so clipping by the global
-    norm is the norm of these. Every method is pure and meant to be compiled with the
-    state donated: then no weight has a second copy.
-
-    Attributes:
-      loss: (params, batch, key, attachment) -> (total, weight). The loss is total /
-        weight; hand `attachment` to the model, or ignore it if `method.stack` is None.
-      method: what to train.
-      tx: any Optax transformation.
-      accumulate: micro-batches per update. Above one, the leaves of a batch are
-        [accumulate, ...] and only packed gradients are summed.
-      shards: how leaves are sharded, by name; `sparse_jax.sharding` knows.
-      data_axes: mesh axes over which replicas see different examples. They exchange
-        gradients of the trained values, never dense ones.
-
-    Example:
-      >>> from sparse_jax.methods.sparse import Sparse
-      >>> def loss(params, x, key, attachment):
-      ...     return jnp.sum((x @ params["w"]) ** 2), x.shape[0]
-      >>> tuner = Compact(loss, Sparse(density=0.5, stack=None), optax.sgd(0.25))
-      >>> state = tuner.init({"w": jnp.array([1.0, 2.0])}, jax.random.key(0))
-      >>> x = jnp.array([[1.0, 3.0]])
-      >>> state, finite = tuner.select(state, x, jax.random.key(1))
-      >>> state, metrics = tuner.step(state, x, jax.random.key(1))
-      >>> state.params["w"], metrics["loss"]
-      (Array([ 1. , -8.5], dtype=float32), Array(49., dtype=float32))
+    The attributes are those of `Compact`.
     """
 
     loss: Loss
@@ -143,7 +106,7 @@ class Compact:
             k = self.method.support_size(role)
             return role.layout.empty(leaf.shape, k, **options)
 
-        empty = _map_sparse(support, roles, params)
+        empty = map_roles(support, roles, params, only=(SPARSE,))
         state = self.begin(params, empty, self.method.added(params, key))
         if not jax.tree.leaves(empty):
             return state
@@ -181,60 +144,33 @@ class Compact:
         The arguments are those of `select`.
 
         Returns:
-          Supports, whether the gradient was finite, and counts as of `Layout.choose`.
+          The supports, whether the gradient was finite, and for sparse leaves the
+          number of chosen entries, as `Layout.choose` returns it.
         """
         roles = self.roles(state.params)
         require_groups(batch, self.accumulate)
-        score = self.method.ranking
-        if score is None or not score.needs_gradient:
-            return self._choose_by_weight(roles, score, state, key)
-        return self._choose_by_gradient(roles, score, state, batch, key)
+        score, method = self.method.ranking, self.method
+        if score is None:
+            return state.support, jnp.array(True), state.support
+        if not score.needs_gradient:
+            trees = (roles, state.params, state.support)
+            return choose_by_weight(method, score, *trees, key)
+        first = self._first(batch), key
+        if self.accumulate > 1:
+            first = first[0], jax.random.split(key, self.accumulate)[0]
+        sums = lambda params, attachment: self._sums(params, attachment, *first)
+        trees = (roles, state.params, state.support, state.added)
+        return choose_by_gradient(method, score, *trees, key, sums)
 
+    @abstractmethod
     def step(
         self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
     ) -> tuple[CompactState, dict[str, jax.Array]]:
-        """Makes one update.
+        """Makes one update, and returns the new state and metrics."""
 
-        Args:
-          state: with supports chosen; donate it.
-          batch: whatever `loss` takes.
-          key: for dropout.
-          **extra_args: of the `update` of `tx`.
-
-        Returns:
-          The new state, and `loss`, `gradient_norm` of the trained values, and
-          `is_skipped`: whether one of these is not finite, or nothing was selected.
-          The state is then as before, bit for bit.
-
-        Raises:
-          InputError: while it is traced, if the supports were never selected, the state
-            is that of another tuner, or the model asks for nothing of its attachment.
-        """
-        self._require_state(state)
-        roles = self.roles(state.params)
-        values = self._values(roles, state)
-        place = lambda values: self._place(roles, state, values)
-        loss, grads = self._gradients(place, values, batch, key)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        ready = finite & jnp.greater_equal(state.count, 0)
-
-        def update(count: Any, values: Any, opt_state: Any) -> tuple[Any, Any, Any]:
-            updates, opt_state = self._tx.update(grads, opt_state, values, **extra_args)
-            values = optax.apply_updates(values, updates)
-            return optax.safe_increment(count), values, opt_state
-
-        kept = (state.count, values, state.opt_state)
-        count, values, opt_state = update_if(ready, update, *kept)
-        leaves = values["leaves"]
-        state = state._replace(
-            count=count,
-            params=write_back(roles, state.params, state.support, leaves),
-            masters=keep_masters(roles, leaves, state.params),
-            added=values["added"],
-            opt_state=opt_state,
-        )
-        return state, {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
+    @abstractmethod
+    def _start(self, roles: Any, params: Any, values: TrainedValues) -> optax.OptState:
+        """Returns the state of the optimiser before the first update."""
 
     @property
     def _tx(self) -> optax.GradientTransformationExtraArgs:
@@ -243,7 +179,7 @@ class Compact:
 
     def attach(self, state: CompactState) -> Attachment:
         """Returns what a model needs, beside `state.params`, to compute its outputs."""
-        return Attachment({"added": state.added}, response=self._respond)
+        return Attachment(LayerValues(state.added), response=self.method.respond)
 
     def adapter(
         self, state: CompactState, *, new: Sequence[str] = (), **about: Any
@@ -270,37 +206,30 @@ class Compact:
             support=support,
             masters=keep_masters(roles, leaves, params),
             added=added,
-            opt_state=self._start(roles, params, leaves, added),
+            opt_state=self._start(roles, params, TrainedValues(added, leaves)),
         )
 
-    def _start(self, roles: Any, params: Any, leaves: Any, added: Any) -> Any:
-        """Returns the state of the optimiser before the first update."""
-        del roles, params
-        return self.tx.init({"leaves": leaves, "added": added})
+    def _first(self, batch: Any) -> Any:
+        """Returns the first micro-batch."""
+        if self.accumulate == 1:
+            return batch
+        return jax.tree.map(lambda leaf: leaf[0], batch)
 
-    def _values(self, roles: Any, state: CompactState) -> dict[str, Any]:
-        """Returns the trained values, float32."""
-        leaves = current_values(roles, state.support, state.masters, state.params)
-        return {"leaves": leaves, "added": state.added}
-
-    def _place(
-        self, roles: Any, state: CompactState, values: Any
-    ) -> tuple[Any, Attachment]:
-        """Returns what the loss needs for a gradient of the trained values."""
-        tap_leaf = lambda role, *leaves: tap(*leaves, role.layout)
-        # The backward pass makes gradients in the dtype of their weights: until all
-        # layers have theirs, bfloat16 holds the same numbers in half of the bytes.
-        coarse = lambda role, leaf, value: value.astype(leaf.dtype)
-        leaves = map_roles(coarse, roles, state.params, values["leaves"], only=TRAINED)
-        trees = (leaves, state.support)
-        params, stacked = route(roles, state.params, tap_leaf, *trees)
-        return params, self._attachment(roles, tap_leaf, stacked, values["added"])
+    def _sums(
+        self, params: Any, attachment: Attachment, batch: Any, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns what the loss gives, checked."""
+        return sums_of(self.loss, self.method.stack, params, attachment, batch, key)
 
     def _gradients(
-        self, place: Place, values: Any, batch: Any, key: jax.Array
+        self,
+        tapped: Callable[[Any], tuple[Any, Attachment]],
+        values: Any,
+        batch: Any,
+        key: jax.Array,
     ) -> tuple[jax.Array, Any]:
         """Returns the loss and its gradient with respect to the trained values."""
-        total = lambda values, batch, key: sums_of(self, *place(values), batch, key)
+        total = lambda values, batch, key: self._sums(*tapped(values), batch, key)
         require_groups(batch, self.accumulate)
         parts = {"accumulate": self.accumulate, "data_axes": self.data_axes}
         (loss, weight), grads = summed_gradients(total, values, batch, key, **parts)
@@ -313,88 +242,102 @@ class Compact:
                 "`state` must have its supports, got one of `init`. Call `select` "
                 "before the first step: `state, finite = tuner.select(...)`."
             )
-        require_state(self, state)
+        init = lambda params: self.init(params, jax.random.key(0))
+        fresh = jax.eval_shape(init, state.params)
+        # Supports of shards are as long as the fullest shard needs.
+        require_same("support", state.support, None if self.shards else fresh.support)
+        require_same("added", state.added, fresh.added)
+        begun = jax.eval_shape(self.begin, state.params, state.support, state.added)
+        require_same("masters", state.masters, begun.masters)
+        require_same("opt_state", state.opt_state, begun.opt_state)
 
-    def _choose_by_gradient(
-        self, roles: Any, score: Score, state: CompactState, batch: Any, key: jax.Array
-    ) -> tuple[Any, jax.Array, Any]:
-        """Returns the supports, found layer by layer in one backward pass."""
 
-        def draw(role: Role, leaf: jax.Array) -> jax.Array:
-            own = leaf_key(key, role.name)
-            fold = jax.vmap(lambda layer: jax.random.fold_in(own, layer))
-            return fold(jnp.arange(len(leaf))) if role.stacked else own
+@final
+@dataclass(frozen=True)
+class Compact(Tuner):
+    """Fine-tunes by a method with gradients, state and updates of O(k).
 
-        def tap_leaf(role: Role, *leaves: Any) -> jax.Array:
-            k = self.method.support_size(role)
-            return selecting_tap(Wanted(score, k, role.layout), *leaves)
+        packed = w[S];   packed += tx(d loss / d packed);   w[S] = packed
 
-        def total(selections: Any) -> jax.Array:
-            params, stacked = route(roles, state.params, tap_leaf, selections, draws)
-            attachment = self._attachment(roles, tap_leaf, stacked, state.added)
-            loss, weight = sums_of(self, params, attachment, *first)
-            return loss / weight
+    Float32 leaves are their own masters; coarser leaves keep float32 masters of the
+    trained values. `tx` sees nothing but trained values, so clipping by the global
+    norm is the norm of these. Every method is pure and meant to be compiled with the
+    state donated: then no weight has a second copy.
 
-        first = batch, key
-        if self.accumulate > 1:
-            one = jax.tree.map(lambda leaf: leaf[0], batch)
-            first = one, jax.random.split(key, self.accumulate)[0]
-        draws = _map_sparse(draw, roles, state.params)
-        empty = lambda role, support: empty_selection(support.shape)
-        chosen = jax.grad(total)(_map_sparse(empty, roles, state.support))
-        support = lambda role, selection: support_of(selection, role.layout)
-        bad = lambda role, selection: jnp.any(selection.bad > 0)
-        count = lambda role, selection: selection.count.astype(jnp.int32)
-        return (
-            _map_sparse(support, roles, chosen),
-            ~jnp.any(jnp.array(jax.tree.leaves(_map_sparse(bad, roles, chosen)), bool)),
-            _map_sparse(count, roles, chosen),
-        )
+    Attributes:
+      loss: (params, batch, key, attachment) -> (total, weight). The loss is total /
+        weight; hand `attachment` to the model, or ignore it if `method.stack` is None.
+      method: what to train.
+      tx: any Optax transformation.
+      accumulate: micro-batches per update. Above one, the leaves of a batch are
+        [accumulate, ...] and only packed gradients are summed.
+      shards: how leaves are sharded, by name; `sparse_jax.sharding` knows.
+      data_axes: mesh axes over which replicas see different examples. They exchange
+        gradients of the trained values, never dense ones.
 
-    def _choose_by_weight(
-        self, roles: Any, score: Score | None, state: CompactState, key: jax.Array
-    ) -> tuple[Any, jax.Array, Any]:
-        """Returns the supports of a score that looks at no gradient, and counts."""
+    Example:
+      >>> from sparse_jax.methods.sparse import Sparse
+      >>> def loss(params, x, key, attachment):
+      ...     return jnp.sum((x @ params["w"]) ** 2), x.shape[0]
+      >>> tuner = Compact(loss, Sparse(density=0.5, stack=None), optax.sgd(0.25))
+      >>> state = tuner.init({"w": jnp.array([1.0, 2.0])}, jax.random.key(0))
+      >>> x = jnp.array([[1.0, 3.0]])
+      >>> state, finite = tuner.select(state, x, jax.random.key(1))
+      >>> state, metrics = tuner.step(state, x, jax.random.key(1))
+      >>> state.params["w"], metrics["loss"]
+      (Array([ 1. , -8.5], dtype=float32), Array(49., dtype=float32))
+    """
 
-        def chosen(role: Role, leaf: jax.Array, support: jax.Array) -> Any:
-            assert score is not None
-            # Nothing reads the gradient.
-            args = (score, leaf, leaf, self.method.support_size(role))
-            options = {"stacked": role.stacked, "capacity": support.shape[-1]}
-            return role.layout.choose(*args, leaf_key(key, role.name), **options)
-
-        both = _map_sparse(chosen, roles, state.params, state.support)
-        pick = lambda i: _map_sparse(lambda role, pair: pair[i], roles, both)
-        return pick(0), jnp.array(True), pick(1)
-
-    def _inside(self, tree: Any) -> Any:
-        """Returns the subtree of the layers, empty if there is none."""
-        name = self.method.stack
-        return tree[name] if isinstance(tree, Mapping) and name in tree else {}
-
-    def _attachment(
-        self, roles: Any, tap_leaf: Callable[..., Any], stacked: tuple, added: Any
-    ) -> Attachment:
-        """Returns the attachment that taps the layers of the stack.
+    def step(
+        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
+    ) -> tuple[CompactState, dict[str, jax.Array]]:
+        """Makes one update.
 
         Args:
-          roles: of all leaves.
-          tap_leaf: (role, leaf, a value of every tree) -> leaf.
-          stacked: trees of arrays, of which a layer gets its slices.
-          added: what the method adds.
+          state: with supports chosen; donate it.
+          batch: whatever `loss` takes.
+          key: for dropout.
+          **extra_args: of the `update` of `tx`.
+
+        Returns:
+          The new state, and `loss`, `gradient_norm` of the trained values, and
+          `is_skipped`: whether one of these is not finite, or nothing was selected.
+          The state is then as before, bit for bit.
+
+        Raises:
+          InputError: while it is traced, if the supports were never selected, the state
+            is that of another tuner, or the model asks for nothing of its attachment.
         """
-        inside = tuple(map(self._inside, stacked))
+        self._require_state(state)
+        roles = self.roles(state.params)
+        values = self._values(roles, state)
+        trees = (roles, state.params, state.support)
+        tapped = lambda values: tap_leaves(self.method, *trees, values)
+        loss, grads = self._gradients(tapped, values, batch, key)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        ready = finite & jnp.greater_equal(state.count, 0)
 
-        def weights(layer_params: Any, trained: Any) -> Any:
-            def one(role: Role, leaf: jax.Array, *values: Any) -> jax.Array:
-                return tap_leaf(role, leaf, *values) if role.kind == SPARSE else leaf
+        kept = (state.count, values._asdict(), state.opt_state)
+        count, moved, opt_state = update_if(
+            ready, self._tx, grads._asdict(), *kept, **extra_args
+        )
+        values = TrainedValues(**moved)
+        state = state._replace(
+            count=count,
+            params=write_back(roles, state.params, state.support, values.leaves),
+            masters=keep_masters(roles, values.leaves, state.params),
+            added=values.added,
+            opt_state=opt_state,
+        )
+        return state, {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
 
-            if not trained["tapped"][0]:
-                return layer_params
-            return map_roles(one, self._inside(roles), layer_params, *trained["tapped"])
+    def _start(self, roles: Any, params: Any, values: TrainedValues) -> optax.OptState:
+        """Returns the state of the optimiser before the first update."""
+        del roles, params
+        return self.tx.init(values._asdict())
 
-        return Attachment({"tapped": inside, "added": added}, weights, self._respond)
-
-    def _respond(self, site: str, module: Any, x: Any, trained: Any, key: Any) -> Any:
-        """Computes what a module of a layer returns, as `Attachment.response`."""
-        return self.method.response(site, module, x, trained["added"], key=key)
+    def _values(self, roles: Any, state: CompactState) -> TrainedValues:
+        """Returns the trained values, float32."""
+        leaves = current_values(roles, state.support, state.masters, state.params)
+        return TrainedValues(state.added, leaves)

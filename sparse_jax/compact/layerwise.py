@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sparse_jax.compact.compact import Compact, CompactState
+from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.compact.gradients import as_types, choose_if, update_if
-from sparse_jax.compact.tap import tap
+from sparse_jax.compact.model_taps import TrainedValues, in_stack, tap_leaf
 from sparse_jax.errors import InputError
-from sparse_jax.models.attachment import Attachment, Recompute, Slots
+from sparse_jax.models.attachment import Attachment, LayerValues, Recompute, Slots
 from sparse_jax.samplers.sampler import (
     Sampler,
     SamplerState,
@@ -21,7 +21,12 @@ from sparse_jax.samplers.sampler import (
     begin,
     is_active,
 )
-from sparse_jax.supports.packing import below_float32, current_values
+from sparse_jax.supports.packing import (
+    below_float32,
+    current_values,
+    route,
+    write_back,
+)
 from sparse_jax.supports.roles import DENSE, FROZEN, SPARSE, TRAINED, Role, map_roles
 from sparse_jax.transforms.layer_state import (
     init_rows,
@@ -43,8 +48,16 @@ class LayerwiseState(NamedTuple):
     origin: Any  # values before training, if probes have to damp what was learnt
 
 
+class _Values(NamedTuple):
+    """The trained values of an update."""
+
+    outside: Any  # packed values of leaves outside the layers
+    rows: TrainedValues  # of the active layers
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
-class Layerwise(Compact):
+class Layerwise(Tuner):
     """Fine-tunes a few layers at a time by a method.
 
     With A the layers that `sampler` draws for an update,
@@ -132,11 +145,7 @@ class Layerwise(Compact):
     ) -> tuple[CompactState, dict[str, jax.Array]]:
         """Makes one update.
 
-        Args:
-          state: with supports chosen; donate it.
-          batch: whatever `loss` takes.
-          key: for dropout.
-          **extra_args: of the `update` of `tx`, the same for every layer.
+        The arguments are those of `Compact.step`; every layer gets the `extra_args`.
 
         Returns:
           The new state, and `loss`, `gradient_norm` (before clipping), `is_skipped`
@@ -151,9 +160,9 @@ class Layerwise(Compact):
         chosen = advance(self.sampler, opt.sampler, value_fn)
         active = chosen.active
 
-        values = self._trained(roles, state, active)
-        place = lambda values: self._place_rows(roles, state, values, active)
-        loss, grads = self._gradients(place, values, batch, key)
+        values = self._values(roles, state, active)
+        tapped = lambda values: self._tapped(roles, state, values, active)
+        loss, grads = self._gradients(tapped, values, batch, key)
         norm = optax.tree.norm(grads)
         if self.max_norm is not None:
             grads = optax.tree.scale(jnp.minimum(1.0, self.max_norm / norm), grads)
@@ -163,16 +172,17 @@ class Layerwise(Compact):
         active, norm = lax.optimization_barrier((active, norm))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         ready = finite & jnp.greater_equal(state.count, 0)
-        values = self._trained(roles, state, active)
+        values = self._values(roles, state, active)
 
-        rows, inside = take_rows(opt.rows, active), values["rows"]
+        rows, inside = take_rows(opt.rows, active), values.rows._asdict()
         if self.restart:
             is_new = (is_active(self.sampler, active) & ~before)[active]
             fresh = init_rows(self._tx, inside, self.sampler.num_active)
             rows = restart_rows(is_new, fresh, rows)
-        steps, moved = update_rows(self._tx, grads["rows"], rows, inside, **extra_args)
+        row_grads = grads.rows._asdict()
+        steps, moved = update_rows(self._tx, row_grads, rows, inside, **extra_args)
         rows = as_types(moved, rows)
-        norms = _row_norms(grads["rows"], self.sampler.num_active)
+        norms = _row_norms(row_grads, self.sampler.num_active)
         memory = self.sampler.observe(chosen.memory, active, norms)
         # Nothing is chosen of the states: where nothing is ready they are not written.
         # For a choice or a branch, compilers of TPUs keep the rows of all leaves.
@@ -182,16 +192,11 @@ class Layerwise(Compact):
             (inside, opt.sampler),
         )
 
-        def update(count: Any, values: Any, outside: Any) -> tuple[Any, Any, Any]:
-            steps, outside = self._tx.update(
-                grads["outside"], outside, values, **extra_args
-            )
-            values = optax.apply_updates(values, steps)
-            return optax.safe_increment(count), values, outside
-
-        kept = (state.count, values["outside"], opt.outside)
-        count, beyond, outside = update_if(ready, update, *kept)
-        values = {"rows": inside, "outside": beyond}
+        kept = (state.count, values.outside, opt.outside)
+        count, beyond, outside = update_if(
+            ready, self._tx, grads.outside, *kept, **extra_args
+        )
+        values = _Values(beyond, TrainedValues(**inside))
         rows = put_rows(opt.rows, rows, active, ready)
         opt = opt._replace(sampler=sampler, rows=rows, outside=outside)
         state = self._written(roles, state, values, active)
@@ -199,57 +204,45 @@ class Layerwise(Compact):
         metrics = {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
         return state, metrics | {"active": active} | self.sampler.shown(sampler.memory)
 
-    def _start(self, roles: Any, params: Any, leaves: Any, added: Any) -> Any:
+    def _start(self, roles: Any, params: Any, values: TrainedValues) -> LayerwiseState:
         """Returns the state before the first update."""
-        inside = _only(roles, leaves, stacked=True)
+        pick = lambda roles: map_roles(keep, roles, values.leaves, only=TRAINED)
+        keep = lambda role, leaf: leaf
+        layers, beyond = _sides(roles)
+        inside = pick(layers)
         origin: Any = ()
         if self.sampler.period is not None:
             # A copy, because the step gives away what it gets.
             start = lambda role, values, leaf: jnp.array(values, leaf.dtype)
-            layers = _side(roles, stacked=True)
             origin = map_roles(start, layers, inside, params, only=TRAINED)
-        rows = {"leaves": inside, "added": added}
+        rows = values._replace(leaves=inside)._asdict()
         return LayerwiseState(
             sampler=begin(self.sampler, jax.random.key(self.seed)),
             rows=init_rows(self._tx, rows, self.sampler.num_layers),
-            outside=self._tx.init(_only(roles, leaves, stacked=False)),
+            outside=self._tx.init(pick(beyond)),
             origin=origin,
         )
 
-    def _trained(self, roles: Any, state: CompactState, active: jax.Array) -> Any:
+    def _values(self, roles: Any, state: CompactState, active: jax.Array) -> "_Values":
         """Returns the trained values of the active layers, and those outside."""
 
         def row(role: Role, leaf: jax.Array, support: Any, master: Any) -> Any:
-            if not role.stacked:
-                return optax.MaskedNode()
             if below_float32(leaf):
                 return take_rows(master, active)
             if role.kind == DENSE:
                 return take_rows(leaf, active)
             return role.layout.gather(leaf, take_rows(support, active), active)
 
+        inside, outside = _sides(roles)
         trees = (state.params, state.support, state.masters)
-        outside = _side(roles, stacked=False)
+        rows = map_roles(row, inside, *trees, only=TRAINED)
         values = current_values(outside, state.support, state.masters, state.params)
-        return {
-            "rows": {
-                "leaves": map_roles(row, roles, *trees, only=TRAINED),
-                "added": take_rows(state.added, active),
-            },
-            "outside": values,
-        }
+        return _Values(values, TrainedValues(take_rows(state.added, active), rows))
 
-    def _place_rows(
-        self, roles: Any, state: CompactState, values: Any, active: jax.Array
+    def _tapped(
+        self, roles: Any, state: CompactState, values: "_Values", active: jax.Array
     ) -> tuple[Any, Attachment]:
-        """Returns what the loss needs for a gradient of the active layers' values."""
-
-        def place(role: Role, leaf: jax.Array, value: Any, support: Any) -> Any:
-            if role.stacked or role.kind not in TRAINED:
-                return leaf
-            if role.kind == SPARSE:
-                return tap(leaf, value, support, role.layout)
-            return _like(value, leaf)
+        """Returns parameters and an attachment whose taps lead to the values."""
 
         def row_of(role: Role, leaf: jax.Array, support: Any) -> jax.Array:
             # The values of sparse entries are in the weights; a tap does not read them.
@@ -257,28 +250,28 @@ class Layerwise(Compact):
                 return jnp.zeros(support.shape, jnp.float32)
             return leaf.astype(jnp.float32)
 
-        def rows_of(layer_params: Any, trained: Any) -> Any:
-            trees = (layer_params, trained["support"])
+        def rows_of(layer_params: Any, layer: LayerValues) -> LayerValues:
+            trees = (layer_params, layer.support)
             leaves = map_roles(row_of, inside, *trees, only=TRAINED)
-            return {"leaves": self._around(roles, leaves), "added": trained["added"]}
+            return LayerValues(layer.added, {**nothing, self.method.stack: leaves})
 
         def weight(role: Role, leaf: jax.Array, row: Any, support: Any) -> jax.Array:
             if role.kind == SPARSE:
-                return tap(leaf, row, support, role.layout)
-            return _like(row, leaf) if role.kind == DENSE else leaf
+                return tap_leaf(role, leaf, row, support)
+            return row.astype(leaf.dtype) if role.kind == DENSE else leaf
 
-        def weights(layer_params: Any, trained: Any) -> Any:
-            row = _row_of(trained)["leaves"][self.method.stack]
-            return map_roles(weight, inside, layer_params, row, trained["support"])
+        def weights(layer_params: Any, layer: LayerValues) -> Any:
+            row = layer.leaves[self.method.stack]
+            return map_roles(weight, inside, layer_params, row, layer.support)
 
         inside = roles[self.method.stack]
-        respond = lambda site, module, x, trained, key: self.method.response(
-            site, module, x, _row_of(trained)["added"], key=key
-        )
-        trained = {"support": self._inside(state.support), "added": state.added}
-        slots = Slots(values["rows"], active, rows_of, self.recompute)
-        params = map_roles(place, roles, state.params, values["outside"], state.support)
-        return params, Attachment(trained, weights, respond, slots)
+        nothing = map_roles(lambda role: role, roles, only=())
+        support = in_stack(self.method, state.support)
+        layers = LayerValues(state.added, support=support)
+        slots = Slots(LayerValues(*values.rows), active, rows_of, self.recompute)
+        outside = (_sides(roles)[1], state.params, tap_leaf)
+        params, _ = route(*outside, values.outside, state.support)
+        return params, Attachment(layers, weights, self.method.respond, slots)
 
     def _value(
         self, roles: Any, state: CompactState, batch: Any, strength: jax.Array
@@ -286,105 +279,68 @@ class Layerwise(Compact):
         """Returns the loss when layers are damped to a strength [L]."""
         opt: Any = state.opt_state
 
-        def weights(layer_params: Any, trained: Any) -> Any:
+        def weights(layer_params: Any, layer: LayerValues) -> Any:
             def damp(role: Role, leaf: jax.Array, support: Any, origin: Any) -> Any:
                 if role.kind not in TRAINED:
                     return leaf
                 start = origin.astype(jnp.float32)
                 sparse = role.kind == SPARSE
                 now = role.layout.gather(leaf, support) if sparse else leaf
-                values = start + trained["strength"] * (now.astype(jnp.float32) - start)
+                values = start + layer.strength * (now.astype(jnp.float32) - start)
                 if sparse:
                     return role.layout.scatter(leaf, support, values)
-                return _like(values, leaf)
+                return values.astype(leaf.dtype)
 
-            trees = (layer_params, trained["support"], trained["origin"])
+            trees = (layer_params, layer.support, layer.leaves)
             return map_roles(damp, inside, *trees)
 
         inside = roles[self.method.stack]
-        respond = lambda site, module, x, trained, key: self.method.response(
-            site, module, x, trained["added"], trained["strength"], key=key
-        )
-        trained = {
-            "support": self._inside(state.support),
-            "origin": self._inside(opt.origin),
-            "added": state.added,
-            "strength": strength,
-        }
-        if self.accumulate > 1:
-            batch = jax.tree.map(lambda leaf: leaf[0], batch)
-        attachment = Attachment(trained, weights, respond)
-        total, weight = self.loss(state.params, batch, None, attachment)
+        origin, support = opt.origin, state.support
+        origin, support = (in_stack(self.method, tree) for tree in (origin, support))
+        layers = LayerValues(state.added, origin, support, strength)
+        attachment = Attachment(layers, weights, self.method.respond)
+        first = self._first(batch)
+        total, weight = self.loss(state.params, first, None, attachment)
         return total / weight
 
     def _written(
-        self, roles: Any, state: CompactState, values: Any, active: jax.Array
+        self, roles: Any, state: CompactState, values: "_Values", active: jax.Array
     ) -> CompactState:
         """Returns the state with new values, in place if it is donated."""
-        rows, outside = values["rows"], values["outside"]
+        rows, beyond = values.rows, values.outside
 
-        def write(
-            role: Role, leaf: jax.Array, support: Any, row: Any, value: Any
-        ) -> jax.Array:
-            if role.kind not in TRAINED:
-                return leaf
-            if role.kind == SPARSE and role.stacked:
+        def write(role: Role, leaf: jax.Array, support: Any, row: Any) -> jax.Array:
+            if role.kind == SPARSE:
                 taken = take_rows(support, active)
                 return role.layout.scatter(leaf, taken, row, active)
-            if role.kind == SPARSE:
-                return role.layout.scatter(leaf, support, value)
-            if role.stacked:
-                return put_rows(leaf, _like(row, leaf), active)
-            return _like(value, leaf)
+            if role.kind == DENSE:
+                return put_rows(leaf, row.astype(leaf.dtype), active)
+            return leaf
 
         def keep(role: Role, master: Any, row: Any, value: Any) -> Any:
             if isinstance(master, optax.MaskedNode):
                 return master
             return put_rows(master, row, active) if role.stacked else value
 
-        trees = (state.params, state.support, rows["leaves"], outside)
+        inside, outside = _sides(roles)
+        params = write_back(outside, state.params, state.support, beyond)
+        trees = (state.masters, rows.leaves, beyond)
         return state._replace(
-            params=map_roles(write, roles, *trees),
-            masters=map_roles(
-                keep, roles, state.masters, rows["leaves"], outside, only=TRAINED
-            ),
-            added=put_rows(state.added, rows["added"], active),
+            params=map_roles(write, inside, params, state.support, rows.leaves),
+            masters=map_roles(keep, roles, *trees, only=TRAINED),
+            added=put_rows(state.added, rows.added, active),
         )
 
-    def _around(self, roles: Any, inside: Any) -> Any:
-        """Returns a subtree of the layers in a tree that holds nothing else."""
-        nothing = map_roles(lambda role: role, roles, only=())
-        return {**nothing, self.method.stack: inside}
 
+def _sides(roles: Any) -> tuple[Any, Any]:
+    """Returns roles in which what is outside the layers, or inside, is frozen."""
 
-def _row_of(trained: Any) -> Any:
-    """Returns the trained values of the layer that asks."""
-    if "row" not in trained:
-        raise InputError(
-            "`loss` must run the layers of a model by `attachment.slots`, got a model "
-            "that does not. Use `run_layers` of `sparse_jax.models.stack`."
-        )
-    return trained["row"]
+    def side(stacked: bool) -> Any:
+        freeze = lambda role: role if role.stacked == stacked else frozen(role)
+        return jax.tree.map(freeze, roles, is_leaf=lambda node: isinstance(node, Role))
 
-
-def _side(roles: Any, *, stacked: bool) -> Any:
-    """Returns roles in which all but the leaves inside, or outside, are frozen."""
-
-    def freeze(role: Role) -> Role:
-        return role if role.stacked == stacked else role._replace(kind=FROZEN)
-
-    return jax.tree.map(freeze, roles, is_leaf=lambda node: isinstance(node, Role))
-
-
-def _only(roles: Any, tree: Any, *, stacked: bool) -> Any:
-    """Returns the trained leaves inside or outside the layers; others are masked."""
-    keep = lambda role, leaf: leaf
-    return map_roles(keep, _side(roles, stacked=stacked), tree, only=TRAINED)
-
-
-def _like(values: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Returns values in the dtype of a leaf."""
-    return values.astype(leaf.dtype)
+    frozen = lambda role: role._replace(kind=FROZEN)
+    return side(True), side(False)
 
 
 def _row_norms(rows: Any, num_rows: int) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.attachment import Module
+from sparse_jax.models.attachment import LayerValues, Module
 from sparse_jax.params.fields import Json, from_json, to_json
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.entries import ENTRY
@@ -96,6 +96,18 @@ class Method:
         """
         del site, added, strength, key
         return module(x)
+
+    def respond(
+        self,
+        site: str,
+        module: Module,
+        x: jax.Array,
+        layer: LayerValues,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """Calls `response` as a model does, by the `response` of an `Attachment`."""
+        strength = 1.0 if layer.strength is None else layer.strength
+        return self.response(site, module, x, layer.added, strength, key=key)
 
     def merge(self, params: Any, added: Any) -> Any:
         """Returns parameters that alone compute what the method computes.

@@ -1,11 +1,20 @@
-"""Sites: where a model lets a method look at a layer and change what it computes."""
+"""Attachments: how a method looks at the layers of a model and changes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 
-__all__ = ["MEMORY", "Attachment", "Memory", "Module", "Recompute", "Respond", "Slots"]
+__all__ = [
+    "MEMORY",
+    "Attachment",
+    "LayerValues",
+    "Memory",
+    "Module",
+    "Recompute",
+    "Respond",
+    "Slots",
+]
 
 # Where an attention asks for a `Memory`.
 MEMORY = "attention/memory"
@@ -39,15 +48,32 @@ class Memory(NamedTuple):
     bias: jax.Array  # of their scores, shape=(), float32
 
 
+class LayerValues(NamedTuple):
+    """What a method hands to the layers of a stack, shape=(L, ...); to one, its slice.
+
+    Trees of leaves have the structure of the parameters of a layer.
+    """
+
+    added: Mapping[str, Any] = {}  # arrays that the method adds, by site
+    leaves: Any = None  # values that belong to leaves of the layer
+    support: Any = None  # where in the leaves
+    strength: jax.Array | None = None  # of what was learnt, shape=(L,); None is 1
+
+    def with_row(self, row: "LayerValues") -> "LayerValues":
+        """Returns the values with those of one layer that has a gradient."""
+        return self._replace(added=row.added, leaves=row.leaves)
+
+
 class Slots(NamedTuple):
     """The layers that are trained, where most are not.
 
     Only `rows` has a gradient then, and none of it is ever of size L.
     """
 
-    rows: Any  # pytree of arrays, shape=(num_active, ...)
+    rows: LayerValues  # `added` and `leaves`, shape=(num_active, ...)
     active: jax.Array  # numbers of the layers, shape=(num_active,), int32, sorted
-    rows_of: Callable[[Any, Any], Any]  # (layer_params, trained[l]) -> row of layer l
+    # (layer_params, trained[l]) -> row of layer l
+    rows_of: Callable[[Any, LayerValues], LayerValues]
     recompute: Recompute
 
 
@@ -63,8 +89,8 @@ class Attachment(NamedTuple):
     other site is "attention/memory", which is asked for a `Memory` and whose `module`
     returns None. The default attaches nothing and returns `module(x)`.
 
-    With `slots` the slice `trained[l]`, a mapping, also has the trained values of the
-    layer under "row", and only those of active layers have a gradient.
+    With `slots` a layer gets `trained[l].with_row(row)`, and only rows of active layers
+    have a gradient.
 
     Example:
       >>> attachment = Attachment()
@@ -72,7 +98,8 @@ class Attachment(NamedTuple):
       2.0
     """
 
-    trained: Any = None  # pytree of arrays, shape=(L, ...)
+    # Arrays of shape (L, ...); a method of your own may have any pytree of them.
+    trained: Any = LayerValues()
     weights: Callable[[Any, Any], Any] = _keep_weights
     response: Callable[[str, Module, jax.Array, Any, Any], jax.Array] = _call
     slots: Slots | None = None

@@ -125,7 +125,7 @@ def _run_with_slots(
 
     def layer(x: jax.Array, one: tuple, row: Any, context: tuple) -> jax.Array:
         layer_params, trained, layer_key = one
-        return call(x, (layer_params, {**trained, "row": row}, layer_key), context)
+        return call(x, (layer_params, trained.with_row(row), layer_key), context)
 
     return run_slots(
         layer,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.compact.compact import Compact, CompactState, Loss
+from sparse_jax.compact.compact import CompactState, Loss, Tuner
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
@@ -36,7 +36,7 @@ class AbstractRun:
     """A run that has shapes for arrays."""
 
     settings: Settings
-    tuner: Compact
+    tuner: Tuner
     runner: MeshRunner
     placement: Placement
     state: CompactState

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from sparse_jax.compact.compact import Compact, CompactState
+from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.supports.roles import SPARSE, Role, map_roles
 
@@ -31,7 +31,7 @@ class MeshRunner:
       placement: where the parameters lie.
     """
 
-    def __init__(self, tuner: Compact, placement: Placement):
+    def __init__(self, tuner: Tuner, placement: Placement):
         self.tuner, self.placement = tuner, placement
         self._choose = _Compiled(tuner.choose, placement, self._after_choice)
         self._select = _Compiled(tuner.select, placement, self._after_update, (0,))

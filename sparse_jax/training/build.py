@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import optax
 
-from sparse_jax.compact.compact import Compact, Loss
+from sparse_jax.compact.compact import Compact, Loss, Tuner
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS
@@ -97,7 +97,7 @@ def make_tuner(
     method: Method,
     sampler: Sampler | None,
     placement: Placement,
-) -> Compact:
+) -> Tuner:
     """Returns what makes the updates of a run.
 
     Its steps take the `schedule`, unless the settings bring an optimizer.

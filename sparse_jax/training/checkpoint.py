@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.compact.compact import Compact, CompactState
+from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.errors import InputError
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.processes import is_first_process, require_agreement
@@ -54,7 +54,7 @@ class Checkpoints:
     def __init__(
         self,
         directory: RunDirectory,
-        tuner: Compact,
+        tuner: Tuner,
         placement: Placement,
         keep: int = 2,
     ):

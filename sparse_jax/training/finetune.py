@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from sparse_jax.adapter.file import save_adapter
-from sparse_jax.compact.compact import Compact, CompactState
+from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.errors import listed
 from sparse_jax.sharding.processes import (
     is_first_process,
@@ -166,7 +166,7 @@ def _total(job: Job) -> int:
     return min(batches, job.settings.max_steps or batches)
 
 
-def _tuner(job: Job) -> Compact:
+def _tuner(job: Job) -> Tuner:
     """Returns what makes the updates of a job."""
     checkpointing = job.settings.checkpointing
     loss = job.objective.make_loss(job.base.model, checkpointing=checkpointing)
@@ -174,13 +174,13 @@ def _tuner(job: Job) -> Compact:
 
 
 def _evaluate(
-    job: Job, tuner: Compact, state: CompactState
+    job: Job, tuner: Tuner, state: CompactState
 ) -> Callable[[CompactState], dict[str, dict[str, float]]]:
     """Returns the evaluation of a state."""
     evaluate = job.objective.make_evaluate(
         job.base.model, tuner.attach(state), job.feed, job.base.placement
     )
-    return lambda state: evaluate(state.params, {"added": state.added})
+    return lambda state: evaluate(state.params, tuner.attach(state).trained)
 
 
 def _loop(

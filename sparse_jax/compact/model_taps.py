@@ -1,0 +1,180 @@
+"""Taps in a model: for its trained values, and to select what is trained."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax.compact.tap import (
+    Selection,
+    Wanted,
+    empty_selection,
+    selecting_tap,
+    support_of,
+    tap,
+)
+from sparse_jax.methods.method import Method
+from sparse_jax.models.attachment import Attachment, LayerValues
+from sparse_jax.supports.packing import route
+from sparse_jax.supports.roles import SPARSE, TRAINED, Role, map_roles
+from sparse_jax.supports.scores import Score, leaf_key
+
+__all__ = [
+    "TrainedValues",
+    "choose_by_gradient",
+    "choose_by_weight",
+    "in_stack",
+    "tap_leaf",
+    "tap_leaves",
+]
+
+# (parameters, attachment) -> (sum of the losses, number they are averaged by)
+Sums = Callable[[Any, Attachment], tuple[jax.Array, jax.Array]]
+
+_map_sparse = functools.partial(map_roles, only=(SPARSE,))
+
+
+class TrainedValues(NamedTuple):
+    """What the optimiser sees, as a dict of the same names; in this order."""
+
+    added: Any  # arrays that the method adds
+    leaves: Any  # packed values of the leaves
+
+
+def tap_leaf(role: Role, leaf: jax.Array, value: jax.Array, support: jax.Array) -> Any:
+    """Returns a sparse leaf whose gradient at the support belongs to the values."""
+    return tap(leaf, value, support, role.layout)
+
+
+def tap_leaves(
+    method: Method, roles: Any, params: Any, support: Any, values: TrainedValues
+) -> tuple[Any, Attachment]:
+    """Returns parameters and an attachment whose gradients belong to the values.
+
+    The arguments are those of `choose_by_gradient`.
+    """
+    # The backward pass makes gradients in the dtype of their weights: until all
+    # layers have theirs, bfloat16 holds the same numbers in half of the bytes.
+    coarse = lambda role, leaf, value: value.astype(leaf.dtype)
+    leaves = map_roles(coarse, roles, params, values.leaves, only=TRAINED)
+    tapped, stacked = route(roles, params, tap_leaf, leaves, support)
+    layers = LayerValues(values.added, *stacked)
+    return tapped, _attach_taps(method, roles, tap_leaf, layers)
+
+
+def choose_by_gradient(
+    method: Method,
+    score: Score,
+    roles: Any,
+    params: Any,
+    support: Any,
+    added: Any,
+    key: jax.Array,
+    sums: Sums,
+) -> tuple[Any, jax.Array, Any]:
+    """Returns the supports, found layer by layer in one backward pass.
+
+    Args:
+      method: what is trained.
+      score: ranks the entries.
+      roles: of the leaves.
+      params: parameters of the model.
+      support: supports of the lengths that are wanted.
+      added: arrays that the method adds.
+      key: for scores that draw.
+      sums: the loss.
+
+    Returns:
+      Supports, whether the gradient was finite, and counts as of `Layout.choose`.
+    """
+
+    def draw(role: Role, leaf: jax.Array) -> jax.Array:
+        own = leaf_key(key, role.name)
+        fold = jax.vmap(lambda layer: jax.random.fold_in(own, layer))
+        return fold(jnp.arange(len(leaf))) if role.stacked else own
+
+    def select_leaf(
+        role: Role, leaf: jax.Array, selection: Selection, key: jax.Array
+    ) -> Any:
+        wanted = Wanted(score, method.support_size(role), role.layout)
+        return selecting_tap(wanted, leaf, selection, key)
+
+    def mean(selections: Any) -> jax.Array:
+        tapped, (inside, keys) = route(roles, params, select_leaf, selections, draws)
+        # A selection needs keys where an update has supports.
+        values = LayerValues(added, inside, keys)
+        total, weight = sums(tapped, _attach_taps(method, roles, select_leaf, values))
+        return total / weight
+
+    draws = _map_sparse(draw, roles, params)
+    empty = lambda role, support: empty_selection(support.shape)
+    chosen = jax.grad(mean)(_map_sparse(empty, roles, support))
+    found = lambda role, selection: support_of(selection, role.layout)
+    bad = lambda role, selection: jnp.any(selection.bad > 0)
+    count = lambda role, selection: selection.count.astype(jnp.int32)
+    return (
+        _map_sparse(found, roles, chosen),
+        ~jnp.any(jnp.array(jax.tree.leaves(_map_sparse(bad, roles, chosen)), bool)),
+        _map_sparse(count, roles, chosen),
+    )
+
+
+def choose_by_weight(
+    method: Method,
+    score: Score,
+    roles: Any,
+    params: Any,
+    support: Any,
+    key: jax.Array,
+) -> tuple[Any, jax.Array, Any]:
+    """Returns the supports of a score that looks at no gradient.
+
+    The arguments and results are those of `choose_by_gradient`.
+    """
+
+    def choose(
+        role: Role, leaf: jax.Array, support: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        # Nothing reads the gradient.
+        args = (score, leaf, leaf, method.support_size(role))
+        options = {"stacked": role.stacked, "capacity": support.shape[-1]}
+        return role.layout.choose(*args, leaf_key(key, role.name), **options)
+
+    both = _map_sparse(choose, roles, params, support)
+    pick = lambda i: _map_sparse(lambda role, pair: pair[i], roles, both)
+    return pick(0), jnp.array(True), pick(1)
+
+
+def _attach_taps(
+    method: Method, roles: Any, tap_leaf: Callable[..., Any], values: LayerValues
+) -> Attachment:
+    """Returns the attachment that taps the leaves of the layers.
+
+    Args:
+      method: what is trained.
+      roles: of all leaves.
+      tap_leaf: (role, leaf, value, support) -> leaf.
+      values: whose `leaves` and `support` are trees like the parameters.
+    """
+    inside, leaves, support = (
+        in_stack(method, tree) for tree in (roles, values.leaves, values.support)
+    )
+
+    def weights(layer_params: Any, layer: LayerValues) -> Any:
+        def one(role: Role, leaf: jax.Array, *values: Any) -> jax.Array:
+            return tap_leaf(role, leaf, *values) if role.kind == SPARSE else leaf
+
+        if not inside:
+            return layer_params
+        return map_roles(one, inside, layer_params, layer.leaves, layer.support)
+
+    values = values._replace(leaves=leaves, support=support)
+    return Attachment(values, weights, method.respond)
+
+
+def in_stack(method: Method, tree: Any) -> Any:
+    """Returns the subtree of the layers, empty if there is none."""
+    name = method.stack
+    return tree[name] if isinstance(tree, Mapping) and name in tree else {}
