@@ -218,8 +218,10 @@ class _Pullback:
 
     def __init__(self, vjp: Any, inputs: Any, dy: jax.Array):
         leaves, self.treedef = jax.tree.flatten(vjp)
-        places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(inputs))}
-        self.sources = [places.get(id(leaf)) for leaf in leaves]
+        given = list(enumerate(jax.tree.leaves(inputs)))
+        self.sources = [
+            next((i for i, one in given if one is leaf), None) for leaf in leaves
+        ]
         serves = self._serves_input(leaves, dy)
         kept = [
             (leaf, serve)
@@ -266,8 +268,10 @@ class _Pullback:
             return jax.tree.unflatten(self.treedef, leaves)(dy)[0]
 
         jaxpr = jax.make_jaxpr(pull)(leaves, dy).jaxpr
-        needed = set(map(id, jaxpr.outvars))
+        variable = type(jaxpr.invars[-1])  # as opposed to a literal
+        variables = lambda atoms: {x for x in atoms if isinstance(x, variable)}
+        needed = variables(jaxpr.outvars)
         for equation in reversed(jaxpr.eqns):
-            if needed & set(map(id, equation.outvars)):
-                needed |= set(map(id, equation.invars))
-        return [id(var) in needed for var in jaxpr.invars[: len(leaves)]]
+            if needed & variables(equation.outvars):
+                needed |= variables(equation.invars)
+        return [var in needed for var in jaxpr.invars[: len(leaves)]]
