@@ -28,9 +28,10 @@ from sparse_jax.training.checkpoint_file import (
     write_checkpoint,
 )
 from sparse_jax.training.finetune import _tuner
-from sparse_jax.training.job import make_job, surroundings
 from sparse_jax.training.loop import Loop
+from sparse_jax.training.results import provenance
 from sparse_jax.training.run_directory import RunDirectory
+from sparse_jax.training.setup import make_job
 
 
 class Stopped:
@@ -70,7 +71,7 @@ class Stopped:
     def resumed(self, folder):
         """Returns what a resumed run would start from: state, position and rows."""
         settings = replace(self.settings, output=str(folder), resume=True)
-        directory = RunDirectory.create(settings, surroundings(self.job))
+        directory = RunDirectory.create(settings, provenance(self.job))
         with closing(directory), pytest.MonkeyPatch.context() as patch:
             patch.setattr(Checkpoints, "_rebuilt", lambda self, state, trained: trained)
             checkpoints = Checkpoints(directory, self.tuner, self.job.base.placement)

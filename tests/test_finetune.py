@@ -16,9 +16,9 @@ from sparse_jax import InputError, Settings, evaluate_adapter, finetune, load_ad
 from sparse_jax.training.build import head_rules, make_tuner, method_of
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.classification import make_loss
-from sparse_jax.training.job import make_job
 from sparse_jax.training.optimizer import learning_rate_at, make_optimizer, schedule_of
 from sparse_jax.training.run_directory import RunDirectory
+from sparse_jax.training.setup import make_job
 
 D, L = CONFIG.hidden_size, CONFIG.num_layers
 HEAD = D * D + D + 2 * D + 2  # pooler and classifier, both new

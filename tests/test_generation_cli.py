@@ -39,7 +39,7 @@ from sparse_jax.models.families.llama import LLAMA
 from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.pretrained import base_hash
 from sparse_jax.models.hf.read_config import read_config
-from sparse_jax.training.setup import load_material
+from sparse_jax.training.setup import load_model_and_data
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_the_end_that_training_taught_ends_a_text(chatty, tmp_path):
     data = tmp_path / "chats.jsonl"
     data.write_text((json.dumps({"messages": messages}) + "\n") * 2)
     settings = text_settings(chatty, data, tmp_path / "run", max_length=64)
-    kept = load_material(settings).objective.settings
+    kept = load_model_and_data(settings).objective.settings
     assert kept["eos_token_id"] == [3]
     assert load_writer(chatty).stop == (1,)
     about = {

@@ -16,8 +16,8 @@ from sparse_jax.cli.summary import print_summary
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.classification import Classification
 from sparse_jax.training.history import outcome_warnings, skipped_at_end, updates_of
-from sparse_jax.training.job import require_finite
 from sparse_jax.training.progress import show_progress
+from sparse_jax.training.results import require_finite
 
 
 @pytest.fixture(scope="module")

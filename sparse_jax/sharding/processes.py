@@ -138,7 +138,7 @@ def join_processes(
 ) -> None:
     """Makes this process one of several that run the same program; comes first.
 
-    Without arguments JAX asks the surroundings: a TPU pod, SLURM, Open MPI or
+    Without arguments JAX asks the environment: a TPU pod, SLURM, Open MPI or
     Kubernetes say how many there are.
 
     Args:

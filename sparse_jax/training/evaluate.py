@@ -14,7 +14,7 @@ from sparse_jax.models.hf.labels import label_leaves, use_of_head
 from sparse_jax.training.base_model import Base
 from sparse_jax.training.objective import Objective, flattened
 from sparse_jax.training.settings import Settings
-from sparse_jax.training.setup import load_material
+from sparse_jax.training.setup import load_model_and_data
 
 __all__ = ["evaluate_adapter"]
 
@@ -69,7 +69,7 @@ def evaluate_adapter(
             drop_unlabeled=drop_unlabeled or None,
         ),
     )
-    objective, base, feed = load_material(settings, adapter=found)
+    objective, base, feed = load_model_and_data(settings, adapter=found)
     _require_labels(found, objective)
     _require_same_head(found, objective, base)
     params, attachment = apply_adapter(

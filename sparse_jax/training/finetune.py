@@ -30,13 +30,6 @@ from sparse_jax.training.history import (
     selection_seconds,
     updates_of,
 )
-from sparse_jax.training.job import (
-    Job,
-    adapter_of,
-    make_job,
-    require_finite,
-    surroundings,
-)
 from sparse_jax.training.loop import Loop, StopSignals, stop_signals
 from sparse_jax.training.objective import flattened
 from sparse_jax.training.optimizer import schedule_of
@@ -53,8 +46,10 @@ from sparse_jax.training.progress import (
     show_progress,
     warnings_kept,
 )
+from sparse_jax.training.results import adapter_of, provenance, require_finite
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.settings import Settings
+from sparse_jax.training.setup import Job, make_job
 
 __all__ = ["finetune"]
 
@@ -100,7 +95,7 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Any]:
     require_agreement("settings", settings.record())
     on_first_process(lambda: require_unlocked(Path(settings.output)))
     job = make_job(settings)
-    about = surroundings(job)
+    about = provenance(job)
     same = [about["base_hash"], about["base_config"], about["examples_hash"]]
     require_agreement("model and data", same)
     if job.base.new and is_first_process():
@@ -214,7 +209,7 @@ def _loop(
 
 def _finish(
     job: Job,
-    tuner: Compact,
+    tuner: Tuner,
     state: CompactState,
     at: Position,
     directory: RunDirectory,

@@ -1,11 +1,14 @@
-"""The material of a run: an objective, a model, and batches."""
+"""What a run needs before it starts: a task, a model, a method and batches."""
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from sparse_jax.adapter.adapter import Adapter
@@ -26,7 +29,11 @@ from sparse_jax.data.tokenizer import (
 )
 from sparse_jax.errors import InputError, listed
 from sparse_jax.generation.ends import require_ends
+from sparse_jax.methods.method import Method
 from sparse_jax.models.hf.model_files import local_folder
+from sparse_jax.models.hf.tensor_names import modules_called
+from sparse_jax.params.names import leaf_names
+from sparse_jax.samplers.sampler import Sampler
 from sparse_jax.sharding.mesh import mesh_of
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.training.base_model import (
@@ -35,6 +42,7 @@ from sparse_jax.training.base_model import (
     load_classifier,
     load_decoder,
 )
+from sparse_jax.training.build import head_rules, method_of, sampler_of
 from sparse_jax.training.causal_feed import make_causal_feed
 from sparse_jax.training.classification import Classification
 from sparse_jax.training.feed import Feed, make_feed, usage_text
@@ -42,7 +50,7 @@ from sparse_jax.training.language_modelling import LanguageModelling
 from sparse_jax.training.objective import Objective
 from sparse_jax.training.settings import Settings
 
-__all__ = ["Material", "load_material"]
+__all__ = ["Job", "ModelAndData", "load_model_and_data", "make_job"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,15 +61,63 @@ _TRAINED = "all of them, which the adapter was trained on"
 _RUN = ""  # none: a run trains
 
 
-class Material(NamedTuple):
-    """What a run works on."""
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A run that can start."""
+
+    settings: Settings
+    objective: Objective
+    base: Base
+    method: Method
+    sampler: Sampler | None  # of the layers; None trains all
+    head: tuple[str, ...]  # rules of the leaves that counts leave out
+    feed: Feed
+
+
+def make_job(settings: Settings) -> Job:
+    """Loads the data and the model of a run.
+
+    Raises:
+      InputError: for anything wrong with the task, its files, the model's folder, the
+        rules, or the length.
+    """
+    objective, base, feed = load_model_and_data(settings)
+    head = head_rules(objective.head, base.new)
+    method = method_of(settings, head)
+    # Rules are compared with the names of the leaves and of the sites.
+    try:
+        method.roles(base.params)
+        jax.eval_shape(method.added, base.params, jax.random.key(0))
+    except InputError as error:
+        raise InputError(f"{error}{_translation(settings, base)}") from error
+    sampler = sampler_of(settings, base.model.config.num_layers)
+    return Job(settings, objective, base, method, sampler, head, feed)
+
+
+def _translation(settings: Settings, base: Base) -> str:
+    """Returns our names of the modules that rules call as Hugging Face does."""
+    ours = jax.tree.leaves(leaf_names(base.params))
+    sentences = []
+    for pattern in (*(settings.where or ()), *(settings.dense or ())):
+        called = modules_called(base.model.family, pattern)
+        modules = [module for module in called if any(module in name for name in ours)]
+        if modules and not any(re.search(pattern, name) for name in ours):
+            names = " and ".join(f"`{module}`" for module in modules)
+            sentences.append(f" What Hugging Face calls {pattern!r} is {names} here.")
+    return "".join(sentences)
+
+
+class ModelAndData(NamedTuple):
+    """What is trained or evaluated, and on what."""
 
     objective: Objective
     base: Base
     feed: Feed
 
 
-def load_material(settings: Settings, *, adapter: Adapter | None = None) -> Material:
+def load_model_and_data(
+    settings: Settings, *, adapter: Adapter | None = None
+) -> ModelAndData:
     """Loads the data and the model that settings name.
 
     Args:
@@ -77,14 +133,14 @@ def load_material(settings: Settings, *, adapter: Adapter | None = None) -> Mate
     local_folder(settings.model)
     mesh = mesh_of(settings.mesh)
     if settings.is_causal:
-        material = _causal(settings, adapter, mesh)
+        loaded = _causal(settings, adapter, mesh)
     else:
-        material = _labelled(settings, adapter, mesh)
-    placement = material.base.placement
+        loaded = _labelled(settings, adapter, mesh)
+    placement = loaded.base.placement
     placement.require_batch(settings.batch_size, settings.accumulate)
     if adapter is not None:
-        _warn_of_lost(material.feed)
-    return material
+        _warn_of_lost(loaded.feed)
+    return loaded
 
 
 def _warn_of_lost(feed: Feed) -> None:
@@ -94,7 +150,7 @@ def _warn_of_lost(feed: Feed) -> None:
             _log.warning("%s", usage_text(split, usage, feed.max_length))
 
 
-def _labelled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> Material:
+def _labelled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAndData:
     """Returns classes, or numbers, and a model that predicts them."""
     splits = load(
         find_task(settings.task),
@@ -136,10 +192,10 @@ def _labelled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> Materi
         "drop_unlabeled": settings.drop_unlabeled,
         "base_labels": list(label_names(settings.model)),
     }
-    return Material(Classification(splits.task, kept), base, feed)
+    return ModelAndData(Classification(splits.task, kept), base, feed)
 
 
-def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> Material:
+def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAndData:
     """Returns texts, and a model that continues them."""
     if settings.data is None:
         raise InputError(
@@ -191,7 +247,7 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> Material
         _warn_of_ends(adapter, feed.end_ids)
         count = feed.sizes["validation"]
         _log.warning("evaluating on %d examples of `%s`: %s", count, path, part)
-    return Material(LanguageModelling(kept), base, feed)
+    return ModelAndData(LanguageModelling(kept), base, feed)
 
 
 def _warn_of_ends(adapter: Adapter, end_ids: Sequence[int]) -> None:

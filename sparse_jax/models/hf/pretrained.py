@@ -93,8 +93,8 @@ def from_pretrained(
         if use is not None and jax.process_index() == 0:
             level = logging.INFO if use.is_certain else logging.WARNING
             _log.log(level, "`%s`: %s", folder, use.remark)
-    model, missing = weights.model, weights.missing_head
-    abstract = model.abstract(dtype)
+    built, missing = weights.model, weights.missing_head
+    abstract = built.abstract(dtype)
     weights.check(abstract)
     if missing and key is None:
         raise InputError(
@@ -105,7 +105,7 @@ def from_pretrained(
 
     created = {}
     if missing and key is not None:
-        created = _new_leaves(model, missing, jnp.dtype(dtype), key)
+        created = _new_leaves(built, missing, jnp.dtype(dtype), key)
 
     def read(leaf: str, like: Any, index: Any) -> np.ndarray:
         if leaf not in order:
@@ -128,8 +128,8 @@ def from_pretrained(
         return jax.make_array_from_callback(like.shape, sharding, part)
 
     if place is None:
-        return model, map_named(load, abstract)
-    return model, map_named(load_parts, abstract, place(abstract))
+        return built, map_named(load, abstract)
+    return built, map_named(load_parts, abstract, place(abstract))
 
 
 def save_pretrained(model: Model, params: Params, folder: str | Path) -> None:
