@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment, LayerValues, Module
@@ -53,7 +54,7 @@ def require_loss(loss: Any) -> None:
 def sums_of(
     loss: Loss,
     stack: str | None,
-    params: Any,
+    params: optax.Params,
     attachment: Attachment,
     batch: Any,
     key: jax.Array | None,

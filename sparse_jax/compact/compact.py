@@ -69,7 +69,7 @@ class Tuner(ABC):
         require_transformation("tx", self.tx)
         require_count("accumulate", self.accumulate)
 
-    def roles(self, params: Any) -> Any:
+    def roles(self, params: optax.Params) -> Any:
         """Returns the role of every leaf, with its layout as it is sharded.
 
         Raises:
@@ -85,7 +85,10 @@ class Tuner(ABC):
         return map_roles(sharded, self.method.roles(params), params)
 
     def init(
-        self, params: Any, key: jax.Array, capacity: Mapping[str, int] | None = None
+        self,
+        params: optax.Params,
+        key: jax.Array,
+        capacity: Mapping[str, int] | None = None,
     ) -> CompactState:
         """Returns the state before the selection, whose supports hold nothing.
 
@@ -169,7 +172,9 @@ class Tuner(ABC):
         """Makes one update, and returns the new state and metrics."""
 
     @abstractmethod
-    def _start(self, roles: Any, params: Any, values: TrainedValues) -> optax.OptState:
+    def _start(
+        self, roles: Any, params: optax.Params, values: TrainedValues
+    ) -> optax.OptState:
         """Returns the state of the optimiser before the first update."""
 
     @property
@@ -216,7 +221,7 @@ class Tuner(ABC):
         return jax.tree.map(lambda leaf: leaf[0], batch)
 
     def _sums(
-        self, params: Any, attachment: Attachment, batch: Any, key: jax.Array
+        self, params: optax.Params, attachment: Attachment, batch: Any, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns what the loss gives, checked."""
         return sums_of(self.loss, self.method.stack, params, attachment, batch, key)
@@ -224,7 +229,7 @@ class Tuner(ABC):
     def _gradients(
         self,
         tapped: Callable[[Any], tuple[Any, Attachment]],
-        values: Any,
+        values: optax.Params,
         batch: Any,
         key: jax.Array,
     ) -> tuple[jax.Array, Any]:
@@ -332,7 +337,9 @@ class Compact(Tuner):
         )
         return state, {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
 
-    def _start(self, roles: Any, params: Any, values: TrainedValues) -> optax.OptState:
+    def _start(
+        self, roles: Any, params: optax.Params, values: TrainedValues
+    ) -> optax.OptState:
         """Returns the state of the optimiser before the first update."""
         del roles, params
         return self.tx.init(values._asdict())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from sparse_jax.params.axes import inside_replicas
 
 __all__ = ["as_types", "choose_if", "summed_gradients", "update_if"]
 
+Tree = TypeVar("Tree")
 # (values, batch, key) -> (sum of the losses, number they are averaged by)
 Total = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array]]
 # ((loss, weight), gradients of the loss), all of them sums
@@ -21,7 +22,7 @@ Sums = tuple[tuple[jax.Array, jax.Array], Any]
 
 def summed_gradients(
     total: Total,
-    values: Any,
+    values: optax.Params,
     batch: Any,
     key: jax.Array,
     *,
@@ -53,9 +54,9 @@ def summed_gradients(
 def update_if(
     ready: jax.Array,
     tx: optax.GradientTransformationExtraArgs,
-    grads: Any,
+    grads: optax.Updates,
     count: jax.typing.ArrayLike,
-    values: Any,
+    values: optax.Params,
     opt_state: optax.OptState,
     **extra_args: Any,
 ) -> tuple[jax.Array, Any, optax.OptState]:
@@ -72,20 +73,20 @@ def update_if(
     return lax.cond(ready, update, lambda *kept: kept, count, values, opt_state)
 
 
-def choose_if(finite: jax.Array, new: Any, old: Any) -> Any:
+def choose_if(finite: jax.Array, new: Tree, old: Tree) -> Tree:
     """Returns the new arrays if a gradient was finite, else the old ones."""
     pick = lambda new, old: jnp.where(finite, new, old)
     return jax.tree.map(pick, as_types(new, old), old)
 
 
-def as_types(new: Any, old: Any) -> Any:
+def as_types(new: Tree, old: Tree) -> Tree:
     """Returns arrays in the dtypes of others."""
     cast = lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype)
     return jax.tree.map(cast, new, old)
 
 
 def _in_parts(
-    total: Total, values: Any, batch: Any, key: jax.Array, accumulate: int
+    total: Total, values: optax.Params, batch: Any, key: jax.Array, accumulate: int
 ) -> Sums:
     """Returns the sums over micro-batches."""
     differentiate = jax.value_and_grad(total, has_aux=True)
@@ -102,7 +103,7 @@ def _in_parts(
 
 def _over_replicas(
     total: Total,
-    values: Any,
+    values: optax.Params,
     batch: Any,
     key: jax.Array,
     accumulate: int,

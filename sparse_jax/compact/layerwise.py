@@ -125,7 +125,10 @@ class Layerwise(Tuner):
             raise InputError(f"`max_norm` must be positive, got {self.max_norm!r}.")
 
     def init(
-        self, params: Any, key: jax.Array, capacity: Mapping[str, int] | None = None
+        self,
+        params: Any,
+        key: jax.Array,
+        capacity: Mapping[str, int] | None = None,
     ) -> CompactState:
         """Returns the state before the selection, as `Compact.init`."""
         stack = self.method.stack
@@ -174,7 +177,8 @@ class Layerwise(Tuner):
         ready = finite & jnp.greater_equal(state.count, 0)
         values = self._values(roles, state, active)
 
-        rows, inside = take_rows(opt.rows, active), values.rows._asdict()
+        inside: Any = values.rows._asdict()
+        rows = take_rows(opt.rows, active)
         if self.restart:
             is_new = (is_active(self.sampler, active) & ~before)[active]
             fresh = init_rows(self._tx, inside, self.sampler.num_active)
@@ -204,7 +208,9 @@ class Layerwise(Tuner):
         metrics = {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
         return state, metrics | {"active": active} | self.sampler.shown(sampler.memory)
 
-    def _start(self, roles: Any, params: Any, values: TrainedValues) -> LayerwiseState:
+    def _start(
+        self, roles: Any, params: optax.Params, values: TrainedValues
+    ) -> LayerwiseState:
         """Returns the state before the first update."""
         pick = lambda roles: map_roles(keep, roles, values.leaves, only=TRAINED)
         keep = lambda role, leaf: leaf

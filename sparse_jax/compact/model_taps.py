@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sparse_jax.compact.tap import (
     Selection,
@@ -49,7 +50,11 @@ def tap_leaf(role: Role, leaf: jax.Array, value: jax.Array, support: jax.Array) 
 
 
 def tap_leaves(
-    method: Method, roles: Any, params: Any, support: Any, values: TrainedValues
+    method: Method,
+    roles: Any,
+    params: optax.Params,
+    support: Any,
+    values: TrainedValues,
 ) -> tuple[Any, Attachment]:
     """Returns parameters and an attachment whose gradients belong to the values.
 
@@ -68,7 +73,7 @@ def choose_by_gradient(
     method: Method,
     score: Score,
     roles: Any,
-    params: Any,
+    params: optax.Params,
     support: Any,
     added: Any,
     key: jax.Array,
@@ -125,7 +130,7 @@ def choose_by_weight(
     method: Method,
     score: Score,
     roles: Any,
-    params: Any,
+    params: optax.Params,
     support: Any,
     key: jax.Array,
 ) -> tuple[Any, jax.Array, Any]:
@@ -163,7 +168,7 @@ def _attach_taps(
     )
 
     def weights(layer_params: Any, layer: LayerValues) -> Any:
-        def one(role: Role, leaf: jax.Array, *values: Any) -> jax.Array:
+        def one(role: Role, leaf: jax.Array, *values: optax.Params) -> jax.Array:
             return tap_leaf(role, leaf, *values) if role.kind == SPARSE else leaf
 
         if not inside:

@@ -12,7 +12,7 @@ class CompactState(NamedTuple):
     """What a step reads and returns; donate it to `jax.jit`."""
 
     count: jax.typing.ArrayLike  # shape=(), int32: updates made; -1 before a selection
-    params: Any  # current parameters, in their own dtypes
+    params: optax.Params  # current parameters, in their own dtypes
     support: Any  # sparse leaves: shape=(k,) or (L, k), int32; see `Layout`
     masters: Any  # trained leaves below float32: their float32 values
     added: Any  # arrays that the method adds, float32

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from sparse_jax.compact.compact import CompactState
 from sparse_jax.errors import InputError
@@ -47,7 +48,7 @@ class Placement:
 
     @classmethod
     def of(
-        cls, params: Any, mesh: jax.sharding.Mesh, rules: Rules = RULES
+        cls, params: optax.Params, mesh: jax.sharding.Mesh, rules: Rules = RULES
     ) -> "Placement":
         """Returns the placement of a model, from its parameters or their shapes.
 
@@ -90,7 +91,7 @@ class Placement:
         """The sharding of an array that every device has all of."""
         return self.at(jax.P())
 
-    def active(self) -> AbstractContextManager[Any]:
+    def active(self) -> AbstractContextManager:
         """Returns a context in which arrays of the run can be worked on."""
         return jax.set_mesh(self.mesh)
 
@@ -167,7 +168,7 @@ class Placement:
 
         map_roles(note, roles, self.specs)
 
-        def owned(name: str, leaf: Any) -> jax.NamedSharding:
+        def owned(name: str, leaf: jax.Array) -> jax.NamedSharding:
             spec = _spec_of(name, packed)
             fits = len(spec) <= len(leaf.shape)
             return self.at(spec) if fits else self.replicated

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from sparse_jax.errors import InputError
 from sparse_jax.params.axes import FSDP, TENSOR
@@ -35,7 +36,7 @@ RULES: Rules = (
 
 
 def specs_of(
-    params: Any, sizes: Mapping[str, int], rules: Rules = RULES
+    params: optax.Params, sizes: Mapping[str, int], rules: Rules = RULES
 ) -> tuple[Any, dict[str, int]]:
     """Returns the partition of every leaf, and what could not be cut as wanted.
 
@@ -62,7 +63,7 @@ def specs_of(
     used: set[str] = set()
     whole: dict[str, int] = {}
 
-    def spec(name: str, leaf: Any) -> jax.P:
+    def spec(name: str, leaf: jax.Array) -> jax.P:
         axes = _axes_of(name, rules)[: len(leaf.shape)]
         wanted = {d: axis for d, axis in enumerate(axes) if axis and sizes[axis] > 1}
         fits = lambda d: leaf.shape[d] % sizes[wanted[d]] == 0
@@ -114,7 +115,7 @@ def shards_of(
     return shards
 
 
-def _bytes(leaf: Any) -> int:
+def _bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Returns the size of an array."""
     return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
 

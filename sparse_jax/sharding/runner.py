@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType
 
 from sparse_jax.compact.compact import CompactState, Tuner
@@ -37,7 +38,7 @@ class MeshRunner:
         self._select = _Compiled(tuner.select, placement, self._after_update, (0,))
         self._update = _Compiled(self._step, placement, self._after_update, (0,))
 
-    def init(self, params: Any, key: jax.Array) -> CompactState:
+    def init(self, params: optax.Params, key: jax.Array) -> CompactState:
         """Returns the state before the selection; parameters are placed already."""
         return self._init(params, key, self._first_capacity(params))
 
@@ -74,7 +75,7 @@ class MeshRunner:
         """Makes one update; extra arguments are those of the optimiser."""
         return self._update(state, batch, key, extra_args)
 
-    def abstract(self, params: Any, key: Any) -> CompactState:
+    def abstract(self, params: optax.Params, key: jax.Array) -> CompactState:
         """Returns the shapes of the state, as of `init`, and where they lie."""
         capacity = self._first_capacity(params)
         init = lambda params, key: self.tuner.init(params, key, capacity)
@@ -83,39 +84,43 @@ class MeshRunner:
         return jax.tree.map(_placed, shapes, self._state(shapes))
 
     def lower(
-        self, state: CompactState, batch: Any, key: Any, **extra_args: Any
+        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
     ) -> jax.stages.Lowered:
         """Returns the program of `step` for shapes, for devices that may be absent."""
         return self._update.lower(state, batch, key, extra_args)
 
     def lower_choice(
-        self, state: CompactState, batch: Any, key: Any
+        self, state: CompactState, batch: Any, key: jax.Array
     ) -> jax.stages.Lowered:
         """Returns the program that chooses supports, as `lower` that of `step`."""
         return self._choose.lower(state, batch, key)
 
-    def _after_choice(self, out: Any, state: CompactState, *args: Any) -> Any:
+    def _after_choice(self, out: Any, state: CompactState, *args: object) -> tuple:
         """Returns where supports, and what is said about them, lie."""
         del args
         support = self.placement.supports(self.tuner.roles(state.params), out[0])
         return support, *self._replicated(out[1:])
 
-    def _step(self, state: CompactState, batch: Any, key: Any, extra_args: Any) -> Any:
+    def _step(
+        self, state: CompactState, batch: Any, key: jax.Array, extra_args: Any
+    ) -> Any:
         """Makes one update."""
         return self.tuner.step(state, batch, key, **extra_args)
 
-    def _state(self, state: CompactState, *args: Any) -> CompactState:
+    def _state(self, state: CompactState, *args: object) -> CompactState:
         """Returns where a state lies."""
         del args
         return self.placement.state(self.tuner.roles(state.params), state)
 
-    def _after_update(self, out: Any, *args: Any) -> Any:
+    def _after_update(
+        self, out: tuple[CompactState, object], *args: object
+    ) -> tuple[CompactState, object]:
         """Returns where a state and what is said about it lie."""
         del args
         return self._state(out[0]), self._replicated(out[1])
 
     def _init(
-        self, params: Any, key: jax.Array, capacity: Mapping[str, int]
+        self, params: optax.Params, key: jax.Array, capacity: Mapping[str, int]
     ) -> CompactState:
         """Returns a state with empty supports of some length."""
         init = lambda params, key: self.tuner.init(params, key, capacity)
@@ -129,7 +134,7 @@ class MeshRunner:
         def shorten(role: Role, support: jax.Array) -> jax.Array:
             return support[..., : capacity.get(role.name)]
 
-        def begin(params: Any, support: Any, added: Any) -> CompactState:
+        def begin(params: optax.Params, support: Any, added: Any) -> CompactState:
             roles = self.tuner.roles(params)
             short = map_roles(shorten, roles, support, only=(SPARSE,))
             return self.tuner.begin(params, short, added)
@@ -137,10 +142,10 @@ class MeshRunner:
         begun = _Compiled(begin, self.placement, self._state, (0,))
         return begun(state.params, support, state.added)
 
-    def _first_capacity(self, params: Any) -> dict[str, int]:
+    def _first_capacity(self, params: optax.Params) -> dict[str, int]:
         """Returns the length of the supports of shards before entries are counted."""
 
-        def share(role: Role, leaf: Any) -> float:
+        def share(role: Role, leaf: object) -> float:
             del leaf
             shards = role.layout.shards
             parts = 1 if shards is None else shards.number
@@ -149,7 +154,7 @@ class MeshRunner:
         return self._capacity(self.tuner.roles(params), share, params)
 
     def _capacity(
-        self, roles: Any, most: Callable[[Role, Any], float], tree: Any
+        self, roles: Any, most: Callable[[Role, jax.Array], float], tree: Any
     ) -> dict[str, int]:
         """Returns the length of supports, of the leaves whose shards differ in it.
 
@@ -160,7 +165,7 @@ class MeshRunner:
         """
         found: dict[str, int] = {}
 
-        def add(role: Role, leaf: Any) -> None:
+        def add(role: Role, leaf: jax.Array) -> None:
             length = role.layout.capacity(most(role, leaf), role.size)
             if length is not None:
                 found[role.name] = length
@@ -192,7 +197,7 @@ class _Compiled:
     ):
         self._function, self._placement = function, placement
         self._shardings, self._donated = shardings, donated
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._programs: dict[object, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Calls the function."""
@@ -208,7 +213,7 @@ class _Compiled:
         with self._placement.active():
             return self._program(args).lower(*args)
 
-    def _program(self, args: tuple[Any, ...]) -> Any:
+    def _program(self, args: tuple) -> jax.stages.Wrapped:
         """Returns the function for arguments of these shapes."""
         mesh, function = self._placement.mesh, self._function
         is_automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
@@ -228,7 +233,7 @@ class _Compiled:
         return jax.jit(function, out_shardings=out, donate_argnums=self._donated)
 
 
-def _automatic(mesh: jax.sharding.Mesh) -> AbstractContextManager[Any]:
+def _automatic(mesh: jax.sharding.Mesh) -> AbstractContextManager:
     """Returns the context of a mesh whose axes are the compiler's."""
     kinds = (AxisType.Auto,) * len(mesh.axis_names)
     return jax.set_mesh(
@@ -236,6 +241,8 @@ def _automatic(mesh: jax.sharding.Mesh) -> AbstractContextManager[Any]:
     )
 
 
-def _placed(shape: Any, sharding: jax.NamedSharding) -> jax.ShapeDtypeStruct:
+def _placed(
+    shape: jax.ShapeDtypeStruct, sharding: jax.NamedSharding
+) -> jax.ShapeDtypeStruct:
     """Returns a shape with its sharding."""
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
