@@ -59,7 +59,7 @@ COLUMNS = (
     "method",
     "trained parameters",
     "accuracy",
-    "optimiser bytes",
+    "optimizer bytes",
     "adapter bytes",
     "step time",
 )
@@ -94,7 +94,7 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
     error = standard_error(sift["eval"]["accuracy"])
     console.print(
         f"SIFT trains {share:.1%} of the parameters that full fine-tuning trains: "
-        f"{state:.0f} times less optimiser state, a file {file:.0f} times smaller. "
+        f"{state:.0f} times less optimizer state, a file {file:.0f} times smaller. "
         f"An accuracy has a standard error of {error:.1%}: smaller differences mean "
         "nothing."
     )

@@ -160,7 +160,7 @@ def test_the_way_the_layers_run_does_not_matter(layers):
     assert_close(runs[0][0].params, runs[1][0].params, 1e-6)
 
 
-def test_full_fine_tuning_is_the_optimiser_itself():
+def test_full_fine_tuning_is_the_optimizer_itself():
     params = make_params()
     expected, _, losses = run_optax(optax.adam(1e-3), params, 4)
     tuner = Compact(loss, Dense(dense=".*"), optax.adam(1e-3))

@@ -81,7 +81,7 @@ def test_weight_decay_moves_nothing_outside_the_support():
         )
 
 
-def test_dense_leaves_are_trained_in_full_with_the_same_optimiser():
+def test_dense_leaves_are_trained_in_full_with_the_same_optimizer():
     params = tree()
     tx = sift(optax.adamw(1e-2), 0.05, where="query", dense="classifier")
     after, _ = train(tx, params, 4)
@@ -307,7 +307,7 @@ def test_a_wrong_argument_is_named(options, message):
         sift(optax.sgd(1.0), **{"density": 0.1, **options})
 
 
-def test_the_original_needs_an_optimiser():
+def test_the_original_needs_an_optimizer():
     with pytest.raises(InputError, match="`inner` must be a transformation"):
         sift(density=0.1, compat="torch-sift")
 

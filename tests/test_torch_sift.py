@@ -72,7 +72,7 @@ def test_the_weights_follow_the_original(golden, t):
         )
 
 
-def test_the_optimiser_counts_are_those_of_the_original(golden):
+def test_the_optimizer_counts_are_those_of_the_original(golden):
     _, state = run(golden)
     counts = (state.late_state[0].count, state.inner_state[0].count)
     assert tuple(map(int, counts)) == (11, 12)

@@ -40,7 +40,7 @@ def tiny_params(name, head):
 
 @functools.cache
 def _drawn(name, head):
-    """Draws the parameters once, without compiling an initialiser."""
+    """Draws the parameters once, without compiling an initializer."""
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype)
     params = jax.tree.map(

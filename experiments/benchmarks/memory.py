@@ -78,7 +78,7 @@ def main() -> None:
         dense = nbytes(stack.params) + full["state"]
         table = Table(
             title=f"{name}, {args.dtype}, density {args.density}, MiB",
-            caption=f"dense gradients + dense optimiser state: {dense / MIB:.0f} MiB",
+            caption=f"dense gradients + dense optimizer state: {dense / MIB:.0f} MiB",
         )
         for column in COLUMNS:
             table.add_column(column, justify="left" if column == "method" else "right")

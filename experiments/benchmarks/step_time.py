@@ -5,7 +5,7 @@
 Times one step of each method on 30 to 34 M parameters, the methods in turn within a
 round, and prints the ratio to the floor round by round: the forward pass, the
 gradients of the inputs and the dense gradients of the target matrices, with no
-optimiser. About three minutes on two CPU cores.
+optimizer. About three minutes on two CPU cores.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def report(
     steps: dict[str, tuple[Any, Any]], seconds: dict[str, list[float]], title: str
 ) -> list[dict[str, Any]]:
     """Prints the table and returns its rows."""
-    caption = "floor: forward, input gradients, dense target gradients, no optimiser"
+    caption = "floor: forward, input gradients, dense target gradients, no optimizer"
     table = Table(title=title, caption=caption)
     for column in ("method", "ms", "ratio to the floor", "quartiles", "temporary MiB"):
         table.add_column(column, justify="left" if column == "method" else "right")

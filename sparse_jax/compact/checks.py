@@ -174,7 +174,7 @@ def require_same(part: str, given: Any, expected: Any) -> None:
     """Raises unless the arrays of a part of a state have the expected shapes.
 
     Raises:
-      InputError: if the method or the optimiser is another.
+      InputError: if the method or the optimizer is another.
     """
     shapes = lambda tree: [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
     same = jax.tree.structure(given) == jax.tree.structure(expected)

@@ -119,7 +119,7 @@ class Tuner(ABC):
     def select(
         self, state: CompactState, batch: Any, key: jax.Array
     ) -> tuple[CompactState, jax.Array]:
-        """Chooses the supports and starts the optimiser afresh.
+        """Chooses the supports and starts the optimizer afresh.
 
         Args:
           state: as returned by `init`, or by `step` to select again.
@@ -175,7 +175,7 @@ class Tuner(ABC):
     def _start(
         self, roles: Any, params: optax.Params, values: TrainedValues
     ) -> optax.OptState:
-        """Returns the state of the optimiser before the first update."""
+        """Returns the state of the optimizer before the first update."""
 
     @property
     def _tx(self) -> optax.GradientTransformationExtraArgs:
@@ -340,7 +340,7 @@ class Compact(Tuner):
     def _start(
         self, roles: Any, params: optax.Params, values: TrainedValues
     ) -> optax.OptState:
-        """Returns the state of the optimiser before the first update."""
+        """Returns the state of the optimizer before the first update."""
         del roles, params
         return self.tx.init(values._asdict())
 

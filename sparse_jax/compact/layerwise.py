@@ -40,7 +40,7 @@ __all__ = ["Layerwise", "LayerwiseState"]
 
 
 class LayerwiseState(NamedTuple):
-    """What takes the place of the optimiser's state in a `CompactState`."""
+    """What takes the place of the optimizer's state in a `CompactState`."""
 
     sampler: SamplerState
     rows: optax.OptState  # every array has the layers in front

@@ -38,7 +38,7 @@ _map_sparse = functools.partial(map_roles, only=(SPARSE,))
 
 
 class TrainedValues(NamedTuple):
-    """What the optimiser sees, as a dict of the same names; in this order."""
+    """What the optimizer sees, as a dict of the same names; in this order."""
 
     added: Any  # arrays that the method adds
     leaves: Any  # packed values of the leaves

@@ -30,7 +30,7 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Splits(Mapping[str, Examples]):
-    """The training examples of a task and those that predictions are judged on.
+    """The training examples of a task and those that predictions are evaluated on.
 
     A mapping from the names of the splits, of which the first is "train".
     """

@@ -11,7 +11,7 @@ __all__ = ["CAUSAL", "TASKS", "Task", "find_task"]
 
 @dataclass(frozen=True)
 class Task:
-    """What the columns of a file mean, and how predictions are judged.
+    """What the columns of a file mean, and how predictions are evaluated.
 
     Columns have several names because the official files, the Hugging Face Hub and
     other collections differ; the first one found in a file counts.

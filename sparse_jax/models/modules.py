@@ -78,7 +78,7 @@ def layer_norm(config: EncoderConfig | ClassicConfig, rngs: nnx.Rngs) -> nnx.Lay
 
 
 def _normal(config: Config) -> jax.nn.initializers.Initializer:
-    """Returns the initialiser of kernels and tables."""
+    """Returns the initializer of kernels and tables."""
     return jax.nn.initializers.normal(config.initializer_range, jnp.float32)
 
 

@@ -36,7 +36,7 @@ class Cyclic(Sampler[tuple[()]]):
     In order, from the bottom up (or down, `descending`), as HiFT (Liu et al., 2024,
     https://arxiv.org/abs/2401.15207); or `shuffled` anew in every cycle, as BAdam
     (Luo et al., 2024, https://arxiv.org/abs/2404.02827), which holds a block for a
-    hundred updates and restarts its optimiser state. Where `num_active` does not
+    hundred updates and restarts its optimizer state. Where `num_active` does not
     divide the layers, the last block of a cycle also takes some of the one before.
 
     Example:

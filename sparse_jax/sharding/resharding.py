@@ -23,7 +23,7 @@ def moved(
 ) -> CompactState:
     """Returns a state on the host with its supports sharded in another way.
 
-    Packed values, masters and what the optimiser keeps move with the entries that they
+    Packed values, masters and what the optimizer keeps move with the entries that they
     belong to.
 
     Args:

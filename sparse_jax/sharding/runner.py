@@ -23,7 +23,7 @@ _HEADROOM = 1.25
 class MeshRunner:
     """Runs a tuner on a mesh: the numbers of one device, up to the order of sums.
 
-    Every leaf, its support, and what the optimiser keeps for it lie on the same
+    Every leaf, its support, and what the optimizer keeps for it lie on the same
     devices. Selecting sends counts, beside the gradient itself; updating sends nothing.
     States and parameters that go in are given away.
 
@@ -72,7 +72,7 @@ class MeshRunner:
     def step(
         self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
     ) -> tuple[CompactState, dict[str, jax.Array]]:
-        """Makes one update; extra arguments are those of the optimiser."""
+        """Makes one update; extra arguments are those of the optimizer."""
         return self._update(state, batch, key, extra_args)
 
     def abstract(self, params: optax.Params, key: jax.Array) -> CompactState:

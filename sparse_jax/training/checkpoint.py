@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints in a folder, of which the newest are kept.
 
-    One holds trained values, supports and the optimiser's state: O(k), not the model.
+    One holds trained values, supports and the optimizer's state: O(k), not the model.
     Orbax writes it while training goes on, under a temporary name and then moved; of
     several processes the first one writes. Checksums cover all of it: arrays with
     their names, the position, and which run and rows it belongs to. A checkpoint may be

@@ -1,4 +1,4 @@
-"""Counts: trained parameters as the paper counts them, and the optimiser's bytes."""
+"""Counts: trained parameters as the paper counts them, and the optimizer's bytes."""
 
 import math
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def count_trained(
 def optimizer_bytes(state: CompactState) -> int:
     """Returns the bytes kept for training beside the model and what it adds.
 
-    These are the optimiser's state, float32 masters, and supports.
+    These are the optimizer's state, float32 masters, and supports.
     """
     kept = (state.opt_state, state.masters, state.support)
     return sum(leaf.nbytes for leaf in jax.tree.leaves(kept))

@@ -1,4 +1,4 @@
-"""The optimiser of every run: AdamW, warm-up and linear decay, a clipped norm."""
+"""The optimizer of every run: AdamW, warm-up and linear decay, a clipped norm."""
 
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ def learning_rate_at(count: jax.typing.ArrayLike, schedule: Schedule) -> jax.Arr
 
 
 def make_optimizer() -> optax.GradientTransformationExtraArgs:
-    """Returns the optimiser of a run, which does not clip.
+    """Returns the optimizer of a run, which does not clip.
 
     Its `update` takes the `schedule` as an extra argument.
     """

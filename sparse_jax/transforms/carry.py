@@ -1,4 +1,4 @@
-"""Carrying optimiser state from one support to the next."""
+"""Carrying optimizer state from one support to the next."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def carry_state(
       inner: the transformation whose state it is.
       roles: role of every leaf.
       state: its state at the old support.
-      fresh: its state as initialised at the new support.
+      fresh: its state as initialized at the new support.
       old_support: positions or rows of groups, per sparse leaf.
       new_support: the same for the new support.
     """

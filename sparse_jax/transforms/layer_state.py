@@ -1,4 +1,4 @@
-"""Rows: optimiser state with one row for each layer, of which some are updated."""
+"""Rows: optimizer state with one row for each layer, of which some are updated."""
 
 from typing import Any
 

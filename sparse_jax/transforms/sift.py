@@ -88,7 +88,7 @@ def sift(
 
     Differs from the released code: the gradient that selects is also used, updates
     are applied at once, weight decay acts, and parameters below float32 keep float32
-    masters (`compat="torch-sift"` restores the original behaviour).
+    masters (`compat="torch-sift"` restores the original behavior).
 
     Args:
       inner: transformation of the packed gradients, or None to only mask.
@@ -108,7 +108,7 @@ def sift(
       reselect_state: what re-selection does to the state of `inner`. "carry": entries
         that stay keep theirs and new ones start fresh while counts run on, so that
         Adam's first steps on a new entry are up to 3 times too long. "restart": all
-        of it is initialised again, counts included.
+        of it is initialized again, counts included.
       stacked: expressions of the leaves whose first axis counts layers; each layer
         then gets a support of its own.
       key: PRNG key, needed by a score that draws, such as "random".

@@ -43,7 +43,7 @@ def torch_sift(
 
         w_{t+1}[S] = w_t[S] + u_{t-1},   u_t = inner(g_t[S]) for t >= 1,  u_0 = 0.
 
-    That is: the first batch only selects, though the optimiser counts a step on zero
+    That is: the first batch only selects, though the optimizer counts a step on zero
     gradients; every increment is merged one update late, and the last one never; the
     late leaf (the first sparse leaf of the tree, the last that a backward pass
     reaches) lags one more batch and skips its second step. Decay acts on an increment
@@ -108,7 +108,7 @@ def torch_sift(
         def read(role: Role, leaf: Any, support: Any) -> Any:
             return ENTRY.gather(leaf, support) if role.kind == SPARSE else leaf
 
-        # The original's parameter is the increment, which is zero when the optimiser
+        # The original's parameter is the increment, which is zero when the optimizer
         # looks at it: this is why its weight decay does nothing.
         def value(role: Role, update: Any, param: Any) -> Any:
             return jnp.zeros_like(update) if role.kind == SPARSE else param
