@@ -10,6 +10,7 @@ import numpy as np
 from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS, word_of
+from sparse_jax.methods.sites import Added
 from sparse_jax.params.fields import Json
 from sparse_jax.supports.positions import fetch, read_entries
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
@@ -84,7 +85,7 @@ def adapter_of(
     roles: Any,
     params: Any,
     support: Any,
-    added: Any,
+    added: Added,
     *,
     new: Sequence[str] = (),
     **about: Any,
@@ -103,7 +104,7 @@ def adapter_of(
     """
     supports, values, dense = {}, {}, {}
 
-    def collect(role: Role, leaf: jax.Array, entries: Any) -> None:
+    def collect(role: Role, leaf: jax.Array, entries: jax.Array) -> None:
         if role.kind == DENSE or role.name in new:
             dense[role.name] = fetch(leaf)
         elif role.kind == SPARSE:

@@ -1,14 +1,15 @@
 """Whether an adapter has all that its method has to have, and no more."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.adapter import Adapter, Arrays
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
+from sparse_jax.methods.sites import Added
 from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
@@ -30,7 +31,7 @@ def require_whole(params: Any, adapter: Adapter, *, new: Sequence[str] = ()) -> 
       InputError: naming what is missing, does not belong there, or does not fit.
     """
     method, says_nothing = adapter.method, adapter.method == Method()
-    expected: Any = jax.eval_shape(method.added, params, jax.random.key(0))
+    expected: Added = jax.eval_shape(method.added, params, jax.random.key(0))
     if expected and not adapter.added:
         raise InputError(
             f"`adapter` must have the arrays that {adapter.word} adds, and has none. "
@@ -52,7 +53,7 @@ def require_whole(params: Any, adapter: Adapter, *, new: Sequence[str] = ()) -> 
             )
 
 
-def _require_sites(expected: Any, added: Mapping[str, Any]) -> None:
+def _require_sites(expected: Added, added: Mapping[str, Arrays]) -> None:
     """Raises unless the added arrays are those that a method adds."""
     for site in sorted({*expected} | {*added}):
         if site not in added:
@@ -82,7 +83,7 @@ def _require_leaves(
 ) -> None:
     """Raises unless the leaves of a run's adapter are those that its rules match."""
 
-    def check(role: Role, leaf: Any) -> None:
+    def check(role: Role, leaf: jax.Array) -> None:
         name = role.name
         is_free = name in new or name.startswith(HEADS)
         is_whole, is_sparse = name in adapter.dense, name in adapter.support
@@ -110,6 +111,6 @@ def _require_leaves(
     map_roles(check, method.roles(params), params)
 
 
-def _words_of(parts: Sequence[str]) -> str:
+def _words_of(parts: Iterable[str]) -> str:
     """Returns the names of parts."""
     return " and ".join(f"`{part}`" for part in sorted(parts)) or "no arrays"

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from sparse_jax.errors import InputError
+from sparse_jax.methods.sites import Added, Params
 from sparse_jax.models.attachment import LayerValues, Module
 from sparse_jax.params.fields import Json, from_json, to_json
 from sparse_jax.params.names import Rule
@@ -69,7 +70,7 @@ class Method:
         """Returns the entries trained in a sparse leaf, or in one layer of it."""
         return role.size
 
-    def added(self, params: Any, key: jax.Array) -> Any:
+    def added(self, params: Params, key: jax.Array) -> Added:
         """Returns the new arrays of the method, leading axis [L], float32."""
         del params, key
         return {}
@@ -79,7 +80,7 @@ class Method:
         site: str,
         module: Module,
         x: jax.Array,
-        added: Any,
+        added: Added,
         strength: jax.typing.ArrayLike = 1.0,
         *,
         key: jax.Array | None = None,
@@ -160,7 +161,7 @@ class Method:
         return roles_of(params, **rules, layout=layout)
 
 
-def refuse_to_merge(method: Method, params: Any, added: Any) -> Any:
+def refuse_to_merge(method: Method, params: Params, added: Added) -> Params:
     """Returns the parameters if nothing is added, and raises otherwise.
 
     Raises:
