@@ -103,7 +103,6 @@ class Entry:
       word: of the command line and of files.
       path: class of the method, or module:class to import when it is used.
       learning_rate: peak that is usual.
-      text: one sentence; without one it is the first of the class.
       defaults: values of fields, or their words, where a run says nothing; by field.
       dense: rules of what is trained in full, in place of the head.
       also_dense: rules of what is trained in full beside the head.
@@ -113,7 +112,6 @@ class Entry:
     word: str
     path: "type[Method] | str"
     learning_rate: float
-    text: str
     defaults: Mapping[str, Any]
     dense: tuple[str, ...]
     also_dense: tuple[str, ...]
@@ -125,11 +123,6 @@ class Entry:
         if isinstance(self.path, str):
             return pkgutil.resolve_name(self.path)
         return self.path
-
-    @property
-    def help(self) -> str:
-        """One sentence on the method."""
-        return self.text or (inspect.getdoc(self.kind) or "").partition("\n")[0]
 
     @property
     def values(self) -> Mapping[str, Any]:
@@ -203,7 +196,6 @@ def register_method(
     kind: "type[Method] | str",
     *,
     learning_rate: float,
-    help: str = "",
     dense: Sequence[str] = (),
     also_dense: Sequence[str] = (),
     fixed: Sequence[str] = (),
@@ -218,7 +210,6 @@ def register_method(
       kind: a frozen dataclass, a subclass of `Method`; or module:class, which is
         imported when it is used.
       learning_rate: peak that is usual.
-      help: one sentence; without one it is the first of the class.
       dense: rules of what is trained in full, in place of the head of a task.
       also_dense: rules of what is trained in full beside it.
       fixed: which of `defaults` the word stands for, so that they are no options.
@@ -247,7 +238,7 @@ def register_method(
     if not isinstance(kind, str):
         _require_kind(kind, defaults)
     METHODS[word] = Entry(
-        word, kind, learning_rate, help, defaults, (*dense,), (*also_dense,), (*fixed,)
+        word, kind, learning_rate, defaults, (*dense,), (*also_dense,), (*fixed,)
     )
 
 
@@ -327,41 +318,26 @@ def entry_of(word: str, place: str) -> Entry:
 
 # The maps that the paper adapts in its GLUE experiments.
 _MAPS = "attention/(query|key|value|output)"
-_AT_MAPS = (f"^{_MAPS}$",)
-_IN_MAPS = (f"^layers/{_MAPS}/",)
+_AT_MAPS = {"where": (f"^{_MAPS}$",)}
+_IN_MAPS = {"where": (f"^layers/{_MAPS}/",)}
+_FIXED_SCORE = {**_IN_MAPS, "fixed": ("score",)}
 
+# word, class in this folder, learning rate, and other arguments of `register_method`.
 # Learning rates found by nobody's grid but usual; a few sparse entries want larger
 # steps than all.
-register_method(
-    "full", "sparse_jax.methods.dense:Dense", learning_rate=3e-5, dense=(".*",),
-    help="Trains all parameters.",
-)  # fmt: skip
-register_method(
-    "head", "sparse_jax.methods.dense:Dense", learning_rate=1e-3,
-    help="Trains the head alone.",
-)  # fmt: skip
-register_method(
-    "bitfit", "sparse_jax.methods.dense:Dense", learning_rate=1e-3,
-    also_dense=("bias$",), help="Trains the biases and the head.",
-)  # fmt: skip
-for _word, _class in (("lora", "LoRA"), ("dora", "DoRA")):
-    register_method(
-        _word, f"sparse_jax.methods.lora:{_class}", learning_rate=1e-3, where=_AT_MAPS
-    )
-for _word, _class in (("series", "Series"), ("parallel", "Parallel")):
-    register_method(
-        _word, f"sparse_jax.methods.bottlenecks:{_class}", learning_rate=1e-3, size=SIZE
-    )
-register_method("ia3", "sparse_jax.methods.ia3:IA3", learning_rate=3e-3)
-register_method(
-    "prefix", "sparse_jax.methods.prefix:Prefix", learning_rate=1e-2,
-    length=PREFIX_LENGTH,
-)  # fmt: skip
-register_method(
-    "sift", "sparse_jax.methods.sparse:Sparse", learning_rate=7e-4, where=_IN_MAPS
+_BUILT_IN: tuple[tuple[str, str, float, dict[str, Any]], ...] = (
+    ("full", "dense:Dense", 3e-5, {"dense": (".*",)}),
+    ("head", "dense:Dense", 1e-3, {}),
+    ("bitfit", "dense:Dense", 1e-3, {"also_dense": ("bias$",)}),
+    ("lora", "lora:LoRA", 1e-3, _AT_MAPS),
+    ("dora", "lora:DoRA", 1e-3, _AT_MAPS),
+    ("series", "bottlenecks:Series", 1e-3, {"size": SIZE}),
+    ("parallel", "bottlenecks:Parallel", 1e-3, {"size": SIZE}),
+    ("ia3", "ia3:IA3", 3e-3, {}),
+    ("prefix", "prefix:Prefix", 1e-2, {"length": PREFIX_LENGTH}),
+    ("sift", "sparse:Sparse", 7e-4, _IN_MAPS),
+    ("random", "sparse:Sparse", 7e-4, {**_FIXED_SCORE, "score": "random"}),
+    ("magnitude", "sparse:Sparse", 7e-4, {**_FIXED_SCORE, "score": "magnitude"}),
 )
-for _word in ("random", "magnitude"):
-    register_method(
-        _word, "sparse_jax.methods.sparse:Sparse", learning_rate=7e-4, where=_IN_MAPS,
-        score=_word, fixed=("score",),
-    )  # fmt: skip
+for _word, _class, _rate, _more in _BUILT_IN:
+    register_method(_word, f"{__package__}.{_class}", learning_rate=_rate, **_more)
