@@ -21,7 +21,7 @@ from sparse_jax import (
     sift,
 )
 from sparse_jax.samplers.sampler import begin
-from sparse_jax.supports.density import require_density, support_size
+from sparse_jax.supports.layout import require_density, support_size
 
 KEY = jax.random.key(0)
 PARAMS = {

@@ -9,9 +9,8 @@ import jax
 from sparse_jax.methods.method import Method
 from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
-from sparse_jax.supports.density import require_density
 from sparse_jax.supports.granularity import GRANULARITIES, granularity_named
-from sparse_jax.supports.layout import Layout
+from sparse_jax.supports.layout import Layout, require_density
 from sparse_jax.supports.roles import Role
 from sparse_jax.supports.scores import SCORES, Score, score_named
 

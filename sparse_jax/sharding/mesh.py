@@ -17,8 +17,8 @@ class MeshShape(NamedTuple):
     """The number of devices along every axis.
 
     Replicas along `data` hold the same weights and exchange gradients of what is
-    trained. Along `fsdp` every weight is cut, and put together when it is used. Along
-    `tensor` the heads and the width of the layers are cut, and never put together.
+    trained. Along `fsdp` every weight is sharded, and gathered when it is used. Along
+    `tensor` the heads and the width of the layers are sharded, and never gathered.
     """
 
     data: int = 1

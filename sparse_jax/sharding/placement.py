@@ -78,7 +78,7 @@ class Placement:
 
     @property
     def shards_of_batch(self) -> int:
-        """The parts that a batch is cut in."""
+        """The parts that a batch is split into."""
         return int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
 
     @cached_property

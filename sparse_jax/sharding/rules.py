@@ -1,4 +1,4 @@
-"""Rules: which axes of the mesh cut which leaves of a model."""
+"""Rules: which axes of the mesh shard which leaves of a model."""
 
 import math
 import re
@@ -22,7 +22,7 @@ Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 _INTO = "(query|key|value|up|gate)"
 _OUT_OF = "(output|down)"
 # All families name their leaves alike, so these are the rules of all of them. The first
-# dimension of a stack, its layers, is never cut: a loop runs over it.
+# dimension of a stack, its layers, is never sharded: a loop runs over it.
 RULES: Rules = (
     (f"^layers/.*{_INTO}/kernel$", (None, FSDP, TENSOR)),
     (f"^layers/.*{_OUT_OF}/kernel$", (None, TENSOR, FSDP)),
@@ -38,7 +38,7 @@ RULES: Rules = (
 def specs_of(
     params: optax.Params, sizes: Mapping[str, int], rules: Rules = RULES
 ) -> tuple[Any, dict[str, int]]:
-    """Returns the partition of every leaf, and what could not be cut as wanted.
+    """Returns the partition of every leaf, and what could not be sharded as wanted.
 
     An axis is left out where it does not divide a dimension: the leaf is then whole
     along it on every device.

@@ -18,9 +18,8 @@ import numpy as np
 from jax import lax
 
 from sparse_jax.errors import InputError
-from sparse_jax.supports.density import support_size
 from sparse_jax.supports.lanes_tpu import GROUP, get_rows, has_kernel, set_rows
-from sparse_jax.supports.layout import Layout, Origin, Shards
+from sparse_jax.supports.layout import Layout, Origin, Shards, support_size
 from sparse_jax.supports.stacks import (
     get_in_layers,
     replicated,

@@ -2,10 +2,10 @@
 
 A support is a plain array of numbers, and packed values have its shape. What the
 numbers mean is said by a layout, which is static and hashable: it follows from the
-method, the shape of the leaf and the mesh, so no state holds one. There is a layout of
-single entries (`entries.py`), of the entries of a sharded array (`sharded.py`), and of
-rows in groups of 128 (`lanes.py`). Another, of blocks or channels, would be one more
-subclass in a file of its own, with a word in `granularity.py`.
+method, the shape of the leaf and the mesh, so no state holds one. There are layouts of
+single entries, of the entries of a sharded array (`entries.py`), and of rows in groups
+of 128 (`lanes.py`). Another, of blocks or channels, would be one more subclass in a
+file of its own, with a word in `granularity.py`.
 """
 
 import math
@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from sparse_jax.supports.density import support_size
+from sparse_jax.errors import InputError
 from sparse_jax.supports.stacks import replicated
 
-__all__ = ["Layout", "Origin", "Rank", "Shards"]
+__all__ = ["Layout", "Origin", "Rank", "Shards", "require_density", "support_size"]
 
 # (gradient, param, key) -> scores of the same shape; the largest magnitudes win.
 Rank = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -264,3 +265,59 @@ class Layout(ABC):
             out_specs=specs[out],
             check_vma=False,
         )
+
+
+def require_density(density: Any) -> Any:
+    """Returns a density as a number of Python, if it is a fraction of entries.
+
+    A number of NumPy or JAX becomes the shortest decimal that rounds to it, so that
+    `np.float32(0.1)` is 0.1.
+
+    Raises:
+      InputError: if `density` is outside (0, 1], or no number that is known when the
+        program is traced.
+
+    Example:
+      >>> require_density(0.05), require_density(np.float32(0.1))
+      (0.05, 0.1)
+    """
+    if isinstance(density, Tracer):
+        raise InputError(
+            "`density` must be static, got a traced value. It fixes shapes: keep it "
+            "out of `jit`, and in `static_args=('density',)` of `inject_hyperparams`."
+        )
+    number: Any = _decimal(density)
+    is_number = isinstance(number, int | float | Fraction)
+    if not is_number or isinstance(number, bool) or not 0 < number <= 1:
+        raise InputError(
+            f"`density` must be in (0, 1], got {density!r}. It is the fraction of "
+            "entries trained, so training 1% of them is `density=0.01`."
+        )
+    return number if isinstance(number, Fraction) else float(number)
+
+
+def _decimal(number: Any) -> Any:
+    """Returns a scalar of NumPy or JAX as a number of Python; others pass through."""
+    kinds = (jax.Array, np.ndarray, np.generic)
+    if not isinstance(number, kinds) or np.ndim(number) > 0:
+        return number
+    scalar = np.asarray(number)[()]
+    if not jnp.issubdtype(scalar.dtype, jnp.floating):
+        return scalar.item()
+    texts = (f"{float(scalar):.{digits}g}" for digits in range(1, 18))
+    same = lambda text: scalar.dtype.type(float(text)) == scalar
+    return next((float(text) for text in texts if same(text)), float(scalar))
+
+
+def support_size(density: float | Fraction, size: int) -> int:
+    """Returns the number of entries trained in an array of `size` entries.
+
+        k = ceil(density * size)
+
+    The product is taken in decimal, so that 7 % of 100 is 7 and not 8.
+
+    Example:
+      >>> support_size(0.07, 100), support_size(0.01, 64)
+      (7, 1)
+    """
+    return math.ceil(Fraction(str(density)) * size)

@@ -200,7 +200,7 @@ def positions_of(words: jax.Array, k: int) -> jax.Array:
     count = _population(words)
     start = jnp.cumsum(count, dtype=jnp.int32) - count
     # Every non-empty word writes its number where its first bit goes; a running
-    # maximum then tells each of the k slots which word it belongs to.
+    # maximum then tells each of the k places which word it belongs to.
     slot = jnp.where(count > 0, start, k)
     numbers = lax.iota(jnp.int32, words.size)
     owner = jnp.zeros(k, jnp.int32).at[slot].set(numbers, mode="drop")
@@ -242,10 +242,10 @@ def top_k_in_shards(
         chosen = (keys >= found.high) | (tied & (place < end))
         count = jnp.sum(chosen, dtype=jnp.int32)
         words = bits_of(chosen.reshape(-1))
-        slots = lax.iota(jnp.int32, capacity)
-        positions = jnp.where(slots < count, positions_of(words, capacity), x.size)
-        # Unused slots are distinct.
-        positions += jnp.where(slots < count, 0, slots)
+        places = lax.iota(jnp.int32, capacity)
+        positions = jnp.where(places < count, positions_of(words, capacity), x.size)
+        # What is past the end is distinct.
+        positions += jnp.where(places < count, 0, places)
         return positions[None], count[None]
 
     return jax.shard_map(

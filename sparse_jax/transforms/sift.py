@@ -17,9 +17,8 @@ from sparse_jax.params.arguments import (
     require_transformation,
 )
 from sparse_jax.params.names import Rule
-from sparse_jax.supports.density import require_density
 from sparse_jax.supports.granularity import ENTRY, granularity_named
-from sparse_jax.supports.layout import Layout
+from sparse_jax.supports.layout import Layout, require_density
 from sparse_jax.supports.packing import (
     below_float32,
     current_values,
