@@ -71,7 +71,8 @@ def main() -> tuple[float, float]:
 
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     print(f"active now: layers {state.sampler.active.tolist()} of 8")
-    print(f"importance: {state.sampler.memory.importance.round(3).tolist()}")
+    importance = [round(float(x), 3) for x in state.sampler.memory.importance]
+    print(f"importance: {importance}")
     return losses[0], losses[-1]
 
 
