@@ -14,11 +14,11 @@ from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, PeftForm
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.family import DecoderFamily, Family
+from sparse_jax.models.family import PLAIN, DecoderFamily, Family
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import PEFT_CONFIG
-from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, to_tensor_layout
+from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
 from sparse_jax.models.hf.tensors import save_tensors
 from sparse_jax.params.fields import Json
 from sparse_jax.params.names import leaf_names
@@ -87,7 +87,7 @@ def _tensors(
     for leaf, array in adapter.dense.items():
         stack = array if is_stacked(leaf) else array[None]
         for layer, one in enumerate(stack):
-            tensor = np.ascontiguousarray(to_tensor_layout(leaf, one))
+            tensor = np.ascontiguousarray(PLAIN.turned(leaf, one))
             yield f"{_PREFIX}{tensor_name(family, leaf, layer)}", tensor
 
 

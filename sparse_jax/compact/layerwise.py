@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, final, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,8 @@ from sparse_jax.compact.gradients import as_types, choose_if, update_if
 from sparse_jax.compact.model_taps import TrainedValues, in_stack, tap_leaf
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment, LayerValues, Recompute, Slots
-from sparse_jax.samplers.sampler import (
-    Sampler,
-    SamplerState,
-    advance,
-    begin,
-    is_active,
-)
+from sparse_jax.params.fields import require_word
+from sparse_jax.samplers.sampler import Sampler, SamplerState, advance, begin, is_active
 from sparse_jax.supports.packing import (
     below_float32,
     current_values,
@@ -116,24 +111,20 @@ class Layerwise(Tuner):
                 f"`sampler` must be a `Sampler`, got {self.sampler!r}. Pass one such "
                 "as `Uniform(num_layers=12, num_active=3)`."
             )
-        if self.recompute not in ("none", "frozen", "all"):
-            raise InputError(
-                "`recompute` must be 'none', 'frozen' or 'all', got "
-                f"{self.recompute!r}."
-            )
+        require_word("recompute", self.recompute, get_args(Recompute))
         if self.max_norm is not None and not self.max_norm > 0:
             raise InputError(f"`max_norm` must be positive, got {self.max_norm!r}.")
 
     def init(
         self,
-        params: Any,
+        params: optax.Params,
         key: jax.Array,
         capacity: Mapping[str, int] | None = None,
     ) -> CompactState:
         """Returns the state before the selection, as `Compact.init`."""
         stack = self.method.stack
-        layers = params.get(stack, {}) if isinstance(params, Mapping) else {}
-        numbers = {leaf.shape[:1] for leaf in jax.tree.leaves(layers)}
+        layers = jax.tree.leaves(in_stack(self.method, params))
+        numbers = {leaf.shape[:1] for leaf in layers}
         if numbers != {(self.sampler.num_layers,)}:
             found = sorted(number for shape in numbers for number in shape)
             raise InputError(

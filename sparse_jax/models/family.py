@@ -51,8 +51,7 @@ class Layout:
           >>> PLAIN.turned("lm_head/kernel", np.zeros((2, 3))).shape
           (3, 2)
         """
-        is_kept = self.is_upright and leaf.startswith("layers/")
-        return array.T if leaf.endswith("/kernel") and not is_kept else array
+        return array.T if self._is_turned(leaf) else array
 
     def turned_index(self, leaf: str, index: tuple[slice, ...]) -> tuple[slice, ...]:
         """Returns where a part of a leaf lies in its tensor.
@@ -61,8 +60,12 @@ class Layout:
           >>> PLAIN.turned_index("lm_head/kernel", (slice(0, 2), slice(4, 8)))
           (slice(4, 8, None), slice(0, 2, None))
         """
+        return index[::-1] if self._is_turned(leaf) else index
+
+    def _is_turned(self, leaf: str) -> bool:
+        """Returns whether a leaf is a kernel whose tensor is [out, in]."""
         is_kept = self.is_upright and leaf.startswith("layers/")
-        return index[::-1] if leaf.endswith("/kernel") and not is_kept else index
+        return leaf.endswith("/kernel") and not is_kept
 
     def part_of(self, leaf: str) -> int | None:
         """Returns which part of a fused tensor a leaf is; None is no part."""

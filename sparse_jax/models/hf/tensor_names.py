@@ -4,8 +4,6 @@ import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-import numpy as np
-
 from sparse_jax.errors import InputError
 from sparse_jax.models.family import DecoderFamily, Family
 
@@ -13,7 +11,6 @@ __all__ = [
     "is_stacked",
     "modules_called",
     "tensor_name",
-    "to_tensor_layout",
     "with_full_names",
 ]
 
@@ -65,16 +62,6 @@ def modules_called(family: Family | DecoderFamily, pattern: str) -> list[str]:
         for module, theirs in family.names.items()
         if any(expression.search(theirs.format(0) + end) for end in ("", ".weight"))
     ]
-
-
-def to_tensor_layout(leaf: str, array: np.ndarray) -> np.ndarray:
-    """Turns a kernel `[in, out]` to `[out, in]`; the same call turns it back.
-
-    Example:
-      >>> to_tensor_layout("pooler/kernel", np.zeros((2, 3))).shape
-      (3, 2)
-    """
-    return array.T if leaf.endswith("/kernel") else array
 
 
 def with_full_names(
