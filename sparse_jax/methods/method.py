@@ -70,7 +70,7 @@ class Method:
         """Returns the entries trained in a sparse leaf, or in one layer of it."""
         return role.size
 
-    def added(self, params: Params, key: jax.Array) -> Added:
+    def added(self, params: Any, key: jax.Array) -> Added:
         """Returns the new arrays of the method, leading axis [L], float32."""
         del params, key
         return {}
