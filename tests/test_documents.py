@@ -26,3 +26,11 @@ def test_links_between_documents_lead_to_files():
         text = document.read_text(encoding="utf-8")
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_files_that_contributing_names_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9.]*)`", text))
+    assert len(named) > 20
+    places = (ROOT, ROOT / "sparse_jax")
+    assert not {n for n in named if not any((p / n).exists() for p in places)}
