@@ -170,15 +170,15 @@ class _UseOfStack:
             )
 
 
-def require_same(part: str, given: Any, expected: Any) -> None:
+def require_same(part: str, found: Any, expected: Any) -> None:
     """Raises unless the arrays of a part of a state have the expected shapes.
 
     Raises:
       InputError: if the method or the optimizer is another.
     """
     shapes = lambda tree: [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
-    same = jax.tree.structure(given) == jax.tree.structure(expected)
-    if expected is not None and not (same and shapes(given) == shapes(expected)):
+    same = jax.tree.structure(found) == jax.tree.structure(expected)
+    if expected is not None and not (same and shapes(found) == shapes(expected)):
         raise InputError(
             f"`state` must be one of this tuner, got other arrays in its `{part}`. "
             "Start with `init` and `select` of a tuner with the same `method` and `tx`."

@@ -176,8 +176,8 @@ class _Stack:
         if self.recompute == "all":
             return self.layer(x, one, self.rows_of(one), context), x, ()
         y, vjp = self._vjp(x, one, context)
-        given = (one, context, x) if self.recompute == "frozen" else (one, context)
-        self.pullback = _Pullback(vjp, given, y)
+        inputs = (one, context, x) if self.recompute == "frozen" else (one, context)
+        self.pullback = _Pullback(vjp, inputs, y)
         residuals = self.pullback.residuals(vjp)
         if self.recompute == "frozen":
             return y, x, residuals
@@ -218,9 +218,9 @@ class _Pullback:
 
     def __init__(self, vjp: Any, inputs: Any, dy: jax.Array):
         leaves, self.treedef = jax.tree.flatten(vjp)
-        given = list(enumerate(jax.tree.leaves(inputs)))
+        found = list(enumerate(jax.tree.leaves(inputs)))
         self.sources = [
-            next((i for i, one in given if one is leaf), None) for leaf in leaves
+            next((i for i, one in found if one is leaf), None) for leaf in leaves
         ]
         serves = self._serves_input(leaves, dy)
         kept = [
@@ -255,9 +255,9 @@ class _Pullback:
 
     def rebuild(self, residuals: list[jax.Array], inputs: Any) -> Callable[..., Any]:
         """Returns the pullback from what was kept and what the layer was given."""
-        given, kept = jax.tree.leaves(inputs), iter(residuals)
+        had, kept = jax.tree.leaves(inputs), iter(residuals)
         leaves = [
-            next(kept) if source is None else given[source] for source in self.sources
+            next(kept) if source is None else had[source] for source in self.sources
         ]
         return jax.tree.unflatten(self.treedef, leaves)
 

@@ -149,8 +149,7 @@ def join_processes(
     Raises:
       InputError: if some of these are given without the others, or do not fit.
     """
-    given = (coordinator, processes, process)
-    if any(value is not None for value in given):
+    if any(value is not None for value in (coordinator, processes, process)):
         if coordinator is None or processes is None or process is None:
             raise InputError(
                 "`coordinator`, `processes` and `process` must be given together, got "

@@ -79,13 +79,13 @@ def evaluate_adapter(
     return flattened(evaluate(params, attachment.trained))
 
 
-def _kept(adapter: Adapter, **given: int | None) -> dict[str, Any]:
-    """Returns settings of the adapter's run, and those given now."""
+def _kept(adapter: Adapter, **changes: int | None) -> dict[str, Any]:
+    """Returns settings of the adapter's run, and those passed now."""
     kept = {name: adapter.settings.get(name) for name in _KEPT}
     return {
         name: value
         for name, value in (
-            kept | {name: one for name, one in given.items() if one is not None}
+            kept | {name: one for name, one in changes.items() if one is not None}
         ).items()
         if value is not None
     }
