@@ -244,7 +244,7 @@ def test_the_largest_batch_fits_and_more_would_not():
     plan = make_plan(model, settings, target=base, **options)
     room = plan.reserved + 3 * plan.temporaries
     chip = Chip("toy", room, 1e9, 1e9, 1e9)
-    target = Target("toy", base.placement, 1, chip)
+    target = Target("toy", base.devices, 1, chip)
     plan = with_largest_batch(model, settings, plan, target=target, **options)
     assert plan.largest_batch > 4
     for size, fits in ((plan.largest_batch, True), (plan.largest_batch + 1, False)):
