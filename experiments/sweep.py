@@ -55,7 +55,7 @@ def main() -> None:
     trials = show(args.task, "method", rows, measure=measure, args=args)
     series: dict[str, dict[int, list[float]]] = {}
     for name, trial in trials.items():
-        found = series.setdefault(rows[name].method, {})
+        found = series.setdefault(rows[name].method_word, {})
         found[trial.size] = list(trial.values)
     picture = args.output / "sweep.png"
     title = f"{args.task}, {Path(args.model).name}"

@@ -8,7 +8,8 @@ from tiny_run import tiny_settings, write_data, write_model
 
 from sparse_jax import Settings, evaluate_adapter, finetune
 from sparse_jax.errors import InputError
-from sparse_jax.training.build import num_active, sampler_of
+from sparse_jax.samplers.registry import num_active
+from sparse_jax.training.build import sampler_of
 
 METHODS = ["lora", "sift", "full", "bitfit"]
 

@@ -54,6 +54,20 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=rtol, atol=atol)
 
 
+def test_a_word_is_a_sampler_of_a_quarter_of_the_layers():
+    params = make_params()
+    named, made = (
+        tuner_of(METHODS["biases"], sampler=sampler)
+        for sampler in ("norm", GradientNorm(**SIZES))
+    )
+    assert named.sampler_for(params) == made.sampler
+    states = [run_compact(tuner, params, 2)[0] for tuner in (named, made)]
+    jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
+    for wrong in ("lisa", Uniform, None):
+        with pytest.raises(InputError, match="`sampler` must be a `Sampler`, or one"):
+            tuner_of(METHODS["biases"], sampler=wrong)
+
+
 @every_method
 @pytest.mark.parametrize(
     "recompute",

@@ -15,6 +15,12 @@ from sparse_jax.compact.model_taps import TrainedValues, in_stack, tap_leaf
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment, LayerValues, Recompute, Slots
 from sparse_jax.params.fields import require_word
+from sparse_jax.samplers.registry import (
+    SamplerOptions,
+    make_sampler,
+    num_active,
+    sampler_class,
+)
 from sparse_jax.samplers.sampler import Sampler, SamplerState, advance, begin, is_active
 from sparse_jax.supports.packing import (
     below_float32,
@@ -75,7 +81,8 @@ class Layerwise(Tuner):
     code draws another training batch.
 
     Attributes:
-      sampler: which layers are active.
+      sampler: which layers are active: an object, or a word such as "ist", which
+        then trains a quarter of the layers.
       seed: of the draws.
       max_norm: global norm that the gradient is clipped to, active layers and outside
         leaves together; None does not clip.
@@ -94,7 +101,7 @@ class Layerwise(Tuner):
       Yao et al., 2024, https://arxiv.org/abs/2410.11772
     """
 
-    sampler: Sampler
+    sampler: Sampler | str
     seed: int = 0
     max_norm: float | None = None
     restart: bool = False
@@ -107,13 +114,19 @@ class Layerwise(Tuner):
                 "`stack` of the method must name the subtree of the layers, got None."
             )
         if not isinstance(self.sampler, Sampler):
-            raise InputError(
-                f"`sampler` must be a `Sampler`, got {self.sampler!r}. Pass one such "
-                "as `Uniform(num_layers=12, num_active=3)`."
-            )
+            sampler_class(self.sampler)
         require_word("recompute", self.recompute, get_args(Recompute))
         if self.max_norm is not None and not self.max_norm > 0:
             raise InputError(f"`max_norm` must be positive, got {self.max_norm!r}.")
+
+    def sampler_for(self, params: optax.Params) -> Sampler:
+        """Returns the sampler of the layers of some parameters."""
+        if isinstance(self.sampler, Sampler):
+            return self.sampler
+        leaves = jax.tree.leaves(in_stack(self.method, params))
+        number = leaves[0].shape[0] if leaves else 1
+        active = num_active(SamplerOptions.active, number)
+        return make_sampler(self.sampler, num_layers=number, num_active=active)
 
     def init(
         self,
@@ -122,14 +135,14 @@ class Layerwise(Tuner):
         capacity: Mapping[str, int] | None = None,
     ) -> CompactState:
         """Returns the state before the selection, as `Compact.init`."""
-        stack = self.method.stack
+        stack, sampler = self.method.stack, self.sampler_for(params)
         layers = jax.tree.leaves(in_stack(self.method, params))
         numbers = {leaf.shape[:1] for leaf in layers}
-        if numbers != {(self.sampler.num_layers,)}:
+        if numbers != {(sampler.num_layers,)}:
             found = sorted(number for shape in numbers for number in shape)
             raise InputError(
                 f"`num_layers` of the sampler must be the first axis of all leaves of "
-                f"`{stack}`, got {self.sampler.num_layers} where they have {found}. "
+                f"`{stack}`, got {sampler.num_layers} where they have {found}. "
                 "Name the subtree of the layers by `stack` of the method."
             )
         return super().init(params, key, capacity)
@@ -149,9 +162,10 @@ class Layerwise(Tuner):
         self._require_state(state)
         roles = self.roles(state.params)
         opt: Any = state.opt_state
+        rule = self.sampler_for(state.params)
         value_fn = lambda strength: self._value(roles, state, batch, strength)
-        before = is_active(self.sampler, opt.sampler.active)
-        chosen = advance(self.sampler, opt.sampler, value_fn)
+        before = is_active(rule, opt.sampler.active)
+        chosen = advance(rule, opt.sampler, value_fn)
         active = chosen.active
 
         values = self._values(roles, state, active)
@@ -171,14 +185,14 @@ class Layerwise(Tuner):
         inside: Any = values.rows._asdict()
         rows = take_rows(opt.rows, active)
         if self.restart:
-            is_new = (is_active(self.sampler, active) & ~before)[active]
-            fresh = init_rows(self._tx, inside, self.sampler.num_active)
+            is_new = (is_active(rule, active) & ~before)[active]
+            fresh = init_rows(self._tx, inside, rule.num_active)
             rows = restart_rows(is_new, fresh, rows)
         row_grads = grads.rows._asdict()
         steps, moved = update_rows(self._tx, row_grads, rows, inside, **extra_args)
         rows = as_types(moved, rows)
-        norms = _row_norms(row_grads, self.sampler.num_active)
-        memory = self.sampler.observe(chosen.memory, active, norms)
+        norms = _row_norms(row_grads, rule.num_active)
+        memory = rule.observe(chosen.memory, active, norms)
         # Nothing is chosen of the states: where nothing is ready they are not written.
         # For a choice or a branch, compilers of TPUs keep the rows of all leaves.
         inside, sampler = choose_if(
@@ -197,7 +211,7 @@ class Layerwise(Tuner):
         state = self._written(roles, state, values, active)
         state = state._replace(count=count, opt_state=opt)
         metrics = {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
-        return state, metrics | {"active": active} | self.sampler.shown(sampler.memory)
+        return state, metrics | {"active": active} | rule.shown(sampler.memory)
 
     def _start(
         self, roles: Any, params: optax.Params, values: TrainedValues
@@ -206,16 +220,16 @@ class Layerwise(Tuner):
         pick = lambda roles: map_roles(keep, roles, values.leaves, only=TRAINED)
         keep = lambda role, leaf: leaf
         layers, beyond = _sides(roles)
-        inside = pick(layers)
+        inside, rule = pick(layers), self.sampler_for(params)
         origin: Any = ()
-        if self.sampler.period is not None:
+        if rule.period is not None:
             # A copy, because the step gives away what it gets.
             start = lambda role, values, leaf: jnp.array(values, leaf.dtype)
             origin = map_roles(start, layers, inside, params, only=TRAINED)
         rows = values._replace(leaves=inside)._asdict()
         return LayerwiseState(
-            sampler=begin(self.sampler, jax.random.key(self.seed)),
-            rows=init_rows(self._tx, rows, self.sampler.num_layers),
+            sampler=begin(rule, jax.random.key(self.seed)),
+            rows=init_rows(self._tx, rows, rule.num_layers),
             outside=self._tx.init(pick(beyond)),
             origin=origin,
         )

@@ -188,7 +188,7 @@ def _active(run: AbstractRun) -> float:
     """Returns the share of the layers that an update trains."""
     if not isinstance(run.tuner, Layerwise):
         return 1.0
-    sampler = run.tuner.sampler
+    sampler = run.tuner.sampler_for(run.state.params)
     return sampler.num_active / sampler.num_layers
 
 

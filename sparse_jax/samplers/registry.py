@@ -18,6 +18,7 @@ __all__ = [
     "SamplerEntry",
     "SamplerOptions",
     "make_sampler",
+    "num_active",
     "options_of_sampler",
     "register_sampler",
     "require_sampler_has",
@@ -198,6 +199,19 @@ def make_sampler(
     known = {*SAMPLERS[word].options, *(one.name for one in fields(kind))}
     taken = {name: value for name, value in options.items() if name in known}
     return kind.fitted(num_layers=num_layers, num_active=num_active, **taken)
+
+
+def num_active(active: float, num_layers: int) -> int:
+    """Returns the layers that are updated at a time.
+
+    Rounded down as in the released code, but at least one.
+
+    Example:
+      >>> [num_active(0.25, layers) for layers in (32, 6, 2)]
+      [8, 1, 1]
+    """
+    # 0.29 * 100 is a little less than 29.
+    return max(1, int(active * num_layers + 1e-9))
 
 
 def _require_given(word: str, options: Mapping[str, Any]) -> None:

@@ -11,13 +11,13 @@ from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.attachment import Recompute
-from sparse_jax.samplers.registry import SamplerOptions, make_sampler
+from sparse_jax.samplers.registry import SamplerOptions, make_sampler, num_active
 from sparse_jax.samplers.sampler import Sampler
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.training.optimizer import MAX_NORM, make_optimizer
 from sparse_jax.training.settings import Settings
 
-__all__ = ["head_rules", "make_tuner", "method_of", "num_active", "sampler_of"]
+__all__ = ["head_rules", "make_tuner", "method_of", "sampler_of"]
 
 
 def head_rules(head: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
@@ -56,19 +56,6 @@ def method_of(settings: Settings, head: tuple[str, ...]) -> Method:
     if method.dense is None:
         method = replace(method, dense=settings.dense or head)
     return method
-
-
-def num_active(active: float, num_layers: int) -> int:
-    """Returns the layers that are updated at a time.
-
-    Rounded down as in the released code, but at least one.
-
-    Example:
-      >>> [num_active(0.25, layers) for layers in (32, 6, 2)]
-      [8, 1, 1]
-    """
-    # 0.29 * 100 is a little less than 29.
-    return max(1, int(active * num_layers + 1e-9))
 
 
 def sampler_of(settings: Settings, num_layers: int) -> Sampler | None:

@@ -171,7 +171,7 @@ class Checkpoints:
         # Earlier versions kept supports in classes with a field.
         written = [name.removesuffix(".positions") for name in record.names]
         if written not in ([], names):
-            raise ValueError("another version of the program wrote it")
+            raise ValueError("another optimizer or version wrote it")
         typed = [_typed(*pair) for pair in zip(arrays, leaves, strict=True)]
         trained = jax.tree.unflatten(jax.tree.structure(like), typed)
         roles = self._tuner.method.roles(state.params)
