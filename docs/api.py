@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pdoc
 
+# The package beside this file, even where a copy of it is installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import sparse_jax
 
 # Annotations are checked by pyright; pdoc cannot resolve all of them (aliases that name
