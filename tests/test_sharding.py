@@ -267,6 +267,21 @@ def test_supports_that_are_too_short_are_made_again(monkeypatch):
     assert_same(one, many)
 
 
+def test_selecting_again_compiles_nothing_again(monkeypatch):
+    mesh = make_mesh(MESHES["all"])
+    placement = Placement.of(tiny_decoder()[0].abstract(), mesh)
+    tuner, params = tuner_of(ONE_LEAF, placement)
+    runner, key = MeshRunner(tuner, placement), jax.random.key(0)
+    batch = placement.put(random_batch())
+    state = runner.init(jax.device_put(params, placement.params), key)
+    # The second selection begins with shorter supports.
+    for _ in range(2):
+        state, _ = runner.select(state, batch, key)
+    monkeypatch.setattr(Compact, "begin", None)
+    state, finite = runner.select(state, batch, key)
+    assert finite and int(state.count) == 0
+
+
 def test_a_gradient_that_is_not_finite_selects_nothing():
     mesh = make_mesh(MESHES["all"])
     placement = Placement.of(tiny_decoder()[0].abstract(), mesh)

@@ -44,8 +44,10 @@ def moved(
     ]
 
     def move(role: Role, support: np.ndarray, leaf: Any) -> np.ndarray:
-        places = [i for i, owner in enumerate(owners) if owner == role.name]
         before, after = (role.layout.sharded(way.get(role.name)) for way in (old, new))
+        if before == after:
+            return support
+        places = [i for i, owner in enumerate(owners) if owner == role.name]
         packed = [leaves[i] for i in places]
         whole = before.to_positions(support, leaf.shape, *packed)
         found = after.from_positions(whole[0], leaf.shape, *whole[1:])

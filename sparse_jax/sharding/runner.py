@@ -25,7 +25,7 @@ class MeshRunner:
 
     Every leaf, its support, and what the optimizer keeps for it lie on the same
     devices. Selecting sends counts, beside the gradient itself; updating sends nothing.
-    States and parameters that go in are given away.
+    States and parameters that go in are donated.
 
     Args:
       tuner: made with the `shards` and `data_axes` of the placement.
@@ -34,18 +34,20 @@ class MeshRunner:
 
     def __init__(self, tuner: Tuner, placement: Placement):
         self.tuner, self.placement = tuner, placement
+        self._init = _Compiled(tuner.init, placement, self._state, (0,))
         self._choose = _Compiled(tuner.choose, placement, self._after_choice)
         self._select = _Compiled(tuner.select, placement, self._after_update, (0,))
+        self._begin = _Compiled(self._shortened, placement, self._state, (0,))
         self._update = _Compiled(self._step, placement, self._after_update, (0,))
 
     def init(self, params: optax.Params, key: jax.Array) -> CompactState:
         """Returns the state before the selection; parameters are placed already."""
-        return self._init(params, key, self._first_capacity(params))
+        return self._init(params, key, capacity=self._first_capacity(params))
 
     def select(
         self, state: CompactState, batch: Any, key: jax.Array
     ) -> tuple[CompactState, bool]:
-        """Chooses the supports; says whether the gradient was finite.
+        """Chooses the supports; also returns whether the gradient was finite.
 
         Supports of shards that turn out too short are made again, and those with too
         much room are shortened: a second selection costs a backward pass, unused places
@@ -65,9 +67,10 @@ class MeshRunner:
         note = lambda role, support: found.update({role.name: support.shape[-1]})
         map_roles(note, roles, support, only=(SPARSE,))
         if any(length > found[name] for name, length in needed.items()):
-            longer = self._init(state.params, key, needed)
+            longer = self._init(state.params, key, capacity=needed)
             return self.select(longer._replace(added=state.added), batch, key)
-        return self._begin(state, support, needed), True
+        begun = self._begin(state.params, support, state.added, capacity=needed)
+        return begun, True
 
     def step(
         self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
@@ -119,28 +122,18 @@ class MeshRunner:
         del args
         return self._state(out[0]), self._replicated(out[1])
 
-    def _init(
-        self, params: optax.Params, key: jax.Array, capacity: Mapping[str, int]
-    ) -> CompactState:
-        """Returns a state with empty supports of some length."""
-        init = lambda params, key: self.tuner.init(params, key, capacity)
-        return _Compiled(init, self.placement, self._state, (0,))(params, key)
-
-    def _begin(
-        self, state: CompactState, support: Any, capacity: Mapping[str, int]
+    def _shortened(
+        self,
+        params: optax.Params,
+        support: Any,
+        added: Any,
+        capacity: Mapping[str, int],
     ) -> CompactState:
         """Returns the state with supports shortened to some length."""
-
-        def shorten(role: Role, support: jax.Array) -> jax.Array:
-            return support[..., : capacity.get(role.name)]
-
-        def begin(params: optax.Params, support: Any, added: Any) -> CompactState:
-            roles = self.tuner.roles(params)
-            short = map_roles(shorten, roles, support, only=(SPARSE,))
-            return self.tuner.begin(params, short, added)
-
-        begun = _Compiled(begin, self.placement, self._state, (0,))
-        return begun(state.params, support, state.added)
+        shorten = lambda role, support: support[..., : capacity.get(role.name)]
+        roles = self.tuner.roles(params)
+        short = map_roles(shorten, roles, support, only=(SPARSE,))
+        return self.tuner.begin(params, short, added)
 
     def _first_capacity(self, params: optax.Params) -> dict[str, int]:
         """Returns the length of the supports of shards before entries are counted."""
@@ -179,13 +172,13 @@ class MeshRunner:
 
 
 class _Compiled:
-    """A function of arrays on a mesh, compiled once for every shape.
+    """A function of arrays on a mesh, compiled once for every shape and capacity.
 
     Args:
-      function: the function.
+      function: of arrays and, where it is called with one, a `capacity`.
       placement: of its arguments, or they are the same on every process.
       shardings: (shapes of what it returns, of its arguments...) -> their shardings.
-      donated: arguments that are given away.
+      donated: arguments whose memory the results may take.
     """
 
     def __init__(
@@ -199,26 +192,30 @@ class _Compiled:
         self._shardings, self._donated = shardings, donated
         self._programs: dict[object, Callable[..., Any]] = {}
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **static: Mapping[str, int]) -> Any:
         """Calls the function."""
         leaves, tree = jax.tree.flatten(args)
-        shapes = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        if shapes not in self._programs:
-            self._programs[shapes] = self._program(args)
+        lengths = tuple(tuple(capacity.items()) for capacity in static.values())
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        place = tree, shapes, lengths
+        if place not in self._programs:
+            self._programs[place] = self._program(args, **static)
         with self._placement.active():
-            return self._programs[shapes](*args)
+            return self._programs[place](*args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """Returns the program for arguments or their shapes."""
         with self._placement.active():
             return self._program(args).lower(*args)
 
-    def _program(self, args: tuple) -> jax.stages.Wrapped:
+    def _program(self, args: tuple, **static: Mapping[str, int]) -> jax.stages.Wrapped:
         """Returns the function for arguments of these shapes."""
         mesh, function = self._placement.mesh, self._function
+        if static:
+            function = lambda *args: self._function(*args, **static)
         is_automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
         if mesh.size == 1 and is_automatic:
-            # There is one place, and no need to trace the function to find it.
+            # One device has one sharding: no need to trace the function to find it.
             out = self._placement.replicated
         else:
             shapes = jax.tree.map(

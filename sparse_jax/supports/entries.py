@@ -209,7 +209,11 @@ class ShardedEntries(Layout):
           (array([0, 3, 5], dtype=int32), array([1, 3, 2]))
         """
         if support.ndim > self.ndim:
-            return _in_layers(self.to_positions, support, shape, packed)
+            layers = [
+                self.to_positions(row, shape[1:], *(array[i] for array in packed))
+                for i, row in enumerate(support)
+            ]
+            return tuple(np.stack(arrays) for arrays in zip(*layers, strict=True))
         block = self.shards.block(shape)
         shards, places = np.nonzero(support < math.prod(block))
         corners = np.stack(np.unravel_index(shards, self.shards.counts))
@@ -231,43 +235,41 @@ class ShardedEntries(Layout):
           >>> rows.tolist()
           [[0, 3], [1, 5]]
         """
-        stacked = positions.ndim > 1
-        lines = positions if stacked else positions[None]
-        block = self.shards.block(shape[int(stacked) :])
-        where = np.stack(np.unravel_index(lines, tuple(shape[int(stacked) :])))
-        blocks = np.array(block)[:, None, None]
-        shards = np.asarray(
-            np.ravel_multi_index(tuple(where // blocks), self.shards.counts)
-        )
-        inside = np.asarray(np.ravel_multi_index(tuple(where % blocks), block))
-        counts = np.stack(
-            [np.bincount(s, minlength=self.shards.number) for s in shards]
-        )
-        capacity = max(1, counts.max(initial=0))
+        if positions.ndim > 1:
+            layers = [
+                self.from_positions(row, shape[1:], *(array[i] for array in packed))
+                for i, row in enumerate(positions)
+            ]
+            capacity = max(rows.shape[1] for rows, *_ in layers)
+            stacks = self._unused(shape[1:], (len(layers),), capacity, packed)
+            for i, layer in enumerate(layers):
+                for stack, rows in zip(stacks, layer, strict=True):
+                    stack[i, :, : rows.shape[1]] = rows
+            return stacks
+        block = self.shards.block(shape)
+        where = np.stack(np.unravel_index(positions, tuple(shape)))
+        blocks = np.array(block)[:, None]
+        corners, inside = tuple(where // blocks), tuple(where % blocks)
+        shards = np.asarray(np.ravel_multi_index(corners, self.shards.counts))
+        counts = np.bincount(shards, minlength=self.shards.number)
         # Positions ascend within a shard because they do in the array.
-        order = np.argsort(shards, axis=1, kind="stable")
-        ordered = np.take_along_axis(shards, order, 1)
-        first = np.cumsum(counts, axis=1) - counts
-        places = np.arange(lines.shape[1]) - np.take_along_axis(first, ordered, 1)
-        numbers = np.arange(len(lines))[:, None]
-        empty = math.prod(block) + np.arange(capacity, dtype=np.int32)
-        fills = [np.broadcast_to(empty, (*counts.shape, capacity))]
-        fills += [np.zeros((*counts.shape, capacity), array.dtype) for array in packed]
-        filled = []
-        for fill, array in zip(fills, (inside, *packed), strict=True):
-            rows = np.array(fill)
-            array = np.take_along_axis(array.reshape(lines.shape), order, 1)
-            rows[numbers, ordered, places] = array
-            filled.append(rows if stacked else rows[0])
-        return tuple(filled)
+        order = np.argsort(shards, kind="stable")
+        places = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        found = self._unused(shape, (), max(1, counts.max(initial=0)), packed)
+        values = (np.asarray(np.ravel_multi_index(inside, block)), *packed)
+        for rows, array in zip(found, values, strict=True):
+            rows[shards[order], places] = array[order]
+        return found
 
-
-def _in_layers(
-    function: Any, support: np.ndarray, shape: Sequence[int], packed: tuple
-) -> tuple[np.ndarray, ...]:
-    """Returns what a function of one layer returns, for all layers of a stack."""
-    layers = [
-        function(row, shape[1:], *(array[i] for array in packed))
-        for i, row in enumerate(support)
-    ]
-    return tuple(np.stack(arrays) for arrays in zip(*layers, strict=True))
+    def _unused(
+        self,
+        shape: Sequence[int],
+        layers: tuple[int, ...],
+        capacity: int,
+        packed: Sequence[np.ndarray],
+    ) -> tuple[np.ndarray, ...]:
+        """Returns supports that hold nothing, and zeros as what is packed for them."""
+        support = (*layers, self.shards.number, capacity)
+        end = math.prod(self.shards.block(shape))
+        empty = np.broadcast_to(end + np.arange(capacity, dtype=np.int32), support)
+        return np.array(empty), *(np.zeros(support, array.dtype) for array in packed)

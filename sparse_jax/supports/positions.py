@@ -10,10 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.supports.entries import ENTRY
+from sparse_jax.supports.entries import ENTRY, ShardedEntries
 from sparse_jax.supports.layout import Shards
 
 __all__ = ["fetch", "read_entries", "shards_of", "write_entries"]
+
+# Equal layouts share a program.
+_gather, _scatter = (
+    jax.jit(function, static_argnums=0)
+    for function in (ShardedEntries.gather, ShardedEntries.scatter)
+)
 
 
 def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
@@ -50,11 +56,11 @@ def read_entries(x: jax.Array, positions: np.ndarray) -> np.ndarray:
     shards = shards_of(x, stacked)
     if shards is None:
         return fetch(ENTRY.gather(x, jnp.asarray(positions)))
-    layout = ENTRY.sharded(shards)
+    layout = ShardedEntries(shards)
     (support,) = layout.from_positions(positions, x.shape)
     there = _put(support, jax.NamedSharding(_mesh(x), layout.spec(stacked)))
     with jax.set_mesh(_mesh(x)):
-        packed = jax.jit(layout.gather)(x, there)
+        packed = _gather(layout, x, there)
     return layout.to_positions(support, x.shape, fetch(packed))[1]
 
 
@@ -70,11 +76,11 @@ def write_entries(x: jax.Array, positions: np.ndarray, values: np.ndarray) -> ja
     shards = shards_of(x, stacked)
     if shards is None:
         return ENTRY.scatter(x, jnp.asarray(positions), jnp.asarray(values))
-    layout = ENTRY.sharded(shards)
+    layout = ShardedEntries(shards)
     sharding = jax.NamedSharding(_mesh(x), layout.spec(stacked))
     made = layout.from_positions(positions, x.shape, values)
     with jax.set_mesh(_mesh(x)):
-        return jax.jit(layout.scatter)(x, *(_put(array, sharding) for array in made))
+        return _scatter(layout, x, *(_put(array, sharding) for array in made))
 
 
 def _mesh(x: jax.Array) -> jax.sharding.Mesh:
