@@ -1,6 +1,7 @@
 """A method of one's own is trained, saved, loaded, merged, evaluated and exported."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -147,6 +148,20 @@ def test_a_class_without_a_word_is_not_stored(params, tmp_path):
     sparse_jax.apply_adapter(params, adapter)
     with pytest.raises(InputError, match="a class with a word, got Other. Give it one"):
         sparse_jax.save_adapter(tmp_path / "adapter.safetensors", adapter)
+
+
+def test_a_field_that_no_file_can_hold_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class Rounded(Shift):
+        """Has fields of two types."""
+
+        scale: int | float = 1
+        turn: Callable[[float], float] = round
+
+    with pytest.raises(InputError, match="`turn` must be a value of JSON to be stored"):
+        Rounded(factor=1.0).to_settings()
+    method = Rounded(factor=1.0, scale=0.5, turn=None)
+    assert Rounded.from_settings(method.to_settings(), "here") == method
 
 
 BAD_LINES = {

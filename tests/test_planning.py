@@ -367,7 +367,7 @@ def test_the_command_compares_methods_and_writes_what_it_found(
     (folder / "model.safetensors").unlink()
     code, out, _ = run(
         monkeypatch, capsys, "--model", folder / "config.json",
-        "--compare", "full,lora+ist", "--length", 16, "--batch-size", 8,
+        "--compare", "full,lora+ist", "--length", 16, "--batch-size", 8, "--rank", 2,
         "--mesh", "fsdp=8", "--json", tmp_path / "plan.json",
     )  # fmt: skip
     assert code == 0
@@ -382,6 +382,7 @@ def test_the_command_compares_methods_and_writes_what_it_found(
         int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(TINY.abstract())
     )
     assert told["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert told["asked"]["rank"] == 2
 
 
 def test_the_command_plans_the_run_of_a_file(monkeypatch, capsys, tmp_path):

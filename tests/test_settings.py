@@ -14,6 +14,7 @@ from tiny_run import tiny_settings, write_data, write_model
 from typer.main import get_command
 
 from sparse_jax import (
+    LANE,
     Cyclic,
     Importance,
     InputError,
@@ -197,6 +198,12 @@ def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
         ({"method": object()}, "`method` must be of a class with a word"),
         ({"sampler": object()}, "`sampler` must be one of ist, uniform"),
         ({"sampler": Uniform(num_layers=2, num_active=1), "hold": 2}, "`hold` must be"),
+        ({"granularity": LANE}, "`granularity` must be one of entry, lane, got "),
+        ({"score": lambda gradient, param: param}, "`score` must be one of gradient, "),
+        (
+            {"method": "series", "activation": jax.nn.gelu},
+            "`activation` must be one of",
+        ),
         ({"optimizer": optax.sgd}, "`optimizer` must be an Optax transformation"),
         ({"optimizer": optax.sgd(1.0), "learning_rate": 1.0}, "`learning_rate` must"),
     ],
@@ -204,6 +211,23 @@ def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
 def test_objects_that_contradict_other_settings_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         Settings(**RUN, **options)
+
+
+def test_a_sampler_for_another_model_is_refused():
+    settings = Settings(**RUN, sampler=Uniform(num_layers=3, num_active=1))
+    with pytest.raises(InputError, match="`num_layers` of the sampler must be 2, "):
+        sampler_of(settings, 2)
+
+
+def test_no_rule_at_all_is_the_default():
+    settings = Settings(**RUN, where=(), dense=())
+    assert method_of(settings, HEAD) == method_of(Settings(**RUN), HEAD)
+
+
+def test_the_numbers_of_numpy_are_recorded():
+    settings = Settings(**RUN, method=LoRA(rank=np.int64(4), alpha=np.float32(2)))
+    method = json.loads(json.dumps(settings.record()))["method"]
+    assert (method["rank"], method["alpha"]) == (4, 2.0)
 
 
 def test_the_settings_of_a_file_are_those_that_were_written(tmp_path):
@@ -230,8 +254,18 @@ FILES = {
     "no list": ("where: query", "`where` in .* must be a list, each item text"),
     "list": ("- rank", "must be a file of settings"),
     "no YAML": ("a: [", "must be a YAML or JSON file"),
+    "no date": ("a: !!timestamp b", "must be a YAML or JSON file"),
+    "endless": (f"learning_rate: 1{'0' * 400}", "`learning_rate` in .* must be a numb"),
     "unknown method": ("method: {name: vera}", "must be one of full"),
     "method without rank": ("method: {name: lora}", "must have `"),
+    "score without a word": (
+        "method: {name: sift, score: null}",
+        "`score` of `method` in .* must be one of gradient, .* got None",
+    ),
+    "layers of text": (
+        "sampler: {name: static, num_layers: 2, num_active: 1, hold: 1, layers: [a]}",
+        "`layers` in .* must be a list of whole numbers",
+    ),
     "sampler": (
         "sampler: {name: uniform, num_layers: x}",
         "must have `|must be a whole",

@@ -24,12 +24,12 @@ Arrays = dict[str, np.ndarray]
 class Adapter:
     """Trained values, absolute ones, so that loading restores every bit.
 
-    `Compact.adapter` makes one from a state. Made by hand it needs the method, whose
-    settings say what the arrays mean; the word of a method will do where nothing is
-    added, and so will nothing at all. Then it may hold any leaves.
+    `Compact.adapter` makes one from a state. One made by hand needs the method, whose
+    settings say what the added arrays mean; without any, the word of a method is
+    enough, or no method at all, and it may hold any leaves.
 
     Raises:
-      InputError: if `method` is none, or the word of one that adds arrays.
+      InputError: if `method` is not a method, or the word of one that adds arrays.
 
     Example:
       >>> adapter = Adapter(
@@ -62,8 +62,8 @@ class Adapter:
             require_no_settings(word, bool(self.added))
         elif not isinstance(method, Method):
             raise InputError(
-                f"`method` must be a method, got {brief(method)}. Pass one that is "
-                "made, such as `LoRA(rank=4)`."
+                f"`method` must be a method, got {brief(method)}. Pass an "
+                "instance, such as `LoRA(rank=4)`."
             )
         elif method != Method():
             words = [w for w, entry in METHODS.items() if entry.kind is type(method)]

@@ -30,7 +30,7 @@ _WORDS = ("base_model", "base_hash", "task")
 _POSITIONS, _VALUES, _ADDED = ".support", ".values", "added/"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the base
 
-# word -> type, and how messages call it
+# key -> type, and its name in messages
 _TYPES = {
     **{name: (str, "text") for name in ("method", *_WORDS)},
     "method_settings": (dict | None, "an object or null"),
@@ -39,7 +39,7 @@ _TYPES = {
     "labels": (list, "a list of texts"),
 }
 _ARE_TEXTS = lambda value: isinstance(value, list) and JSON_RULES[TEXTS][0](value)
-# setting of a run -> whether a value is one, and what it has to be
+# setting of a run -> whether a value is valid, and the rule in messages
 _RULES = {
     **dict.fromkeys(("learning_rate", "held_out"), JSON_RULES[float]),
     **dict.fromkeys(("batch_size", "max_length"), JSON_RULES[int]),

@@ -1,4 +1,4 @@
-"""Whether an adapter has all that its method has to have, and no more."""
+"""The check that an adapter has exactly what its method trains."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,10 +17,10 @@ __all__ = ["require_whole"]
 
 
 def require_whole(params: Any, adapter: Adapter, *, new: Sequence[str] = ()) -> None:
-    """Raises unless an adapter has all that its method has to have, and no more.
+    """Raises unless an adapter has exactly what its method trains.
 
-    An adapter has the leaves and sites of the rules of its method; one whose method
-    says nothing may have any leaves, and no sites.
+    These are the leaves and sites that the rules of the method match; an adapter
+    without a method may have any leaves, and no sites.
 
     Args:
       params: parameters of the base model, or their shapes.

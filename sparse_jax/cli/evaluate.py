@@ -23,9 +23,11 @@ def evaluate(
         None, "Task to evaluate on.", "the one it was trained on"
     ),
     data: str | None,
-    batch_size: int | None = option(None, "Examples at a time.", "as in training"),
+    batch_size: int | None = option(None, "Examples per batch.", "as in training"),
     max_length: int | None = option(
-        None, "Most tokens of an example; longer ones are truncated.", "as in training"
+        None,
+        "Maximum number of tokens per example; longer ones are truncated.",
+        "as in training",
     ),
     drop_unlabeled: bool,
     mesh: str | None,

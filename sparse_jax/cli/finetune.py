@@ -86,7 +86,7 @@ class LogLines(logging.Handler):
     """Prints the log without codes that a terminal obeys, whatever names are in it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints a record on the standard error of now."""
+        """Prints a record on the current standard error."""
         try:
             print(printable(self.format(record)), file=sys.stderr)
         except (OSError, ValueError):

@@ -46,7 +46,7 @@ def generate(
         f"{' or '.join(PROMPTS)}.",
         "none",
     ),
-    max_new_tokens: int = option(128, "Most tokens to generate."),
+    max_new_tokens: int = option(128, "Maximum number of tokens to generate."),
     temperature: float | None = option(
         None, "Sample tokens; below 1 favors likely ones.", "greedy"
     ),

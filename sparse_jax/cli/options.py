@@ -61,8 +61,8 @@ BASE = option(
 )
 CONFIG = option(
     None,
-    "YAML or JSON file of settings, such as the config.json of a run; options win over "
-    "it.",
+    "YAML or JSON file of settings, such as the config.json of a run; options "
+    "override it.",
     "none",
 )
 IST = flag("--ist", "Short for --sampler ist.")

@@ -75,7 +75,7 @@ def plan(
 ) -> None:
     """Print what one update needs, without running it.
 
-    Of the model only the config.json is read, and no weights.
+    Only the config.json of the model is read, not its weights.
     """
     if target != "gpu":
         # Nothing runs; looking for accelerators takes long, and may take them.
@@ -91,7 +91,7 @@ def plan(
 
     given = choose_settings(context, settings, config, ist)
     shape = parse_mesh(mesh) if (mesh := given.pop("mesh")) else MeshShape()
-    # A JAX that runs already, as in a notebook, has the devices that it has.
+    # Once JAX is initialized, as in a notebook, the number of devices is fixed.
     with suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", shape.size)
     if json is not None:
@@ -115,8 +115,7 @@ def plan(
         ]
     print_plans(plans, found, shape, (runs[0].batch_size, length))
     if json is not None:
-        record = runs[0].record()
-        asked = {name: record[name] for name in given if name not in _CHOICES}
+        asked = {name: given[name] for name in given if name not in _CHOICES}
         write_plans(json, plans, found, shape, {**asked, "length": length})
 
 

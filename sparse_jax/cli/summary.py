@@ -12,7 +12,7 @@ __all__ = ["print_summary"]
 
 
 def print_summary(settings: Settings, metrics: Mapping[str, Any]) -> None:
-    """Prints what came out of a run, and where it is."""
+    """Prints the results of a run, and where its files are."""
     # Rich takes a while to import, so it is imported where it is used.
     from rich.console import Console
     from rich.table import Table

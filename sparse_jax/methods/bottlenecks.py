@@ -154,8 +154,8 @@ class Parallel(Bottleneck):
 
     The arrays and errors are those of `Bottleneck`; it cannot be merged.
 
-    Differs from the paper: the adapter stands beside one linear map, as in
-    LLM-Adapters, not beside the whole feed-forward part.
+    Differs from the paper: the adapter is parallel to one linear map, as in
+    LLM-Adapters, not to the whole feed-forward part.
 
     Example:
       >>> Parallel(size=64, where="^mlp/(up|down)$", scale=4.0).scale

@@ -77,7 +77,7 @@ class LowRank(Method, ABC):
 
     @property
     def _alpha(self) -> float:
-        """Alpha, or what stands for it."""
+        """Alpha, or its default."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
     def added(self, params: Params, key: jax.Array) -> Added:
@@ -198,7 +198,7 @@ class DoRA(LowRank):
     released code of IST: at strength 0 a site has the directions of the base and the
     lengths m, and is the base model only as long as m has not been trained.
 
-    Differs from PEFT: `dropout` touches nothing but the input of A.
+    Differs from PEFT: `dropout` applies only to the input of A.
 
     Raises:
       InputError: as `LowRank`.

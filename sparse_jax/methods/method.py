@@ -24,7 +24,7 @@ __all__ = ["Method", "PeftForm", "PeftPart", "refuse_to_merge"]
 class PeftPart(NamedTuple):
     """How PEFT stores one of the arrays that a method adds."""
 
-    name: str  # behind that of the module
+    name: str  # suffix of the name of the module
     turn: Callable[[np.ndarray], np.ndarray]  # our array of one layer -> PEFT's
 
 

@@ -1,4 +1,4 @@
-"""The table of methods: their words, classes, learning rates and usual options."""
+"""The table of methods: their words, classes, learning rates and default options."""
 
 import inspect
 import math
@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparse_jax.errors import InputError, brief
-from sparse_jax.params.fields import Option, fields_of, setting
+from sparse_jax.params.fields import Option, fields_of, require_word, setting
 
 # JAX takes seconds to import, and the help of the command line reads this table.
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class MethodOptions:
     score: str = setting(
         "gradient",
         "What sift ranks entries by: gradient, magnitude, gradient/magnitude, random, "
-        "or a word of `register_score`.",
+        "or a score added by `register_score`.",
     )
     rank: int = setting(8, "Rank of the matrices that lora and dora add.")
     alpha: float | None = setting(
@@ -92,6 +92,11 @@ class MethodOptions:
             if one.name not in ("density", "rank") and value != one.default:
                 require_method_has(one.name, value, method)
         if isinstance(method, str):
+            for one in METHODS[method].options.values():
+                value = getattr(self, one.name, None)
+                # Only words can be in `config.json`.
+                if one.words is not None and value is not None:
+                    require_word(one.name, value, one.words)
             METHODS[method].make(vars(self))
 
 
@@ -102,8 +107,8 @@ class Entry:
     Attributes:
       word: of the command line and of files.
       path: class of the method, or module:class to import when it is used.
-      learning_rate: peak that is usual.
-      defaults: values of fields, or their words, where a run says nothing; by field.
+      learning_rate: usual peak learning rate.
+      defaults: default values of fields, or their words, by field.
       dense: rules of what is trained in full, in place of the head.
       also_dense: rules of what is trained in full beside the head.
       fixed: fields that the word stands for, such as the score of `random`.
@@ -126,7 +131,7 @@ class Entry:
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """Values of fields where a run says nothing, by field."""
+        """Default values of fields, by field."""
         known = {one.field: one for one in fields_of(self.kind)}
         return {name: known[name].read(word) for name, word in self.defaults.items()}
 
@@ -160,7 +165,8 @@ class Entry:
         """Returns the method that options ask for.
 
         Args:
-          options: values by the names of options, or the words of values; None stands
+          options: values by the names of options, or the words of values; None or an
+        empty list stands
             for the default. `dense`, the rules of what is trained in full, replaces
             the head.
           head: rules of the head of a task.
@@ -176,7 +182,8 @@ class Entry:
         """
         values = dict(self.values)
         for name, one in self.options.items():
-            value = one.default if options.get(name) is None else options[name]
+            given = options.get(name)
+            value = one.default if given in (None, (), []) else given
             if value is MISSING:
                 raise InputError(
                     f"`{name}` must be given with method {self.word!r}, got none."
@@ -209,11 +216,11 @@ def register_method(
       word: lower-case letters, digits and underscores.
       kind: a frozen dataclass, a subclass of `Method`; or module:class, which is
         imported when it is used.
-      learning_rate: peak that is usual.
+      learning_rate: usual peak learning rate.
       dense: rules of what is trained in full, in place of the head of a task.
       also_dense: rules of what is trained in full beside it.
       fixed: which of `defaults` the word stands for, so that they are no options.
-      **defaults: values of fields where a run says nothing.
+      **defaults: default values of fields, or their words.
 
     Raises:
       InputError: if the word is taken or cannot be one, the class is no method, or it
@@ -323,8 +330,8 @@ _IN_MAPS = {"where": (f"^layers/{_MAPS}/",)}
 _FIXED_SCORE = {**_IN_MAPS, "fixed": ("score",)}
 
 # word, class in this folder, learning rate, and other arguments of `register_method`.
-# Learning rates found by nobody's grid but usual; a few sparse entries want larger
-# steps than all.
+# The learning rates are common ones, not tuned by a grid search; a few sparse entries
+# need larger steps than all.
 _BUILT_IN: tuple[tuple[str, str, float, dict[str, Any]], ...] = (
     ("full", "dense:Dense", 3e-5, {"dense": (".*",)}),
     ("head", "dense:Dense", 1e-3, {}),

@@ -1,5 +1,7 @@
 """Fields of dataclasses: options of the command line, and settings in files."""
 
+import json
+import numbers
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields
@@ -165,7 +167,7 @@ def to_json(made: Any) -> dict[str, Json]:
     """Returns the fields of a dataclass as values of JSON.
 
     Raises:
-      InputError: naming the field, if its value has no word.
+      InputError: naming the field, if its value has no word, or could not be read back.
     """
     return {one.field: _written(made, one) for one in fields_of(type(made))}
 
@@ -208,7 +210,7 @@ def read_json(one: Option, value: Json, place: str) -> Any:
             return None
         if not one.is_stored:
             return one.default
-    check, rule = JSON_RULES.get(one.type, (_is_any, "a value of JSON"))
+    check, rule = JSON_RULES.get(one.type, (_is_json, "a value of JSON"))
     if one.words is not None:
         known = {**one.words}
         check, rule = (lambda value: value in [*known]), f"one of {', '.join(known)}"
@@ -236,7 +238,17 @@ def _written(made: Any, one: Option) -> Json:
             f"`{one.field}` must be one of {', '.join(one.words)} to be stored in a "
             f"file, got {brief(value)}."
         )
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        value = list(value)
+    # NumPy's numbers are no values of JSON.
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    check, rule = JSON_RULES.get(one.type, (_is_json, "a value of JSON"))
+    if not (check(value) or (value is None and one.is_optional)):
+        raise InputError(
+            f"`{one.field}` must be {rule} to be stored in a file, got {brief(value)}."
+        )
+    return value
 
 
 def _plain(hint: Any) -> tuple[object, bool]:
@@ -245,21 +257,30 @@ def _plain(hint: Any) -> tuple[object, bool]:
     parts = {*get_args(hint)} if is_union else {hint}
     is_optional = type(None) in parts
     parts -= {type(None)}
-    # A rule is a text or several.
-    if len(parts) > 1 and str in parts:
+    if len(parts) == 1:
+        return parts.pop(), is_optional
+    if parts == {str, Sequence[str]}:
         return TEXTS, is_optional
-    return parts.pop(), is_optional
+    return (float if parts == {int, float} else object), is_optional
 
 
-def _is_any(value: Any) -> bool:
-    """Takes everything."""
-    del value
+def _is_json(value: Any) -> bool:
+    """Returns whether JSON has a value."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
     return True
 
 
 def _is_number(value: Any) -> bool:
     """Returns whether a value is a finite number."""
     return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _all(kind: type, value: Any) -> bool:
+    """Returns whether a value is a list, and each item one of a type."""
+    return isinstance(value, list) and all(map(JSON_RULES[kind][0], value))
 
 
 def _is_rule(value: Any) -> bool:
@@ -269,7 +290,7 @@ def _is_rule(value: Any) -> bool:
     )
 
 
-# type -> whether a value of a file is one, and what it has to be
+# type -> whether a value of a file has it, and the rule in messages
 JSON_RULES: dict[object, tuple[Callable[[Any], bool], str]] = {
     int: (
         lambda value: type(value) is int and 0 <= value <= _LARGEST,
@@ -279,4 +300,6 @@ JSON_RULES: dict[object, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: type(value) is bool, "true or false"),
     str: (lambda value: isinstance(value, str), "text"),
     TEXTS: (_is_rule, "a regular expression, or a list of them"),
+    tuple[int, ...]: (lambda value: _all(int, value), "a list of whole numbers"),
+    tuple[float, ...]: (lambda value: _all(float, value), "a list of numbers"),
 }

@@ -10,7 +10,14 @@ import jax
 
 from sparse_jax.errors import InputError
 
-__all__ = ["Rule", "first_match", "leaf_names", "map_named", "require_match"]
+__all__ = [
+    "Rule",
+    "first_match",
+    "leaf_names",
+    "map_named",
+    "patterns",
+    "require_match",
+]
 
 Rule = str | Sequence[str]
 
@@ -97,7 +104,7 @@ def first_match(rules: Mapping[str, Rule | None], name: str, default: str) -> st
       ['dense', 'frozen']
     """
     for label, rule in rules.items():
-        if any(re.search(pattern, name) for pattern in _patterns(rule)):
+        if any(re.search(pattern, name) for pattern in patterns(rule)):
             return label
     return default
 
@@ -119,7 +126,7 @@ def require_match(
     Example:
       >>> require_match("where", "query", ["query/kernel", "value/kernel"])
     """
-    for pattern in _patterns(rule):
+    for pattern in patterns(rule):
         if not isinstance(pattern, str):
             raise InputError(
                 f"`{argument}` must be a regular expression, or a sequence of them, "
@@ -138,7 +145,7 @@ def require_match(
             )
 
 
-def _patterns(rule: Rule | None) -> Sequence[str]:
+def patterns(rule: Rule | None) -> Sequence[str]:
     """Returns the patterns of a rule as a sequence."""
     if rule is None:
         return ()

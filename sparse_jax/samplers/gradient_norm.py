@@ -86,7 +86,7 @@ class GradientNorm(Sampler[GradientNormMemory]):
         """Returns the memory with the norms of the active layers averaged in."""
         before, seen = memory.norms[active], memory.seen[active]
         mean = self.decay * before + (1 - self.decay) * norms
-        # One gradient that is not finite would stay in the mean for ever.
+        # One gradient that is not finite would stay in the mean forever.
         fresh = jnp.where(seen, mean, norms)
         kept = jnp.isfinite(norms)
         return GradientNormMemory(

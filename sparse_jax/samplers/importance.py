@@ -16,8 +16,8 @@ from sparse_jax.samplers.sampler import Sampler, ValueFn, draw_layers, is_active
 
 __all__ = ["Importance", "ImportanceMemory"]
 
-# Draws of one probe that may repeat an earlier subset before it is taken all the
-# same. The released code draws for ever, which it would once weights are extreme.
+# Draws of one subset until it differs from the earlier ones; the last is kept anyway.
+# The released code has no limit, and never ends once the weights are extreme.
 _MOST_DRAWS = 100
 
 
@@ -38,7 +38,7 @@ class Importance(Sampler[ImportanceMemory]):
     With importance I `[L]`, zero at first, layers are drawn without replacement with
     weights sigmoid(I). Every `probe_every` updates `num_probes` different subsets S_k
     of `num_suppressed` layers are drawn with weights sigmoid(-I); with l_k the loss
-    when the layers in S_k add only `suppression` times what they learnt,
+    when the layers in S_k add only `suppression` times what they learned,
 
         r_k = exp(-l_k) - mean_j exp(-l_j),      p = sigmoid(I),
         I_i = I_i - importance_rate * p_i (1 - p_i) * sum of r_k over S_k with i in it.

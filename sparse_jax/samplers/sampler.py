@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 Memory = TypeVar("Memory")
-# strength [L] -> loss of the model whose layer l adds strength[l] times what it learnt
+# strength [L] -> loss of the model whose layer l adds strength[l] times what it learned
 ValueFn = Callable[[jax.Array], jax.Array]
 
 
@@ -109,7 +109,7 @@ class Sampler(Generic[Memory]):
         return draw_layers(draw_key, jnp.log(self.weights(memory)), self.num_active)
 
     def probe(self, memory: Memory, key: jax.Array, value_fn: ValueFn) -> Memory:
-        """Returns the memory after asking `value_fn` about suppressed layers."""
+        """Returns the memory after evaluating `value_fn` with suppressed layers."""
         del key, value_fn
         return memory
 
@@ -125,7 +125,7 @@ class Sampler(Generic[Memory]):
         return memory
 
     def shown(self, memory: Memory) -> dict[str, jax.Array]:
-        """Returns what is worth writing down of the memory, by name."""
+        """Returns the parts of the memory to log, by name."""
         del memory
         return {}
 
@@ -207,5 +207,5 @@ def is_active(sampler: Sampler, active: jax.Array) -> jax.Array:
 _VALUE_FN_MISSING = (
     "`value_fn` must be passed to `update`, got None. It maps a strength of shape "
     "[num_layers] to the loss of a model whose layers are damped by it; pass "
-    "`sampler='uniform'` to draw layers without asking for losses."
+    "`sampler='uniform'` to draw layers without evaluating losses."
 )

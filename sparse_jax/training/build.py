@@ -8,6 +8,7 @@ import optax
 
 from sparse_jax.compact.compact import Compact, Loss, Tuner
 from sparse_jax.compact.layerwise import Layerwise
+from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.attachment import Recompute
@@ -69,7 +70,14 @@ def sampler_of(settings: Settings, num_layers: int) -> Sampler | None:
       >>> sampler_of(settings, 12).num_active
       3
     """
-    if settings.sampler is None or isinstance(settings.sampler, Sampler):
+    if settings.sampler is None:
+        return None
+    if isinstance(settings.sampler, Sampler):
+        if settings.sampler.num_layers != num_layers:
+            raise InputError(
+                f"`num_layers` of the sampler must be {num_layers}, the layers of the "
+                f"model, got {settings.sampler.num_layers}."
+            )
         return settings.sampler
     names = [field.name for field in fields(SamplerOptions)]
     options = {name: getattr(settings, name) for name in names}

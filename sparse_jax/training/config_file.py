@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from sparse_jax.errors import InputError, brief, listed, reason_of
 from sparse_jax.methods.registry import METHODS
-from sparse_jax.params.fields import Json, Option, from_json
+from sparse_jax.params.fields import Json, Option, fields_of, from_json
 from sparse_jax.samplers.registry import SAMPLERS, sampler_class
 from sparse_jax.training.settings import setting_options
 
@@ -70,7 +70,16 @@ def _object(name: str, found: Mapping[str, Json], place: str) -> "Method | Sampl
             f"{brief(word)}."
         )
     if name == "method":
-        return METHODS[word].kind.from_settings(settings, place)
+        kind = METHODS[word].kind
+        for one in fields_of(kind):
+            if not one.is_stored and settings.get(one.field, "") is None:
+                raise InputError(
+                    f"`{one.field}` of `{name}` in {place} must be one of "
+                    f"{', '.join(one.words or ())}, got None: the run had one without "
+                    "a name, which a file cannot hold. Pass the method to the function "
+                    "`finetune`."
+                )
+        return kind.from_settings(settings, place)
     return from_json(sampler_class(word), settings, place)
 
 
@@ -83,8 +92,8 @@ def _mapping(path: Path) -> Mapping[str, Json]:
     read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
         found = read(path.read_text(encoding="utf-8"))
-    # The last two: a file that is not UTF-8 or JSON, and one that is nested too deep.
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+    # A file that is not YAML may raise anything at all.
+    except Exception as error:
         raise InputError(
             f"`config` must be a YAML or JSON file, got {brief(str(path))}: "
             f"{reason_of(error)}."
@@ -103,7 +112,7 @@ def _value(place: str, one: Option, value: object) -> object:
         return None
     try:
         return _converted(value, one.type)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         items = get_args(one.type)
         rule = f"a list, each item {_WORDS[items[0]]}" if items else _WORDS[one.type]
         raise InputError(

@@ -11,6 +11,7 @@ from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.errors import InputError
 from sparse_jax.models.hf.pretrained import base_config
+from sparse_jax.params.names import patterns
 from sparse_jax.training.setup import Job
 
 __all__ = ["adapter_of", "provenance", "require_finite"]
@@ -31,17 +32,12 @@ def provenance(job: Job) -> dict[str, Any]:
         "examples_hash": job.feed.digest,
         "max_length": job.feed.max_length,
         "new_parameters": list(job.base.new),
-        "dense": list(_rules(job.method.dense)),
+        "dense": list(patterns(job.method.dense)),
         "versions": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{device.platform} {device.device_kind} x{jax.device_count()}",
     }
-
-
-def _rules(rules: Any) -> tuple[str, ...]:
-    """Returns rules as a tuple."""
-    return (rules,) if isinstance(rules, str) else tuple(rules or ())
 
 
 def adapter_of(job: Job, tuner: Tuner, state: CompactState) -> Adapter:

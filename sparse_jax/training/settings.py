@@ -43,7 +43,7 @@ _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "keep", "max_steps",
     "max_length", "learning_rate",
 )  # fmt: skip
-# Of the task causal, without a value of their own.
+# Options of the task causal, with their defaults.
 _TEXT = {"loss_on": None, "packing": False, "template": None, "held_out": None}
 
 
@@ -52,8 +52,8 @@ class Settings(MethodOptions, SamplerOptions):
     """What `finetune` does: the options of `sparse-jax finetune`, one to one.
 
     In Python `method` and `sampler` may also be objects, which bring their own options
-    with them, and `optimizer` an Optax transformation. Without rules of its own a
-    method trains the head in full.
+    with them, and `optimizer` an Optax transformation. A method without `dense` trains
+    the head in full.
 
     Raises:
       InputError: naming the option, if a value breaks its rule.
@@ -132,7 +132,7 @@ class Settings(MethodOptions, SamplerOptions):
     )
     max_length: int | None = setting(
         None,
-        "Most tokens of an example; longer ones are truncated.",
+        "Maximum number of tokens per example; longer ones are truncated.",
         "128, for causal 512",
     )
     dtype: str = setting("float32", f"Dtype of the parameters: {one_of(DTYPES)}.")

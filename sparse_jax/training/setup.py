@@ -90,6 +90,8 @@ def make_job(settings: Settings) -> Job:
         jax.eval_shape(method.added, base.params, jax.random.key(0))
     except InputError as error:
         raise InputError(f"{error}{_translation(settings, base)}") from error
+    # What the adapter file cannot hold is found before the training.
+    method.to_settings()
     sampler = sampler_of(settings, base.model.config.num_layers)
     return Job(settings, objective, base, method, sampler, head, feed)
 
