@@ -46,7 +46,7 @@ class LayerwiseState(NamedTuple):
     sampler: SamplerState
     rows: optax.OptState  # every array has the layers in front
     outside: optax.OptState  # of trained leaves outside the layers
-    origin: Any  # values before training, if probes have to damp what was learnt
+    origin: Any  # values before training, if probes have to damp what was learned
 
 
 class _Values(NamedTuple):
@@ -74,8 +74,8 @@ class Layerwise(Tuner):
     Leaves outside the stack are trained at every update. `tx` sees one layer at a
     time, and all leaves outside as one; use `max_norm` to clip.
 
-    A sampler that probes damps what a layer has learnt: it scales what the method adds,
-    and moves trained entries back to where they started. This keeps the starting
+    A sampler that probes damps what a layer has learned: it scales what the method
+    adds, and moves trained entries back to where they started. This keeps the starting
     values, in the dtype of the parameters: for whole leaves a second copy of them.
     Probes use the (first micro-)batch of the update, without dropout; the released
     code draws another training batch.

@@ -53,7 +53,7 @@ class Beams:
 
     Args:
       num_beams: texts that are continued, at least 2.
-      length_penalty: exponent of the length; above zero it favours long texts.
+      length_penalty: exponent of the length; above zero it favors long texts.
       early_stopping: whether to stop at the first `num_beams` texts.
 
     Raises:

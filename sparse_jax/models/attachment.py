@@ -57,7 +57,7 @@ class LayerValues(NamedTuple):
     added: Mapping[str, Any] = {}  # arrays that the method adds, by site
     leaves: Any = None  # values that belong to leaves of the layer
     support: Any = None  # where in the leaves
-    strength: jax.Array | None = None  # of what was learnt, shape=(L,); None is 1
+    strength: jax.Array | None = None  # of what was learned, shape=(L,); None is 1
 
     def with_row(self, row: "LayerValues") -> "LayerValues":
         """Returns the values with those of one layer that has a gradient."""

@@ -83,7 +83,7 @@ def _normal(config: Config) -> jax.nn.initializers.Initializer:
 
 
 class RmsNorm(nnx.Module):
-    """Scales vectors to a root mean square of one, then by a learnt scale.
+    """Scales vectors to a root mean square of one, then by a learned scale.
 
         y = x / sqrt(mean(x^2) + eps) * (offset + scale)
 

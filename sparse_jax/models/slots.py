@@ -84,7 +84,7 @@ class _Stack:
         self.pullback: _Pullback
 
     def forward_only(self, x, rows, stacked, context, active):
-        """Runs the layers; this is the whole story without a gradient."""
+        """Runs the layers, where no gradient is asked for."""
         del rows, active
 
         def body(x: jax.Array, one: Any) -> tuple[jax.Array, None]:
@@ -108,8 +108,8 @@ class _Stack:
             lambda x, one: self._run(x, one, context)[1:],
             x, jax.tree.map(lambda leaf: leaf[0], stacked),
         )  # fmt: skip
-        # The last slot is for whoever has none: a write that may or may not happen
-        # would cost a copy of all slots.
+        # The last slot is shared by the frozen layers: a write that may or may not
+        # happen would cost a copy of all slots.
         slots = jax.tree.map(
             lambda leaf: jnp.zeros((num_active + 1, *leaf.shape), leaf.dtype), shapes[1]
         )

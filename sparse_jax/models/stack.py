@@ -8,7 +8,7 @@ from flax import nnx
 
 from sparse_jax.models.attachment import Attachment, Slots
 from sparse_jax.models.slots import run_slots
-from sparse_jax.params.axes import keep_batch_cut
+from sparse_jax.params.axes import keep_batch_sharded
 
 _METHOD = 0x6D  # any number; the layer splits its key and folds nothing in
 
@@ -62,10 +62,10 @@ def run_layers(
         key = None if layer_key is None else jax.random.fold_in(layer_key, _METHOD)
         respond = lambda site, f, x: attachment.response(site, f, x, trained, key)
         y = layer(x, *context, layer_key, respond).astype(x.dtype)
-        return keep_batch_cut(y)
+        return keep_batch_sharded(y)
 
     stacked = (params, attachment.trained, keys)
-    x = keep_batch_cut(x)
+    x = keep_batch_sharded(x)
     if attachment.slots is not None:
         return _run_with_slots(call, x, stacked, context, attachment.slots, checkpoint)
     body = lambda x, one: (call(x, one, context), None)
@@ -106,7 +106,7 @@ def run_cached_layers(
         respond = lambda site, f, x: attachment.response(site, f, x, trained, None)
         here = cached._replace(k=k, v=v)
         y, after = layer.extend(x, *context, None, respond, here)
-        return keep_batch_cut(y.astype(x.dtype)), (after.k, after.v)
+        return keep_batch_sharded(y.astype(x.dtype)), (after.k, after.v)
 
     stacked = (params, attachment.trained, cached.k, cached.v)
     x, (k, v) = jax.lax.scan(body, x, stacked)

@@ -14,7 +14,7 @@ __all__ = [
     "FSDP",
     "TENSOR",
     "inside_replicas",
-    "keep_batch_cut",
+    "keep_batch_sharded",
     "keep_rows_whole",
     "rows_here",
 ]
@@ -37,12 +37,12 @@ def inside_replicas(axes: tuple[str, ...]) -> Iterator[None]:
         _MAPPED.reset(token)
 
 
-def keep_batch_cut(x: jax.Array) -> jax.Array:
-    """Says that an array `[B, ...]` has its examples on the batch axes, and no more.
+def keep_batch_sharded(x: jax.Array) -> jax.Array:
+    """Constrains an array `[B, ...]` to be sharded along the batch axes and no others.
 
-    Left alone, the compiler may cut the width of activations like that of the weights,
-    and then move activations where it should gather a weight. Without a mesh, and for
-    batches that the devices do not divide, nothing is said.
+    Left alone, the compiler may shard the width of activations like that of the
+    weights, and then move activations where it should gather a weight. Without a mesh,
+    and for batches that the devices do not divide, there is no constraint.
     """
     sizes = _automatic(BATCH_AXES)
     if not sizes or x.shape[0] % math.prod(sizes.values()):
@@ -62,7 +62,7 @@ def rows_here(rows: int) -> int:
 
 
 def keep_rows_whole(table: jax.Array) -> jax.Array:
-    """Puts the rows of a table `[V, D]` together, where a mesh has them in parts.
+    """Gathers a table `[V, D]` along "fsdp"; its rows stay sharded along "tensor".
 
     A lookup then moves the table along "fsdp" as every other weight moves when it is
     used, instead of moving activations.
@@ -76,7 +76,7 @@ def keep_rows_whole(table: jax.Array) -> jax.Array:
 
 
 def _automatic(axes: tuple[str, ...]) -> dict[str, int]:
-    """Returns the sizes of axes that are the compiler's, empty without a real mesh."""
+    """Returns the sizes of automatic axes; none where a mesh has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if math.prod(mesh.shape.values()) == 1:

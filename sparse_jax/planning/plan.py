@@ -94,7 +94,7 @@ def make_plan(
     shape: MeshShape,
     target: Target,
 ) -> Plan:
-    """Compiles one update for devices that may be absent, and tells what it needs.
+    """Compiles one update for devices that may be absent, and reports what it needs.
 
     Args:
       model: as from `read_model`.
@@ -146,7 +146,7 @@ def with_largest_batch(
     """Returns a plan with the examples of an update that fit.
 
     What a step needs beside its state grows almost evenly with the batch: twice the
-    batch tells by how much, and what follows is compiled to be sure. The number is a
+    batch shows by how much, and what follows is compiled to be sure. The number is a
     multiple of the devices that share a batch, 0 if not even one example for each of
     them fits, and stays None if the memory is not known.
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed
+from jax._src import distributed  # no public name; Orbax takes the store from it
 
 from sparse_jax.errors import InputError, first_line
 
@@ -26,9 +26,6 @@ __all__ = [
     "require_agreement",
     "watch_processes",
 ]
-
-# The store that processes share has no public name; Orbax takes it from here too.
-
 
 _FOLDER = "sparse_jax/alive/"
 _DONE = "done"

@@ -53,12 +53,12 @@ class Entries(Layout):
         return self if shards is None else ShardedEntries(shards)
 
     def spec(self, stacked: bool) -> jax.P:
-        """Returns that every device has all."""
+        """Returns a partition that puts all of it on every device."""
         del stacked
         return jax.P()
 
     def _empty(self, shape: Sequence[int], k: int, capacity: int | None) -> jax.Array:
-        """Returns positions of nothing."""
+        """Returns zeros."""
         del shape, capacity
         return jnp.zeros(k, jnp.int32)
 
@@ -97,14 +97,14 @@ class Entries(Layout):
     def to_positions(
         self, support: np.ndarray, shape: Sequence[int], *packed: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """Returns what is given: a support is positions."""
+        """Returns its arguments: the support is positions already."""
         del shape
         return support, *packed
 
     def from_positions(
         self, positions: np.ndarray, shape: Sequence[int], *packed: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """Returns what is given."""
+        """Returns its arguments."""
         del shape
         return positions, *packed
 

@@ -21,7 +21,7 @@ GRANULARITIES: dict[str, Layout] = {"entry": ENTRY, "lane": LANE}
 
 
 def granularity_named(granularity: str | Layout) -> Layout:
-    """Returns the layout behind a word; layouts pass through.
+    """Returns the layout that a word names; layouts pass through.
 
     Raises:
       InputError: if it is neither.

@@ -84,7 +84,7 @@ def set_rows(
 
 
 class _Plan(NamedTuple):
-    """How arrays are cut into the blocks of a kernel."""
+    """How arrays are split into the blocks of a kernel."""
 
     grid: tuple[int, int, int]  # layers, blocks of groups, blocks of columns
     matrix: pl.BlockSpec

@@ -155,7 +155,7 @@ def register_score(
 
 
 def score_named(score: str | Score | Callable[..., jax.Array]) -> Score:
-    """Returns the score behind a word, or of a function.
+    """Returns the score that a word names, or that of a function.
 
     Raises:
       InputError: if the word is unknown, or the function takes other arguments.

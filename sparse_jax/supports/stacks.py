@@ -95,7 +95,7 @@ def replicated(x: jax.Array) -> jax.Array:
     """Gathers an array that is sharded over explicit mesh axes; others pass through.
 
     Flat positions need the whole array. Under automatic axes the compiler gathers it
-    by itself; under explicit axes JAX wants to be told.
+    by itself; explicit axes need the reshard to be written.
     """
     return resharded(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
 

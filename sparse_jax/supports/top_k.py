@@ -200,7 +200,7 @@ def positions_of(words: jax.Array, k: int) -> jax.Array:
     count = _population(words)
     start = jnp.cumsum(count, dtype=jnp.int32) - count
     # Every non-empty word writes its number where its first bit goes; a running
-    # maximum then tells each of the k places which word it belongs to.
+    # maximum then gives each of the k results the word that it belongs to.
     slot = jnp.where(count > 0, start, k)
     numbers = lax.iota(jnp.int32, words.size)
     owner = jnp.zeros(k, jnp.int32).at[slot].set(numbers, mode="drop")
@@ -218,7 +218,7 @@ def top_k_in_shards(
       x: array with at most 2**31 - 1 entries, sharded as `shards` says.
       k: entries of the whole array, in [1, x.size].
       shards: how `x` is sharded.
-      capacity: places of every shard.
+      capacity: entries that the support of a shard has room for.
 
     Returns:
       A support as in `ShardedEntries`, shape=(S, capacity), int32, and how many entries

@@ -22,7 +22,7 @@ _MAX_LENGTH = 512  # tokens, as Alpaca was trained with
 
 @dataclass(frozen=True, eq=False)
 class CausalFeed:
-    """Token sequences, cut into batches. The members are those of `Feed`."""
+    """Token sequences, split into batches. The members are those of `Feed`."""
 
     sequences: dict[str, TokenSequences]  # by split; without "train" to evaluate only
     batch_size: int
@@ -107,7 +107,7 @@ def make_causal_feed(
     Args:
       splits: conversations.
       tokenizer: of the model.
-      model: says how many tokens it can tell apart.
+      model: bounds the tokens by its embeddings, and the length by its positions.
       max_length: most tokens of a sequence; None is 512, or the model's positions.
       batch_size: rows of an update.
       loss: on the responses or on all tokens.

@@ -66,7 +66,7 @@ class Checkpoints:
         self._everywhere = placement.compiled(lambda leaf: leaf)
 
     def save(self, state: CompactState, position: Position) -> None:
-        """Begins to write the state between two batches, whole or not at all.
+        """Begins to write the state between two batches, atomically.
 
         A checkpoint that cannot be written is reported, and the run goes on: the one
         before stays as it is.
@@ -231,7 +231,7 @@ class Checkpoints:
         return state._replace(params=values, masters=())
 
     def _rebuilt(self, state: CompactState, trained: CompactState) -> CompactState:
-        """Returns the state whose reduced form is `trained`; `state` is given away."""
+        """Returns the state whose reduced form is `trained`; `state` is donated."""
         roles = self._tuner.roles(state.params)
         trained = self._placement.hold(roles, trained)
         values: Any = trained.params

@@ -54,7 +54,7 @@ class Record:
 def write_checkpoint(
     folder: Path, record: Record, arrays: Sequence[np.ndarray]
 ) -> None:
-    """Writes a checkpoint, whole or not at all; one at the same place is replaced.
+    """Writes a checkpoint atomically; one in the same folder is replaced.
 
     The items are those of Orbax's tools: `trained` with the arrays, by their number,
     and `told` with the record.

@@ -128,7 +128,7 @@ class Classification:
         return f"cross-entropy{per}"
 
     def make_loss(self, model: Model, *, checkpointing: bool) -> Loss:
-        """Returns the loss that training minimises."""
+        """Returns the loss that training minimizes."""
         return make_loss(model, checkpointing=checkpointing)
 
     def make_evaluate(

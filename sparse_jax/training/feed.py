@@ -93,7 +93,7 @@ class Feed(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class LabelledFeed:
-    """The encoded examples of a task, cut into batches."""
+    """The encoded examples of a task, split into batches."""
 
     encoded: dict[str, Encoded]  # by split, "train" first
     batch_size: int
@@ -165,7 +165,7 @@ def make_feed(
     Args:
       splits: texts and labels.
       tokenizer: of the model.
-      model: says how many tokens it can tell apart.
+      model: bounds the tokens by its embeddings, and the length by its positions.
       max_length: most tokens of an example; None is 128, or the model's positions.
       batch_size: examples of an update.
       accumulate: parts that a training batch is computed in.
@@ -224,7 +224,7 @@ def embedded_pad(pad_id: int, model: Model) -> int:
 
 
 def digest_of(arrays: Iterable[np.ndarray]) -> str:
-    """Returns the SHA-256 of arrays, which tells apart where one ends."""
+    """Returns the SHA-256 of arrays and of their lengths."""
     found = hashlib.sha256()
     for array in arrays:
         found.update(len(array).to_bytes(8, "little"))

@@ -17,7 +17,7 @@ _SPLITS = ("#b3541e", "#3b7d4f", "#6a4c93")
 def draw_curve(
     path: str | Path, rows: MetricRows, *, title: str, loss: str, metric: str
 ) -> None:
-    """Draws the training curve of a run to a PNG, whole or not at all.
+    """Draws the training curve of a run to a PNG, atomically.
 
     Args:
       path: file to write.
@@ -90,7 +90,7 @@ def draw_layers(
     """Draws how often each layer was updated, and its importance, to a PNG.
 
     Args:
-      path: file to write, whole or not at all.
+      path: file to write, atomically.
       rows: lines of `metrics.jsonl`: with `active` if it changed, and `importance`
         if it did.
       num_layers: layers of the model.
@@ -111,7 +111,7 @@ def draw_layers(
         widest = float(np.max(np.abs(importance))) or 1.0
         limits = {"vmin": -widest, "vmax": widest, "cmap": "RdBu_r"}
         _draw(figure, panels[1], importance.T, len(updates), "importance", **limits)
-        panels[1].set_title("importance learnt", fontsize=10)
+        panels[1].set_title("importance learned", fontsize=10)
     with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png")
 

@@ -147,7 +147,7 @@ def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
         "training %s%s: %s of %s parameters (%.3g %%), %s of state, %d updates %s",
         settings.method_word, layers, f"{counts.trained:,}", f"{counts.total:,}",
         100 * share, bytes_shown(state_bytes), _total(job),
-        "by the optimizer that was given" if rate is None else
+        "with the optimizer that was passed" if rate is None else
         f"at a learning rate of {rate:g}",
     )  # fmt: skip
     for split, usage in job.feed.usage.items():

@@ -19,7 +19,7 @@ __all__ = [
 MetricRows = Sequence[Mapping[str, Any]]
 
 _MOST_AVERAGED = 50  # updates at the beginning and at the end
-_GUESSING = 0.9  # share of the vocabulary: fewer tokens are something learnt
+_GUESSING = 0.9  # share of the vocabulary: fewer tokens mean that something was learned
 
 
 def updates_of(rows: MetricRows) -> list[Mapping[str, Any]]:
@@ -39,7 +39,7 @@ def evaluations_of(rows: MetricRows) -> list[Mapping[str, Any]]:
 
 
 def is_evaluation(row: Mapping[str, Any]) -> bool:
-    """Returns whether a row tells how good a model is."""
+    """Returns whether a row is that of an evaluation."""
     return "split" in row
 
 

@@ -77,7 +77,7 @@ class LanguageModelling:
     head: tuple[str, ...] = ()
 
     def make_loss(self, model: Model, *, checkpointing: bool) -> Loss:
-        """Returns the loss that training minimises."""
+        """Returns the loss that training minimizes."""
         return make_token_loss(model, checkpointing=checkpointing)
 
     def make_evaluate(

@@ -114,10 +114,10 @@ _MOST_SKIPPED = 20
 
 @dataclass(eq=False)
 class Loop:
-    """Feeds batches to a tuner, and tells and saves what happens.
+    """Feeds batches to a tuner, and reports and saves what happens.
 
-    Everything that is random follows from the seed and the place in the run, so that a
-    run continued from a checkpoint gives the numbers of one that was not interrupted.
+    Everything that is random follows from the seed and the number of the batch, so that
+    a run resumed from a checkpoint has the numbers of one that was not interrupted.
 
     Attributes:
       runner: makes the updates.
@@ -147,7 +147,7 @@ class Loop:
     _known: dict[str, Any] = field(default_factory=dict)
 
     def run(self, state: CompactState, at: Position) -> tuple[CompactState, Position]:
-        """Trains from a position to the end; the state is given away.
+        """Trains from a position to the end; the state is donated.
 
         The end of an epoch is saved before it is evaluated: a run that stops between
         the two evaluates when it is resumed.
@@ -232,7 +232,7 @@ class Loop:
     def _select(
         self, state: CompactState, batch: Any, key: jax.Array, step: int
     ) -> tuple[CompactState, bool]:
-        """Chooses the supports; says whether the gradient was finite."""
+        """Chooses the supports; also returns whether the gradient was finite."""
         if not jax.tree.leaves(state.support):
             return self.runner.select(state, batch, key)
         self.progress.note("selecting the entries to train")
@@ -272,11 +272,11 @@ class Loop:
 
     def _news(self, metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """Returns metrics as numbers and lists, without lists that have not changed."""
-        told = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        known, self._known = self._known, told
+        shown = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        known, self._known = self._known, shown
         return {
             name: value
-            for name, value in told.items()
+            for name, value in shown.items()
             if not isinstance(value, list) or value != known.get(name)
         }
 

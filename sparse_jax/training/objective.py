@@ -1,4 +1,4 @@
-"""The objective of a run: what it minimises, and how a model is evaluated."""
+"""The objective of a run: what it minimizes, and how a model is evaluated."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -50,7 +50,7 @@ class Objective(Protocol):
         ...
 
     def make_loss(self, model: Model, *, checkpointing: bool) -> Loss:
-        """Returns the loss that training minimises."""
+        """Returns the loss that training minimizes."""
         ...
 
     def make_evaluate(

@@ -251,8 +251,8 @@ def _require_same(path: Path, settings: Settings) -> None:
         name = changed[0]
         if name == "optimizer":
             raise InputError(
-                "`optimizer` must be given to the function `finetune` exactly if the "
-                "run to resume had one, which a file cannot hold: pass the same object "
+                "`optimizer` must be passed to `finetune` if the run to resume had "
+                "one, as no file can hold it, and only then. Pass the same object "
                 "again, or --overwrite to start anew."
             )
         raise InputError(

@@ -60,7 +60,7 @@ _log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """What the loop tells its audience."""
+    """Reports how a run goes on."""
 
     def update(
         self, step: int, loss: float, tokens: int, seconds: float, *, is_compiling: bool

@@ -1,4 +1,4 @@
-"""What a run leaves behind: where it came from, and its adapter."""
+"""The results of a run: its provenance and its adapter."""
 
 import platform
 from importlib.metadata import version

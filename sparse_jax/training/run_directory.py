@@ -125,7 +125,7 @@ class RunDirectory:
         return hashlib.sha256(b"".join(lines)).hexdigest()
 
     def require_steps(self, step: int, skipped: int) -> None:
-        """Raises `ValueError` unless the rows tell of all batches before a step."""
+        """Raises `ValueError` unless there are rows of all batches before a step."""
         steps = {row["step"] for row in self.rows}
         skips = [row for row in self.rows if row.get("is_skipped")]
         found = sum(row["step"] <= step for row in skips)

@@ -1,4 +1,4 @@
-"""The files of a run directory: JSON that is read with care, and written whole."""
+"""The files of a run directory: JSON, validated when read, written atomically."""
 
 import json
 import math
@@ -82,13 +82,13 @@ def row_line(row: Mapping[str, Any]) -> bytes:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes readable JSON, whole or not at all."""
+    """Writes readable JSON atomically."""
     text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
     write_text(path, text.encode())
 
 
 def write_text(path: Path, text: bytes) -> None:
-    """Writes a text in UTF-8, whole or not at all."""
+    """Writes a text in UTF-8 atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(text)
 

@@ -34,6 +34,7 @@ from sparse_jax.transforms.layers import (
     STACKED,
     LayerOf,
     Place,
+    is_place,
     places_of,
     places_only,
 )
@@ -109,7 +110,7 @@ def ist(
 
     Returns:
       A transformation. With "ist", `update` needs `value_fn=`, which maps a strength
-      of shape (L,) to the loss when layer l adds strength[l] times what it learnt;
+      of shape (L,) to the loss when layer l adds strength[l] times what it learned;
       it is called `num_probes` times in an update that probes, and not in others;
       `ist_value_fn` makes one from a loss.
       `state.sampler` has `active` and `memory.importance`.
@@ -278,7 +279,6 @@ def ist_value_fn(
                     now.dtype
                 )
 
-            is_place = lambda node: isinstance(node, Place)
             damped = jax.tree.map(damp, places, params, start, is_leaf=is_place)
             return loss(damped, *args, **kwargs)
 
@@ -321,7 +321,6 @@ def _norms(
     """Returns the norms of the gradients of the active layers, if the rule asks."""
     squares = jnp.zeros(rule.num_layers, jnp.float32)
     if rule.needs_norms:
-        is_place = lambda node: isinstance(node, Place)
         of = jax.tree.leaves(places, is_leaf=is_place)
         for place, leaf in zip(of, jax.tree.leaves(updates), strict=True):
             square = jnp.square(leaf.astype(jnp.float32))

@@ -82,9 +82,9 @@ def put_rows(
     def put(leaf: jax.Array, rows: jax.Array) -> jax.Array:
         place, options = active, _IN_ORDER
         if ready is not None:
-            # Rows behind the end are not written.
-            behind = leaf.shape[0] + jnp.arange(active.size, dtype=active.dtype)
-            place = jnp.where(ready, active, behind)
+            # Rows past the end are not written.
+            past = leaf.shape[0] + jnp.arange(active.size, dtype=active.dtype)
+            place = jnp.where(ready, active, past)
             options = {**_IN_ORDER, "mode": "drop"}
         return leaf.at[place].set(rows, **options, out_sharding=_sharding(leaf))
 
@@ -111,7 +111,7 @@ def restart_rows(is_new: jax.Array, fresh: Any, state: Any) -> Any:
 
 
 def _sharding(leaf: jax.Array) -> Any:
-    """Returns the sharding of rows over explicit mesh axes, where JAX wants it told."""
+    """Returns the sharding of rows over explicit mesh axes, None for others."""
     sharding = jax.typeof(leaf).sharding
     if not any(sharding.spec):
         return None

@@ -23,6 +23,7 @@ __all__ = [
     "STACKED",
     "LayerOf",
     "Place",
+    "is_place",
     "places_of",
     "places_only",
 ]
@@ -98,7 +99,7 @@ def places_of(
 def places_only(tree: Any, places: Any, kind: str, layer: int = -1) -> Any:
     """Returns the leaves of one place; others become `optax.MaskedNode()`."""
     pick = lambda place, leaf: leaf if place == (kind, layer) else optax.MaskedNode()
-    return jax.tree.map(pick, places, tree, is_leaf=_is_place)
+    return jax.tree.map(pick, places, tree, is_leaf=is_place)
 
 
 def _inside(layer_of: LayerOf, name: str) -> Place | None:
@@ -141,6 +142,6 @@ def _require_stack(name: str, leaf: Any, num_layers: int) -> None:
         )
 
 
-def _is_place(node: Any) -> bool:
-    """Says whether a node of a tree is a place."""
+def is_place(node: Any) -> bool:
+    """Returns whether a node of a tree is a place."""
     return isinstance(node, Place)

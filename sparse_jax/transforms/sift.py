@@ -48,7 +48,7 @@ class SiftState(NamedTuple):
 
     count: jax.typing.ArrayLike  # shape=(), int32: gradients accepted
     skipped: jax.typing.ArrayLike  # shape=(), int32: non-finite gradients skipped
-    support: Any  # sparse leaves: shape=(k,) or (L, k), int32; or rows
+    support: Any  # sparse leaves: shape=(k,) or (L, k), int32; see `Layout`
     masters: optax.Updates  # trained leaves below float32: their float32 values
     summed: optax.Updates  # sparse leaves if select_from > 1: float32 gradients
     inner_state: optax.OptState

@@ -1,4 +1,4 @@
-"""GPT-2: learnt positions, layer norms before attention and MLP.
+"""GPT-2: learned positions, layer norms before attention and MLP.
 
 References:
   Radford et al., 2019. Language Models are Unsupervised Multitask Learners.
