@@ -184,7 +184,7 @@ def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["settings"]["optimizer"] == "own"
     assert finetune(settings, optimizer=optax.sgd(0.1), resume=True) == metrics
-    with pytest.raises(InputError, match="`optimizer` must be given .* pass the same"):
+    with pytest.raises(InputError, match="`optimizer` must be passed .* Pass the same"):
         finetune(settings, resume=True)
     with pytest.raises(InputError, match="`optimizer` in .* must be null, got 'own'"):
         read_settings(tmp_path / "run" / "config.json")
