@@ -135,14 +135,14 @@ ADDING = ["lora", "dora", "series", "parallel", "prefix", "ia3"]
 
 @pytest.mark.parametrize("word", ADDING)
 def test_a_word_alone_does_not_say_what_arrays_mean(word):
-    message = f"`method` must be the method .* got the word '{word}'. Pass"
+    message = f"`method` must be the method .* got the name '{word}'. Pass"
     with pytest.raises(InputError, match=message):
         Adapter(method=word)
     with pytest.raises(
         InputError, match="`method` must be a method, got <class .*LoRA"
     ):
         Adapter(method=LoRA)
-    with pytest.raises(InputError, match="got the word 'vera'. Pass `LoRA"):
+    with pytest.raises(InputError, match="got the name 'vera'. Pass `LoRA"):
         Adapter(method="vera", added={"up": {}})
 
 

@@ -287,7 +287,7 @@ WORDS = {
     "method": ({"method": []}, r"`method` in .* must be text, got \[\]"),
     "no settings": (
         {"method_settings": None},
-        "`method` must be .* got the word 'lora'",
+        "`method` must be .* got the name 'lora'",
     ),
     "no object": ({"method_settings": 1}, "`method_settings` in .* an object or null"),
     "hash": ({"base_hash": {"a": 1}}, "`base_hash` in .* must be text, got {'a': 1}"),

@@ -142,7 +142,7 @@ def test_texts_end_where_the_model_says(command, place):
         ((*SAY, "--prompts", "PLACE/none"), "must be a file, and there is none"),
         (
             (*SAY, "--prompts", "PLACE/blank.txt"),
-            "`prompts` must be a file with a text in a line, got '",
+            "`prompts` must be a file with one text per line, got '",
         ),
         ((*SAY, "--beams", "2", "--top-k", "3"), "`beams` must be left out with"),
         ((*SAY, "--length-penalty", "2"), "`length_penalty` must be left out"),

@@ -146,7 +146,7 @@ def test_a_class_without_a_word_is_not_stored(params, tmp_path):
     added = jax.tree.map(np.asarray, method.added(params, jax.random.key(0)))
     adapter = sparse_jax.Adapter(added=added, method=method)
     sparse_jax.apply_adapter(params, adapter)
-    with pytest.raises(InputError, match="a class with a word, got Other. Give it one"):
+    with pytest.raises(InputError, match="a registered class, got Other. Register it"):
         sparse_jax.save_adapter(tmp_path / "adapter.safetensors", adapter)
 
 

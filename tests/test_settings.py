@@ -195,7 +195,7 @@ def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
     [
         ({"method": LoRA(rank=2), "alpha": 2.0}, "`alpha` must be left out with meth"),
         ({"method": LoRA(rank=2, dense="a"), "dense": ("b",)}, "`dense` must be left"),
-        ({"method": object()}, "`method` must be of a class with a word"),
+        ({"method": object()}, "`method` must be of a registered class"),
         ({"sampler": object()}, "`sampler` must be one of ist, uniform"),
         ({"sampler": Uniform(num_layers=2, num_active=1), "hold": 2}, "`hold` must be"),
         ({"granularity": LANE}, "`granularity` must be one of entry, lane, got "),

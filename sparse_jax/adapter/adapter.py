@@ -25,11 +25,11 @@ class Adapter:
     """Trained values, absolute ones, so that loading restores every bit.
 
     `Compact.adapter` makes one from a state. One made by hand needs the method, whose
-    settings say what the added arrays mean; without any, the word of a method is
+    settings say what the added arrays mean; without any, the name of a method is
     enough, or no method at all, and it may hold any leaves.
 
     Raises:
-      InputError: if `method` is not a method, or the word of one that adds arrays.
+      InputError: if `method` is not a method, or the name of one that adds arrays.
 
     Example:
       >>> adapter = Adapter(
@@ -46,7 +46,7 @@ class Adapter:
     # site: {part: array}, float32
     added: dict[str, Arrays] = field(default_factory=dict)
     method: Method = field(default_factory=Method)  # `Method()` says nothing
-    word: str = ""  # of the method; one that is not of its class is replaced
+    word: str = ""  # name of the method; one that is not of its class is replaced
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the run
     base_model: str = ""
     base_hash: str = ""  # SHA-256 of the base's weights, hexadecimal
@@ -118,12 +118,12 @@ def adapter_of(
 
 
 def require_no_settings(word: str, has_added: bool) -> None:
-    """Raises if a word alone does not say what the arrays of an adapter mean."""
+    """Raises if a name alone does not say what the arrays of an adapter mean."""
     entry = METHODS.get(word)
     if has_added or (entry is not None and entry.adds_arrays):
         name = entry.kind.__name__ if entry is not None else "LoRA"
         raise InputError(
             "`method` must be the method that was trained, as its settings say what "
-            f"the added arrays mean, got the word {word!r}. Pass `{name}(...)` with "
+            f"the added arrays mean, got the name {word!r}. Pass `{name}(...)` with "
             "the settings of the training, or take `tuner.adapter(state)`."
         )

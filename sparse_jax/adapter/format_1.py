@@ -29,7 +29,7 @@ def method_of_format_1(
     """Returns the method of a file, or `Method()` if it does not say enough.
 
     Args:
-      word: of the method.
+      word: name of the method.
       settings: of the method and its run.
       dense: names of the leaves that it holds as a whole.
       has_added: whether it holds arrays that a method adds.
@@ -57,7 +57,7 @@ def method_of_format_1(
             raise InputError(
                 f"`settings` in {place} must have `{name}`, which its method {word} "
                 "needs, and does not. Copy it again; if it was made by hand, make it "
-                "again with the method itself instead of a word."
+                "again with the method itself instead of its name."
             )
     head = ["^classifier/"] if has_head else []
     if not is_of_run:

@@ -92,7 +92,7 @@ def _tensors(
 
 
 def _has_tied_table(adapter: Adapter, model: Model) -> bool:
-    """Says whether a word table was trained that is the head of a decoder as well.
+    """Returns whether a word table was trained that is the head of a decoder as well.
 
     PEFT trains a copy of a module and leaves the head to the table of the base.
     """

@@ -111,7 +111,7 @@ def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
 
 
 def base_folder(adapter: Adapter, model: str | Path | None) -> Path:
-    """Returns the folder of an adapter's base, which a run may be given otherwise.
+    """Returns the folder of an adapter's base, or of the model to use in its place.
 
     A base that the adapter names is reported, and never fetched: the file may come
     from anybody.

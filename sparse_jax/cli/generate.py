@@ -35,14 +35,14 @@ def generate(
         None, "Text to continue; may be repeated.", "none", metavar="<str>"
     ),
     prompts: str | None = option(
-        None, "File of texts to continue, one a line.", "none"
+        None, "File of texts to continue, one per line.", "none"
     ),
     chat: bool = flag(
-        "--chat", "Format each text as a message by the tokenizer's chat template."
+        "--chat", "Format each text as a message with the tokenizer's chat template."
     ),
     template: str | None = option(
         None,
-        "Format each text as an instruction by a prompt template: "
+        "Format each text as an instruction with a prompt template: "
         f"{' or '.join(PROMPTS)}.",
         "none",
     ),
@@ -174,7 +174,7 @@ def _lines(path: str | None) -> list[str]:
     texts = [line for line in lines if line.strip()]
     if not texts:
         raise InputError(
-            f"`prompts` must be a file with a text in a line, got {brief(path)}, "
-            "which has none."
+            f"`prompts` must be a file with one text per line, got {brief(path)}, "
+            "which has no text."
         )
     return texts

@@ -42,14 +42,14 @@ _FIELDS = {
 
 
 def option(default: Any, text: str, shown: str = "", **more: Any) -> Any:
-    """Returns an option; `shown` says what leaving it out means."""
+    """Returns an option; `shown` describes a default that is not shown as it is."""
     if shown:
         text, more["show_default"] = f"{text}  [default: {shown}]", False
     return Option(default, help=text, **more)
 
 
 def flag(name: str, text: str, default: bool = False) -> Any:
-    """Returns an option that is given or not."""
+    """Returns an option without a value."""
     return Option(default, name, help=text)
 
 
@@ -121,7 +121,7 @@ def _parameter(name: str, defaults: Mapping[str, Any]) -> inspect.Parameter:
     return inspect.Parameter(name, keyword, default=made, annotation=kind)
 
 
-# Typer shows a list by its word for texts.
+# Typer would show the type of every list as that of texts.
 _METAVARS: dict[object, str] = {
     tuple[str, ...]: "<regex>",
     tuple[int, ...]: "<int>",
@@ -138,7 +138,7 @@ def choose_settings(
       context: of the command.
       settings: the options of the command that are settings.
       config: the file, if there is one.
-      ist: whether --ist stands for a sampler.
+      ist: whether --ist is given.
 
     Raises:
       InputError: if one that has no default is not given, or the file is wrong.
@@ -252,5 +252,5 @@ def take_devices(
         raise InputError(
             f"`devices` must be left out where there are real ones, got {devices} and "
             f"{jax.device_count()} of kind {jax.default_backend()}. Set "
-            "JAX_PLATFORMS=cpu to simulate some all the same."
+            "JAX_PLATFORMS=cpu to simulate some anyway."
         )

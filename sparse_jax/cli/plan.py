@@ -56,7 +56,7 @@ def plan(
     length: int | None = option(
         None,
         "Tokens of every example.",
-        "the max_length of --config, else 2048, or what the model takes if fewer",
+        "the max_length of --config, else 2048 or the most that the model takes",
     ),
     target: str = option(
         "cpu",

@@ -123,7 +123,7 @@ class Method:
         """Returns the fields as values of JSON: what an adapter file stores.
 
         Raises:
-          InputError: naming the field, if its value has no word.
+          InputError: naming the field, if a file cannot hold its value.
 
         Example:
           >>> Method(dense=["bias$"]).to_settings()

@@ -81,7 +81,7 @@ class Prefix(Method):
         *,
         key: jax.Array | None = None,
     ) -> Any:
-        """Returns the prefix where a layer asks for its memory."""
+        """Returns the prefix at the site of the memory, else what the module does."""
         del key
         if site not in added:
             return module(x)

@@ -1,4 +1,4 @@
-"""The table of methods: their words, classes, learning rates and default options."""
+"""The table of methods: their names, classes, learning rates and default options."""
 
 import inspect
 import math
@@ -102,16 +102,16 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
-      word: of the command line and of files.
+      word: name on the command line and in files.
       path: class of the method, or module:class to import when it is used.
       learning_rate: usual peak learning rate.
-      defaults: default values of fields, or their words, by field.
+      defaults: default values of fields, or their names, by field.
       dense: rules of what is trained in full, in place of the head.
       also_dense: rules of what is trained in full beside the head.
-      fixed: fields that the word stands for, such as the score of `random`.
+      fixed: fields that are no options, such as the score of `random`.
     """
 
     word: str
@@ -165,10 +165,9 @@ class Entry:
         """Returns the method that options ask for.
 
         Args:
-          options: values by the names of options, or the words of values; None or an
-        empty list stands
-            for the default. `dense`, the rules of what is trained in full, replaces
-            the head.
+          options: values by the names of options, or the names of values; None
+            or an empty list is the default. `dense`, the rules of what is trained in
+            full, replaces the head.
           head: rules of the head of a task.
 
         Raises:
@@ -194,7 +193,7 @@ class Entry:
         return self.kind(**values, dense=(*self.also_dense, *dense))
 
 
-# word -> its line, in the order of registration
+# name -> its row, in the order of registration
 METHODS: dict[str, Entry] = {}
 
 
@@ -208,23 +207,23 @@ def register_method(
     fixed: Sequence[str] = (),
     **defaults: Any,
 ) -> None:
-    """Gives a class of methods a word, by which runs and adapter files name it.
+    """Registers a class of methods under a name, for runs and adapter files.
 
     Fields made with `option(...)` become options; every field is stored in adapters.
 
     Args:
-      word: lower-case letters, digits and underscores.
+      word: its name: lower-case letters, digits and underscores.
       kind: a frozen dataclass, a subclass of `Method`; or module:class, which is
         imported when it is used.
       learning_rate: usual peak learning rate.
       dense: rules of what is trained in full, in place of the head of a task.
       also_dense: rules of what is trained in full beside it.
-      fixed: which of `defaults` the word stands for, so that they are no options.
-      **defaults: default values of fields, or their words.
+      fixed: which of `defaults` are fixed, so that they are no options.
+      **defaults: default values of fields, or their names.
 
     Raises:
-      InputError: if the word is taken or cannot be one, the class is no method, or it
-        has no such field.
+      InputError: if the name is taken or invalid, the class is no method, or it has no
+        such field.
 
     Example:
       >>> from dataclasses import dataclass
@@ -240,7 +239,7 @@ def register_method(
     if not re.fullmatch("[a-z0-9_]+", word) or word in METHODS:
         raise InputError(
             "`word` must be new, and of lower-case letters, digits and underscores, "
-            f"got {word!r}. Words are {', '.join(METHODS)}."
+            f"got {word!r}. In use are {', '.join(METHODS)}."
         )
     if not isinstance(kind, str):
         _require_kind(kind, defaults)
@@ -285,10 +284,10 @@ def learning_rates() -> str:
 
 
 def word_of(method: "Method") -> str:
-    """Returns the word of a method: the first of its class that has its defaults.
+    """Returns the name of a method: the first of its class that has its defaults.
 
     Raises:
-      InputError: if its class has no word.
+      InputError: if its class is not registered.
 
     Example:
       >>> from sparse_jax import Sparse
@@ -298,8 +297,8 @@ def word_of(method: "Method") -> str:
     entries = [one for one in METHODS.values() if one.kind is type(method)]
     if not entries:
         raise InputError(
-            f"`method` must be of a class with a word, got {type(method).__name__}. "
-            "Give it one by `register_method`."
+            f"`method` must be of a registered class, got {type(method).__name__}. "
+            "Register it with `register_method`."
         )
     for entry in sorted(entries, key=lambda entry: -len(entry.fixed)):
         either = {x: (entry.defaults[x], entry.values[x]) for x in entry.fixed}
@@ -309,7 +308,7 @@ def word_of(method: "Method") -> str:
 
 
 def entry_of(word: str, place: str) -> Entry:
-    """Returns the line of a word in the table of methods.
+    """Returns the row of a name in the table of methods.
 
     Raises:
       InputError: if there is none.
@@ -317,7 +316,7 @@ def entry_of(word: str, place: str) -> Entry:
     if word not in METHODS:
         raise InputError(
             f"`method` in {place} must be one of {', '.join(METHODS)}, got "
-            f"{brief(word)}. Register it by `register_method`, or read the file with "
+            f"{brief(word)}. Register it with `register_method`, or read the file with "
             "the version that wrote it."
         )
     return METHODS[word]
@@ -329,7 +328,7 @@ _AT_MAPS = {"where": (f"^{_MAPS}$",)}
 _IN_MAPS = {"where": (f"^layers/{_MAPS}/",)}
 _FIXED_SCORE = {**_IN_MAPS, "fixed": ("score",)}
 
-# word, class in this folder, learning rate, and other arguments of `register_method`.
+# name, class in this folder, learning rate, and other arguments of `register_method`.
 # The learning rates are common ones, not tuned by a grid search; a few sparse entries
 # need larger steps than all.
 _BUILT_IN: tuple[tuple[str, str, float, dict[str, Any]], ...] = (

@@ -25,7 +25,7 @@ class Sparse(Method):
 
     With `score="gradient"` this is SIFT; it then gives the numbers of the Optax
     transformation `sift`, without its dense gradients. Both take the same words,
-    functions and layouts; what has a word is kept as its word.
+    functions and layouts; a score or layout with a name is kept as its name.
 
     It adds nothing, so `strength` has nothing to damp here. w0 + strength * (w - w0)
     would, and needs the k values of the start of each array beside its support.
@@ -46,7 +46,7 @@ class Sparse(Method):
 
     density: float
     where: Rule | None = None  # Expressions of the sparse leaves; None is all others.
-    # Nothing in an adapter depends on it, so it need not have a word.
+    # Nothing in an adapter depends on it, so it need not have a name.
     score: str | Score | Callable[..., jax.Array] = field(
         default="gradient", metadata=option(words=SCORES, is_stored=False)
     )
@@ -78,5 +78,5 @@ class Sparse(Method):
 
 
 def _as_word(table: Mapping[str, _T], value: _T) -> str | _T:
-    """Returns the word of a value in a table, or the value if it has none."""
+    """Returns the name of a value in a table, or the value if it has none."""
     return next((word for word, known in table.items() if known == value), value)

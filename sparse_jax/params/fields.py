@@ -167,7 +167,7 @@ def to_json(made: Any) -> dict[str, Json]:
     """Returns the fields of a dataclass as values of JSON.
 
     Raises:
-      InputError: naming the field, if its value has no word, or could not be read back.
+      InputError: naming the field, if a file cannot hold its value.
     """
     return {one.field: _written(made, one) for one in fields_of(type(made))}
 
@@ -228,7 +228,7 @@ def _written(made: Any, one: Option) -> Json:
     """Returns the value of a field as a value of JSON."""
     value = getattr(made, one.field)
     if one.words is not None:
-        # Functions and objects of one word are the same object.
+        # Functions and objects are compared by identity, or by their name.
         for word, known in one.words.items():
             if value is known or value == word:
                 return word

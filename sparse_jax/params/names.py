@@ -83,7 +83,7 @@ def map_named(
 def _boxes() -> tuple[type, ...]:
     """Returns the classes of boxes that a tree can hold by now."""
     # Importing Flax takes twice as long as all that `sift` needs of this library, and
-    # no tree has boxes before somebody else does.
+    # no tree has boxes before somebody else imports it.
     return tuple(
         getattr(sys.modules[module], name)
         for module, name in _BOXES

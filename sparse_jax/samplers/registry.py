@@ -1,4 +1,4 @@
-"""The samplers by their words, and the options that belong to each."""
+"""The table of samplers: their names, classes and options."""
 
 import math
 import pkgutil
@@ -89,7 +89,7 @@ class SamplerOptions:
         "every layer.",
         "none",
     )
-    probe_every: int = setting(10, "Updates after which ist measures the layers again.")
+    probe_every: int = setting(10, "Updates between two probes of the layers by ist.")
     importance_rate: float = setting(
         10.0, "Step size with which ist moves the importance of a layer."
     )
@@ -129,16 +129,16 @@ def register_sampler(
     help: str = "",
     options: tuple[str, ...] = ("active", "hold"),
 ) -> None:
-    """Adds a sampler of your own to the words of `ist`, `finetune` and `--sampler`.
+    """Registers a sampler under a name, for `ist`, `finetune` and `--sampler`.
 
     Args:
-      word: its name from now on.
+      word: its name.
       kind: the class.
       help: a few words on which layers it draws.
       options: fields of `SamplerOptions` that `kind.fitted` takes.
 
     Raises:
-      InputError: if the word is taken, or `kind` is no class of samplers.
+      InputError: if the name is taken, or `kind` is no class of samplers.
 
     Example:
       >>> from sparse_jax.samplers.simple import Cyclic
@@ -158,10 +158,10 @@ def register_sampler(
 
 
 def sampler_class(word: str) -> "type[Sampler]":
-    """Returns the class of a word.
+    """Returns the class of a sampler by its name.
 
     Raises:
-      InputError: if it is none.
+      InputError: if there is none.
 
     Example:
       >>> sampler_class("ist").__name__
@@ -179,7 +179,7 @@ def sampler_class(word: str) -> "type[Sampler]":
 def make_sampler(
     word: str, *, num_layers: int, num_active: int, **options: Any
 ) -> "Sampler":
-    """Returns the sampler of a word for a model of `num_layers` layers.
+    """Returns the sampler of a name for a model of `num_layers` layers.
 
     Args:
       word: its name, such as "ist".
@@ -219,24 +219,24 @@ def _require_given(word: str, options: Mapping[str, Any]) -> None:
     for name in SAMPLERS[word].required:
         if not options.get(name):
             raise InputError(
-                f"`{name}` must be given with sampler {word!r}, got none. Where it is "
-                f"not an option, pass a `{sampler_class(word).__name__}(...)`."
+                f"`{name}` must be given with sampler {word!r}, got none. Functions "
+                f"without that option take a `{sampler_class(word).__name__}(...)`."
             )
 
 
 def word_of_sampler(sampler: "Sampler") -> str:
-    """Returns the word of a sampler's class.
+    """Returns the name of a sampler.
 
     Raises:
-      InputError: if it has none.
+      InputError: if its class is not registered.
     """
     for word in SAMPLERS:
         if sampler_class(word) is type(sampler):
             return word
     raise InputError(
         f"`sampler` must be one of {', '.join(SAMPLERS)}, or an object of their "
-        f"classes, got {brief(sampler)}. Add a class of your own by "
-        "`register_sampler(word, kind)`."
+        f"classes, got {brief(sampler)}. Register a class of your own "
+        "with `register_sampler`."
     )
 
 
@@ -261,6 +261,6 @@ def require_sampler_has(
     owners = [word for word, entry in SAMPLERS.items() if name in entry.options]
     place = f"with sampler {brief(sampler)}" if sampler else "without a sampler"
     raise InputError(
-        f"`{name}` must be left out {place}, got {brief(value)}. It belongs to the "
-        f"samplers {', '.join(owners or SAMPLERS)}."
+        f"`{name}` must be left out {place}, got {brief(value)}. It belongs to "
+        f"{', '.join(owners or SAMPLERS)}."
     )

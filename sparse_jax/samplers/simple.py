@@ -1,4 +1,4 @@
-"""Samplers that measure nothing: at random, in turn, one draw, or a given choice."""
+"""Samplers that measure nothing: uniform, cyclic, by given weights, a given list."""
 
 import math
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ class Fixed(Sampler[tuple[()]]):
     outliers in each layer.
 
     Raises:
-      InputError: unless there is one number a layer, none negative, and enough of
+      InputError: unless there is one number per layer, none negative, and enough of
         them positive.
 
     Example:

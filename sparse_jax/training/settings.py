@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OWN", "Settings", "setting_options"]
 
-OWN = "own"  # what a file says of an optimizer that was an object
+OWN = "own"  # recorded for an optimizer, which a file cannot hold
 
 DTYPES = ("float32", "bfloat16")
 LOSSES = ("response", "all")
@@ -168,12 +168,12 @@ class Settings(MethodOptions, SamplerOptions):
 
     @property
     def method_word(self) -> str:
-        """The word of the method."""
+        """The name of the method."""
         return self.method if isinstance(self.method, str) else word_of(self.method)
 
     @property
     def sampler_word(self) -> str | None:
-        """The word of the sampler; None without one."""
+        """The name of the sampler; None without one."""
         if self.sampler is None or isinstance(self.sampler, str):
             return self.sampler
         return word_of_sampler(self.sampler)
@@ -188,8 +188,8 @@ class Settings(MethodOptions, SamplerOptions):
     def record(self) -> dict[str, object]:
         """Returns the settings as `config.json` holds them.
 
-        An object is a mapping of its word, `name`, and its fields; an optimizer is only
-        said to have been given.
+        A method or sampler that is an object becomes a mapping of its `name` and its
+        fields. Of an optimizer it only says that there was one.
         """
         record: dict[str, object] = {
             one.name: getattr(self, one.name) for one in fields(self)
