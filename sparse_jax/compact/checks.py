@@ -59,7 +59,7 @@ def sums_of(
     batch: Any,
     key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what a loss gives, as two float32 scalars.
+    """Returns the sums that a loss returns, as two float32 scalars.
 
     Raises:
       InputError: if that is not a sum and a weight, or if the model never asks its

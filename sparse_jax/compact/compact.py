@@ -223,7 +223,7 @@ class Tuner(ABC):
     def _sums(
         self, params: optax.Params, attachment: Attachment, batch: Any, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns what the loss gives, checked."""
+        """Returns the sums that the loss returns, checked."""
         return sums_of(self.loss, self.method.stack, params, attachment, batch, key)
 
     def _gradients(
@@ -276,7 +276,7 @@ class Compact(Tuner):
       tx: any Optax transformation.
       accumulate: micro-batches per update. Above one, the leaves of a batch are
         [accumulate, ...] and only packed gradients are summed.
-      shards: how leaves are sharded, by name; `sparse_jax.sharding` knows.
+      shards: how leaves are sharded, by name, as from `Placement.shards`.
       data_axes: mesh axes over which replicas see different examples. They exchange
         gradients of the trained values, never dense ones.
 

@@ -20,6 +20,6 @@ class CompactState(NamedTuple):
 
 
 class UnselectedState(CompactState):
-    """A state whose supports hold nothing, which no step takes."""
+    """A state whose supports hold nothing yet, which `step` refuses."""
 
     __slots__ = ()

@@ -79,7 +79,7 @@ class MeshRunner:
         return self._update(state, batch, key, extra_args)
 
     def abstract(self, params: optax.Params, key: jax.Array) -> CompactState:
-        """Returns the shapes of the state, as of `init`, and where they lie."""
+        """Returns the shapes and shardings of the state that `init` returns."""
         capacity = self._first_capacity(params)
         init = lambda params, key: self.tuner.init(params, key, capacity)
         with _automatic(self.placement.mesh):
@@ -99,7 +99,7 @@ class MeshRunner:
         return self._choose.lower(state, batch, key)
 
     def _after_choice(self, out: Any, state: CompactState, *args: object) -> tuple:
-        """Returns where supports, and what is said about them, lie."""
+        """Returns the shardings of what `choose` returns."""
         del args
         support = self.placement.supports(self.tuner.roles(state.params), out[0])
         return support, *self._replicated(out[1:])
@@ -111,14 +111,14 @@ class MeshRunner:
         return self.tuner.step(state, batch, key, **extra_args)
 
     def _state(self, state: CompactState, *args: object) -> CompactState:
-        """Returns where a state lies."""
+        """Returns the shardings of a state."""
         del args
         return self.placement.state(self.tuner.roles(state.params), state)
 
     def _after_update(
         self, out: tuple[CompactState, object], *args: object
     ) -> tuple[CompactState, object]:
-        """Returns where a state and what is said about it lie."""
+        """Returns the shardings of a state and of what is returned with it."""
         del args
         return self._state(out[0]), self._replicated(out[1])
 

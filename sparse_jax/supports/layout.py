@@ -63,11 +63,11 @@ class Shards(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """For each place of a new support: its place in the old one, if it was there."""
+    """For each entry of a new support: its index in the old one, if it was there."""
 
     place: jax.Array  # int32, in the shape of the new support
-    stays: jax.Array  # bool
-    axis: int  # along which places count
+    stays: jax.Array  # bool: whether it was there
+    axis: int  # of the old support, along which `place` counts
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class Layout(ABC):
         """Returns a support and values packed for it, as `to_positions` undoes."""
 
     def _numbers(self, support: jax.Array, layers: jax.Array | None) -> jax.Array:
-        """Returns the numbers of the layers that a support is about."""
+        """Returns the numbers of the layers that a support belongs to."""
         count = support.shape[0] if support.ndim > self.ndim else 1
         return jnp.arange(count, dtype=jnp.int32) if layers is None else layers
 

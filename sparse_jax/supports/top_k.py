@@ -21,15 +21,7 @@ from jax import lax
 
 from sparse_jax.supports.layout import Shards
 
-__all__ = [
-    "bits_of",
-    "count_from",
-    "key_of",
-    "positions_of",
-    "search",
-    "top_k_support",
-    "top_k_in_shards",
-]
+__all__ = ["key_of", "top_k_in_shards", "top_k_support"]
 
 _WORD = 32
 # One above the key of the largest finite float32.
