@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +157,7 @@ def test_a_field_that_no_file_can_hold_is_refused():
 
         scale: int | float = 1
         turn: Callable[[float], float] = round
+        half: float = field(default=0.5, init=False)
 
     with pytest.raises(InputError, match="`turn` must be a value of JSON to be stored"):
         Rounded(factor=1.0).to_settings()
@@ -169,6 +170,7 @@ BAD_LINES = {
     "a word of two": (("my shift", Shift, {}), "`word` must be new, .* got 'my shift'"),
     "no method": (("other", dict, {}), "`kind` must be a dataclass .* got <class 'di"),
     "an object": (("other", Shift(factor=1), {}), "`kind` must be a dataclass and a"),
+    "nothing fixed": (("other", Shift, {"fixed": ["factor"]}), "`fixed` must be names"),
     "no field": (("other", Shift, {"rate": 1}), "`rate` must be a field of `Shift`"),
 }
 

@@ -245,6 +245,14 @@ def test_the_settings_of_a_file_are_those_that_were_written(tmp_path):
         assert Settings(**read_settings(tmp_path / name)) == settings
 
 
+def test_a_run_that_replaced_another_is_resumed_from_its_file(tmp_path):
+    path = tmp_path / "config.json"
+    record = Settings(**RUN, overwrite=True).record()
+    path.write_text(json.dumps({"settings": record}))
+    resumed = {**read_settings(path), "resume": True}
+    assert Settings(**resumed) == Settings(**RUN, resume=True)
+
+
 FILES = {
     "unknown": ("densty: 0.1", "must have settings such as .*, got 'densty'"),
     "text for a number": ("rank: many", "`rank` in .* must be a whole number, got 'ma"),

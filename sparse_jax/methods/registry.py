@@ -241,6 +241,11 @@ def register_method(
             "`word` must be new, and of lower-case letters, digits and underscores, "
             f"got {word!r}. In use are {', '.join(METHODS)}."
         )
+    if unknown := [name for name in fixed if name not in defaults]:
+        raise InputError(
+            f"`fixed` must be names of fields that are given here, got {unknown[0]!r}. "
+            "Pass its value as well."
+        )
     if not isinstance(kind, str):
         _require_kind(kind, defaults)
     METHODS[word] = Entry(

@@ -121,6 +121,8 @@ def fields_of(kind: type, **types: type) -> list[Option]:
     """
     hints, found = hints_of(kind, localns=types), []
     for one in fields(kind):
+        if not one.init:
+            continue
         facts = one.metadata.get(_KEY) or _Facts()
         plain, is_optional = _plain(hints[one.name])
         plain = str if facts.words is not None else plain

@@ -27,14 +27,15 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
     Args:
       path: YAML or JSON: a mapping of settings, or one that has them under `settings`,
-        as the `config.json` of a run directory.
+        as the `config.json` of a run directory, whose `overwrite` is left out.
 
     Raises:
       InputError: naming the file, and the setting that is unknown or of a wrong type.
     """
     found = _mapping(Path(path))
     if isinstance(inner := found.get("settings"), Mapping):
-        found = inner
+        # Replacing the folder was meant for the run that recorded it, and no other.
+        found = {name: one for name, one in inner.items() if name != "overwrite"}
     known = setting_options()
     for name in found:
         if name not in (*known, "optimizer"):
