@@ -239,7 +239,7 @@ def register_method(
     if not re.fullmatch("[a-z0-9_]+", word) or word in METHODS:
         raise InputError(
             "`word` must be new, and of lower-case letters, digits and underscores, "
-            f"got {word!r}. In use are {', '.join(METHODS)}."
+            f"got {word!r}. Names in use: {', '.join(METHODS)}."
         )
     if unknown := [name for name in fixed if name not in defaults]:
         raise InputError(

@@ -185,12 +185,13 @@ def from_json(kind: type[Made], settings: Mapping[str, Json], place: str) -> Mad
     Raises:
       InputError: naming a field that is missing, unknown, or of another type.
     """
-    known = {one.field: one for one in fields_of(kind)}
+    # Files of methods name fields, and not options.
+    known = {one.field: one._replace(name=one.field) for one in fields_of(kind)}
     for name in known:
         if name not in settings:
             raise InputError(
                 f"{place} must have `{name}`, which `{kind.__name__}` needs, and does "
-                "not. Copy it again."
+                "not. Add it, or copy the file again."
             )
     if unknown := sorted({*settings} - {*known}):
         raise InputError(
@@ -219,7 +220,7 @@ def read_json(one: Option, value: Json, place: str) -> Any:
     if not check(value):
         raise InputError(
             f"`{one.name}` in {place} must be {rule}, got {brief(value)}. "
-            "Copy it again."
+            "Correct it, or copy the file again."
         )
     if one.words is not None:
         return one.words[str(value)]
