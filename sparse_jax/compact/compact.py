@@ -119,7 +119,7 @@ class Tuner(ABC):
     def select(
         self, state: CompactState, batch: Any, key: jax.Array
     ) -> tuple[CompactState, jax.Array]:
-        """Chooses the supports and starts the optimizer afresh.
+        """Chooses the supports and resets the state of the optimizer.
 
         Args:
           state: as returned by `init`, or by `step` to select again.

@@ -81,7 +81,7 @@ class Layerwise(Tuner):
     code draws another training batch.
 
     Attributes:
-      sampler: which layers are active: an object, or a word such as "ist", which
+      sampler: which layers are active: an object, or a name such as "ist", which
         then trains a quarter of the layers.
       seed: of the draws.
       max_norm: global norm that the gradient is clipped to, active layers and outside

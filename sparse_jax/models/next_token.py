@@ -52,7 +52,7 @@ def summed_token_loss(
         return jnp.sum(weights * losses)
 
     rows, columns = ids.shape
-    # A weight that is cut over a mesh is gathered for every part: the fewer the better.
+    # A sharded weight is gathered for every part: the fewer the better.
     size = max(1, most_logits // (rows_here(rows) * model.config.vocab_size))
     if size >= columns:
         return part(hidden, targets, weights)

@@ -113,7 +113,7 @@ def _random(gradient: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
     return jax.random.uniform(key, param.shape, jnp.float32)
 
 
-# The words of the library and of the command line; `register_score` adds one.
+# By the names that `score` takes; `register_score` adds one.
 SCORES: dict[str, Score] = {
     # |g|, as SIFT does (Song et al., 2024; `sift/sift.py`).
     "gradient": Score(lambda gradient, param: gradient, needs_param=False),
@@ -130,14 +130,14 @@ def register_score(
     needs_gradient: bool = True,
     needs_param: bool = True,
 ) -> Score:
-    """Adds a score under a word, for `sift`, `Sparse` and the command line.
+    """Registers a score under a name, for `sift`, `Sparse` and the command line.
 
     Args:
-      word: what it is called.
+      word: its name.
       function, needs_gradient, needs_param: as of `Score`.
 
     Raises:
-      InputError: if another score has the word, or the function other arguments.
+      InputError: if another score has the name, or the function other arguments.
 
     Example:
       >>> score = register_score("saliency", lambda gradient, param: gradient * param)
@@ -155,10 +155,10 @@ def register_score(
 
 
 def score_named(score: str | Score | Callable[..., jax.Array]) -> Score:
-    """Returns the score that a word names, or that of a function.
+    """Returns the score of a name or of a function.
 
     Raises:
-      InputError: if the word is unknown, or the function takes other arguments.
+      InputError: if the name is unknown, or the function takes other arguments.
 
     Example:
       >>> score_named("gradient").needs_param

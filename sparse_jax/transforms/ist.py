@@ -100,7 +100,7 @@ def ist(
       num_suppressed: layers damped in a subset; None is half of them, but at least 1.
       suppression: what is left of the response of a damped layer.
       importance_rate: how far a probe moves the importance.
-      sampler: a word of `register_sampler`, such as "ist", "uniform", "cyclic" or
+      sampler: a name, such as "ist", "uniform", "cyclic" or
         "norm", or any `Sampler`, which brings its own numbers with it.
       always_on: expressions of leaves that are updated always. None takes those
         outside the layers, such as a classifier; `()` freezes them.

@@ -97,7 +97,7 @@ def sift(
       dense: expressions of the leaves trained in full, such as the classifier. It
         wins over `where`. Everything else is frozen.
       score: what to rank by: "gradient", "magnitude", "gradient/magnitude",
-        "random", a word of `register_score`, or a function (gradient, param[, key])
+        "random", a name of `register_score`, or a function (gradient, param[, key])
         -> scores of the same shape, of which the largest magnitudes win. Static under
         `inject_hyperparams`.
       select_from: gradients summed before the selection; nothing moves before it.
