@@ -54,7 +54,7 @@ FULL = Dense(dense="^layers/.*(query|key|value|up|down)")
 class Case(NamedTuple):
     """One line of the table."""
 
-    tuner: Compact
+    tuner: Compact | Layerwise
     stack: stacks.Stack
 
 
