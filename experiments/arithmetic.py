@@ -17,7 +17,7 @@ SETS = ("gsm8k", "AQuA", "mawps", "SVAMP")
 def main() -> None:
     """Makes the runs that are missing, then shows all of them."""
     args = parser_of(__doc__, SETS, "runs/arithmetic").parse_args()
-    compare(args, template="alpaca", max_new_tokens=256, judge="write")
+    compare(args, template="alpaca", max_new_tokens=256, answer_by="write")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
         [--learning-rates 1e-4 5e-4 2e-3] [--epochs 4] [--output runs/mrpc_minilm]
 
 FOLDER are all-MiniLM-L6-v2 (BERT, 6 layers, 384 wide) and the two files of MRPC. Every
-method has its learning rate from the same grid, the best on the first seed, judged on
+method has its learning rate from the same grid, the best on the first seed, by
 the test examples like all results here. LoRA and the sparse methods train query, key,
 value and output of the attention; everything but "head" trains the classifier too.
 An interrupted run of this file goes on where it was; several may share a folder if

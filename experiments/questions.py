@@ -50,15 +50,15 @@ def parser_of(
 
 
 def compare(
-    args: argparse.Namespace, *, template: str, max_new_tokens: int, judge: str
+    args: argparse.Namespace, *, template: str, max_new_tokens: int, answer_by: str
 ) -> None:
-    """Makes the runs that are missing, judges them, and shows a table.
+    """Makes the runs that are missing, evaluates them, and shows a table.
 
     Args:
       args: as `parser_of` reads them.
       template: name of the prompt.
       max_new_tokens: of a written answer.
-      judge: "write", or "rank" to take the likeliest candidate.
+      answer_by: "write", or "rank" to take the likeliest candidate.
     """
     base = Settings(
         model=args.model,
@@ -83,18 +83,23 @@ def compare(
                 run_folder(args.output, name, trial.rate, seed) for seed in args.seeds
             ]
             results[name] = [
-                _judged(run, args, template, max_new_tokens, judge) for run in runs
+                _accuracies(run, args, template, max_new_tokens, answer_by)
+                for run in runs
             ]
-    path = args.output / f"{judge}.json"
+    path = args.output / f"{answer_by}.json"
     path.write_text(json.dumps(results, indent=2), encoding="utf-8")
-    _show(results, args, judge)
+    _show(results, args, answer_by)
 
 
-def _judged(
-    run: Path, args: argparse.Namespace, template: str, max_new_tokens: int, judge: str
+def _accuracies(
+    run: Path,
+    args: argparse.Namespace,
+    template: str,
+    max_new_tokens: int,
+    answer_by: str,
 ) -> dict[str, float]:
     """Returns the accuracy of a run on every set, from its folder if it is there."""
-    stored = run / f"{judge}-{args.max_questions or 'all'}.json"
+    stored = run / f"{answer_by}-{args.max_questions or 'all'}.json"
     known = json.loads(stored.read_text()) if stored.is_file() else {}
     missing = [name for name in args.sets if name not in known]
     if not missing:
@@ -103,7 +108,7 @@ def _judged(
     for name in missing:
         questions = QUESTION_SETS[name]
         asked = load_questions(questions, args.tests)[: args.max_questions]
-        if judge == "rank":
+        if answer_by == "rank":
             texts = rank_candidates(
                 writer.model,
                 writer.params,
@@ -127,10 +132,10 @@ def _judged(
 def _show(
     results: Mapping[str, Sequence[Mapping[str, float]]],
     args: argparse.Namespace,
-    judge: str,
+    answer_by: str,
 ) -> None:
     """Prints the mean over seeds of every set, and mean and deviation of all."""
-    table = Table(title=f"accuracy (%) by {judge}, {len(args.seeds)} seeds")
+    table = Table(title=f"accuracy (%) by {answer_by}, {len(args.seeds)} seeds")
     for column in ("method-layers", *args.sets, "mean", "sd"):
         table.add_column(column, justify="left" if column[0] == "m" else "right")
     for name, runs in results.items():

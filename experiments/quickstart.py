@@ -5,7 +5,7 @@
 Needs no network: the encoder was pre-trained by `experiments/quickstart_data` on the
 documentation that every Python installation carries, and the task, which part of the
 standard library a sentence is about, comes from there too (8 classes, 1030 sentences
-to be judged on). Head only, LoRA, a random support, SIFT and full fine-tuning make the
+for evaluation). Head only, LoRA, a random support, SIFT and full fine-tuning make the
 same number of updates; LoRA, random and SIFT train the same number of parameters.
 `experiments/quickstart_rates.py` compares learning rates. Prints a
 table, draws `quickstart.png`, and leaves a run directory for each method. Under five
@@ -115,8 +115,8 @@ def draw(path: Path, results: dict[str, dict[str, Any]], folder: Path) -> None:
 
 def standard_error(accuracy: float) -> float:
     """Returns how far an accuracy is off by the choice of sentences alone."""
-    judged = len((ASSETS / "quickstart" / "validation.jsonl").read_text().splitlines())
-    return math.sqrt(accuracy * (1 - accuracy) / judged)
+    number = len((ASSETS / "quickstart" / "validation.jsonl").read_text().splitlines())
+    return math.sqrt(accuracy * (1 - accuracy) / number)
 
 
 def slug(title: str) -> str:

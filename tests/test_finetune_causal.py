@@ -76,7 +76,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(name, files, tmp_path, monkey
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_another_file_is_judged_on_as_a_whole(files, tmp_path):
+def test_another_file_is_evaluated_as_a_whole(files, tmp_path):
     model, data = files
     finetune(text_settings(model, data, tmp_path / "run", max_steps=1))
     lines = data.read_text().splitlines()[:10]

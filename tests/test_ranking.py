@@ -105,7 +105,7 @@ def test_genuine_questions_are_asked_and_a_finished_run_is_not_made_again(
     ]  # fmt: skip
     main = arithmetic.main if name == "arithmetic" else commonsense.main
     if name != "arithmetic":
-        arguments += ["--judge", name]
+        arguments += ["--answer-by", name]
     first = run(monkeypatch, capsys, main, *arguments)
     assert sets[name][0] in first
     assert "lora-ist" in first

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from sparse_jax.compact.model_taps import (
     choose_by_weight,
     tap_leaves,
 )
-from sparse_jax.compact.state import CompactState, UnselectedState
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.models.attachment import Attachment, LayerValues
@@ -43,6 +42,23 @@ from sparse_jax.supports.packing import (
 from sparse_jax.supports.roles import SPARSE, Role, map_roles
 
 __all__ = ["Compact", "CompactState", "Loss", "TrainedValues", "Tuner"]
+
+
+class CompactState(NamedTuple):
+    """What a step reads and returns; donate it to `jax.jit`."""
+
+    count: jax.typing.ArrayLike  # shape=(), int32: updates made; -1 before a selection
+    params: optax.Params  # current parameters, in their own dtypes
+    support: Any  # sparse leaves: shape=(k,) or (L, k), int32; see `Layout`
+    masters: Any  # trained leaves below float32: their float32 values
+    added: Any  # arrays that the method adds, float32
+    opt_state: optax.OptState  # of the trained values
+
+
+class UnselectedState(CompactState):
+    """A state whose supports hold nothing yet, which `step` refuses."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sparse_jax.errors import InputError
 
 __all__ = [
     "Extract",
-    "Judge",
+    "IsCorrect",
     "QUESTION_SETS",
     "Question",
     "QuestionSet",
@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 Extract = Callable[[str], str]
-Judge = Callable[[str, str], bool]
+# (answer, true answer) -> whether it is right
+IsCorrect = Callable[[str, str], bool]
 
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _TOLERANCE = 1e-3
@@ -73,11 +74,11 @@ def is_number(answer: str, truth: str) -> bool:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """How the answers of a set are found in a text and judged."""
+    """How the answers of a set are found in a text, and when they are right."""
 
     name: str  # of its folder
     extract: Extract
-    judge: Judge = eq
+    is_correct: IsCorrect = eq
     choices: tuple[str, ...] = ()  # none if answers are numbers
     statement: str = "{}"  # how a response states an answer
 
@@ -179,7 +180,7 @@ def accuracy(
       1.0
     """
     right = [
-        questions.judge(questions.extract(text), question.answer)
+        questions.is_correct(questions.extract(text), question.answer)
         for question, text in zip(asked, texts, strict=True)
     ]
     return sum(right) / len(right)
