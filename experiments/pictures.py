@@ -10,8 +10,8 @@ from sparse_jax.training.history import updates_of
 
 __all__ = ["draw_comparison", "draw_sweep"]
 
-# Tol's bright palette, which keeps its order in grey and for the colour-blind.
-COLOURS = ("#BBBBBB", "#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377")
+# Tol's bright palette, which keeps its order in gray and for the color-blind.
+COLORS = ("#BBBBBB", "#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377")
 
 
 def draw_comparison(
@@ -34,17 +34,17 @@ def draw_comparison(
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     names = []
-    for place, (colour, (title, point)) in enumerate(
-        zip(COLOURS, points.items(), strict=False)
+    for place, (color, (title, point)) in enumerate(
+        zip(COLORS, points.items(), strict=False)
     ):
         size, accuracy, error = point
         left.errorbar(
-            100 * accuracy, place, xerr=100 * error, fmt="o", color=colour,
+            100 * accuracy, place, xerr=100 * error, fmt="o", color=color,
             markersize=9, capsize=4, linewidth=1.8,
         )  # fmt: skip
         names.append(f"{title}\n{size:,} trained")
         steps, values = _losses(losses[title])
-        right.plot(steps, values, color=colour, label=title, linewidth=1.8)
+        right.plot(steps, values, color=color, label=title, linewidth=1.8)
     left.set_yticks(range(len(names)), names, fontsize=9)
     left.set_ylim(len(names) - 0.5, -0.5)
     left.set_xlabel("validation accuracy (%), with one standard error")
@@ -81,13 +81,13 @@ def draw_sweep(
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for colour, (method, values) in zip(COLOURS[1:], series.items(), strict=False):
+    for color, (method, values) in zip(COLORS[1:], series.items(), strict=False):
         sizes = sorted(values)
         means = [100 * np.mean(values[size]) for size in sizes]
         low = [100 * min(values[size]) for size in sizes]
         high = [100 * max(values[size]) for size in sizes]
-        axes.plot(sizes, means, "o-", color=colour, label=method)
-        axes.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(sizes, means, "o-", color=color, label=method)
+        axes.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters, head excluded")
     axes.set_ylabel(f"{metric} (%), mean and range over seeds")

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # The programs of the tests run for milliseconds and compile for seconds: without LLVM's
-# optimisations the suite takes 40 % less time.
+# optimizations the suite takes 40 % less time.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # Eight simulated devices on few cores may wait for each other longer than XLA allows,
 # 40 seconds, after which it aborts the process.

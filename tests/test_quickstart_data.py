@@ -25,7 +25,7 @@ def test_the_assets_take_at_most_six_megabytes():
     assert sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file()) <= 6e6
 
 
-def test_the_licence_of_the_text_lies_beside_it():
+def test_the_license_of_the_text_lies_beside_it():
     assert "PYTHON SOFTWARE FOUNDATION" in (ASSETS / "PSF-LICENSE").read_text()
 
 

@@ -16,11 +16,11 @@ from sparse_jax.errors import InputError
 from sparse_jax.generation.ranking import rank_candidates
 
 PLAIN = PromptTemplate("{instruction} {input}", "{instruction}")
-COLOURS = ("red", "blue", "green red")
+COLORS = ("red", "blue", "green red")
 QUESTIONS = [
-    Question("say red twice :", "", "red", COLOURS, " {}"),
-    Question("say", "", "blue", COLOURS[:2], " {}"),
-    Question("say blue once : say green", "", "green", COLOURS, " {}"),
+    Question("say red twice :", "", "red", COLORS, " {}"),
+    Question("say", "", "blue", COLORS[:2], " {}"),
+    Question("say blue once : say green", "", "green", COLORS, " {}"),
 ]
 
 
@@ -67,7 +67,7 @@ def test_a_question_has_candidates_and_fits_the_model(tokenizer):
     model, params = tiny_decoder()
     with pytest.raises(InputError, match="must have candidates, got none for question"):
         rank_candidates(model, params, tokenizer, [Question("say", "", "1")])
-    long = Question("say " * 40, "", "red", COLOURS)
+    long = Question("say " * 40, "", "red", COLORS)
     with pytest.raises(InputError, match="at most 32 tokens, .* got 4[0-9] for quest"):
         rank_candidates(model, params, tokenizer, [QUESTIONS[0], long], template=PLAIN)
 

@@ -265,7 +265,7 @@ def test_the_order_of_lengths_is_shuffled():
 
 
 @grouped_or_not
-def test_short_batches_do_not_favour_long_examples(grouped):
+def test_short_batches_do_not_favor_long_examples(grouped):
     encoded = encoded_of(range(2, 102))
     options = {"seed": 0, "group_by_length": grouped}
     last = [

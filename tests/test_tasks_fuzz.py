@@ -77,7 +77,7 @@ def damaged(content, seed):
     return bytes(found)
 
 
-def check_labelled(kind, seed, folder):
+def check_labeled(kind, seed, folder):
     """Raises unless a damaged file gives whole examples, or is refused."""
     suffix, content = SEEDS[kind]
     (folder / f"dev.{suffix}").write_bytes(content.encode())
@@ -119,7 +119,7 @@ def check_records(kind, seed, folder):
 
 @pytest.mark.parametrize("kind", SEEDS)
 def test_a_damaged_file_is_read_right_or_refused(kind, tmp_path):
-    read = [check_labelled(kind, seed, tmp_path) for seed in range(60)]
+    read = [check_labeled(kind, seed, tmp_path) for seed in range(60)]
     # Both happen, or nothing was tried.
     assert 3 < sum(read) < 57
 

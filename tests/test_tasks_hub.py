@@ -60,7 +60,7 @@ def test_the_matched_split_of_mnli_is_validation(hub):
     }
 
 
-def test_hidden_scores_of_stsb_are_recognised(hub):
+def test_hidden_scores_of_stsb_are_recognized(hub):
     row = {"sentence1": "A", "sentence2": "B", "label": 2.5, "idx": 0}
     hub(train=[row], validation=[row], test=[row | {"label": -1.0}])
     assert list(load(TASKS["stsb"])) == ["train", "validation"]

@@ -194,9 +194,7 @@ def test_rows_of_snli_without_a_label_can_be_dropped(tmp_path):
 
 
 def test_a_split_whose_rows_are_all_dropped_is_refused(splits_of):
-    with pytest.raises(
-        InputError, match="dev.json` must have labelled examples, got n"
-    ):
+    with pytest.raises(InputError, match="dev.json` must have labeled examples, got n"):
         splits_of(["a", "b"], dev=[None, "-"], drop_unlabeled=True)
 
 

@@ -53,14 +53,14 @@ def write_decoder(folder, seed=0):
 
 
 def write_chats(path):
-    """Writes questions whose answers repeat a colour as they stand."""
+    """Writes questions whose answers repeat a color as they stand."""
     random = np.random.default_rng(0)
     lines = []
     for _ in range(40):
-        colour = str(random.choice(WORDS[1:4]))
+        color = str(random.choice(WORDS[1:4]))
         many = bool(random.integers(2))
-        prompt = f"say {colour} {'twice' if many else 'once'} :"
-        response = " ".join([colour] * (2 if many else 1))
+        prompt = f"say {color} {'twice' if many else 'once'} :"
+        response = " ".join([color] * (2 if many else 1))
         lines.append(json.dumps({"prompt": prompt, "completion": f" {response}"}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_jax.planning.plan import SECONDS_PER_ENTRY, UTILISATION, Plan
+from sparse_jax.planning.plan import SECONDS_PER_ENTRY, UTILIZATION, Plan
 from sparse_jax.planning.target import Target
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.training.progress import bytes_shown
@@ -114,7 +114,7 @@ def _words(plans: Sequence[Plan], target: Target) -> list[str]:
         )
     if any(plan.seconds is not None for plan in plans):
         words.append(
-            f"The time is an estimate: matrix products at {UTILISATION:.0%} of the "
+            f"The time is an estimate: matrix products at {UTILIZATION:.0%} of the "
             "peak FLOP/s, plus communication at the bandwidth of all links, plus, on a "
             f"TPU, {SECONDS_PER_ENTRY * 1e9:.1f} ns for every entry of a support; for "
             "lanes, three times the weight at the bandwidth of the memory."

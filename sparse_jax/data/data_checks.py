@@ -1,4 +1,4 @@
-"""Remarks: what is odd about labelled data, in one line each."""
+"""Warnings about labeled data that looks wrong, in one line each."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

@@ -160,7 +160,7 @@ def load(
     examples = {name: number_labels(one, task, words) for name, one in columns.items()}
     if len(examples) == 1:
         raise InputError(
-            f"{columns['train'].source.name} must have labelled examples for "
+            f"{columns['train'].source.name} must have labeled examples for "
             "evaluation beside it, and there are none. Add a file `dev.tsv` or "
             "`validation.jsonl`."
         )

@@ -130,7 +130,7 @@ def without_unlabeled(columns: Columns, task: Task) -> tuple[Columns, str | None
         return columns, None
     if not kept:
         raise InputError(
-            f"{columns.source.name} must have labelled examples, got none in "
+            f"{columns.source.name} must have labeled examples, got none in "
             f"{len(columns.labels):,} rows."
         )
     others = Counter(

@@ -21,7 +21,7 @@ from sparse_jax.training.settings import Settings
 __all__ = ["Plan", "make_plan", "with_largest_batch"]
 
 # Share of the peak of its matrix units that a large model commonly reaches.
-UTILISATION = 0.5
+UTILIZATION = 0.5
 # Of a TPU for one trained entry, gathering its gradient and writing its value: what the
 # compiler of v5e estimates for 839 thousand entries of a 4096 x 4096 matrix.
 SECONDS_PER_ENTRY = 2.8e-9
@@ -240,7 +240,7 @@ def _seconds(
     if chip is None:
         return None
     devices = run.placement.mesh.size
-    products = plan.flops / devices / (UTILISATION * chip.flops)
+    products = plan.flops / devices / (UTILIZATION * chip.flops)
     sent = sum(_PASSES.get(kind, 1) * one.bytes for kind, one in collectives.items())
     return products + sent / chip.links + _reaching(plan, run, chip)
 

@@ -99,7 +99,7 @@ def make_tuner(
 
     Args:
       settings: of the run.
-      loss: what it minimises.
+      loss: what it minimizes.
       method: what it trains.
       sampler: of the layers; None trains all of them at every update.
       placement: of the parameters.

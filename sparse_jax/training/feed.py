@@ -16,7 +16,7 @@ from sparse_jax.models.functional import Model
 
 __all__ = [
     "Feed",
-    "LabelledFeed",
+    "LabeledFeed",
     "Usage",
     "digest_of",
     "embedded_pad",
@@ -92,7 +92,7 @@ class Feed(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledFeed:
+class LabeledFeed:
     """The encoded examples of a task, split into batches."""
 
     encoded: dict[str, Encoded]  # by split, "train" first
@@ -159,7 +159,7 @@ def make_feed(
     accumulate: int = 1,
     seed: int = 0,
     group_by_length: bool = False,
-) -> LabelledFeed:
+) -> LabeledFeed:
     """Encodes all examples.
 
     Args:
@@ -186,7 +186,7 @@ def make_feed(
         require_embedded(part.input_ids, model)
         require_embedded(part.token_type_ids or (), model, kind="token type")
         encoded[name] = replace(part, pad_id=embedded_pad(part.pad_id, model))
-    return LabelledFeed(encoded, batch_size, accumulate, seed, group_by_length)
+    return LabeledFeed(encoded, batch_size, accumulate, seed, group_by_length)
 
 
 def require_embedded(

@@ -72,7 +72,7 @@ class Settings(MethodOptions, SamplerOptions):
     )
     task: str = required(
         f"A task of GLUE, or of your own data: {', '.join(TASKS)}; or causal: "
-        "causal language modelling."
+        "causal language modeling."
     )
     output: str = required("Folder to create for the results of the run.")
     data: str | None = setting(
@@ -203,7 +203,7 @@ class Settings(MethodOptions, SamplerOptions):
 
     @property
     def is_causal(self) -> bool:
-        """Whether the task is causal language modelling."""
+        """Whether the task is causal language modeling."""
         return self.task.lower() == CAUSAL
 
     @property

@@ -46,7 +46,7 @@ from sparse_jax.training.build import head_rules, method_of, sampler_of
 from sparse_jax.training.causal_feed import make_causal_feed
 from sparse_jax.training.classification import Classification
 from sparse_jax.training.feed import Feed, make_feed, usage_text
-from sparse_jax.training.language_modelling import LanguageModelling
+from sparse_jax.training.language_modeling import LanguageModeling
 from sparse_jax.training.objective import Objective
 from sparse_jax.training.settings import Settings
 
@@ -137,7 +137,7 @@ def load_model_and_data(
     if settings.is_causal:
         loaded = _causal(settings, adapter, mesh)
     else:
-        loaded = _labelled(settings, adapter, mesh)
+        loaded = _labeled(settings, adapter, mesh)
     placement = loaded.base.placement
     placement.require_batch(settings.batch_size, settings.accumulate)
     if adapter is not None:
@@ -152,7 +152,7 @@ def _warn_of_lost(feed: Feed) -> None:
             _log.warning("%s", usage_text(split, usage, feed.max_length))
 
 
-def _labelled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAndData:
+def _labeled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAndData:
     """Returns classes, or numbers, and a model that predicts them."""
     splits = load(
         find_task(settings.task),
@@ -249,7 +249,7 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
         _warn_of_ends(adapter, feed.end_ids)
         count = feed.sizes["validation"]
         _log.warning("evaluating on %d examples of `%s`: %s", count, path, part)
-    return ModelAndData(LanguageModelling(kept), base, feed)
+    return ModelAndData(LanguageModeling(kept), base, feed)
 
 
 def _warn_of_ends(adapter: Adapter, end_ids: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from sparse_jax.sharding.placement import Placement
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.objective import Evaluate
 
-__all__ = ["LanguageModelling", "make_token_loss"]
+__all__ = ["LanguageModeling", "make_token_loss"]
 
 _INPUTS = ("input_ids", "attention_mask", "segment_ids", "positions")
 
@@ -62,7 +62,7 @@ _LARGEST = 709.0
 
 
 @dataclass(frozen=True)
-class LanguageModelling:
+class LanguageModeling:
     """Cross-entropy of the next token, over all tokens that are targets.
 
     The members are those of `Objective`. A model without a head for the task has
