@@ -1,110 +1,18 @@
-"""A tokenizer's chat template: tried once in a process of its own, then rendered.
-
-A template is a program of a stranger: one line of it fills the memory, or never ends,
-and inside a single operation of Python nothing can stop it but the system. This file
-is run as a script, so it imports nothing of this library.
-"""
+"""A tokenizer's chat template: tried once in a process of its own, then rendered."""
 
 import hashlib
 import json
 import logging
-import math
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from sparse_jax.data import template_trial
+from sparse_jax.data.template_trial import MEMORY, OUT_OF_MEMORY, SECONDS
 from sparse_jax.errors import InputError, listed, reason_of
 
-__all__ = [
-    "MEMORY",
-    "OUT_OF_MEMORY",
-    "SECONDS",
-    "render",
-    "require_template",
-    "template_digest",
-    "warn_of_template",
-]
-
-SECONDS = 2  # of the processor; templates take milliseconds
-MEMORY = 1 << 30  # bytes of addresses
-OUT_OF_MEMORY = 3  # exit code
-
-
-def _bound() -> None:
-    """Limits this process, where the system can."""
-    try:
-        import resource
-    except ImportError:
-        return
-    # What the start of Python took, with whatever it imports there, does not count.
-    seconds = math.ceil(time.process_time()) + SECONDS
-    for kind, limit in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, _addresses() + MEMORY),
-    ):
-        try:
-            resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
-        except (ValueError, OSError):
-            continue
-
-
-def _addresses() -> int:
-    """Returns the bytes of addresses that this process has, 0 if not known."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
-
-
-def _render(template: str, calls: Sequence[Mapping[str, Any]]) -> None:
-    """Renders a template in an environment like that of transformers."""
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def stop(message: str) -> None:
-        raise ValueError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = json.dumps
-    environment.globals |= {"raise_exception": stop, "strftime_now": lambda _: "now"}
-    compiled = environment.from_string(template)
-    for call in calls:
-        compiled.render(**call)
-
-
-def main() -> int:
-    """Renders what standard input asks for; returns whether memory was enough.
-
-    Any other error of the template is left to the rendering that counts.
-    """
-    _bound()
-    wanted = json.load(sys.stdin)
-    try:
-        _render(wanted["template"], wanted["calls"])
-    except MemoryError:
-        return OUT_OF_MEMORY
-    except Exception:
-        return 0
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-
+__all__ = ["render", "require_template", "template_digest", "warn_of_template"]
 
 _log = logging.getLogger(__name__)
 
@@ -215,18 +123,18 @@ def _try(
             {"add_generation_prompt": not options["add_generation_prompt"]},
         )
     ]
-    script = Path(__file__).with_name("template_trial.py")
     try:
-        code = subprocess.run(
-            [sys.executable, "-P", str(script)],
+        trial = subprocess.run(
+            [sys.executable, "-P", template_trial.__file__],
             input=json.dumps({"template": template, "calls": calls}).encode(),
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             timeout=_WALL_SECONDS,
             check=False,
-        ).returncode
+        )
+        code, said = trial.returncode, trial.stderr
     except subprocess.TimeoutExpired:
-        code = -1
+        code, said = -1, b""
     except OSError:  # there can be no more processes
         return
     # The system ends a process with a signal, whose code is negative.
@@ -235,5 +143,10 @@ def _try(
             f"`tokenizer` must have a chat template that needs at most {SECONDS} s and "
             f"{MEMORY >> 30} GiB for a chat, got one that needs more. Use another chat "
             "template."
+        )
+    if code:
+        raise RuntimeError(
+            "the process that tries a chat template did not run: "
+            f"{said.decode(errors='replace').strip()[-500:]}"
         )
     _tried.add(template)
