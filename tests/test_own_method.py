@@ -15,7 +15,16 @@ from tiny_models import tiny_params
 from tiny_run import tiny_settings, write_data, write_model
 
 import sparse_jax
-from sparse_jax import Compact, InputError, Layerwise, Static
+from sparse_jax import (
+    Adapter,
+    Compact,
+    Dense,
+    InputError,
+    Layerwise,
+    Sparse,
+    Static,
+    save_adapter,
+)
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.training.build import method_of
@@ -199,3 +208,30 @@ def test_an_adapter_of_compact_takes_six_bytes_an_entry_in_bfloat16(tmp_path):
     changed, _ = sparse_jax.apply_adapter({"w": weight}, found)
     assert changed["w"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(changed["w"], state.params["w"])
+
+
+def one_leaf(method):
+    loss = lambda params, x, key, attachment: (jnp.sum((x @ params["w"]) ** 2), len(x))
+    tuner = Compact(loss, method, optax.sgd(0.1))
+    return tuner, tuner.init({"w": jnp.ones(4)}, jax.random.key(0))
+
+
+def test_a_failed_selection_makes_no_adapter():
+    tuner, state = one_leaf(Sparse(density=0.5, stack=None))
+    state, finite = tuner.select(state, jnp.full((1, 4), jnp.nan), jax.random.key(0))
+    assert not finite
+    with pytest.raises(InputError, match="`state` must have its supports"):
+        tuner.adapter(state)
+
+
+def test_a_leaf_that_is_not_there_is_not_new():
+    tuner, state = one_leaf(Dense(dense="w", stack=None))
+    with pytest.raises(InputError, match="`new` must name leaves .* got 'nope'"):
+        tuner.adapter(state, new=["nope"])
+
+
+def test_a_support_that_no_reader_takes_is_not_written(tmp_path):
+    zeros = np.zeros(3, np.int32)
+    adapter = Adapter({"w": zeros}, {"w": np.ones(3, np.float32)}, method="sift")
+    with pytest.raises(InputError, match="`w.* in `adapter` must hold ascending int32"):
+        save_adapter(tmp_path / "adapter.safetensors", adapter)

@@ -15,7 +15,9 @@ from sparse_jax import (
     Score,
     Settings,
     Sparse,
+    gather,
     register_score,
+    scatter,
     sift,
 )
 from sparse_jax.compact.tap import Wanted, empty_selection, selecting_tap, support_of
@@ -165,3 +167,42 @@ def test_scores_of_another_shape_are_refused():
     w = jnp.ones(3)
     with pytest.raises(InputError, match=r"of the shape of the gradient, \[3\], got"):
         tx.update(w, tx.init(w), w)
+
+
+ROWS = jnp.zeros((2, 2, 4), jnp.uint8).at[1].set(3)  # two rows of each group of 256 x 4
+# shape of the array, support, granularity -> what the message has
+FOREIGN = {
+    "lanes as entries": ((256, 4), ROWS, "entry", "support"),
+    "entries as lanes": ((256, 4), jnp.array([0, 3]), "lane", "support"),
+    "lanes of another matrix": ((128, 4), ROWS, "lane", "support"),
+    "too few rows": ((100, 4), ROWS, "lane", "multiple of 128 rows"),
+    "floats": ((4, 4), jnp.array([0.0, 3.0]), "entry", "float32"),
+    "layers of another stack": ((3, 4), jnp.array([[0], [1]]), "entry", "support"),
+    "past the end": ((4, 4), jnp.array([0, 3000]), "entry", "below 16"),
+    "below zero": ((4, 4), jnp.array([-1, 3]), "entry", "below 16"),
+    "unsorted": ((4, 4), jnp.array([3, 0]), "entry", "ascending"),
+    "twice": ((4, 4), jnp.array([3, 3]), "entry", "distinct"),
+    "rows unsorted": ((256, 4), ROWS[::-1], "lane", "ascending"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_support_of_another_array_is_refused(name):
+    shape, support, granularity, message = FOREIGN[name]
+    with pytest.raises(InputError, match=message):
+        gather(jnp.ones(shape), support, granularity=granularity)
+    with pytest.raises(InputError, match=message):
+        packed = jnp.zeros(support.shape)
+        scatter(jnp.ones(shape), support, packed, granularity=granularity)
+
+
+def test_a_support_fits_in_a_compiled_program_and_in_numpy():
+    x = jnp.arange(1024.0).reshape(256, 4)
+    found = jax.jit(lambda x, s: gather(x, s, granularity="lane"))(x, ROWS)
+    np.testing.assert_array_equal(found[1], x[jnp.array([3, 131])])
+    assert gather(x, np.array([1, 5])).tolist() == [1.0, 5.0]
+
+
+def test_packed_values_of_another_number_are_refused():
+    with pytest.raises(InputError, match="`packed` must have the shape"):
+        scatter(jnp.ones(4), jnp.array([0, 3]), jnp.array([1.0]))

@@ -352,3 +352,8 @@ def test_a_batch_is_divided_by_the_devices_that_share_it():
         placement.require_batch(6)
     with pytest.raises(InputError, match="`batch_size` / 4 must be a multiple of 4"):
         placement.require_batch(8, accumulate=4)
+
+
+def test_a_mesh_of_other_axes_is_refused():
+    with pytest.raises(InputError, match="`mesh` must have the axes data, fsdp"):
+        Placement.of({"w": jnp.ones(8)}, jax.make_mesh((8,), ("x",)))

@@ -12,6 +12,7 @@ from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS, word_of
 from sparse_jax.methods.sites import Added
 from sparse_jax.params.fields import Json
+from sparse_jax.params.names import leaf_names
 from sparse_jax.supports.positions import fetch, read_entries
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
@@ -102,6 +103,11 @@ def adapter_of(
         however much of them was trained: the base alone does not define them.
       **about: other fields of `Adapter`.
     """
+    names = jax.tree.leaves(leaf_names(params))
+    if unknown := sorted({*new} - {*names}):
+        raise InputError(
+            f"`new` must name leaves of the parameters, got {brief(unknown[0])}."
+        )
     supports, values, dense = {}, {}, {}
 
     def collect(role: Role, leaf: jax.Array, entries: jax.Array) -> None:

@@ -71,11 +71,13 @@ def save_adapter(path: str | Path, adapter: Adapter) -> int:
       Bytes of the file.
 
     Raises:
-      InputError: naming the leaf, if an array has NaN or infinity in it; or if the
-        settings are not values of JSON.
+      InputError: naming the leaf, if an array has NaN or infinity in it or a support
+        is not ascending; or if the settings are not values of JSON.
     """
     path = Path(path)
     tensors = dict(_to_tensors(adapter))
+    for name in sorted({*adapter.support, *adapter.values}):
+        _require_support("`adapter`", name, adapter, "Take it from a tuner.")
     for name, array in tensors.items():
         _require_finite("`adapter`", name, array, "Load an earlier checkpoint.")
     with replacing(path) as temporary:
@@ -124,7 +126,7 @@ def load_adapter(path: str | Path) -> Adapter:
     _require_words(path, words)
     adapter = _from_tensors(path, tensors, words)
     for name in sorted({*adapter.support, *adapter.values}):
-        _require_support(path, name, adapter)
+        _require_support(f"`{path}`", name, adapter, "Copy it again.")
     for name, array in tensors.items():
         if not name.endswith(_POSITIONS):
             _require_finite(f"`{path}`", name, array, "Train it again.")
@@ -293,13 +295,12 @@ def _method(
     return entry_of(word, place).kind.from_settings(settings, place)
 
 
-def _require_support(path: Path, name: str, adapter: Adapter) -> None:
+def _require_support(place: str, name: str, adapter: Adapter, remedy: str) -> None:
     """Raises unless a leaf has ascending positions and as many values."""
     support, values = adapter.support.get(name), adapter.values.get(name)
     if support is None or values is None or support.shape != values.shape:
         raise InputError(
-            f"`{name}` in `{path}` must have as many positions as values. "
-            "Copy it again."
+            f"`{name}` in {place} must have as many positions as values. {remedy}"
         )
     is_sorted = (
         support.dtype == np.int32
@@ -308,13 +309,13 @@ def _require_support(path: Path, name: str, adapter: Adapter) -> None:
     )
     if not is_sorted or (support < 0).any():
         raise InputError(
-            f"`{name}{_POSITIONS}` in `{path}` must hold ascending int32 positions. "
-            "Copy it again."
+            f"`{name}{_POSITIONS}` in {place} must hold ascending int32 positions. "
+            f"{remedy}"
         )
     if name in adapter.dense:
         raise InputError(
-            f"`{name}` in `{path}` must be there as a whole or as some of its entries, "
-            "got both. Copy it again."
+            f"`{name}` in {place} must be there as a whole or as some of its entries, "
+            f"got both. {remedy}"
         )
 
 

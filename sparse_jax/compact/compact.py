@@ -39,6 +39,7 @@ from sparse_jax.supports.packing import (
     pack,
     write_back,
 )
+from sparse_jax.supports.positions import fetch
 from sparse_jax.supports.roles import SPARSE, Role, map_roles
 
 __all__ = ["Compact", "CompactState", "Loss", "TrainedValues", "Tuner"]
@@ -211,8 +212,17 @@ class Tuner(ABC):
           state: after any number of steps.
           new: leaves that the checkpoint of the base lacks, stored as a whole.
           **about: other fields of `Adapter`.
+
+        Raises:
+          InputError: if the state is that of another tuner, nothing was selected, or
+            the parameters have no leaf of `new`.
         """
         self._require_state(state)
+        if int(fetch(jnp.asarray(state.count))) < 0:
+            raise InputError(
+                "`state` must have its supports, got one whose selection failed. Call "
+                "`select` with another batch."
+            )
         _, params, support, _, added, _ = state
         args = (self.method, self.roles(params), params, support, added)
         return adapter_of(*args, new=new, **about)

@@ -16,7 +16,7 @@ from sparse_jax.compact.compact import CompactState
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.hf.pretrained import from_pretrained
-from sparse_jax.params.axes import BATCH_AXES, DATA
+from sparse_jax.params.axes import BATCH_AXES, DATA, FSDP, TENSOR
 from sparse_jax.params.names import map_named
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.sharding.rules import RULES, Rules, shards_of, specs_of
@@ -53,8 +53,15 @@ class Placement:
         """Returns the placement of a model, from its parameters or their shapes.
 
         Raises:
-          InputError: if an axis of the mesh divides no leaf.
+          InputError: if the mesh lacks an axis, or one of its axes divides no leaf.
         """
+        axes = (DATA, FSDP, TENSOR)
+        if missing := [axis for axis in axes if axis not in mesh.shape]:
+            raise InputError(
+                f"`mesh` must have the axes {', '.join(axes)}, got "
+                f"{', '.join(map(str, mesh.shape))} without {missing[0]}. Make it by "
+                "`make_mesh`."
+            )
         specs, whole = specs_of(params, dict(mesh.shape), rules)
         return cls(mesh, specs, whole)
 

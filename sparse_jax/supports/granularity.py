@@ -1,6 +1,11 @@
 """Granularity: the layouts that a method can be asked for, by a word or as they are."""
 
+import math
+
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from sparse_jax.errors import InputError
 from sparse_jax.supports.entries import ENTRY
@@ -62,12 +67,18 @@ def gather(
     Returns:
       The entries, in the shape of `support`.
 
+    Raises:
+      InputError: if the support is not one of such an array, by its type and shape, or
+        by its numbers where they are known.
+
     Example:
       >>> import jax.numpy as jnp
       >>> gather(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0, 3]))
       Array([1., 4.], dtype=float32)
     """
-    return granularity_named(granularity).gather(x, support, layers)
+    layout = granularity_named(granularity)
+    _require_support(layout, x, support, layers)
+    return layout.gather(x, support, layers)
 
 
 def scatter(
@@ -90,10 +101,61 @@ def scatter(
       x, support, layers, granularity: as for `gather`; other layers stay as they are.
       packed: values in the shape of `support`; cast to the dtype of `x`.
 
+    Raises:
+      InputError: as `gather`, or if `packed` has another shape than `support`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> scatter(jnp.zeros((2, 2)), jnp.array([0, 3]), jnp.array([1.0, 4.0]))
       Array([[1., 0.],
              [0., 4.]], dtype=float32)
     """
-    return granularity_named(granularity).scatter(x, support, packed, layers)
+    layout = granularity_named(granularity)
+    _require_support(layout, x, support, layers)
+    if packed.shape != support.shape:
+        raise InputError(
+            f"`packed` must have the shape of `support`, {list(support.shape)}, got "
+            f"{list(packed.shape)}."
+        )
+    return layout.scatter(x, support, packed, layers)
+
+
+def _require_support(
+    layout: Layout, x: jax.Array, support: jax.Array, layers: jax.Array | None
+) -> None:
+    """Raises unless an array has a support like this."""
+    stacked = support.ndim == layout.ndim + 1
+    shape = x.shape[int(stacked) :]
+    layout.require("x", shape)
+    size = math.prod(shape)
+    like = jax.eval_shape(lambda: layout.empty(shape, size))
+    rows = x.shape[0] if layers is None else layers.shape[0]
+    fits = (
+        jnp.issubdtype(support.dtype, jnp.integer)
+        and support.dtype.itemsize >= like.dtype.itemsize
+        and support.ndim == like.ndim + stacked
+        and support.shape[int(stacked) + 1 :] == like.shape[1:]
+        and (not stacked or support.shape[0] == rows)
+    )
+    if not fits:
+        names = [name for name, one in GRANULARITIES.items() if one == layout]
+        raise InputError(
+            f"`support` must be one of granularity {(names or [layout])[0]!r} of an "
+            f"array of shape {list(x.shape)}, got {support.dtype}"
+            f"{list(support.shape)}. Pass the `granularity` that it was chosen by."
+        )
+    # Numbers are known outside of `jit`, unless other processes hold some of them.
+    if isinstance(support, Tracer) or not getattr(
+        support, "is_fully_addressable", True
+    ):
+        return
+    known = np.asarray(support)
+    numbers, axis = known.astype(np.int64), int(stacked)
+    (positions,) = layout.to_positions(known, x.shape)
+    is_sorted = (np.diff(numbers, axis=axis) > 0).all()
+    inside = ((positions >= 0) & (positions < size)).all() and (numbers >= 0).all()
+    if not (is_sorted and inside):
+        raise InputError(
+            f"`support` must hold distinct, ascending numbers of entries, below "
+            f"{size}, got others. Make it by `top_k_support`, or sort it."
+        )
