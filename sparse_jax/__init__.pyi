@@ -1,7 +1,6 @@
 from .adapter.adapter import Adapter as Adapter
 from .adapter.file import load_adapter as load_adapter
 from .adapter.file import save_adapter as save_adapter
-from .adapter.peft import save_peft as save_peft
 from .adapter.use import apply_adapter as apply_adapter
 from .adapter.use import merge_adapter as merge_adapter
 from .compact.compact import Compact as Compact
@@ -14,6 +13,7 @@ from .generation.beams import Beams as Beams
 from .generation.choice import Greedy as Greedy
 from .generation.choice import Sample as Sample
 from .generation.generate import generate as generate
+from .interchange.peft_save import save_peft as save_peft
 from .methods.bottlenecks import HOULSBY as HOULSBY
 from .methods.bottlenecks import PFEIFFER as PFEIFFER
 from .methods.bottlenecks import Parallel as Parallel

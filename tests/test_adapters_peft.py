@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, tiny_config
 from tiny_text import CONFIG
 
 from sparse_jax import IA3, Adapter, DoRA, InputError, LoRA, Series
-from sparse_jax.adapter.peft import save_peft
+from sparse_jax.interchange.peft_save import save_peft
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.families.llama import LLAMA
 from sparse_jax.models.functional import Model

@@ -21,7 +21,7 @@ ROOMS = (
     ("transforms", "methods", "models/families"),
     ("models/hf",),
     ("adapter", "data"),
-    ("compact",),
+    ("compact", "interchange"),
     ("sharding",),
     ("generation",),
     ("training",),

@@ -20,8 +20,8 @@ from sparse_jax import (
     from_pretrained,
     save_pretrained,
 )
-from sparse_jax.adapter.peft import save_peft
 from sparse_jax.errors import InputError
+from sparse_jax.interchange.peft_save import save_peft
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.position_embeddings import slopes
