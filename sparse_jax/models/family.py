@@ -1,5 +1,6 @@
 """What one family of models does in its own way: its names, tensors and parts."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -82,6 +83,31 @@ class Layout:
         count = 1 if self.part_of(leaf) is None else len(self.fused)
         whole = (*shape[:-1], count * shape[-1])
         return self.turned(leaf, np.broadcast_to(np.int8(0), whole)).shape
+
+    def tensor_positions(
+        self, leaf: str, shape: Sequence[int], positions: np.ndarray, num_heads: int
+    ) -> np.ndarray:
+        """Returns where entries of a leaf of some shape lie in its tensor, both flat.
+
+        Example:
+          >>> PLAIN.tensor_positions("lm_head/kernel", (2, 3), np.array([0, 2]), 1)
+          array([0, 4])
+          >>> Layout(fused=FUSED).tensor_positions(
+          ...     f"{FUSED[1]}/bias", (2,), np.array([1]), 1
+          ... )
+          array([3])
+        """
+        positions = positions.astype(np.int64)
+        rows, columns = np.divmod(positions, shape[-1])
+        width = shape[-1]
+        if (part := self.part_of(leaf)) is not None:
+            block = width // (num_heads if self.by_head else 1)
+            blocks, rest = np.divmod(columns, block)
+            columns = (blocks * len(self.fused) + part) * block + rest
+            width *= len(self.fused)
+        if self._is_turned(leaf):
+            return columns * math.prod(shape[:-1]) + rows
+        return rows * width + columns
 
     def split(self, leaf: str, tensor: np.ndarray, num_heads: int) -> np.ndarray:
         """Returns the leaf that a tensor holds, a part of it or all.
