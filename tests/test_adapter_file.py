@@ -19,7 +19,7 @@ from sparse_jax import (
     save_adapter,
 )
 from sparse_jax.adapter.use import swap
-from sparse_jax.models.hf.tensors import write_tensors
+from sparse_jax.models.hf.tensors import Stored, write_tensors
 
 
 def make_params(dtype=jnp.bfloat16):
@@ -90,7 +90,8 @@ def test_whoever_may_read_other_new_files_may_read_what_is_written(tmp_path):
     before = os.umask(0o027)
     try:
         save_adapter(tmp_path / "a.safetensors", make_adapter(make_params()))
-        write_tensors({"w": np.zeros(2, np.float32)}, tmp_path)
+        zeros = Stored((2,), np.dtype(np.float32), lambda: np.zeros(2, np.float32))
+        write_tensors({"w": zeros}, tmp_path)
     finally:
         os.umask(before)
     modes = [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from sparse_jax.models.hf.labels import HeadUse, label_leaves, use_of_head
 from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.read_config import read_config, write_config
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
-from sparse_jax.models.hf.tensors import base_hash, write_tensors
-from sparse_jax.models.hf.weights import Weights, open_weights
+from sparse_jax.models.hf.tensors import Stored, base_hash, bytes_of, write_tensors
+from sparse_jax.models.hf.weights import Weights, is_finite, open_weights
 from sparse_jax.params.names import leaf_names, map_named
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "changed_field",
     "from_pretrained",
     "new_leaves",
+    "read_model",
     "save_pretrained",
 ]
 
@@ -81,18 +82,7 @@ def from_pretrained(
         is missing and `key` is None.
     """
     folder = local_folder(model)
-    family, config = read_config(folder, num_labels=num_labels)
-    if head.__name__ not in family.architectures:
-        raise InputError(
-            f"`head` must be one of {', '.join(family.architectures)} for the model "
-            f"type {family.name!r} of `{folder}`, got {head.__name__}."
-        )
-    weights, order = open_weights(folder, Model(head, family, config)), {}
-    if labels is not None and head is SequenceClassifier:
-        weights, order, use = _for_labels(weights, labels)
-        if use is not None and jax.process_index() == 0:
-            level = logging.INFO if use.is_certain else logging.WARNING
-            _log.log(level, "`%s`: %s", folder, use.remark)
+    weights, order = _open(folder, head, num_labels, labels)
     built, missing = weights.model, weights.missing_head
     abstract = built.abstract(dtype)
     weights.check(abstract)
@@ -132,18 +122,61 @@ def from_pretrained(
     return built, map_named(load_parts, abstract, place(abstract))
 
 
-def save_pretrained(model: Model, params: Params, folder: str | Path) -> None:
-    """Writes `config.json` and `model.safetensors` for PyTorch transformers.
+def read_model(
+    folder: Path, *, head: Head, labels: Sequence[str] | None = None
+) -> Model:
+    """Returns the model that `from_pretrained` loads, without reading its weights.
+
+    The arguments and errors are those of `from_pretrained`.
+    """
+    return _open(folder, head, None, labels)[0].model
+
+
+def _open(
+    folder: Path, head: Head, num_labels: int | None, labels: Sequence[str] | None
+) -> tuple[Weights, dict[str, list[int]]]:
+    """Returns the weights of a folder, and the order of a classifier's outputs."""
+    family, config = read_config(folder, num_labels=num_labels)
+    if head.__name__ not in family.architectures:
+        raise InputError(
+            f"`head` must be one of {', '.join(family.architectures)} for the model "
+            f"type {family.name!r} of `{folder}`, got {head.__name__}."
+        )
+    weights, order = open_weights(folder, Model(head, family, config)), {}
+    if labels is not None and head is SequenceClassifier:
+        weights, order, use = _for_labels(weights, labels)
+        if use is not None and jax.process_index() == 0:
+            level = logging.INFO if use.is_certain else logging.WARNING
+            _log.log(level, "`%s`: %s", folder, use.remark)
+    return weights, order
+
+
+def save_pretrained(
+    model: Model,
+    params: Params,
+    folder: str | Path,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    shard_size: int | str | None = None,
+) -> None:
+    """Writes `config.json` and the weights for PyTorch transformers.
 
     Args:
       model: model as `from_pretrained` returns it.
-      params: its parameters; the first of them names the dtype in `config.json`.
+      params: its parameters.
       folder: folder to write to, made if absent.
+      dtype: of every tensor in the files; None keeps those of the parameters, the
+        first of which is named in `config.json`.
+      shard_size: most bytes of a file, such as "5GB"; None is one file.
+
+    Raises:
+      InputError: if `shard_size` is no size, or a value is too large for `dtype`.
     """
     folder = Path(folder)
+    most = None if shard_size is None else bytes_of(shard_size)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(_tensors(model, params), folder)
-    write_config(model, folder, jax.tree.leaves(params)[0].dtype)
+    write_tensors(_tensors(model, params, dtype), folder, most)
+    write_config(model, folder, dtype or jax.tree.leaves(params)[0].dtype)
 
 
 def new_leaves(
@@ -226,23 +259,61 @@ def changed_field(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | No
     return next((name for name in both if before[name] != now[name]), None)
 
 
-def _tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
+class _Part(NamedTuple):
+    """A leaf, or one layer of it, that is a tensor or a part of one."""
+
+    place: int  # among the parts of the tensor
+    leaf: str
+    layer: int
+    array: jax.Array
+
+
+def _tensors(
+    model: Model, params: Params, dtype: jax.typing.DTypeLike | None
+) -> dict[str, Stored]:
     """Returns the tensors of a checkpoint, those fused that are one there."""
     layout, parts = model.family.layout, {}
 
     def collect(leaf: str, array: jax.Array) -> None:
-        layers = np.asarray(array) if is_stacked(leaf) else np.asarray(array)[None]
-        for layer, one in enumerate(layers):
+        for layer in range(len(array) if is_stacked(leaf) else 1):
             name = tensor_name(model.family, leaf, layer)
-            parts.setdefault(name, []).append((layout.part_of(leaf) or 0, leaf, one))
+            part = _Part(layout.part_of(leaf) or 0, leaf, layer, array)
+            parts.setdefault(name, []).append(part)
 
     map_named(collect, params)
-    heads = model.config.num_heads
-    tensors = {}
-    for name, found in parts.items():
-        found.sort(key=lambda part: part[0])
-        tensors[name] = layout.fuse(found[0][1], [one for *_, one in found], heads)
-    return tensors
+
+    def stored(found: list[_Part]) -> Stored:
+        found.sort(key=lambda part: part.place)
+        leaf, array = found[0].leaf, found[0].array
+        one = array.shape[1:] if is_stacked(leaf) else array.shape
+        of_file = np.dtype(array.dtype if dtype is None else dtype)
+        make = lambda: _tensor(model, found, of_file)
+        return Stored(layout.tensor_shape(leaf, one), of_file, make)
+
+    return {name: stored(found) for name, found in parts.items()}
+
+
+def _tensor(model: Model, parts: Sequence[_Part], dtype: np.dtype) -> np.ndarray:
+    """Returns the tensor of some parts.
+
+    Raises:
+      InputError: naming the leaf, if a value is too large for the dtype.
+    """
+    leaf = parts[0].leaf
+    whole = [np.asarray(part.array) for part in parts]
+    if is_stacked(leaf):
+        whole = [array[part.layer] for array, part in zip(whole, parts, strict=True)]
+    tensor = model.family.layout.fuse(leaf, whole, model.config.num_heads)
+    if tensor.dtype == dtype:
+        return tensor
+    with np.errstate(over="ignore"):
+        rounded = tensor.astype(dtype)
+    if not is_finite(rounded) and is_finite(tensor):
+        raise InputError(
+            f"`dtype` must hold every value of the model, got {dtype}, which `{leaf}` "
+            "has too large ones for. Pass bfloat16 or float32."
+        )
+    return rounded
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from sparse_jax.errors import InputError, brief, reason_of
 
 __all__ = [
     "INDEX",
+    "Stored",
     "WEIGHTS",
     "base_hash",
+    "bytes_of",
     "open_tensors",
     "save_tensors",
     "shards_of",
@@ -26,6 +31,12 @@ __all__ = [
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 _FILE = re.compile(r"\w[\w.+=-]{0,200}\.safetensors")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMG]i?B|)", re.IGNORECASE)
+_UNITS = {
+    "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+}  # fmt: skip
+_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
 
 def open_tensors(folder: str | Path) -> dict[str, Any]:
@@ -63,11 +74,102 @@ def shards_of(index: Path) -> list[str]:
     return sorted(set(_indexed(index).values()))
 
 
-def write_tensors(tensors: Mapping[str, np.ndarray], folder: Path) -> None:
-    """Writes tensors to one file, marked as PyTorch's layout for transformers."""
-    # safetensors writes the memory of an array, whatever the strides say.
-    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor to write, which is made when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    tensors: Mapping[str, Stored], folder: Path, shard_size: int | None = None
+) -> None:
+    """Writes tensors, marked as PyTorch's layout for transformers.
+
+    One tensor at a time is in memory.
+
+    Args:
+      tensors: by their names.
+      folder: that gets `model.safetensors`, or shards of it and their index.
+      shard_size: most bytes of a file, if no tensor is larger; None is one file.
+    """
+    shards: list[dict[str, Stored]] = [{}]
+    room = shard_size
+    for name, tensor in tensors.items():
+        if room is not None and tensor.size > room and shards[-1]:
+            shards.append({})
+            room = shard_size
+        shards[-1][name] = tensor
+        room = None if room is None else room - tensor.size
+    # What an earlier model left there would be read in place of this one.
+    for old in (WEIGHTS, INDEX):
+        (folder / old).unlink(missing_ok=True)
+    if len(shards) == 1:
+        _write_file(folder / WEIGHTS, shards[0])
+        return
+    files = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write_file(folder / name, shard)
+        files |= dict.fromkeys(shard, name)
+    total = sum(tensor.size for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    text = json.dumps(index, indent=2, sort_keys=True)
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def bytes_of(size: int | str) -> int:
+    """Returns a number of bytes, or that of a text such as 5GB.
+
+    Raises:
+      InputError: if it is neither.
+
+    Example:
+      >>> bytes_of("5GB"), bytes_of("1.5 MiB")
+      (5000000000, 1572864)
+    """
+    found = _SIZE.fullmatch(str(size).strip())
+    number = 0
+    if found is not None:
+        number = int(float(found[1]) * _UNITS[found[2].upper()])
+    if number < 1:
+        raise InputError(
+            f"`shard_size` must be a positive number of bytes, KB, MB, GB, KiB, MiB or "
+            f"GiB, got {brief(size)}. Write 5GB for files of at most 5e9 bytes."
+        )
+    return number
+
+
+def _write_file(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Writes a safetensors file, one tensor at a time.
+
+    The library's writer wants all of them in memory, and copies them once more.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.size
+        header[name] = {
+            "dtype": _CODES[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            # The memory of an array is what is written, whatever the strides say.
+            array = np.ascontiguousarray(tensor.make())
+            assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype)
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def save_tensors(

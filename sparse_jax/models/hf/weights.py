@@ -19,7 +19,7 @@ from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, with_full
 from sparse_jax.models.hf.tensors import open_tensors
 from sparse_jax.params.names import leaf_names, map_named
 
-__all__ = ["HEADS", "Weights", "open_weights"]
+__all__ = ["HEADS", "Weights", "is_finite", "open_weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Weights:
             # A number too large for the dtype becomes infinite, and is reported below.
             with np.errstate(over="ignore"):
                 part = part.astype(dtype, copy=False)
-            if not _is_finite(part):
+            if not is_finite(part):
                 raise InputError(
                     f"`{leaf}` must be finite in {part.dtype}, got NaN or infinite "
                     f"values in the tensor `{found}` of `{self.folder}`. Use a "
@@ -238,7 +238,7 @@ def _not_floating(name: str, folder: Path, found: str) -> str:
     )
 
 
-def _is_finite(array: np.ndarray) -> bool:
+def is_finite(array: np.ndarray) -> bool:
     """Returns whether an array has neither NaN nor infinite values."""
     if array.itemsize != 2:
         return bool(np.isfinite(array).all())
