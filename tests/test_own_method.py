@@ -1,6 +1,7 @@
 """A method of one's own is trained, saved, loaded, merged, evaluated and exported."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -139,7 +140,7 @@ def test_a_run_by_its_word_or_its_object_is_evaluated(tmp_path):
     assert sparse_jax.evaluate_adapter(tmp_path / "word", data=data) == metrics["eval"]
     adapter = sparse_jax.load_adapter(tmp_path / "word")
     assert adapter.method == Shift(factor=3.0, dense=("^classifier/", "^pooler/"))
-    by_object = replace(by_word, method=Shift(factor=1.5))
+    by_object = tiny_settings(*place, tmp_path / "word", method=Shift(factor=1.5))
     made = by_object.record()["method"]
     assert (made["name"], made["factor"]) == ("shift", 1.5)
     head = ("^classifier/",)
@@ -175,20 +176,51 @@ def test_a_field_that_no_file_can_hold_is_refused():
 
 
 BAD_LINES = {
-    "a word that is taken": (("lora", Shift, {}), "`word` must be new, .* got 'lora'"),
-    "a word of two": (("my shift", Shift, {}), "`word` must be new, .* got 'my shift'"),
+    "a name that is taken": (("lora", Shift, {}), "`word` must be new, .* got 'lora'"),
+    "a name of two": (("my shift", Shift, {}), "`word` must be new, .* got 'my shift'"),
     "no method": (("other", dict, {}), "`kind` must be a dataclass .* got <class 'di"),
     "an object": (("other", Shift(factor=1), {}), "`kind` must be a dataclass and a"),
+    "no module": (("other", "nowhere:X", {}), "`kind` must be a class, .* 'nowhere:X'"),
+    "no class": (("other", "math:pi", {}), "`kind` must be a dataclass and a"),
     "nothing fixed": (("other", Shift, {"fixed": ["factor"]}), "`fixed` must be names"),
+    "one fixed": (("other", Shift, {"fixed": "factor"}), "`fixed` .*, got 'factor'"),
     "no field": (("other", Shift, {"rate": 1}), "`rate` must be a field of `Shift`"),
+    "no rule": (("other", Shift, {"dense": 3}), "`dense` must be a text, or a seque"),
+    "a rate of text": (("other", Shift, {"learning_rate": "x"}), "`learning_rate` mus"),
+    "no rate": (("other", Shift, {"learning_rate": math.nan}), "`learning_rate` must"),
+    "below zero": (("other", Shift, {"learning_rate": -1}), "`learning_rate` must be"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_bad_line_of_the_table_is_refused(name):
-    (word, kind, defaults), message = BAD_LINES[name]
+    (word, kind, given), message = BAD_LINES[name]
+    before = {**METHODS}
     with pytest.raises(InputError, match=message):
-        sparse_jax.register_method(word, kind, learning_rate=1e-3, **defaults)
+        sparse_jax.register_method(word, kind, **{"learning_rate": 1e-3, **given})
+    assert before == METHODS
+
+
+@pytest.mark.parametrize("word", [None, 3, b"x", ["a"], "", "Capital", "two words"])
+def test_what_is_no_name_is_refused(word):
+    registrations = (
+        lambda: sparse_jax.register_method(word, Shift, learning_rate=1e-3),
+        lambda: sparse_jax.register_score(word, lambda gradient, param: param),
+        lambda: sparse_jax.register_sampler(word, Static),
+    )
+    for register in registrations:
+        with pytest.raises(InputError, match="`word` must be new, and of lower-case"):
+            register()
+
+
+@pytest.mark.parametrize("name", ["dense", "also_dense"])
+def test_a_rule_that_is_a_text_is_one_rule(name):
+    sparse_jax.register_method("own", Shift, learning_rate=1, factor=1, **{name: "b$"})
+    try:
+        head = [] if name == "dense" else ["^classifier/"]
+        assert METHODS["own"].make({}, ["^classifier/"]).dense == ("b$", *head)
+    finally:
+        del METHODS["own"]
 
 
 def test_an_adapter_of_compact_takes_six_bytes_an_entry_in_bfloat16(tmp_path):

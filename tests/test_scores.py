@@ -115,7 +115,7 @@ def test_a_registered_word_means_the_same_everywhere():
         w, g = jnp.array([4.0, 1.0, 1.0]), jnp.array([1.0, 3.0, 2.0])
         tx = sift(optax.sgd(1.0), density=0.3, score="saliency")
         assert tx.update(g, tx.init(w), w)[1].support.tolist() == [0]
-        with pytest.raises(InputError, match="`word` must be one that no score has"):
+        with pytest.raises(InputError, match="`word` must be new, .* got 'saliency'"):
             register_score("saliency", lambda gradient, param: gradient)
     finally:
         del SCORES["saliency"]

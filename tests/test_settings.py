@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -194,6 +195,9 @@ def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
     ("options", "message"),
     [
         ({"method": LoRA(rank=2), "alpha": 2.0}, "`alpha` must be left out with meth"),
+        ({"method": LoRA(rank=2), "rank": 8, "density": 0.5}, "`density` must be left"),
+        ({"method": LoRA(rank=2), "rank": 4}, "`rank` must be left .*: set it there"),
+        ({"method": Sparse(density=0.1), "density": 0.5}, "`density` must be left out"),
         ({"method": LoRA(rank=2, dense="a"), "dense": ("b",)}, "`dense` must be left"),
         ({"method": object()}, "`method` must be of a registered class"),
         ({"sampler": object()}, "`sampler` must be one of ist, uniform"),
@@ -211,6 +215,57 @@ def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
 def test_objects_that_contradict_other_settings_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         Settings(**RUN, **options)
+
+
+OF_ANOTHER_TYPE = {
+    "batch_size": ("8", True, 8.0, None),
+    "accumulate": (2.0,),
+    "epochs": (1.5,),
+    "max_steps": (2.5, "3"),
+    "seed": (0.5, None),
+    "keep": ("2",),
+    "rank": (2.0,),
+    "learning_rate": ("1e-3", True, [1e-3], 10**400),
+    "density": (None, "0.1"),
+    "active": (None,),
+    "held_out": ("0.1",),
+    "mesh": (3,),
+    "task": (None, 3),
+    "model": (None, b"m"),
+    "dtype": (3,),
+    "template": (3,),
+    "method": (None, 3),
+    "sampler": (3,),
+    "score": (None, 3),
+    "resume": ("no", 1),
+    "packing": ("false",),
+    "where": (3, [3], ("a", None)),
+    "dense": ({"a": 1},),
+    "layers": ((1.5,), "0", 0.5),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in OF_ANOTHER_TYPE.items() for value in values],
+)
+def test_a_value_of_another_type_is_refused(name, value):
+    with pytest.raises(InputError, match=f"^`{name}` must be .*, got "):
+        Settings(**{**RUN, name: value})
+
+
+def test_values_are_plain_python():
+    given = {
+        "model": Path("m"), "output": Path("a") / "b", "data": Path("d"),
+        "batch_size": np.int64(8), "learning_rate": np.float32(0.5), "dense": "bias$",
+        "where": ["query", "key"], "sampler": "static", "layers": [np.int32(1)],
+    }  # fmt: skip
+    settings = Settings(**{**RUN, **given})
+    assert (settings.model, settings.output, settings.data) == ("m", "a/b", "d")
+    assert json.loads(json.dumps(settings.record()))["batch_size"] == 8
+    assert (settings.learning_rate, type(settings.learning_rate)) == (0.5, float)
+    assert (settings.dense, settings.where) == (("bias$",), ("query", "key"))
+    assert settings.layers == (1,)
 
 
 def test_a_sampler_for_another_model_is_refused():
@@ -259,7 +314,8 @@ FILES = {
     "half a number": ("rank: 1.5", "`rank` in .* must be a whole number, got 1.5"),
     "null": ("density: null", "`density` in .* must be a number, got None"),
     "number for a text": ("task: 3", "`task` in .* must be text, got 3"),
-    "no list": ("where: query", "`where` in .* must be a list, each item text"),
+    "no list": ("where: 3", "`where` in .* must be a list, each item text"),
+    "no texts": ("where: [3]", "`where` in .* must be a list, each item text"),
     "list": ("- rank", "must be a file of settings"),
     "no YAML": ("a: [", "must be a YAML or JSON file"),
     "no date": ("a: !!timestamp b", "must be a YAML or JSON file"),
@@ -351,7 +407,7 @@ def test_a_sampler_of_ones_own_has_a_word_everywhere(registered, capsys, monkeyp
 @pytest.mark.parametrize(
     ("word", "kind", "message"),
     [
-        ("ist", TwoByTwo, "`word` must be new, got 'ist'"),
+        ("ist", TwoByTwo, "`word` must be new, .* got 'ist'"),
         ("other", LoRA, "`kind` must be a subclass of `Sampler`"),
     ],
 )

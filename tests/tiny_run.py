@@ -82,4 +82,7 @@ def tiny_settings(model, data, output, **changes):
         "epochs": 1,
         "learning_rate": 3e-2,
     }
+    # An object brings its own.
+    if not isinstance(changes.get("method", ""), str):
+        del fields["density"], fields["rank"]
     return Settings(**{**fields, **changes})

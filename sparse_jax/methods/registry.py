@@ -2,14 +2,20 @@
 
 import inspect
 import math
+import numbers
 import pkgutil
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparse_jax.errors import InputError, brief
-from sparse_jax.params.fields import Option, fields_of, require_word, setting
+from sparse_jax.errors import InputError, brief, reason_of
+from sparse_jax.params.fields import (
+    Option,
+    fields_of,
+    require_new,
+    require_word,
+    setting,
+)
 
 # JAX takes seconds to import, and the help of the command line reads this table.
 if TYPE_CHECKING:
@@ -88,8 +94,9 @@ class MethodOptions:
             )
         for one in fields(MethodOptions):
             value = getattr(self, one.name)
-            # Programs that compare methods may share a density and a rank.
-            if one.name not in ("density", "rank") and value != one.default:
+            # Programs that compare methods by name may share a density and a rank.
+            is_shared = isinstance(method, str) and one.name in ("density", "rank")
+            if value != one.default and not is_shared:
                 require_method_has(one.name, value, method)
         if isinstance(method, str):
             for one in METHODS[method].options.values():
@@ -188,8 +195,7 @@ class Entry:
                     f"`{name}` must be given with method {self.word!r}, got none."
                 )
             values[one.field] = one.read(value)
-        dense = options.get("dense") or self.dense or head
-        dense = (dense,) if isinstance(dense, str) else dense
+        dense = _texts("dense", options.get("dense") or self.dense or head)
         return self.kind(**values, dense=(*self.also_dense, *dense))
 
 
@@ -202,9 +208,9 @@ def register_method(
     kind: "type[Method] | str",
     *,
     learning_rate: float,
-    dense: Sequence[str] = (),
-    also_dense: Sequence[str] = (),
-    fixed: Sequence[str] = (),
+    dense: str | Sequence[str] = (),
+    also_dense: str | Sequence[str] = (),
+    fixed: str | Sequence[str] = (),
     **defaults: Any,
 ) -> None:
     """Registers a class of methods under a name, for runs and adapter files.
@@ -212,9 +218,8 @@ def register_method(
     Fields made with `option(...)` become options; every field is stored in adapters.
 
     Args:
-      word: its name: lower-case letters, digits and underscores.
-      kind: a frozen dataclass, a subclass of `Method`; or module:class, which is
-        imported when it is used.
+      word: its name: lower-case letters, digits, `_`, `-` and `/`.
+      kind: a frozen dataclass, a subclass of `Method`; or module:class to import.
       learning_rate: usual peak learning rate.
       dense: rules of what is trained in full, in place of the head of a task.
       also_dense: rules of what is trained in full beside it.
@@ -222,8 +227,8 @@ def register_method(
       **defaults: default values of fields, or their names.
 
     Raises:
-      InputError: if the name is taken or invalid, the class is no method, or it has no
-        such field.
+      InputError: if the name is taken or invalid, the class is no method or has no
+        such field, or the learning rate is not positive.
 
     Example:
       >>> from dataclasses import dataclass
@@ -236,21 +241,49 @@ def register_method(
       ('norm/', '^classifier/')
       >>> del METHODS["norms"]
     """
-    if not re.fullmatch("[a-z0-9_]+", word) or word in METHODS:
-        raise InputError(
-            "`word` must be new, and of lower-case letters, digits and underscores, "
-            f"got {word!r}. Names in use: {', '.join(METHODS)}."
-        )
-    if unknown := [name for name in fixed if name not in defaults]:
+    require_new(word, METHODS)
+    if unknown := [one for one in _texts("fixed", fixed) if one not in defaults]:
         raise InputError(
             f"`fixed` must be names of fields that are given here, got {unknown[0]!r}. "
             "Pass its value as well."
         )
-    if not isinstance(kind, str):
+    # A bool is a number of Python, and never a learning rate.
+    is_number = isinstance(learning_rate, numbers.Real) and learning_rate is not True
+    if not (is_number and 0 < learning_rate < 1e300):
+        raise InputError(
+            f"`learning_rate` must be positive, got {brief(learning_rate)}. It is the "
+            "usual peak learning rate of the method, commonly 1e-3."
+        )
+    # The classes of this folder are imported when they are used: they take JAX along.
+    if word not in _BUILT_IN:
+        kind = _imported(kind) if isinstance(kind, str) else kind
         _require_kind(kind, defaults)
     METHODS[word] = Entry(
-        word, kind, learning_rate, defaults, (*dense,), (*also_dense,), (*fixed,)
+        word, kind, float(learning_rate), defaults, _texts("dense", dense),
+        _texts("also_dense", also_dense), _texts("fixed", fixed),
+    )  # fmt: skip
+
+
+def _texts(argument: str, texts: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns texts as a tuple; one alone is no sequence of letters."""
+    texts = (texts,) if isinstance(texts, str) else texts
+    if isinstance(texts, Sequence) and all(isinstance(one, str) for one in texts):
+        return tuple(texts)
+    raise InputError(
+        f"`{argument}` must be a text, or a sequence of them, got {brief(texts)}."
     )
+
+
+def _imported(path: str) -> Any:
+    """Returns what a user's module:class names."""
+    try:
+        return pkgutil.resolve_name(path)
+    # The module may raise anything at all.
+    except Exception as error:
+        raise InputError(
+            f"`kind` must be a class, or module:class that can be imported, got "
+            f"{brief(path)}: {reason_of(error)}."
+        ) from error
 
 
 def _require_kind(kind: object, defaults: Mapping[str, Any]) -> None:
@@ -275,9 +308,12 @@ def require_method_has(name: str, value: object, method: "str | Method") -> None
         return
     owners = [word for word, entry in METHODS.items() if name in entry.options]
     remedy = "; use `dense` to choose whole parameters" if name == "where" else ""
+    remedy = f"It belongs to {', '.join(owners)}{remedy}"
+    if not isinstance(method, str):
+        remedy = "An object has its own options: set it there"
     raise InputError(
         f"`{name}` must be left out with method {brief(method)}, got {brief(value)}. "
-        f"It belongs to {', '.join(owners)}{remedy}."
+        f"{remedy}."
     )
 
 
@@ -333,22 +369,22 @@ _AT_MAPS = {"where": (f"^{_MAPS}$",)}
 _IN_MAPS = {"where": (f"^layers/{_MAPS}/",)}
 _FIXED_SCORE = {**_IN_MAPS, "fixed": ("score",)}
 
-# name, class in this folder, learning rate, and other arguments of `register_method`.
+# name -> class in this folder, learning rate, other arguments of `register_method`.
 # The learning rates are common ones, not tuned by a grid search; a few sparse entries
 # need larger steps than all.
-_BUILT_IN: tuple[tuple[str, str, float, dict[str, Any]], ...] = (
-    ("full", "dense:Dense", 3e-5, {"dense": (".*",)}),
-    ("head", "dense:Dense", 1e-3, {}),
-    ("bitfit", "dense:Dense", 1e-3, {"also_dense": ("bias$",)}),
-    ("lora", "lora:LoRA", 1e-3, _AT_MAPS),
-    ("dora", "lora:DoRA", 1e-3, _AT_MAPS),
-    ("series", "bottlenecks:Series", 1e-3, {"size": SIZE}),
-    ("parallel", "bottlenecks:Parallel", 1e-3, {"size": SIZE}),
-    ("ia3", "ia3:IA3", 3e-3, {}),
-    ("prefix", "prefix:Prefix", 1e-2, {"length": PREFIX_LENGTH}),
-    ("sift", "sparse:Sparse", 7e-4, _IN_MAPS),
-    ("random", "sparse:Sparse", 7e-4, {**_FIXED_SCORE, "score": "random"}),
-    ("magnitude", "sparse:Sparse", 7e-4, {**_FIXED_SCORE, "score": "magnitude"}),
-)
-for _word, _class, _rate, _more in _BUILT_IN:
+_BUILT_IN: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "full": ("dense:Dense", 3e-5, {"dense": (".*",)}),
+    "head": ("dense:Dense", 1e-3, {}),
+    "bitfit": ("dense:Dense", 1e-3, {"also_dense": ("bias$",)}),
+    "lora": ("lora:LoRA", 1e-3, _AT_MAPS),
+    "dora": ("lora:DoRA", 1e-3, _AT_MAPS),
+    "series": ("bottlenecks:Series", 1e-3, {"size": SIZE}),
+    "parallel": ("bottlenecks:Parallel", 1e-3, {"size": SIZE}),
+    "ia3": ("ia3:IA3", 3e-3, {}),
+    "prefix": ("prefix:Prefix", 1e-2, {"length": PREFIX_LENGTH}),
+    "sift": ("sparse:Sparse", 7e-4, _IN_MAPS),
+    "random": ("sparse:Sparse", 7e-4, {**_FIXED_SCORE, "score": "random"}),
+    "magnitude": ("sparse:Sparse", 7e-4, {**_FIXED_SCORE, "score": "magnitude"}),
+}
+for _word, (_class, _rate, _more) in _BUILT_IN.items():
     register_method(_word, f"{__package__}.{_class}", learning_rate=_rate, **_more)

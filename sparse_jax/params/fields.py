@@ -2,6 +2,7 @@
 
 import json
 import numbers
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields
@@ -15,12 +16,14 @@ __all__ = [
     "TEXTS",
     "Json",
     "Option",
+    "checked",
     "fields_of",
     "from_json",
     "one_of",
     "option",
     "options_of",
     "read_json",
+    "require_new",
     "require_word",
     "required",
     "setting",
@@ -165,6 +168,55 @@ def require_word(name: str, word: object, words: Iterable[str]) -> None:
         )
 
 
+def require_new(word: object, words: Iterable[str]) -> None:
+    """Raises `InputError` unless a value can be a name, and is none of some words.
+
+    Example:
+      >>> require_new("in-pairs", ("cyclic", "gradient/magnitude"))
+    """
+    is_name = isinstance(word, str) and re.fullmatch("[a-z0-9_/-]+", word)
+    if not is_name or word in tuple(words):
+        raise InputError(
+            "`word` must be new, and of lower-case letters, digits, `_`, `-` and `/`, "
+            f"got {brief(word)}. Names in use: {', '.join(words)}."
+        )
+
+
+def checked(one: Option, value: Any, place: str = "") -> Any:
+    """Returns the value of an option in its type: a tuple for a list, plain numbers.
+
+    Args:
+      one: the option.
+      value: of Python, of NumPy, or of a file; a text is a list of one.
+      place: what it stands in, for messages, such as " in `run.yaml`".
+
+    Raises:
+      InputError: naming the option, if the value is of another type.
+
+    Example:
+      >>> from sparse_jax.training.settings import setting_options
+      >>> checked(setting_options()["dense"], "bias$")
+      ('bias$',)
+    """
+    if value is None and one.is_optional:
+        return None
+    items = get_args(one.type)
+    kind = items[0] if items else one.type
+    try:
+        if not items:
+            return _checked(kind, value)
+        listed = [value] if isinstance(value, _TYPES[kind][0]) else value
+        if isinstance(listed, list | tuple):
+            return tuple(_checked(kind, item) for item in listed)
+        raise TypeError
+    # An integer may be more than any number with a fraction.
+    except (TypeError, OverflowError) as error:
+        rule = f"a list, each item {_TYPES[kind][1]}" if items else _TYPES[kind][1]
+        raise InputError(
+            f"`{one.name}`{place} must be {rule}, got {brief(value)}."
+        ) from error
+
+
 def to_json(made: Any) -> dict[str, Json]:
     """Returns the fields of a dataclass as values of JSON.
 
@@ -193,7 +245,7 @@ def from_json(kind: type[Made], settings: Mapping[str, Json], place: str) -> Mad
                 f"{place} must have `{name}`, which `{kind.__name__}` needs, and does "
                 "not. Add it, or copy the file again."
             )
-    if unknown := sorted({*settings} - {*known}):
+    if unknown := sorted({*settings} - {*known}, key=str):
         raise InputError(
             f"{place} must have only what `{kind.__name__}` has, got "
             f"{brief(unknown[0])}. Read it with the version that wrote it."
@@ -243,15 +295,32 @@ def _written(made: Any, one: Option) -> Json:
         )
     if isinstance(value, tuple):
         value = list(value)
-    # NumPy's numbers are no values of JSON.
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-        value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    elif isinstance(value, numbers.Real):
+        value = _without_numpy(value)
     check, rule = JSON_RULES.get(one.type, (_is_json, "a value of JSON"))
     if not (check(value) or (value is None and one.is_optional)):
         raise InputError(
             f"`{one.field}` must be {rule} to be stored in a file, got {brief(value)}."
         )
     return value
+
+
+def _checked(kind: Any, value: Any) -> Any:
+    """Returns a value of a type as plain Python; raises if it has another type."""
+    if not isinstance(value, _TYPES[kind][0]) or (
+        isinstance(value, bool) and kind is not bool
+    ):
+        raise TypeError
+    if kind is float:
+        float(value)
+    return _without_numpy(value) if isinstance(value, numbers.Real) else value
+
+
+def _without_numpy(value: numbers.Real) -> bool | int | float:
+    """Returns a number that is a value of JSON, which those of NumPy are not."""
+    if isinstance(value, bool | int | float):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _plain(hint: Any) -> tuple[object, bool]:
@@ -293,6 +362,13 @@ def _is_rule(value: Any) -> bool:
     )
 
 
+# type of an option -> the class of its values, and the rule in messages
+_TYPES: dict[object, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "text"),
+}
 # type -> whether a value of a file has it, and the rule in messages
 JSON_RULES: dict[object, tuple[Callable[[Any], bool], str]] = {
     int: (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparse_jax.errors import InputError, brief
-from sparse_jax.params.fields import one_of, require_word, setting
+from sparse_jax.params.fields import one_of, require_new, require_word, setting
 
 # JAX takes seconds to import, and the help of the command line reads this table.
 if TYPE_CHECKING:
@@ -132,13 +132,13 @@ def register_sampler(
     """Registers a sampler under a name, for `ist`, `finetune` and `--sampler`.
 
     Args:
-      word: its name.
+      word: its name: lower-case letters, digits, `_`, `-` and `/`.
       kind: the class.
       help: a few words on which layers it draws.
       options: fields of `SamplerOptions` that `kind.fitted` takes.
 
     Raises:
-      InputError: if the name is taken, or `kind` is no class of samplers.
+      InputError: if the name is taken or invalid, or `kind` is no class of samplers.
 
     Example:
       >>> from sparse_jax.samplers.simple import Cyclic
@@ -150,8 +150,7 @@ def register_sampler(
     """
     from sparse_jax.samplers.sampler import Sampler
 
-    if word in SAMPLERS:
-        raise InputError(f"`word` must be new, got {brief(word)}, which is taken.")
+    require_new(word, SAMPLERS)
     if not (isinstance(kind, type) and issubclass(kind, Sampler)):
         raise InputError(f"`kind` must be a subclass of `Sampler`, got {brief(kind)}.")
     SAMPLERS[word] = SamplerEntry(kind, help, options)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
+from sparse_jax.params.fields import require_new
 
 __all__ = ["SCORES", "Score", "leaf_key", "register_score", "score_named"]
 
@@ -133,11 +134,12 @@ def register_score(
     """Registers a score under a name, for `sift`, `Sparse` and the command line.
 
     Args:
-      word: its name.
+      word: its name: lower-case letters, digits, `_`, `-` and `/`.
       function, needs_gradient, needs_param: as of `Score`.
 
     Raises:
-      InputError: if another score has the name, or the function other arguments.
+      InputError: if the name is invalid or another score has it, or the function has
+        other arguments.
 
     Example:
       >>> score = register_score("saliency", lambda gradient, param: gradient * param)
@@ -146,12 +148,9 @@ def register_score(
       >>> del SCORES["saliency"]
     """
     score = Score(function, needs_gradient, needs_param)
-    if SCORES.setdefault(word, score) != score:
-        raise InputError(
-            f"`word` must be one that no score has, got {word!r}. Scores are called "
-            f"{', '.join(map(repr, SCORES))}."
-        )
-    return SCORES[word]
+    # The same function may come again, as where a cell of a notebook does.
+    require_new(word, [one for one in SCORES if SCORES[one] != score])
+    return SCORES.setdefault(word, score)
 
 
 def score_named(score: str | Score | Callable[..., jax.Array]) -> Score:

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from sparse_jax.errors import InputError, brief, listed, reason_of
 from sparse_jax.methods.registry import METHODS
-from sparse_jax.params.fields import Json, Option, fields_of, from_json
+from sparse_jax.params.fields import Json, checked, fields_of, from_json
 from sparse_jax.samplers.registry import SAMPLERS, sampler_class
 from sparse_jax.training.settings import setting_options
 
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from sparse_jax.samplers.sampler import Sampler
 
 __all__ = ["read_settings"]
-
-_WORDS: dict[object, str] = {
-    str: "text", int: "a whole number", float: "a number", bool: "true or false",
-}  # fmt: skip
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -54,7 +51,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         if isinstance(one := found.get(name), Mapping):
             objects[name] = _object(name, one, place)
     return objects | {
-        name: _value(place, one, found[name])
+        name: checked(one, _number(one.type, found[name]), f" in {place}")
         for name, one in known.items()
         if name in found and name not in objects
     }
@@ -107,27 +104,12 @@ def _mapping(path: Path) -> Mapping[str, Json]:
     return found
 
 
-def _value(place: str, one: Option, value: object) -> object:
-    """Returns the value of a setting in its type."""
-    if value is None and one.is_optional:
-        return None
-    try:
-        return _converted(value, one.type)
-    except (TypeError, ValueError, OverflowError) as error:
-        items = get_args(one.type)
-        rule = f"a list, each item {_WORDS[items[0]]}" if items else _WORDS[one.type]
-        raise InputError(
-            f"`{one.name}` in {place} must be {rule}, got {brief(value)}."
-        ) from error
-
-
-def _converted(value: Any, kind: Any) -> Any:
-    """Returns a value of a file in a type; raises if it has another one."""
-    if (items := get_args(kind)) and isinstance(value, list):
-        return tuple(_converted(item, items[0]) for item in value)
-    # YAML takes 3e-5 for a text, and 1 is a number like 1.0.
-    if kind is float and type(value) in (int, float, str):
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError
+def _number(kind: object, value: object) -> object:
+    """Returns the number of a text such as 3e-5, which YAML takes for no number."""
+    items = get_args(kind)
+    if items and isinstance(value, list):
+        return [_number(items[0], item) for item in value]
+    if kind is float and isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
     return value

@@ -246,6 +246,9 @@ def _require_same(path: Path, settings: Settings) -> None:
     # version does without it.
     defaults = {field.name: field.default for field in fields(settings)}
     before = defaults | _WITHOUT | before
+    # Earlier versions recorded a single rule as a text.
+    for name in ("where", "dense"):
+        before[name] = [one] if isinstance(one := before[name], str) else one
     changed = [name for name in now if name not in FREE and now[name] != before[name]]
     if changed:
         name = changed[0]

@@ -1,6 +1,7 @@
 """The settings of a fine-tuning run: the options of `sparse-jax finetune`."""
 
 import math
+import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +16,7 @@ from sparse_jax.methods.registry import (
 )
 from sparse_jax.params.fields import (
     Option,
+    checked,
     one_of,
     options_of,
     require_word,
@@ -43,6 +45,9 @@ _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "keep", "max_steps",
     "max_length", "learning_rate",
 )  # fmt: skip
+_PATHS = ("model", "output", "data")
+# Words for objects: the check of the words says which there are.
+_WORDS = ("method", "sampler", "score", "granularity", "activation")
 # Options of the task causal, with their defaults.
 _TEXT = {"loss_on": None, "packing": False, "template": None, "held_out": None}
 
@@ -52,11 +57,11 @@ class Settings(MethodOptions, SamplerOptions):
     """What `finetune` does: the options of `sparse-jax finetune`, one to one.
 
     In Python `method` and `sampler` may also be objects, which bring their own options
-    with them, and `optimizer` an Optax transformation. A method without `dense` trains
-    the head in full.
+    with them, `optimizer` an Optax transformation, and places paths. A method without
+    `dense` trains the head in full.
 
     Raises:
-      InputError: naming the option, if a value breaks its rule.
+      InputError: naming the option, if a value has another type or breaks its rule.
 
     Example:
       >>> Settings(model="bert", task="mrpc", output="run").resolved_learning_rate
@@ -156,6 +161,12 @@ class Settings(MethodOptions, SamplerOptions):
     resume: bool = setting(False, "Continue the interrupted run in the output folder.")
 
     def __post_init__(self):
+        for name, one in setting_options().items():
+            value = getattr(self, name)
+            if name in _PATHS and isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            if name not in _WORDS or value is None:
+                object.__setattr__(self, name, checked(one, value))
         require_word("method", self.method_word, METHODS)
         require_word("dtype", self.dtype, DTYPES)
         for name in _POSITIVE:
