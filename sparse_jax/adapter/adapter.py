@@ -55,6 +55,7 @@ class Adapter:
     base_config: Mapping[str, Json] = field(default_factory=dict)
     task: str = ""
     labels: tuple[str, ...] = ()  # empty for regression
+    license: str = ""  # of what was trained, as the Hub names it, such as "mit"
 
     def __post_init__(self):
         method, word = self.method, self.word

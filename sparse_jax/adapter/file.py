@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from safetensors import safe_open
 
 from sparse_jax.adapter.adapter import Adapter, Arrays, require_no_settings
 from sparse_jax.adapter.format_1 import FORMAT_1, method_of_format_1
-from sparse_jax.errors import InputError, brief, reason_of
+from sparse_jax.errors import InputError, brief, printable, reason_of
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import entry_of, word_of
 from sparse_jax.models.hf.model_files import require_no_peft
 from sparse_jax.models.hf.tensors import save_tensors
+from sparse_jax.models.hf.weights import is_finite
 from sparse_jax.params.fields import JSON_RULES, TEXTS
 
 __all__ = ["ADAPTER", "FORMAT", "load_adapter", "replacing", "save_adapter"]
@@ -26,9 +29,15 @@ ADAPTER = "adapter.safetensors"
 FORMAT = "sparse_jax adapter 2"
 
 _KEY = "sparse_jax"  # of the metadata of a safetensors file
-_WORDS = ("base_model", "base_hash", "task")
+_WORDS = ("base_model", "base_hash", "task", "license")
 _POSITIONS, _VALUES, _ADDED = ".support", ".values", "added/"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")  # of the base
+# As safetensors writes them; those that no adapter has are refused by name later.
+_CODES = {
+    "BOOL": "bool", "BF16": "bfloat16",
+    **{f"{kind}{8 * n}": f"{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)},
+    **{f"F{8 * n}": f"f{n}" for n in (2, 4, 8)},
+}  # fmt: skip
 
 # key -> type, and its name in messages
 _TYPES = {
@@ -93,11 +102,19 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
 
 
-def load_adapter(path: str | Path) -> Adapter:
-    """Reads an adapter.
+def load_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
+    """Opens an adapter, whose arrays stay in the file until they are used.
+
+    They are mapped: a page of the file is in memory while somebody needs it, and a
+    write to an array stays in memory. Replace the file, never write into it, while
+    an adapter is open; `save_adapter` replaces it.
 
     Args:
       path: adapter file, or the run directory that holds one.
+      verify: whether to read every array once, for the checksum of the file, ascending
+        supports and finite values. Without it only what the header says is checked:
+        that the file is complete, the format, the settings, and shapes and dtypes. Pass
+        False for a file that was verified before.
 
     Raises:
       InputError: if there is no such file, or if it is truncated, of another format,
@@ -114,11 +131,12 @@ def load_adapter(path: str | Path) -> Adapter:
         require_no_peft("adapter", path.parent)
         raise InputError(
             f"`{path}` must be an adapter of format {FORMAT!r}, got "
-            f"{brief(words.get('format'))}. Write it with `save_adapter`."
+            f"{brief(words.get('format'))}{_writer(words)}. Write it with "
+            "`save_adapter` of this version."
         )
     # Files of earlier versions have none.
     digest = words.pop("digest", None)
-    if digest is not None and digest != _digest(words, tensors):
+    if verify and digest is not None and digest != _digest(words, tensors):
         raise InputError(
             f"`{path}` must hold what was written to it, but its checksum is that of "
             "other content. Copy it again."
@@ -126,11 +144,17 @@ def load_adapter(path: str | Path) -> Adapter:
     _require_words(path, words)
     adapter = _from_tensors(path, tensors, words)
     for name in sorted({*adapter.support, *adapter.values}):
-        _require_support(f"`{path}`", name, adapter, "Copy it again.")
-    for name, array in tensors.items():
+        _require_support(f"`{path}`", name, adapter, "Copy it again.", verify)
+    for name, array in tensors.items() if verify else ():
         if not name.endswith(_POSITIONS):
             _require_finite(f"`{path}`", name, array, "Train it again.")
     return adapter
+
+
+def _writer(words: Mapping[str, Any]) -> str:
+    """Returns which version wrote a file, if the file says so."""
+    found = words.get("version")
+    return f" of sparse_jax {printable(found)[:20]}" if isinstance(found, str) else ""
 
 
 def _to_tensors(adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
@@ -167,6 +191,7 @@ def _to_metadata(adapter: Adapter, tensors: Arrays) -> dict[str, str]:
         "format": FORMAT,
         "method": word,
         "method_settings": settings,
+        "version": version("sparse_jax"),
         **{name: getattr(adapter, name) for name in names},
     }
     try:
@@ -198,9 +223,15 @@ def _read(path: Path) -> tuple[dict[str, str], Arrays]:
             f"`{path}`, which does not exist."
         )
     try:
+        # Checks that the header is one, and that the arrays fill the file.
         with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return file.metadata() or {}, tensors
+            metadata = file.metadata() or {}
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        data = np.memmap(path, mode="c").view(np.ndarray)[8 + size :]
+        return metadata, {name: _mapped(data, **header[name]) for name in header}
     # A damaged file may raise anything at all.
     except Exception as error:
         require_no_peft("adapter", path.parent)
@@ -208,6 +239,14 @@ def _read(path: Path) -> tuple[dict[str, str], Arrays]:
             f"`{path}` must be a complete safetensors file: {reason_of(error)}. "
             "Copy it again."
         ) from error
+
+
+def _mapped(
+    data: np.ndarray, dtype: str, shape: Sequence[int], data_offsets: Sequence[int]
+) -> np.ndarray:
+    """Returns one array of a file, from what the header says of it."""
+    begin, end = data_offsets
+    return data[begin:end].view(_CODES[dtype]).reshape(shape)
 
 
 def _words(path: Path, text: str) -> dict[str, Any]:
@@ -228,6 +267,7 @@ def _words(path: Path, text: str) -> dict[str, Any]:
 def _require_words(path: Path, words: dict[str, Any]) -> None:
     """Raises unless what is not an array is there, and of the right type."""
     words.setdefault("base_config", {})
+    words.setdefault("license", "")
     if words["format"] == FORMAT_1:
         words.setdefault("method_settings", None)
     for name, (kind, rule) in _TYPES.items():
@@ -295,19 +335,22 @@ def _method(
     return entry_of(word, place).kind.from_settings(settings, place)
 
 
-def _require_support(place: str, name: str, adapter: Adapter, remedy: str) -> None:
-    """Raises unless a leaf has ascending positions and as many values."""
+def _require_support(
+    place: str, name: str, adapter: Adapter, remedy: str, verify: bool = True
+) -> None:
+    """Raises unless a leaf has ascending positions and as many values.
+
+    Without `verify` the positions themselves are not read.
+    """
     support, values = adapter.support.get(name), adapter.values.get(name)
     if support is None or values is None or support.shape != values.shape:
         raise InputError(
             f"`{name}` in {place} must have as many positions as values. {remedy}"
         )
-    is_sorted = (
-        support.dtype == np.int32
-        and support.ndim in (1, 2)
-        and (np.diff(support) > 0).all()
-    )
-    if not is_sorted or (support < 0).any():
+    is_sorted = support.dtype == np.int32 and support.ndim in (1, 2)
+    if verify and is_sorted:
+        is_sorted = (support[..., :1] >= 0).all() and (np.diff(support) > 0).all()
+    if not is_sorted:
         raise InputError(
             f"`{name}{_POSITIONS}` in {place} must hold ascending int32 positions. "
             f"{remedy}"
@@ -323,8 +366,9 @@ def _require_finite(place: str, name: str, array: np.ndarray, remedy: str) -> No
     """Raises if an array of numbers has NaN or infinity in it."""
     if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
         return
-    if not (bad := np.isfinite(array)).all():
+    if not is_finite(array):
+        bad = array.size - int(np.isfinite(array).sum())
         raise InputError(
-            f"`{name}` in {place} must hold finite numbers, got "
-            f"{array.size - int(bad.sum())} of {array.size} that are not. {remedy}"
+            f"`{name}` in {place} must hold finite numbers, got {bad} of {array.size} "
+            f"that are not. {remedy}"
         )
