@@ -6,24 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_jax.data.batches import bucket_lengths
-from sparse_jax.data.causal_batches import (
-    causal_eval_batches,
-    causal_train_batches,
-    pack_rows,
-    segment_arrays,
-)
+from sparse_jax.data.batches import bucket_lengths, eval_batches, train_batches
 from sparse_jax.data.causal_tokens import TokenSequences
+from sparse_jax.data.packing import pack_rows, segment_arrays
 from sparse_jax.errors import InputError
 
 packed_or_not = pytest.mark.parametrize("is_packed", [False, True])
 
 
-def sequences_of(lengths, *, max_length=64):
+def sequences_of(lengths, *, max_length=64, is_packed=False):
     """Returns sequences that count from 100 times their number; half are targets."""
     ids = [np.arange(n, dtype=np.int32) + 100 * i for i, n in enumerate(lengths)]
     marks = [np.arange(n) >= max(n // 2, 1) for n in lengths]
-    return TokenSequences(ids, marks, max_length, 9)
+    return TokenSequences(ids, marks, max_length, 9, is_packed=is_packed)
 
 
 def random_lengths(n, most=64):
@@ -60,7 +55,7 @@ def context_loss(ids):
 
 
 def test_a_padded_batch_has_these_arrays():
-    (batch,) = causal_eval_batches(sequences_of([3, 17]), 2)
+    (batch,) = eval_batches(sequences_of([3, 17]), 2)
     assert set(batch) == {"input_ids", "attention_mask", "weights"}
     assert batch["input_ids"].shape == (2, 32)
     assert batch["input_ids"][0, :5].tolist() == [0, 1, 2, 9, 9]
@@ -71,8 +66,8 @@ def test_a_padded_batch_has_these_arrays():
 
 
 def test_a_packed_batch_has_these_arrays():
-    sequences = sequences_of([3, 5, 2], max_length=8)
-    (batch,) = causal_eval_batches(sequences, 2, is_packed=True)
+    sequences = sequences_of([3, 5, 2], max_length=8, is_packed=True)
+    (batch,) = eval_batches(sequences, 2)
     assert {name: x.tolist() for name, x in batch.items()} == {
         "input_ids": [[100, 101, 102, 103, 104, 0, 1, 2], [200, 201] + [9] * 6],
         "attention_mask": [[1] * 8, [1, 1] + [0] * 6],
@@ -89,26 +84,24 @@ def test_a_packed_batch_has_these_arrays():
 @pytest.mark.parametrize("num_sequences", [1, 7, 8, 9, 450])
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_an_epoch_has_every_sequence_once(num_sequences, accumulate, is_packed):
-    sequences = sequences_of(random_lengths(num_sequences))
-    batches = causal_train_batches(
-        sequences, 8, seed=1, epoch=2, accumulate=accumulate, is_packed=is_packed
-    )
+    sequences = sequences_of(random_lengths(num_sequences), is_packed=is_packed)
+    batches = train_batches(sequences, 8, seed=1, epoch=2, accumulate=accumulate)
     assert sorted(seen(batches)) == list(range(num_sequences))
     assert len(batches) == len(list(batches))
 
 
 @packed_or_not
 def test_evaluation_has_every_sequence_once(is_packed):
-    sequences = sequences_of(random_lengths(99))
-    found = seen(causal_eval_batches(sequences, 8, is_packed=is_packed))
+    sequences = sequences_of(random_lengths(99), is_packed=is_packed)
+    found = seen(eval_batches(sequences, 8))
     assert (sorted(found) if is_packed else found) == list(range(99))
 
 
 @packed_or_not
 def test_every_target_has_weight_once(is_packed):
-    sequences = sequences_of(random_lengths(99))
-    options = {"seed": 0, "epoch": 0, "is_packed": is_packed}
-    batches = list(causal_train_batches(sequences, 8, **options))
+    sequences = sequences_of(random_lengths(99), is_packed=is_packed)
+    options = {"seed": 0, "epoch": 0}
+    batches = list(train_batches(sequences, 8, **options))
     assert sum(b["weights"].sum() for b in batches) == sequences.num_targets
     for batch in batches:
         assert not (batch["weights"] * (1 - batch["attention_mask"])).any()
@@ -118,20 +111,18 @@ def test_every_target_has_weight_once(is_packed):
 
 
 def test_packing_does_not_change_the_loss():
-    sequences = sequences_of(random_lengths(200))
     sums = []
     for is_packed in (False, True):
-        batches = causal_train_batches(
-            sequences, 8, seed=0, epoch=0, is_packed=is_packed
-        )
+        sequences = sequences_of(random_lengths(200), is_packed=is_packed)
+        batches = train_batches(sequences, 8, seed=0, epoch=0)
         parts = [part for batch in batches for part in read_back(batch)]
         sums.append(sum((weights * context_loss(ids)).sum() for ids, weights in parts))
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)  # float32 weights, other order
 
 
 def test_positions_count_inside_each_segment():
-    sequences = sequences_of(random_lengths(200))
-    batches = causal_train_batches(sequences, 8, seed=0, epoch=0, is_packed=True)
+    sequences = sequences_of(random_lengths(200), is_packed=True)
+    batches = train_batches(sequences, 8, seed=0, epoch=0)
     for batch in batches:
         # A sequence counts from 100 times its number, so the rest is the position.
         inside = batch["segment_ids"] > 0
@@ -142,13 +133,11 @@ def test_positions_count_inside_each_segment():
 
 @packed_or_not
 def test_there_are_few_shapes(is_packed):
-    sequences = sequences_of(random_lengths(500))
+    sequences = sequences_of(random_lengths(500), is_packed=is_packed)
     shapes = {
         batch["input_ids"].shape
         for epoch in range(3)
-        for batch in causal_train_batches(
-            sequences, 8, seed=0, epoch=epoch, is_packed=is_packed
-        )
+        for batch in train_batches(sequences, 8, seed=0, epoch=epoch)
     }
     assert {rows for rows, _ in shapes} == {8}
     lengths = {length for _, length in shapes}
@@ -160,7 +149,7 @@ def test_grouped_by_length_similar_sequences_share_a_batch():
     fills = [
         np.mean([b["attention_mask"].mean() for b in batches])
         for batches in (
-            causal_train_batches(sequences, 8, seed=0, epoch=0, group_by_length=grouped)
+            train_batches(sequences, 8, seed=0, epoch=0, group_by_length=grouped)
             for grouped in (True, False)
         )
     ]
@@ -169,11 +158,11 @@ def test_grouped_by_length_similar_sequences_share_a_batch():
 
 @packed_or_not
 def test_the_order_depends_on_seed_and_epoch_only(is_packed):
-    sequences = sequences_of(random_lengths(100))
+    sequences = sequences_of(random_lengths(100), is_packed=is_packed)
 
     def order(seed, epoch):
-        options = {"seed": seed, "epoch": epoch, "is_packed": is_packed}
-        return tuple(seen(causal_train_batches(sequences, 8, **options)))
+        options = {"seed": seed, "epoch": epoch}
+        return tuple(seen(train_batches(sequences, 8, **options)))
 
     orders = {(seed, epoch): order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
     assert len(set(orders.values())) == 4
@@ -182,23 +171,20 @@ def test_the_order_depends_on_seed_and_epoch_only(is_packed):
 
 @packed_or_not
 def test_every_epoch_has_as_many_batches(is_packed):
-    sequences = sequences_of(random_lengths(500))
-    epochs = [
-        causal_train_batches(sequences, 4, seed=0, epoch=epoch, is_packed=is_packed)
-        for epoch in range(20)
-    ]
+    sequences = sequences_of(random_lengths(500), is_packed=is_packed)
+    epochs = [train_batches(sequences, 4, seed=0, epoch=epoch) for epoch in range(20)]
     assert len({len(batches) for batches in epochs}) == 1
-    sizes = [Counter(len(row) for batch in b.plan for row in batch) for b in epochs]
+    sizes = [Counter(len(b.rows[i]) for rows in b.plan for i in rows) for b in epochs]
     assert all(size == sizes[0] for size in sizes)
 
 
 @packed_or_not
 @pytest.mark.parametrize("start", range(4))
 def test_resuming_gives_the_tail_of_the_epoch(start, is_packed):
-    sequences = sequences_of([33] * 20)
-    options = {"seed": 3, "epoch": 1, "is_packed": is_packed}
-    whole = list(causal_train_batches(sequences, 8, **options))
-    tail = causal_train_batches(sequences, 8, **options, start=start)
+    sequences = sequences_of([33] * 20, is_packed=is_packed)
+    options = {"seed": 3, "epoch": 1}
+    whole = list(train_batches(sequences, 8, **options))
+    tail = train_batches(sequences, 8, **options, start=start)
     assert len(tail) == 3 - start
     for batch, expected in zip(tail, whole[start:], strict=True):
         assert all((batch[name] == expected[name]).all() for name in expected)
@@ -206,11 +192,11 @@ def test_resuming_gives_the_tail_of_the_epoch(start, is_packed):
 
 @packed_or_not
 def test_parts_of_a_batch_have_a_leading_axis(is_packed):
-    sequences = sequences_of(random_lengths(50))
-    options = {"seed": 0, "epoch": 0, "is_packed": is_packed}
+    sequences = sequences_of(random_lengths(50), is_packed=is_packed)
+    options = {"seed": 0, "epoch": 0}
     for parts, whole in zip(
-        causal_train_batches(sequences, 8, **options, accumulate=2),
-        causal_train_batches(sequences, 8, **options),
+        train_batches(sequences, 8, **options, accumulate=2),
+        train_batches(sequences, 8, **options),
         strict=True,
     ):
         assert {x.shape[:2] for x in parts.values()} == {(2, 4)}
@@ -219,8 +205,8 @@ def test_parts_of_a_batch_have_a_leading_axis(is_packed):
 
 @packed_or_not
 def test_the_last_batch_is_filled_with_rows_of_weight_zero(is_packed):
-    batches = causal_train_batches(
-        sequences_of([40] * 11), 8, seed=0, epoch=0, is_packed=is_packed
+    batches = train_batches(
+        sequences_of([40] * 11, is_packed=is_packed), 8, seed=0, epoch=0
     )
     *_, last = batches
     assert last["weights"].sum(axis=1).tolist() == [20] * 3 + [0] * 5
@@ -242,7 +228,7 @@ def test_the_last_batch_is_filled_with_rows_of_weight_zero(is_packed):
 def test_a_number_outside_its_range_is_an_error(options, message, is_packed):
     arguments = {"batch_size": 8, "seed": 0, "epoch": 0} | options
     with pytest.raises(InputError, match=re.escape(message)):
-        causal_train_batches(sequences_of([40] * 20), is_packed=is_packed, **arguments)
+        train_batches(sequences_of([40] * 20, is_packed=is_packed), **arguments)
 
 
 @given(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_text import CONFIG, tiny_decoder
 
-from sparse_jax.data.causal_batches import causal_eval_batches
+from sparse_jax.data.batches import eval_batches
 from sparse_jax.data.causal_tokens import TokenSequences
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.next_token import summed_token_loss
@@ -75,14 +75,14 @@ def test_packed_rows_have_the_loss_of_their_texts():
     random = np.random.default_rng(1)
     ids = [random.integers(0, VOCAB, n).astype(np.int32) for n in (5, 9, 3, 12, 4, 7)]
     marks = [np.arange(len(row)) > 1 for row in ids]
-    sequences = TokenSequences(ids, marks, 16, 0)
     model, params = tiny_decoder()
     loss = jax.jit(
         lambda params, batch: make_token_loss(model)(params, batch, None, Attachment())
     )
     sums = []
     for is_packed in (False, True):
-        batches = causal_eval_batches(sequences, 2, is_packed=is_packed)
+        sequences = TokenSequences(ids, marks, 16, 0, is_packed=is_packed)
+        batches = eval_batches(sequences, 2)
         parts = [loss(params, batch) for batch in batches]
         sums.append([sum(float(part[i]) for part in parts) for i in range(2)])
     single, packed = sums

@@ -1,27 +1,55 @@
-"""Batches: examples padded to a few lengths, in a reproducible order."""
+"""Batches: rows of tokens padded to a few lengths, in a reproducible order."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from sparse_jax.data.order import (
-    check_sizes,
-    given_order,
-    shuffled_order,
-    split_parts,
-)
-from sparse_jax.data.tokenizer import Encoded
+from sparse_jax.data.packing import pack_rows
+from sparse_jax.errors import InputError
 
 __all__ = [
     "Batch",
     "Batches",
+    "Tokenized",
     "bucket_lengths",
-    "bucket_of",
     "eval_batches",
+    "padded",
+    "random_of",
     "stack",
     "train_batches",
 ]
+
+Batch = dict[str, np.ndarray]
+
+# Batches whose examples are sorted together if batches are grouped by length. More
+# would pad less and mix less: the same examples would meet again in every epoch.
+_WINDOW = 50
+_PACKING = 1  # a purpose of random numbers
+
+
+class Tokenized(Protocol):
+    """Examples as token ids, which know what a batch of them has."""
+
+    @property
+    def input_ids(self) -> list[np.ndarray]:
+        """Token ids of each example."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a row."""
+        ...
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds as many examples as fit; otherwise it holds one."""
+        ...
+
+    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Returns rows as arrays, `weights` among them."""
+        ...
 
 
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
@@ -38,17 +66,11 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
     return (*(length for length in lengths if length < max_length), max_length)
 
 
-def bucket_of(rows: Sequence[np.ndarray], max_length: int) -> int:
-    """Returns the least of the lengths that holds every row."""
-    longest = max(map(len, rows))
-    return min(n for n in bucket_lengths(max_length) if n >= longest)
-
-
-def stack(rows: Sequence[np.ndarray], length: int, filler: int) -> np.ndarray:
+def stack(rows: Sequence[np.ndarray], length: int, filler: int = 0) -> np.ndarray:
     """Returns rows as one int32 array `[B, length]`, filled up on the right.
 
     Example:
-      >>> stack([np.array([7, 8])], 4, 0).tolist()
+      >>> stack([np.array([7, 8])], 4).tolist()
       [[7, 8, 0, 0]]
     """
     stacked = np.full((len(rows), length), filler, np.int32)
@@ -57,34 +79,35 @@ def stack(rows: Sequence[np.ndarray], length: int, filler: int) -> np.ndarray:
     return stacked
 
 
-Batch = dict[str, np.ndarray]
+def padded(
+    ids: Sequence[np.ndarray], pad_id: int, max_length: int, *, is_packed: bool = False
+) -> Batch:
+    """Returns `input_ids` and `attention_mask` of rows, int32 `[B, T]`.
+
+    `T` is the least of `bucket_lengths(max_length)` that holds every row, so a compiled
+    step meets few shapes, or `max_length` if the rows are packed. The mask is 1 at
+    tokens and 0 at padding.
+    """
+    longest = max_length if is_packed else max(map(len, ids))
+    length = min(n for n in bucket_lengths(max_length) if n >= longest)
+    mask = stack([np.ones_like(row) for row in ids], length)
+    return {"input_ids": stack(ids, length, pad_id), "attention_mask": mask}
 
 
 @dataclass(frozen=True, eq=False)
 class Batches:
     """Batches of one pass over examples; iterating again yields the same ones.
 
-    A batch is a dictionary of arrays with `B = batch_size` rows of `T` tokens, or with
-    shapes `[A, B / A, ...]` if `A = accumulate` is more than 1:
-
-    - `input_ids`, `attention_mask`, and `token_type_ids` if the tokenizer gives them:
-      int32 `[B, T]`. The mask is 1 at tokens and 0 at padding.
-    - `labels`: int32 or float32 `[B]`.
-    - `weights`: float32 `[B]`, 1 for an example and 0 for a filler.
-
-    `T` is one of `bucket_lengths(max_length)`, so a compiled step meets few shapes. The
-    last batch is filled up by repeating its first example with weight 0. With `l` the
-    losses of the rows, the loss of a batch is
-
-        sum(weights * l) / sum(weights),
-
-    both sums over all rows, also over all `A` parts: a part may hold fillers only.
+    A batch has the arrays of `examples.batch` with `B = batch_size` rows, or with
+    shapes `[A, B / A, ...]` if `A = accumulate` is more than 1. The last batch is
+    filled up by repeating its first row with weight 0.
     """
 
-    encoded: Encoded
+    examples: Tokenized
+    rows: Sequence[np.ndarray]  # numbers of the examples of each row
+    plan: Sequence[np.ndarray]  # numbers of the rows of each batch
     batch_size: int
-    accumulate: int
-    plan: tuple[np.ndarray, ...]  # positions of the examples of each batch
+    accumulate: int = 1
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -92,16 +115,18 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return map(self._batch, self.plan)
 
-    def _batch(self, rows: np.ndarray) -> Batch:
-        """Returns the batch of some examples."""
-        fillers = np.full(self.batch_size - len(rows), rows[0])
-        arrays = _padded(self.encoded, np.concatenate([rows, fillers]))
-        arrays["weights"] = (np.arange(self.batch_size) < len(rows)).astype(np.float32)
-        return split_parts(arrays, self.accumulate)
+    def _batch(self, numbers: np.ndarray) -> Batch:
+        rows = [self.rows[i] for i in numbers]
+        arrays = self.examples.batch(rows + rows[:1] * (self.batch_size - len(rows)))
+        arrays["weights"][len(rows) :] = 0
+        if self.accumulate == 1:
+            return arrays
+        parts = (self.accumulate, self.batch_size // self.accumulate)
+        return {name: x.reshape(*parts, *x.shape[1:]) for name, x in arrays.items()}
 
 
 def train_batches(
-    encoded: Encoded,
+    examples: Tokenized,
     batch_size: int,
     *,
     seed: int,
@@ -112,58 +137,103 @@ def train_batches(
 ) -> Batches:
     """Returns the batches of one epoch, shuffled; each example is in one of them.
 
-    The order depends on nothing but the arguments. The examples that do not fill a
-    batch come last.
+    The order depends on nothing but the arguments, and every epoch has the same
+    number of batches. The rows that do not fill a batch come last.
 
     Args:
-      encoded: the training examples.
-      batch_size: examples of one update.
+      examples: the training examples.
+      batch_size: rows of one update.
       seed: not negative.
       epoch: not negative; each has an order of its own.
       accumulate: parts that a batch is computed in.
       start: batches of the epoch to leave out, to resume in the middle.
       group_by_length: whether examples of similar length share a batch: less padding,
-        but batches that are not random samples.
+        but batches that are not random samples. It changes nothing about packed rows,
+        which are all of one length.
 
     Raises:
       InputError: if `accumulate` does not divide `batch_size`, or if a number is
         outside its range.
     """
-    check_sizes(batch_size, accumulate)
-    lengths = np.array([len(ids) for ids in encoded.input_ids])
-    plan = shuffled_order(
-        lengths,
-        batch_size,
-        seed=seed,
-        epoch=epoch,
-        start=start,
-        group_by_length=group_by_length,
-    )
-    return Batches(encoded, batch_size, accumulate, plan)
+    _require_positive(batch_size)
+    if accumulate < 1 or batch_size % accumulate:
+        raise InputError(
+            f"`accumulate` must divide the batch size {batch_size}, got {accumulate}."
+        )
+    random = random_of(seed, epoch)
+    # Packing draws numbers of its own, not those of the order of batches.
+    rows = _rows(examples, random_of(seed, epoch, _PACKING))
+    num_batches = -(-len(rows) // batch_size)
+    if not 0 <= start <= num_batches:
+        raise InputError(
+            f"`start` must be in [0, {num_batches}], the batches of an epoch, "
+            f"got {start}."
+        )
+    order = random.permutation(len(rows))
+    if group_by_length and not examples.is_packed:
+        plan = _grouped(order, _lengths(examples), batch_size, random)
+    else:
+        plan = _cut(order, batch_size)
+    return Batches(examples, rows, plan[start:], batch_size, accumulate)
 
 
-def eval_batches(encoded: Encoded, batch_size: int) -> Batches:
-    """Returns batches of all examples in their order, each example once.
+def eval_batches(examples: Tokenized, batch_size: int) -> Batches:
+    """Returns batches of all examples, each once, and in their order if not packed.
 
-    Outputs are in the order of the labels after `outputs[weights == 1]`.
+    Outputs of examples are in the order of the labels after `outputs[weights == 1]`.
 
     Raises:
       InputError: if `batch_size` is not positive.
     """
-    check_sizes(batch_size, 1)
-    return Batches(encoded, batch_size, 1, given_order(len(encoded), batch_size))
+    _require_positive(batch_size)
+    rows = _rows(examples, None)
+    return Batches(examples, rows, _cut(np.arange(len(rows)), batch_size), batch_size)
 
 
-def _padded(encoded: Encoded, rows: np.ndarray) -> Batch:
-    """Returns some examples, padded to the shortest length that holds them."""
-    ids = [encoded.input_ids[row] for row in rows]
-    length = bucket_of(ids, encoded.max_length)
-    arrays = {
-        "input_ids": stack(ids, length, encoded.pad_id),
-        "attention_mask": stack([np.ones_like(row) for row in ids], length, 0),
-        "labels": encoded.labels[rows],
-    }
-    if encoded.token_type_ids is not None:
-        types = [encoded.token_type_ids[row] for row in rows]
-        arrays["token_type_ids"] = stack(types, length, 0)
-    return arrays
+def random_of(seed: int, epoch: int, *purpose: int) -> np.random.Generator:
+    """Returns the random numbers of an epoch, others for each purpose.
+
+    Raises:
+      InputError: if `seed` or `epoch` is negative.
+    """
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        if value < 0:
+            raise InputError(f"`{name}` must not be negative, got {value}.")
+    return np.random.Generator(np.random.PCG64([seed, epoch, *purpose]))
+
+
+def _require_positive(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"`batch_size` must be positive, got {batch_size}.")
+
+
+def _rows(
+    examples: Tokenized, random: np.random.Generator | None
+) -> Sequence[np.ndarray]:
+    """Returns the numbers of the examples of each row."""
+    if examples.is_packed:
+        return pack_rows(_lengths(examples), examples.max_length, random)
+    return [*np.arange(len(examples.input_ids))[:, None]]
+
+
+def _lengths(examples: Tokenized) -> np.ndarray:
+    return np.array([len(ids) for ids in examples.input_ids])
+
+
+def _grouped(
+    order: np.ndarray, lengths: np.ndarray, batch_size: int, random: np.random.Generator
+) -> list[np.ndarray]:
+    """Returns batches of examples of similar length; the incomplete one is random."""
+    # The rest is cut off before sorting: otherwise it would be the longest examples,
+    # and weigh more, since the mean over a batch of few gives each of them more.
+    whole, rest = np.split(order, [len(order) // batch_size * batch_size])
+    batches = []
+    for window in _cut(whole, _WINDOW * batch_size):
+        batches += _cut(window[np.argsort(lengths[window], kind="stable")], batch_size)
+    shuffled = [batches[i] for i in random.permutation(len(batches))]
+    return shuffled + _cut(rest, batch_size)
+
+
+def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+    """Returns consecutive pieces, the last one possibly shorter."""
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
+from sparse_jax.data.batches import Batch, padded, stack
 from sparse_jax.data.conversations import Conversation
-from sparse_jax.data.tokenizer import tokenizing
+from sparse_jax.data.packing import segment_arrays
+from sparse_jax.data.tokenizer import Tokenizer, tokenizing
 from sparse_jax.errors import InputError
 
 __all__ = ["Loss", "TokenSequences", "tokenize"]
@@ -30,6 +32,7 @@ class TokenSequences:
     num_cut: int = 0  # conversations that lost tokens at their end
     num_dropped: int = 0  # conversations that lost every target
     end_ids: tuple[int, ...] = ()  # tokens that end the responses
+    is_packed: bool = False  # whether a row holds as many sequences as fit
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -38,6 +41,29 @@ class TokenSequences:
     def num_targets(self) -> int:
         """Tokens that are predicted in one pass."""
         return sum(int(marks.sum()) for marks in self.is_target)
+
+    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Returns sequences as arrays of `B` rows of `T` tokens.
+
+        - `input_ids`, `attention_mask`: int32 `[B, T]`, of `padded`.
+        - `weights`: float32 `[B, T]`, 1 at a token that is predicted from those before
+          it, and 0 elsewhere: never 1 at the first token of a sequence.
+        - `segment_ids`, `positions`, if packed: int32 `[B, T]`, see `segment_arrays`.
+
+        With `l_t` the cross-entropy of token t given the tokens before it in its
+        sequence, that is of the logits at t - 1, the loss of a batch is
+
+            sum(weights[:, 1:] * l[:, 1:]) / sum(weights),
+
+        both sums over all rows, also over all parts: a part may have no weight.
+        """
+        parts = [[self.input_ids[i] for i in row] for row in rows]
+        marks = [np.concatenate([self.is_target[i] for i in row]) for row in rows]
+        ids = [np.concatenate(row) for row in parts]
+        arrays = padded(ids, self.pad_id, self.max_length, is_packed=self.is_packed)
+        length = arrays["input_ids"].shape[1]
+        arrays["weights"] = stack(marks, length).astype(np.float32)
+        return arrays | (segment_arrays(parts, length) if self.is_packed else {})
 
 
 class _Ends(NamedTuple):
@@ -50,7 +76,7 @@ class _Ends(NamedTuple):
 
 def tokenize(
     conversations: Sequence[Conversation],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     positions: int,
@@ -107,12 +133,13 @@ def tokenize(
         )
     # Any id will do for a tokenizer without one: no token attends to padding.
     pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-    counts = {"num_cut": num_cut, "num_dropped": num_dropped}
     stop = tuple(sorted(end_ids))
-    return TokenSequences(all_ids, targets, max_length, pad_id, **counts, end_ids=stop)
+    return TokenSequences(
+        all_ids, targets, max_length, pad_id, num_cut, num_dropped, stop
+    )
 
 
-def _check(max_length: int, positions: int, loss: str, tokenizer: Any) -> None:
+def _check(max_length: int, positions: int, loss: str, tokenizer: Tokenizer) -> None:
     """Raises if a number or word is outside its range."""
     if not 2 <= max_length <= positions:
         raise InputError(
@@ -128,13 +155,13 @@ def _check(max_length: int, positions: int, loss: str, tokenizer: Any) -> None:
         )
 
 
-def _ends(tokenizer: Any) -> _Ends:
+def _ends(tokenizer: Tokenizer) -> _Ends:
     """Returns the special tokens that belong round a text."""
     (bare,) = _ids(tokenizer, ["a"])
     whole = tokenizer("a")["input_ids"]
     starts = range(len(whole) - len(bare) + 1)
     begin = next((i for i in starts if whole[i : i + len(bare)] == bare), 0)
-    end = tokenizer.eos_token_id
+    end = cast("int", tokenizer.eos_token_id)
     return _Ends(whole[:begin], end, frozenset({*tokenizer.added_tokens_decoder, end}))
 
 
@@ -149,7 +176,7 @@ class _Marked(NamedTuple):
 
 
 def _marked(
-    conversations: Sequence[Conversation], tokenizer: Any, ends: _Ends
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, ends: _Ends
 ) -> Iterator[_Marked]:
     """Yields the tokens of conversations."""
     for start in range(0, len(conversations), _CHUNK):
@@ -182,7 +209,7 @@ def _with_ends(
 
 
 def _piece_ids(
-    conversations: Sequence[Conversation], tokenizer: Any
+    conversations: Sequence[Conversation], tokenizer: Tokenizer
 ) -> Iterator[list[int]]:
     """Yields the tokens of every piece, as they are after the piece before it."""
     texts, before = [], []
@@ -199,7 +226,7 @@ def _piece_ids(
             yield _apart(tokenizer, text)
 
 
-def _apart(tokenizer: Any, text: str) -> list[int]:
+def _apart(tokenizer: Tokenizer, text: str) -> list[int]:
     """Returns the tokens of a text that follows another one but shares no token."""
     # Many tokenizers put a space before a text; after a line break they do not.
     for context in ("\n", "."):
@@ -209,7 +236,7 @@ def _apart(tokenizer: Any, text: str) -> list[int]:
     return _ids(tokenizer, [text])[0]
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Returns the tokens of texts without special ones."""
     # Not verbose: it warns of long texts, which are cut here, not by the tokenizer.
     with tokenizing():

@@ -4,11 +4,12 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sparse_jax.data.chat_template import render, require_template
 from sparse_jax.data.conversations import Conversation, Piece, join
 from sparse_jax.data.messages import Message, Turn, read_messages, read_tools
+from sparse_jax.data.tokenizer import Tokenizer
 from sparse_jax.errors import InputError, brief
 
 __all__ = ["render_chat", "render_prompt"]
@@ -20,7 +21,7 @@ _MARK = "\ue0a0\ue0a1"
 
 def render_chat(
     turns: Sequence[Turn],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     place: str,
     *,
     tools: Any = None,
@@ -69,7 +70,7 @@ def render_chat(
     ]
 
 
-def render_prompt(turns: Sequence[Turn], tokenizer: Any, place: str) -> str:
+def render_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, place: str) -> str:
     """Returns messages as a prompt for the assistant's answer, as training has it.
 
     The arguments and errors are those of `render_chat`.
@@ -86,7 +87,7 @@ class _Chat:
     """Messages and all that is needed to write them."""
 
     messages: Sequence[Message]
-    tokenizer: Any
+    tokenizer: Tokenizer
     place: str
     tools: tuple[Mapping[str, Any], ...] = ()
 
@@ -268,7 +269,7 @@ def _is_written(part: str, text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(tail: str, tokenizer: Any) -> tuple[str, bool]:
+def _kept(tail: str, tokenizer: Tokenizer) -> tuple[str, bool]:
     """Returns what a model learns to write of a tail, and whether that ends a turn.
 
     The special tokens that come first, or all but white space if none does.
@@ -282,7 +283,7 @@ def _kept(tail: str, tokenizer: Any) -> tuple[str, bool]:
 
 
 @functools.lru_cache(maxsize=4)
-def _added_tokens(tokenizer: Any) -> tuple[str, ...]:
+def _added_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Returns the tokens that a tokenizer does not make of other text."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values())
-    return tuple({*added, tokenizer.eos_token} - {None, ""})
+    return tuple({*added, cast("str | None", tokenizer.eos_token)} - {None, ""})

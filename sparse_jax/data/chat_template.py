@@ -10,6 +10,7 @@ from typing import Any
 
 from sparse_jax.data import template_trial
 from sparse_jax.data.template_trial import MEMORY, OUT_OF_MEMORY, SECONDS
+from sparse_jax.data.tokenizer import Tokenizer
 from sparse_jax.errors import InputError, listed, reason_of
 
 __all__ = ["render", "require_template", "template_digest", "warn_of_template"]
@@ -26,7 +27,7 @@ _MOST_ADDED, _MOST_REPEATED = 1_000_000, 100
 _tried: set[str] = set()
 
 
-def require_template(tokenizer: Any, place: str) -> None:
+def require_template(tokenizer: Tokenizer, place: str) -> None:
     """Raises unless a tokenizer has one chat template to use.
 
     Raises:
@@ -46,13 +47,13 @@ def require_template(tokenizer: Any, place: str) -> None:
         )
 
 
-def template_digest(tokenizer: Any) -> str:
+def template_digest(tokenizer: Tokenizer) -> str:
     """Returns the SHA-256 of a tokenizer's chat template, of all if it has several."""
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
     return hashlib.sha256(template.encode()).hexdigest()
 
 
-def warn_of_template(digest: str | None, tokenizer: Any) -> None:
+def warn_of_template(digest: str | None, tokenizer: Tokenizer) -> None:
     """Warns if a chat template is not the one of a digest; None is not known."""
     if digest is not None and digest != template_digest(tokenizer):
         _log.warning(
@@ -64,7 +65,7 @@ def warn_of_template(digest: str | None, tokenizer: Any) -> None:
 
 def render(
     messages: Sequence[Fields],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     place: str,
     *,
     tools: Sequence[Fields] | None = None,
@@ -83,13 +84,13 @@ def render(
       InputError: if the template does not accept the messages, or takes more time or
         memory than any honest one.
     """
-    options: dict[str, Any] = {"add_generation_prompt": asks}
-    if tools:
-        options["tools"] = list(tools)
-    chat = list(map(dict, messages))
+    chat, schemas = list(map(dict, messages)), list(map(dict, tools or ())) or None
+    options = {"tools": schemas, "add_generation_prompt": asks}
     try:
-        template = tokenizer.get_chat_template(tools=options.get("tools"))
-        _try(template, chat, tokenizer, options)
+        template = tokenizer.get_chat_template(tools=schemas)
+        words = {name: str(word) for name, word in tokenizer.special_tokens_map.items()}
+        call = {**words, "messages": chat, **options}
+        _try(template, [call, {**call, "add_generation_prompt": not asks}])
         text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     except InputError:
         raise
@@ -109,20 +110,10 @@ def render(
     return text
 
 
-def _try(
-    template: str, chat: Sequence[Fields], tokenizer: Any, options: Mapping[str, Any]
-) -> None:
+def _try(template: str, calls: Sequence[Fields]) -> None:
     """Renders a template that was not used before in a process with bounds."""
     if template in _tried or not sys.executable:
         return
-    words = {name: str(word) for name, word in tokenizer.special_tokens_map.items()}
-    calls = [
-        {**words, "tools": None, "messages": chat, **options, **flag}
-        for flag in (
-            {},
-            {"add_generation_prompt": not options["add_generation_prompt"]},
-        )
-    ]
     try:
         trial = subprocess.run(
             [sys.executable, "-P", template_trial.__file__],

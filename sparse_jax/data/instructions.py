@@ -1,12 +1,12 @@
 """The data of a causal language model: instructions, chats or plain text."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import NamedTuple
 
+from sparse_jax.data.batches import random_of
 from sparse_jax.data.chat import render_chat
 from sparse_jax.data.columns import text_of
 from sparse_jax.data.conversations import (
@@ -17,17 +17,17 @@ from sparse_jax.data.conversations import (
     prompt_and_response,
 )
 from sparse_jax.data.files import find_file, is_folder
-from sparse_jax.data.order import random_of
 from sparse_jax.data.read_rows import read_objects, read_text
+from sparse_jax.data.tokenizer import Tokenizer
 from sparse_jax.errors import InputError, brief, listed
 
 __all__ = ["data_files", "load_conversations", "load_whole", "read_record"]
 
-Record = Mapping[str, Any]
+Record = Mapping[str, object]
 
 
 def read_record(
-    place: str, record: Record, tokenizer: Any, template: PromptTemplate
+    place: str, record: Record, tokenizer: Tokenizer, template: PromptTemplate
 ) -> list[Conversation]:
     """Returns the conversations of a record, nearly always one.
 
@@ -49,9 +49,9 @@ def read_record(
     Raises:
       InputError: if there is no such column, or a value is not as described.
     """
-    for column, reader in _LAYOUTS.items():
+    for column, read in _LAYOUTS.items():
         if column in record:
-            return reader(place, record, tokenizer, template)
+            return read(_Record(place, record, tokenizer, template))
     *names, last = (f"`{name}`" for name in _LAYOUTS)
     raise InputError(
         f"{place} must have a column {', '.join(names)} or {last}, got the columns "
@@ -59,87 +59,81 @@ def read_record(
     )
 
 
-def _chat(
-    column: str, place: str, record: Record, tokenizer: Any, template: PromptTemplate
-) -> list[Conversation]:
-    """Returns a chat."""
-    del template
-    turns = _turns(place, record[column], column)
-    if record.get("system"):
-        content = text_of(place, record, ("system",))
-        if turns[0].get("role", turns[0].get("from")) == "system":
+class _Record(NamedTuple):
+    """A record, and what is needed to read it."""
+
+    place: str
+    fields: Record
+    tokenizer: Tokenizer
+    template: PromptTemplate
+
+    def chat(self, column: str) -> list[Conversation]:
+        turns = self._turns(column)
+        if self.fields.get("system"):
+            if turns[0].get("role", turns[0].get("from")) == "system":
+                raise InputError(
+                    f"{self.place} must have one system message, got a column `system` "
+                    "and a turn. Leave one of them out."
+                )
+            turns.insert(0, {"role": "system", "content": self._text_of("system")})
+        return self._rendered(turns)
+
+    def instruction(self) -> list[Conversation]:
+        for column in ("history", "system"):
+            if self.fields.get(column):
+                raise InputError(
+                    f"{self.place} must have no `{column}`: the prompt has no place "
+                    "for it. Write the record as `messages`."
+                )
+        instruction = self._text_of("instruction")
+        # The files have null for no input as well as an empty text.
+        has_input = self.fields.get("input") is not None
+        given = self._text_of("input") if has_input else ""
+        prompt = self.template.fill(instruction, given)
+        return [prompt_and_response(prompt, self._text_of("output"))]
+
+    def completion(self) -> list[Conversation]:
+        if isinstance(self.fields["prompt"], list):
+            read = self._turns("prompt")
+            return self._rendered([*read, *self._turns("completion")], first=len(read))
+        prompt = self._text_of("prompt")
+        return [prompt_and_response(prompt, self._text_of("completion"))]
+
+    def text(self) -> list[Conversation]:
+        return [plain_text(self._text_of("text"))]
+
+    def _text_of(self, column: str) -> str:
+        return text_of(self.place, self.fields, (column,))
+
+    def _rendered(self, turns: list[Record], first: int = 0) -> list[Conversation]:
+        tools = self.fields.get("tools")
+        return render_chat(turns, self.tokenizer, self.place, tools=tools, first=first)
+
+    def _turns(self, column: str) -> list[Record]:
+        turns = self.fields.get(column)
+        if not isinstance(turns, list) or not turns:
             raise InputError(
-                f"{place} must have one system message, got a column `system` and a "
-                "turn. Leave one of them out."
+                f"{self.place} must have a list of turns in `{column}`, got "
+                f"{brief(turns)}."
             )
-        turns.insert(0, {"role": "system", "content": content})
-    return render_chat(turns, tokenizer, place, tools=record.get("tools"))
-
-
-def _turns(place: str, turns: Any, column: str) -> list[Record]:
-    """Returns the turns of a chat."""
-    if not isinstance(turns, list) or not turns:
-        raise InputError(
-            f"{place} must have a list of turns in `{column}`, got {brief(turns)}."
-        )
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise InputError(
-                f"{place} turn {number} must be an object, got {type(turn).__name__}."
-            )
-    return list(turns)
-
-
-def _alpaca(
-    place: str, record: Record, tokenizer: Any, template: PromptTemplate
-) -> list[Conversation]:
-    """Returns an instruction with its output."""
-    del tokenizer
-    for column in ("history", "system"):
-        if record.get(column):
-            raise InputError(
-                f"{place} must have no `{column}`: the prompt has no place for it. "
-                "Write the record as `messages`."
-            )
-    instruction = text_of(place, record, ("instruction",))
-    # The files have null for no input as well as an empty text.
-    has_input = record.get("input") is not None
-    given = text_of(place, record, ("input",)) if has_input else ""
-    output = text_of(place, record, ("output",))
-    return [prompt_and_response(template.fill(instruction, given), output)]
-
-
-def _completion(
-    place: str, record: Record, tokenizer: Any, template: PromptTemplate
-) -> list[Conversation]:
-    """Returns a prompt with its completion, both texts or both messages."""
-    del template
-    if isinstance(record["prompt"], list):
-        read = _turns(place, record["prompt"], "prompt")
-        turns = [*read, *_turns(place, record.get("completion"), "completion")]
-        tools = record.get("tools")
-        return render_chat(turns, tokenizer, place, tools=tools, first=len(read))
-    prompt = text_of(place, record, ("prompt",))
-    return [prompt_and_response(prompt, text_of(place, record, ("completion",)))]
-
-
-def _text(
-    place: str, record: Record, tokenizer: Any, template: PromptTemplate
-) -> list[Conversation]:
-    """Returns a plain text."""
-    del tokenizer, template
-    return [plain_text(text_of(place, record, ("text",)))]
+        for number, turn in enumerate(turns, start=1):
+            if not isinstance(turn, dict):
+                raise InputError(
+                    f"{self.place} turn {number} must be an object, got "
+                    f"{type(turn).__name__}."
+                )
+        return list(turns)
 
 
 # The Alpaca files also have a column `text`, the rendered prompt, so that `text` is
 # the last one to look for.
-_LAYOUTS: Mapping[str, Callable[..., list[Conversation]]] = MappingProxyType(
+_LAYOUTS: Mapping[str, Callable[[_Record], list[Conversation]]] = MappingProxyType(
     {
-        "messages": partial(_chat, "messages"),
-        "conversations": partial(_chat, "conversations"),
-        "instruction": _alpaca,
-        "prompt": _completion,
-        "text": _text,
+        "messages": lambda record: record.chat("messages"),
+        "conversations": lambda record: record.chat("conversations"),
+        "instruction": _Record.instruction,
+        "prompt": _Record.completion,
+        "text": _Record.text,
     }
 )
 
@@ -155,7 +149,7 @@ Texts = list[Conversation]
 
 def load_conversations(
     data: str | Path,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     template: PromptTemplate = ALPACA,
     held_out: float = 0.05,
@@ -199,7 +193,7 @@ def load_conversations(
 
 
 def load_whole(
-    data: str | Path, tokenizer: Any, *, template: PromptTemplate = ALPACA
+    data: str | Path, tokenizer: Tokenizer, *, template: PromptTemplate = ALPACA
 ) -> dict[str, list[Conversation]]:
     """Returns all conversations of a file as "validation".
 
@@ -239,7 +233,7 @@ def data_files(data: str | Path) -> tuple[Path, Path | None]:
     return train, validation
 
 
-def _records(path: Path, tokenizer: Any, template: PromptTemplate) -> list[Texts]:
+def _records(path: Path, tokenizer: Tokenizer, template: PromptTemplate) -> list[Texts]:
     """Returns the records of a file."""
     if path.suffix.lower() not in _SUFFIXES:
         raise InputError(

@@ -3,11 +3,13 @@
 import codecs
 import csv
 import io
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sparse_jax.data.glue import Task
 from sparse_jax.errors import InputError, brief, listed, reason_of
@@ -36,17 +38,15 @@ class Source(NamedTuple):
         return f"{self.name} {self.unit} {number}"
 
 
-Numbered = Iterator[tuple[int, Mapping[str, Any]]]
-
-
-Reader = Callable[..., Numbered]
+Record = Mapping[str, object]
+Numbered = Iterator[tuple[int, Record]]
 
 
 class Rows(NamedTuple):
     """Numbered rows, each a mapping from columns to values, and their source."""
 
     source: Source
-    numbered: Numbered
+    numbered: Iterable[tuple[int, Record]]
 
 
 def read_rows(path: str | Path, task: Task) -> Rows:
@@ -65,9 +65,13 @@ def read_rows(path: str | Path, task: Task) -> Rows:
       InputError: if the file is absent, has another extension or is not UTF-8; while
         iterating, if a row breaks the format.
     """
-    path = Path(path)
-    reader, source = _reader(path, _READERS), _source(path)
-    return Rows(source, reader(read_text(path), source, task))
+    tab_separated = partial(_tab_separated, task=task)
+    tables = {
+        ".tsv": tab_separated,
+        ".txt": tab_separated,
+        ".csv": _comma_separated,
+    }
+    return _rows(Path(path), {**tables, **_OBJECTS})
 
 
 def read_objects(path: str | Path) -> Rows:
@@ -76,26 +80,20 @@ def read_objects(path: str | Path) -> Rows:
     Raises:
       InputError: as `read_rows`.
     """
-    path = Path(path)
-    reader, source = _reader(path, _OBJECT_READERS), _source(path)
-    return Rows(source, reader(read_text(path), source))
+    return _rows(Path(path), _OBJECTS)
 
 
-def _reader(path: Path, readers: Mapping[str, Reader]) -> Reader:
-    """Returns the reader for a file's extension."""
-    if path.suffix.lower() not in readers:
+def _rows(path: Path, readers: Mapping[str, Callable[[str, Source], Numbered]]) -> Rows:
+    """Returns the rows of a file, read as its extension says."""
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise InputError(
             f"`{path}` must end in {', '.join(readers)}, got {path.suffix!r}. "
             "Convert the file to one of these."
         )
-    return readers[path.suffix.lower()]
-
-
-def _source(path: Path) -> Source:
-    """Returns a file as the source of its rows."""
-    suffix = path.suffix.lower()
     unit = "item" if suffix == ".json" else "line"
-    return Source(f"`{path}`", unit, has_types=suffix in _OBJECT_READERS)
+    source = Source(f"`{path}`", unit, has_types=suffix in _OBJECTS)
+    return Rows(source, readers[suffix](read_text(path), source))
 
 
 def read_text(path: Path) -> str:
@@ -139,21 +137,16 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 def _tab_separated(text: str, source: Source, task: Task) -> Numbered:
     """Yields the rows of a tab-separated text."""
     lines = ((number, line.split("\t")) for number, line in _lines(text))
-    first = next(lines, (1, []))
-    columns = first[1]
+    first = number, columns = next(lines, (1, []))
     if columns and task.headerless and not {*columns} & {*task.text_a, *task.label}:
-        columns = list(task.headerless)
-        yield first[0], _fields(source.at(first[0]), columns, first[1])
-    _require_unique(source.at(first[0]), columns)
-    for number, values in lines:
-        if task.drops_short_rows and len(values) < len(columns):
-            continue
-        yield number, _fields(source.at(number), columns, values)
+        lines, columns = itertools.chain([first], lines), list(task.headerless)
+    if task.drops_short_rows:
+        lines = (line for line in lines if len(line[1]) >= len(columns))
+    yield from _table(source, number, columns, lines)
 
 
-def _comma_separated(text: str, source: Source, task: Task) -> Numbered:
+def _comma_separated(text: str, source: Source) -> Numbered:
     """Yields the rows of a CSV text; a row's line is its last one."""
-    del task
     header = text.partition("\n")[0].removesuffix("\r")
     # As spreadsheets write where the comma is the decimal point.
     if "," not in header and (";" in header or "\t" in header):
@@ -162,10 +155,30 @@ def _comma_separated(text: str, source: Source, task: Task) -> Numbered:
             f"{brief(header)}. Write the file with commas."
         )
     rows = iter(_csv_rows(text, source))
-    first, columns = next(rows, (1, []))
-    _require_unique(source.at(first), columns)
+    yield from _table(source, *next(rows, (1, [])), rows)
+
+
+def _table(
+    source: Source,
+    number: int,
+    columns: list[str],
+    rows: Iterable[tuple[int, list[str]]],
+) -> Numbered:
+    """Yields rows by column, after the header of some number."""
+    # Spreadsheets leave empty names at the end of a header.
+    twice = next((name for name in columns if name and columns.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"{source.at(number)} must name every column once, got {brief(twice)} "
+            f"{columns.count(twice)} times. Rename or remove one of them."
+        )
     for number, values in rows:
-        yield number, _fields(source.at(number), columns, values)
+        if len(values) != len(columns):
+            raise InputError(
+                f"{source.at(number)} must have {len(columns)} fields "
+                f"({listed(columns)}), got {len(values)}."
+            )
+        yield number, dict(zip(columns, values, strict=True))
 
 
 def _csv_rows(text: str, source: Source) -> list[tuple[int, list[str]]]:
@@ -184,18 +197,12 @@ def _csv_rows(text: str, source: Source) -> list[tuple[int, list[str]]]:
         csv.field_size_limit(limit)
 
 
-def _json_lines(text: str, source: Source, task: Task | None = None) -> Numbered:
+def _json_lines(text: str, source: Source) -> Numbered:
     """Yields the objects of a text with one in each line."""
-    del task
     for number, line in _lines(text):
         place = source.at(number)
         try:
-            value = _json(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{place} must be a JSON object: {error.msg} at character "
-                f"{error.colno}."
-            ) from error
+            value = _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{place} must be a JSON object: {_reason(error)}."
@@ -203,20 +210,16 @@ def _json_lines(text: str, source: Source, task: Task | None = None) -> Numbered
         yield number, _object(place, value)
 
 
-def _json_list(text: str, source: Source, task: Task | None = None) -> Numbered:
+def _json_list(text: str, source: Source) -> Numbered:
     """Yields the objects of a JSON list."""
-    del task
     try:
-        values = _json(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{source.name} line {error.lineno} must be JSON: {error.msg} at "
-            f"character {error.colno}. Objects in lines belong in a `.jsonl` file."
-        ) from error
+        values = _DECODER.decode(text) if text.strip() else []
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{_place_in_list(text, source)} must be JSON: {_reason(error)}."
-        ) from error
+        place, remedy = _place_in_list(text, source), ""
+        if isinstance(error, json.JSONDecodeError):
+            place = f"{source.name} line {error.lineno}"
+            remedy = " Objects in lines belong in a `.jsonl` file."
+        raise InputError(f"{place} must be JSON: {_reason(error)}.{remedy}") from error
     if not isinstance(values, list):
         raise InputError(
             f"{source.name} must be a list of objects, got {type(values).__name__}."
@@ -225,12 +228,7 @@ def _json_list(text: str, source: Source, task: Task | None = None) -> Numbered:
         yield number, _object(source.at(number), value)
 
 
-def _json(text: str) -> Any:
-    """Returns a JSON value, none of whose objects has a key twice."""
-    return json.loads(text, object_pairs_hook=_unique)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Returns an object; of two values of one key Python would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -240,8 +238,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def _reason(error: Exception) -> str:
-    """Returns what is wrong with JSON that is more than its spelling."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.colno}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     # Python reads no integer of more than 4,300 digits, and advises programmers.
@@ -250,14 +252,13 @@ def _reason(error: Exception) -> str:
 
 def _place_in_list(text: str, source: Source) -> str:
     """Returns the item of a list that is no JSON, or the file if none is found."""
-    decoder = json.JSONDecoder(object_pairs_hook=_unique)
     end, number = text.find("[") + 1, 0
     while end:
         number += 1
         while end < len(text) and text[end] in _BETWEEN:
             end += 1
         try:
-            _, end = decoder.raw_decode(text, end)
+            _, end = _DECODER.raw_decode(text, end)
         except json.JSONDecodeError:
             break
         except (ValueError, RecursionError):
@@ -265,40 +266,11 @@ def _place_in_list(text: str, source: Source) -> str:
     return source.name
 
 
-def _fields(place: str, columns: list[str], values: list[str]) -> Mapping[str, Any]:
-    """Returns the fields of a row by column."""
-    if len(values) != len(columns):
-        raise InputError(
-            f"{place} must have {len(columns)} fields ({listed(columns)}), "
-            f"got {len(values)}."
-        )
-    return dict(zip(columns, values, strict=True))
-
-
-def _require_unique(place: str, columns: list[str]) -> None:
-    """Raises if a header has a name twice; spreadsheets leave empty ones at its end."""
-    twice = next((name for name in columns if name and columns.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(
-            f"{place} must name every column once, got {brief(twice)} "
-            f"{columns.count(twice)} times. Rename or remove one of them."
-        )
-
-
-def _object(place: str, value: Any) -> Mapping[str, Any]:
-    """Returns a JSON object."""
+def _object(place: str, value: object) -> Record:
     if not isinstance(value, dict):
         raise InputError(f"{place} must be an object, got {type(value).__name__}.")
     return value
 
 
-_OBJECT_READERS = MappingProxyType({".json": _json_list, ".jsonl": _json_lines})
-_READERS = MappingProxyType(
-    {
-        ".tsv": _tab_separated,
-        ".txt": _tab_separated,
-        ".csv": _comma_separated,
-        **_OBJECT_READERS,
-    }
-)
-SUFFIXES = tuple(_READERS)
+_OBJECTS = MappingProxyType({".json": _json_list, ".jsonl": _json_lines})
+SUFFIXES = (".tsv", ".txt", ".csv", *_OBJECTS)

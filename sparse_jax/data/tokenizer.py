@@ -6,26 +6,33 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
+from sparse_jax.data.batches import Batch, padded, stack
 from sparse_jax.data.examples import Examples
 from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.models.hf.model_files import local_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = [
     "Encoded",
+    "Tokenizer",
     "encode",
     "load_tokenizer",
     "tokenizer_digest",
     "tokenizing",
     "warn_of_tokenizer",
 ]
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
 _log = logging.getLogger(__name__)
 
@@ -54,12 +61,36 @@ class Encoded:
     max_length: int  # no example has more tokens
     pad_id: int
     num_cut: int = 0  # examples that lost tokens
+    is_packed: Literal[False] = False  # a row holds one
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Returns examples as arrays of `B` rows of `T` tokens.
 
-def load_tokenizer(model: str | Path) -> Any:
+        - `input_ids`, `attention_mask` of `padded`, and `token_type_ids` if the
+          tokenizer gives them: int32 `[B, T]`.
+        - `labels`: int32 or float32 `[B]`.
+        - `weights`: float32 `[B]`, 1 for an example; a filler has 0.
+
+        With `l` the losses of the rows, the loss of a batch is
+
+            sum(weights * l) / sum(weights),
+
+        both sums over all rows, also over all parts: a part may hold fillers only.
+        """
+        numbers = np.concatenate(rows)
+        ids = [self.input_ids[i] for i in numbers]
+        arrays = padded(ids, self.pad_id, self.max_length)
+        arrays["labels"] = self.labels[numbers]
+        if self.token_type_ids is not None:
+            types = [self.token_type_ids[i] for i in numbers]
+            arrays["token_type_ids"] = stack(types, arrays["input_ids"].shape[1])
+        return arrays | {"weights": np.ones(len(numbers), np.float32)}
+
+
+def load_tokenizer(model: str | Path) -> Tokenizer:
     """Returns the tokenizer of a model.
 
     Args:
@@ -155,7 +186,7 @@ def _quiet_panics() -> Iterator[None]:
                 os.write(2, kept.read())
 
 
-def _old_template(path: Path) -> Any:
+def _old_template(path: Path) -> str | None:
     """Returns the chat template of a file as older versions wrote it, if any."""
     if not path.is_file():
         return None
@@ -173,7 +204,7 @@ def _old_template(path: Path) -> Any:
     return template
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Returns the SHA-256 of a vocabulary, and of what it makes of a sample text.
 
     It stays the same if a library writes the files of the tokenizer in another way.
@@ -186,7 +217,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([words, sample]).encode()).hexdigest()
 
 
-def warn_of_tokenizer(digest: str | None, tokenizer: Any) -> None:
+def warn_of_tokenizer(digest: str | None, tokenizer: Tokenizer) -> None:
     """Warns if a tokenizer is not the one of a digest; None is not known."""
     if digest is not None and digest != tokenizer_digest(tokenizer):
         _log.warning(
@@ -197,7 +228,7 @@ def warn_of_tokenizer(digest: str | None, tokenizer: Any) -> None:
 
 def encode(
     examples: Examples,
-    tokenizer: Callable[..., Any],
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     positions: int,
@@ -218,7 +249,10 @@ def encode(
     """
     _check_max_length(max_length, positions, tokenizer, examples.text_b is not None)
     input_ids, token_type_ids, num_cut = [], [], 0
-    for text_a, text_b in _chunks(examples):
+    for start in range(0, len(examples), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        text_a = examples.text_a[part]
+        text_b = None if examples.text_b is None else examples.text_b[part]
         with tokenizing():
             tokens = tokenizer(
                 text_a,
@@ -227,8 +261,9 @@ def encode(
                 max_length=max_length,
                 return_attention_mask=False,
             )
-        input_ids += _arrays(tokens["input_ids"])
-        token_type_ids += _arrays(tokens.get("token_type_ids", []))
+        input_ids += [np.array(row, np.int32) for row in tokens["input_ids"]]
+        types = tokens.get("token_type_ids", [])
+        token_type_ids += [np.array(row, np.int32) for row in types]
         full = [len(row) == max_length for row in tokens["input_ids"]]
         num_cut += _num_longer(text_a, text_b, full, tokenizer, max_length)
     return Encoded(
@@ -246,7 +281,7 @@ def _num_longer(
     text_a: list[str],
     text_b: list[str] | None,
     is_full: list[bool],
-    tokenizer: Callable[..., Any],
+    tokenizer: Tokenizer,
     max_length: int,
 ) -> int:
     """Returns how many of the examples that fill `max_length` have more tokens."""
@@ -260,7 +295,7 @@ def _num_longer(
 
 
 def _check_max_length(
-    max_length: int, positions: int, tokenizer: Any, is_pair: bool
+    max_length: int, positions: int, tokenizer: Tokenizer, is_pair: bool
 ) -> None:
     """Raises unless a model can read texts of this length."""
     if max_length > positions:
@@ -275,16 +310,3 @@ def _check_max_length(
             f"`max_length` must be at least {least}, the special tokens and one of "
             f"each text, got {max_length}."
         )
-
-
-def _chunks(examples: Examples) -> Iterator[tuple[list[str], list[str] | None]]:
-    """Yields the texts, some thousands at a time."""
-    for start in range(0, len(examples), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        text_b = None if examples.text_b is None else examples.text_b[part]
-        yield examples.text_a[part], text_b
-
-
-def _arrays(rows: list[list[int]]) -> list[np.ndarray]:
-    """Returns rows of numbers as arrays."""
-    return [np.array(row, np.int32) for row in rows]

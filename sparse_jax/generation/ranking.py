@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.data.causal_batches import causal_eval_batches
+from sparse_jax.data.batches import eval_batches
 from sparse_jax.data.causal_tokens import TokenSequences, tokenize
 from sparse_jax.data.conversations import ALPACA, PromptTemplate
 from sparse_jax.data.llm_adapters import Question
+from sparse_jax.data.tokenizer import Tokenizer
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.functional import Model
@@ -25,7 +26,7 @@ _INPUTS = ("input_ids", "attention_mask")
 def rank_candidates(
     model: Model,
     params: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     questions: Sequence[Question],
     *,
     template: PromptTemplate = ALPACA,
@@ -108,7 +109,7 @@ def log_likelihoods(
       float64 `[N]`, in nats.
     """
     found = []
-    for batch in causal_eval_batches(sequences, batch_size):
+    for batch in eval_batches(sequences, batch_size):
         losses = _row_losses(
             params,
             attachment.trained,

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,12 @@ from sparse_jax.data.chat import render_prompt
 from sparse_jax.data.chat_template import warn_of_template
 from sparse_jax.data.conversations import PromptTemplate
 from sparse_jax.data.glue import TASKS
-from sparse_jax.data.tokenizer import load_tokenizer, tokenizing, warn_of_tokenizer
+from sparse_jax.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    tokenizing,
+    warn_of_tokenizer,
+)
 from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.generation.choice import Choice
 from sparse_jax.generation.ends import ends_of_model, require_ends
@@ -42,7 +47,7 @@ class Stop(NamedTuple):
 
 
 def text_tokens(
-    text: str, tokenizer: Any, template: PromptTemplate | None = None
+    text: str, tokenizer: Tokenizer, template: PromptTemplate | None = None
 ) -> list[int]:
     """Returns the tokens of a text that is to be continued.
 
@@ -67,7 +72,7 @@ def text_tokens(
     return ids
 
 
-def chat_tokens(text: str, tokenizer: Any) -> list[int]:
+def chat_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
     """Returns the tokens of a chat in which the assistant is to answer a message.
 
     Raises:
@@ -85,7 +90,7 @@ def chat_tokens(text: str, tokenizer: Any) -> list[int]:
     return _ids(tokenizer, prompt, add_special_tokens=False)
 
 
-def read_stop(word: str, tokenizer: Any) -> Stop:
+def read_stop(word: str, tokenizer: Tokenizer) -> Stop:
     """Returns what ends a text, given as text, as a token or, in digits, as its id.
 
     Raises:
@@ -113,7 +118,7 @@ def read_stop(word: str, tokenizer: Any) -> Stop:
     return Stop(tuple(ids) if is_spelled else (), word)
 
 
-def _ids(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
     """Returns the tokens of a text."""
     # Not verbose: it warns of long texts, which are refused later.
     with tokenizing():
@@ -140,7 +145,7 @@ class Writer:
     model: Model
     params: Any
     attachment: Attachment
-    tokenizer: Any
+    tokenizer: Tokenizer
     stop: tuple[int, ...]  # tokens that end a text
     placement: Placement
 
@@ -178,7 +183,7 @@ class Writer:
             )
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
         with tokenizing("`tokenizer` must be able to decode every token"):
-            texts = [decode(row.tolist()) for row in rows]
+            texts = [cast("str", decode(row.tolist())) for row in rows]
         # A text can be spelled in other tokens than those it was expected in.
         return [_before(text, [one.text for one in stop if one.text]) for text in texts]
 
@@ -216,7 +221,8 @@ def load_writer(
         warn_of_tokenizer(found.settings.get("tokenizer_hash"), tokenizer)
         warn_of_template(found.settings.get("chat_template_hash"), tokenizer)
     stop = ends_of_model(folder, lm.config.eos_ids, lm.config.vocab_size)
-    stop |= {tokenizer.eos_token_id} - {None}
+    if tokenizer.eos_token_id is not None:
+        stop.add(cast("int", tokenizer.eos_token_id))
     stop |= {*_trained_ends(found, lm.config.vocab_size)}
     if not stop:
         _log.warning(

@@ -5,11 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparse_jax.data.causal_batches import (
-    CausalBatches,
-    causal_eval_batches,
-    causal_train_batches,
-)
+from sparse_jax.data.batches import Batches, eval_batches, train_batches
 from sparse_jax.data.causal_tokens import Loss, TokenSequences, tokenize
 from sparse_jax.data.conversations import Conversation
 from sparse_jax.models.functional import Model
@@ -28,7 +24,6 @@ class CausalFeed:
     batch_size: int
     accumulate: int
     seed: int
-    is_packed: bool
     max_length: int
     group_by_length: bool = False
 
@@ -67,24 +62,23 @@ class CausalFeed:
         return len(self.train(0))
 
     @property
-    def evaluation(self) -> dict[str, CausalBatches]:
+    def evaluation(self) -> dict[str, Batches]:
         """The batches of the splits that a model is evaluated on."""
         return {
-            name: causal_eval_batches(part, self.batch_size, is_packed=self.is_packed)
+            name: eval_batches(part, self.batch_size)
             for name, part in self.sequences.items()
             if name != "train"
         }
 
-    def train(self, epoch: int, start: int = 0) -> CausalBatches:
+    def train(self, epoch: int, start: int = 0) -> Batches:
         """Returns the training batches of an epoch, after the first `start`."""
-        return causal_train_batches(
+        return train_batches(
             self.sequences["train"],
             self.batch_size,
             seed=self.seed,
             epoch=epoch,
             accumulate=self.accumulate,
             start=start,
-            is_packed=self.is_packed,
             group_by_length=self.group_by_length,
         )
 
@@ -130,7 +124,6 @@ def make_causal_feed(
     }
     for name, part in sequences.items():
         require_embedded(part.input_ids, model)
-        sequences[name] = replace(part, pad_id=embedded_pad(part.pad_id, model))
-    return CausalFeed(
-        sequences, batch_size, accumulate, seed, is_packed, length, group_by_length
-    )
+        pad_id = embedded_pad(part.pad_id, model)
+        sequences[name] = replace(part, pad_id=pad_id, is_packed=is_packed)
+    return CausalFeed(sequences, batch_size, accumulate, seed, length, group_by_length)

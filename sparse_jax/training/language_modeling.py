@@ -24,7 +24,7 @@ _INPUTS = ("input_ids", "attention_mask", "segment_ids", "positions")
 def make_token_loss(
     model: Model, *, checkpointing: bool = False, unroll: int | None = None
 ) -> Loss:
-    """Returns the loss of `Compact` for batches of `CausalBatches`.
+    """Returns the loss of `Compact` for batches of `TokenSequences`.
 
     It is the sum of the cross-entropies of the targets, in nats, and their number.
 
