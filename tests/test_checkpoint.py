@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import optax
 import pytest
 from tiny_text import text_settings, write_chats, write_decoder
 
@@ -92,6 +93,16 @@ def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
     stop_at(monkeypatch, settings, batches)
     finetune(replace(settings, resume=True))
     assert same_bytes(whole, tmp_path / "run")
+
+
+def test_a_run_goes_on_with_its_own_optimizer_only(files, tmp_path, monkeypatch):
+    given = {"learning_rate": None, "optimizer": optax.sgd(0.1)}
+    settings = sift_settings(files, tmp_path / "run", **given)
+    stop_at(monkeypatch, settings, 1)
+    resumed = replace(settings, resume=True, optimizer=optax.adamw(1e-3))
+    with pytest.raises(InputError, match="`optimizer` must be that of the run to res"):
+        finetune(resumed)
+    assert steps_of(tmp_path / "run") == [1]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import jax
@@ -169,6 +169,9 @@ def test_a_run_of_objects_is_that_of_their_words_to_the_last_bit(files, tmp_path
     read = read_settings(one / "config.json")
     assert (read["method"], read["sampler"]) == (made, sampler)
     third = finetune(**{**read, "output": str(three)})
+    changed = {"method": replace(made, density=0.5), "resume": True}
+    with pytest.raises(InputError, match="`density` of `method` must be .* got 0.5"):
+        finetune(**{**read, "output": str(three), **changed})
     assert metrics["eval"] == again["eval"] == third["eval"]
     for other in (two, three):
         jax.tree.map(np.testing.assert_array_equal, arrays_of(one), arrays_of(other))
@@ -210,6 +213,11 @@ def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
         ),
         ({"optimizer": optax.sgd}, "`optimizer` must be an Optax transformation"),
         ({"optimizer": optax.sgd(1.0), "learning_rate": 1.0}, "`learning_rate` must"),
+        ({"optimizer": optax.lbfgs()}, "`optimizer` must make updates .*'value_fn'"),
+        (
+            {"optimizer": optax.contrib.reduce_on_plateau()},
+            "`optimizer` must make updates of .* argument: 'value'. Choose another",
+        ),
     ],
 )
 def test_objects_that_contradict_other_settings_are_refused(options, message):
@@ -300,6 +308,35 @@ def test_the_settings_of_a_file_are_those_that_were_written(tmp_path):
         assert Settings(**read_settings(tmp_path / name)) == settings
 
 
+def test_numbers_of_yaml_are_those_of_version_1_2(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "rank: 010\nmax_steps: 1_000\nlearning_rate: 1e-3\n"
+        "method: {name: sift, density: 1e-2, where: null, score: gradient,"
+        " granularity: entry, dense: null, stack: null}\n"
+    )
+    read = read_settings(path)
+    assert (read["rank"], read["max_steps"], read["learning_rate"]) == (10, 1000, 1e-3)
+    assert read["method"] == Sparse(density=0.01, stack=None)
+
+
+def test_json_may_begin_with_a_mark_and_has_no_name_twice(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('{"rank": 3}', encoding="utf-8-sig")
+    assert read_settings(path) == {"rank": 3}
+    path.write_text('{"method": {"name": "lora", "name": "dora"}}')
+    with pytest.raises(InputError, match="must be a YAML or JSON .* 'name' twice"):
+        read_settings(path)
+
+
+def test_what_a_run_resolved_is_beside_its_settings(tmp_path):
+    path = tmp_path / "config.json"
+    record = json.loads(json.dumps(Settings(**RUN, method="bitfit").record()))
+    beside = {"learning_rate": 1e-3, "max_length": 128, "dense": ["bias$", "^head/"]}
+    path.write_text(json.dumps({"settings": record, "versions": {}, **beside}))
+    assert Settings(**read_settings(path)) == Settings(**RUN, method="bitfit")
+
+
 def test_a_run_that_replaced_another_is_resumed_from_its_file(tmp_path):
     path = tmp_path / "config.json"
     record = Settings(**RUN, overwrite=True).record()
@@ -309,7 +346,25 @@ def test_a_run_that_replaced_another_is_resumed_from_its_file(tmp_path):
 
 
 FILES = {
-    "unknown": ("densty: 0.1", "must have settings such as .*, got 'densty'"),
+    "unknown": ("densty: 0.1", "such as .*, got 'densty'. Did you mean 'density'?"),
+    "twice": ("rank: 1\n'rank': 2", "must be a YAML or JSON file, .* 'rank' twice"),
+    "twice in a method": ("method: {name: a, name: b}", "it has 'name' twice"),
+    "a time": ("rank: 1:30", "`rank` in .* must be a whole number, got '1:30'"),
+    "beside": (
+        "rank: 3\nsettings: {rank: 2}",
+        "`rank` beside .* must be 2 as .* got 3",
+    ),
+    "only beside": ("rank: 3\nsettings: {}", "`rank` beside .* must be None as"),
+    "rate of a run": (
+        "{versions: {}, learning_rate: 1, settings: {method: lora}}",
+        "`learning_rate` beside .* must be 0.001 as they say, got 1. Set it under",
+    ),
+    "another score": (
+        "method: {name: random, density: 0.1, where: null, score: gradient,"
+        " granularity: entry, dense: null, stack: null}",
+        "`score` of `method` in .* must be 'random' with the name 'random', got 'gr",
+    ),
+    "a number for a name": ("method: {name: ia3, 3: 4}", "must have"),
     "text for a number": ("rank: many", "`rank` in .* must be a whole number, got 'ma"),
     "half a number": ("rank: 1.5", "`rank` in .* must be a whole number, got 1.5"),
     "null": ("density: null", "`density` in .* must be a number, got None"),

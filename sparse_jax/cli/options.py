@@ -143,10 +143,11 @@ def choose_settings(
     Raises:
       InputError: if one that has no default is not given, or the file is wrong.
     """
-    from sparse_jax.training.config_file import read_settings
+    named, file = named_on_command_line(context), {}
+    if config is not None:
+        from sparse_jax.training.config_file import read_settings
 
-    named = named_on_command_line(context)
-    file = {} if config is None else read_settings(config)
+        file = read_settings(config)
     chosen = {**settings, **file, **{k: v for k, v in named.items() if k in settings}}
     if ist:
         if named.get("sampler", "ist") != "ist":

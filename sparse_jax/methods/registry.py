@@ -198,6 +198,11 @@ class Entry:
         dense = _texts("dense", options.get("dense") or self.dense or head)
         return self.kind(**values, dense=(*self.also_dense, *dense))
 
+    def changed_by(self, method: "Method") -> str | None:
+        """Returns a fixed field that has another value in a method, if there is one."""
+        either = {name: (self.defaults[name], self.values[name]) for name in self.fixed}
+        return next((x for x in either if getattr(method, x) not in either[x]), None)
+
 
 # name -> its row, in the order of registration
 METHODS: dict[str, Entry] = {}
@@ -342,8 +347,7 @@ def word_of(method: "Method") -> str:
             "Register it with `register_method`."
         )
     for entry in sorted(entries, key=lambda entry: -len(entry.fixed)):
-        either = {x: (entry.defaults[x], entry.values[x]) for x in entry.fixed}
-        if all(getattr(method, name) in values for name, values in either.items()):
+        if entry.changed_by(method) is None:
             return entry.word
     return entries[0].word
 

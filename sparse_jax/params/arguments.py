@@ -5,13 +5,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import optax
 
-from sparse_jax.errors import InputError, brief
+from sparse_jax.errors import InputError, brief, reason_of
 
 __all__ = [
     "require_count",
     "require_key",
     "require_one_device_view",
+    "require_plain_update",
     "require_transformation",
     "require_whole",
 ]
@@ -109,6 +111,30 @@ def require_transformation(argument: str, tx: Any) -> None:
             f"`{argument}` must be an Optax transformation, got "
             f"{f'the function `{name}`' if name else _short(tx)}. {remedy}."
         )
+
+
+def require_plain_update(argument: str, tx: optax.GradientTransformation) -> None:
+    """Raises if the update of a transformation needs extra arguments, such as the loss.
+
+    Raises:
+      InputError: naming the argument.
+
+    Example:
+      >>> require_plain_update("optimizer", optax.adamw(1e-3))
+    """
+    value = jax.ShapeDtypeStruct((1,), "float32")
+    try:
+        jax.eval_shape(lambda x: tx.update(x, tx.init(x), x), {"w": value})
+    except TypeError as error:
+        if "required keyword-only argument" in str(error):
+            raise InputError(
+                f"`{argument}` must make updates of gradients, state and parameters "
+                f"alone, got one that needs more: {reason_of(error)}. Choose another, "
+                "such as `optax.adamw(1e-3)`."
+            ) from error
+    # One that knows the names of leaves fails here, where it must not.
+    except Exception:
+        return
 
 
 def _varying(kind: Any) -> Iterable[str]:

@@ -100,7 +100,7 @@ class Checkpoints:
             if there is no checkpoint.
 
         Raises:
-          InputError: if there are checkpoints, and all of them are damaged.
+          InputError: if all checkpoints are damaged, or of another optimizer.
         """
         if is_first_process():
             self._remove_unfinished()
@@ -108,6 +108,8 @@ class Checkpoints:
         for tried, step in enumerate(steps):
             try:
                 trained, position = self._read(step, state)
+            except InputError:
+                raise
             # A damaged file may raise anything at all.
             except Exception as error:
                 _log.warning(
@@ -125,7 +127,7 @@ class Checkpoints:
         if steps:
             raise InputError(
                 f"`{self._folder}` must have a checkpoint that can be read, got "
-                f"{len(steps)} that cannot. Start anew with --overwrite."
+                f"{len(steps)} that cannot. Start over with --overwrite."
             )
         return state, Position()
 
@@ -171,7 +173,11 @@ class Checkpoints:
         # Earlier versions kept supports in classes with a field.
         written = [name.removesuffix(".positions") for name in record.names]
         if written not in ([], names):
-            raise ValueError("another optimizer or version wrote it")
+            raise InputError(
+                "`optimizer` must be that of the run to resume, got one with other "
+                "state. Pass the same one, resume with the version that began the "
+                "run, or pass --overwrite to start over."
+            )
         typed = [_typed(*pair) for pair in zip(arrays, leaves, strict=True)]
         trained = jax.tree.unflatten(jax.tree.structure(like), typed)
         roles = self._tuner.method.roles(state.params)

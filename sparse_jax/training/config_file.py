@@ -1,10 +1,14 @@
 """Settings in a file: the `config.json` of a run, or one's own in YAML or JSON."""
 
+import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from sparse_jax.errors import InputError, brief, listed, reason_of
 from sparse_jax.methods.registry import METHODS
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["read_settings"]
 
+# What a run records beside its settings also where they leave it out.
+_RESOLVED = ("learning_rate", "max_length", "dense")
+
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Returns the settings that a file names, by the fields of `Settings`.
@@ -27,19 +34,23 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         as the `config.json` of a run directory, whose `overwrite` is left out.
 
     Raises:
-      InputError: naming the file, and the setting that is unknown or of a wrong type.
+      InputError: naming the file, and the setting that is unknown, of a wrong type, or
+        contradicted by another one.
     """
     found = _mapping(Path(path))
     if isinstance(inner := found.get("settings"), Mapping):
+        _require_same(found, inner, f"`{path}`")
         # Replacing the folder was meant for the run that recorded it, and no other.
         found = {name: one for name, one in inner.items() if name != "overwrite"}
     known = setting_options()
     for name in found:
         if name not in (*known, "optimizer"):
+            close = difflib.get_close_matches(str(name), known, 1)
+            remedy = f" Did you mean {close[0]!r}?" if close else ""
             raise InputError(
                 f"`{path}` must have settings such as {listed(known, 3)}, got "
-                f"{brief(name)}. They are the options of `sparse-jax finetune`, with "
-                "`_` for `-`."
+                f"{brief(name)}.{remedy} They are the options of "
+                "`sparse-jax finetune`, with `_` for `-`."
             )
     if found.get("optimizer") is not None:
         raise InputError(
@@ -51,7 +62,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         if isinstance(one := found.get(name), Mapping):
             objects[name] = _object(name, one, place)
     return objects | {
-        name: checked(one, _number(one.type, found[name]), f" in {place}")
+        name: checked(one, found[name], f" in {place}")
         for name, one in known.items()
         if name in found and name not in objects
     }
@@ -77,19 +88,26 @@ def _object(name: str, found: Mapping[str, Json], place: str) -> "Method | Sampl
                     "a name, which a file cannot hold. Pass the method to the function "
                     "`finetune`."
                 )
-        return kind.from_settings(settings, place)
+        made = kind.from_settings(settings, place)
+        if field := METHODS[word].changed_by(made):
+            raise InputError(
+                f"`{field}` of `{name}` in {place} must be "
+                f"{METHODS[word].defaults[field]!r} with the name {word!r}, got "
+                f"{brief(settings[field])}. Choose another name."
+            )
+        return made
     return from_json(sampler_class(word), settings, place)
 
 
 def _mapping(path: Path) -> Mapping[str, Json]:
     """Returns what a file holds."""
-    # Only this reads YAML, and it takes a while to import.
-    import yaml
-
-    # JSON is YAML but for numbers such as 1e-05, which YAML takes for texts.
-    read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        found = read(path.read_text(encoding="utf-8"))
+        # Editors on Windows begin a file with a mark.
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            found = json.loads(text, object_pairs_hook=_once)
+        else:
+            found = yaml.load(text, _Loader)
     # A file that is not YAML may raise anything at all.
     except Exception as error:
         raise InputError(
@@ -104,12 +122,56 @@ def _mapping(path: Path) -> Mapping[str, Json]:
     return found
 
 
-def _number(kind: object, value: object) -> object:
-    """Returns the number of a text such as 3e-5, which YAML takes for no number."""
-    items = get_args(kind)
-    if items and isinstance(value, list):
-        return [_number(items[0], item) for item in value]
-    if kind is float and isinstance(value, str):
+def _require_same(
+    found: Mapping[str, Json], settings: Mapping[str, Json], place: str
+) -> None:
+    """Raises if a setting stands beside others with another value than among them."""
+    is_run = "versions" in found
+    for name in found.keys() & {*setting_options()}:
+        said = settings.get(name)
+        if is_run and name == "learning_rate" and said is None:
+            method = settings.get("method")
+            word = method.get("name") if isinstance(method, Mapping) else method
+            entry = METHODS.get(word) if isinstance(word, str) else None
+            said = found[name] if entry is None else entry.learning_rate
+        elif is_run and name in _RESOLVED and (said is None or name == "dense"):
+            continue
+        if found[name] not in (said, None):
+            raise InputError(
+                f"`{name}` beside `settings` in {place} must be {brief(said)} as "
+                f"they say, got {brief(found[name])}. Set it under `settings`."
+            )
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a mapping of names, which come once."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it has {brief(name)} twice")
+        found[name] = value
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of version 1.2, and names that come once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        _once((str(name.value), value) for name, value in node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float | str:
+    """Returns a number: 010 is ten as in YAML 1.2, and 1:30 a text."""
+    del loader
+    for kind in (int, float):
         with suppress(ValueError):
-            return float(value)
-    return value
+            return kind(node.value)
+    return node.value
+
+
+for _tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+    _Loader.add_constructor(_tag, _number)
+# Without a point or a sign: 1e-3, 1.5e3.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver(_tag, _EXPONENT, [*"-+0123456789"])

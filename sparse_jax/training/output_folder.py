@@ -233,14 +233,14 @@ def _require_same(path: Path, settings: Settings) -> None:
     if not isinstance(before, dict) or not {"model", "task"} <= before.keys():
         raise InputError(
             f"`{path / CONFIG}` must have the settings of a run, and has none. Put it "
-            "back, or pass --overwrite to start anew."
+            "back, or pass --overwrite to start over."
         )
     now = json.loads(json.dumps(settings.record()))
     if unknown := sorted(before.keys() - now.keys()):
         raise InputError(
             f"`{path / CONFIG}` must have settings that this version knows, got "
             f"{listed(unknown)}. Resume with the version that began the run, or pass "
-            "--overwrite to start anew."
+            "--overwrite to start over."
         )
     # A setting that came with a later version was at its default, or at what that
     # version does without it.
@@ -256,11 +256,17 @@ def _require_same(path: Path, settings: Settings) -> None:
             raise InputError(
                 "`optimizer` must be passed to `finetune` if the run to resume had "
                 "one, as no file can hold it, and only then. Pass the same object "
-                "again, or --overwrite to start anew."
+                "again, or --overwrite to start over."
             )
+        was: Any = before[name]
+        given = now[name]
+        # Objects are recorded as mappings of their fields.
+        is_object = isinstance(was, Mapping) and isinstance(given, Mapping)
+        if is_object and (field := changed_field(was, given)):
+            name, was, given = f"{field}` of `{name}", was[field], given[field]
         raise InputError(
-            f"`{name}` must be {brief(before[name])} as in the run to resume, got "
-            f"{brief(now[name])}. Pass the same options, or --overwrite to start anew."
+            f"`{name}` must be {brief(was)} as in the run to resume, got "
+            f"{brief(given)}. Pass the same options, or --overwrite to start over."
         )
 
 
@@ -273,12 +279,12 @@ def require_same_files(path: Path, config: Mapping[str, Any]) -> None:
             raise InputError(
                 f"`{name}` must be what it was in the run to resume, got other "
                 f"content under the same name. Put the files back, or pass "
-                "--overwrite to start anew."
+                "--overwrite to start over."
             )
     was, now = (about.get("base_config") or {} for about in (before, config))
     if isinstance(was, dict) and (field := changed_field(was, now)):
         raise InputError(
             f"`model` must be what it was in the run to resume, with `{field}`="
             f"{brief(was[field])} in its configuration, got {brief(now[field])}. Put "
-            "the `config.json` of the model back, or pass --overwrite to start anew."
+            "the `config.json` of the model back, or pass --overwrite to start over."
         )

@@ -146,7 +146,7 @@ class RunDirectory:
         if not adapter.is_file() or adapter.stat().st_size != size:
             raise InputError(
                 f"`{adapter}` must have {size} bytes as `{METRICS}` says, and does "
-                "not. Put it back, or pass --overwrite to start anew."
+                "not. Put it back, or pass --overwrite to start over."
             )
         return metrics
 

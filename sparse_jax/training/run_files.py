@@ -19,7 +19,7 @@ __all__ = [
     "write_text",
 ]
 
-_REMEDY = "Put it back, or pass --overwrite to start anew."
+_REMEDY = "Put it back, or pass --overwrite to start over."
 # Of `metrics.json`.
 _COUNTS = (
     "adapter_bytes", "optimizer_bytes", "peak_memory_bytes", "seconds_per_step",

@@ -279,7 +279,7 @@ class Settings(MethodOptions, SamplerOptions):
         if self.overwrite and self.resume:
             raise InputError(
                 "`overwrite` and `resume` must not be given together. The first "
-                "starts anew, the second continues."
+                "starts over, the second continues."
             )
         if self.mesh is not None:
             parse_mesh(self.mesh)
@@ -308,9 +308,13 @@ class Settings(MethodOptions, SamplerOptions):
         if self.optimizer is None:
             return
         # Imports JAX, which the help of the command line does without.
-        from sparse_jax.params.arguments import require_transformation
+        from sparse_jax.params.arguments import (
+            require_plain_update,
+            require_transformation,
+        )
 
         require_transformation("optimizer", self.optimizer)
+        require_plain_update("optimizer", self.optimizer)
         if self.learning_rate is not None:
             raise InputError(
                 "`learning_rate` must be left out with an optimizer, which has its "
