@@ -53,6 +53,7 @@ from .supports.scores import Score as Score
 from .supports.scores import register_score as register_score
 from .supports.top_k import top_k_support as top_k_support
 from .training.evaluate import evaluate_adapter as evaluate_adapter
+from .training.export import export as export
 from .training.finetune import finetune as finetune
 from .training.settings import Settings as Settings
 from .transforms.ist import IstState as IstState

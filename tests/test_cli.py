@@ -57,7 +57,7 @@ EVALUATE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["finetune", "evaluate", "generate", "plan"])
+@pytest.mark.parametrize("name", ["finetune", "evaluate", "generate", "export", "plan"])
 def test_help_answers_in_half_a_second_and_without_jax(name):
     # Of the processor, as other programs run on the same machine.
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])

@@ -31,31 +31,11 @@ def run_adapter(params, method, **options):
     """Returns an adapter of random numbers with all that a run of `cola` writes."""
     options = options or RUNS[method]
     settings = Settings(model="m", task="cola", output="o", method=method, **options)
-    made, random = method_of(settings, ("^classifier/",)), np.random.default_rng(0)
-    support, values, dense = {}, {}, {}
-
-    def collect(role, leaf):
-        if role.kind == DENSE:
-            dense[role.name] = random.normal(size=leaf.shape).astype(leaf.dtype)
-        elif role.kind == SPARSE:
-            shape = role.packed_shape(leaf.shape, made.support_size(role))
-            rows = [
-                np.sort(random.choice(role.size, shape[-1], replace=False))
-                for _ in range(shape[0] if role.stacked else 1)
-            ]
-            support[role.name] = np.array(rows, np.int32).reshape(shape)
-            values[role.name] = random.normal(size=shape).astype(leaf.dtype)
-
-    map_roles(collect, made.roles(params), params)
+    made = method_of(settings, ("^classifier/",))
     kept = ("learning_rate", "batch_size", "dtype", "seed")
-    return Adapter(
-        support=support,
-        values=values,
-        dense=dense,
-        added=jax.tree.map(
-            np.asarray, shaken(made.added(params, jax.random.key(0))) or {}
-        ),
-        method=made,
+    return random_adapter(
+        params,
+        made,
         word=method,
         settings={**{n: getattr(settings, n) for n in kept}, "max_length": 16},
         base_model="base",
@@ -63,6 +43,28 @@ def run_adapter(params, method, **options):
         task="cola",
         labels=("no", "maybe", "yes"),
     )
+
+
+def random_adapter(params, method, **about):
+    """Returns an adapter of random numbers with all that a method trains."""
+    random, support, values, dense = np.random.default_rng(0), {}, {}, {}
+
+    def collect(role, leaf):
+        if role.kind == DENSE:
+            dense[role.name] = random.normal(size=leaf.shape).astype(leaf.dtype)
+        elif role.kind == SPARSE:
+            shape = role.packed_shape(leaf.shape, method.support_size(role))
+            rows = [
+                np.sort(random.choice(role.size, shape[-1], replace=False))
+                for _ in range(shape[0] if role.stacked else 1)
+            ]
+            support[role.name] = np.array(rows, np.int32).reshape(shape)
+            values[role.name] = random.normal(size=shape).astype(leaf.dtype)
+
+    map_roles(collect, method.roles(params), params)
+    added = shaken(method.added(params, jax.random.key(0))) or {}
+    arrays = jax.tree.map(np.asarray, added)
+    return Adapter(support, values, dense, arrays, method, **about)
 
 
 def words_of(data):

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import typer
 
 from sparse_jax.cli.evaluate import evaluate
+from sparse_jax.cli.export import export
 from sparse_jax.cli.finetune import finetune
 from sparse_jax.cli.generate import generate
 from sparse_jax.cli.plan import plan
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(finetune)
 app.command()(evaluate)
 app.command()(generate)
+app.command()(export)
 app.command()(plan)
 
 

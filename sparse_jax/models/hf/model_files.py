@@ -10,8 +10,10 @@ from sparse_jax.models.hf.tensors import INDEX, WEIGHTS, shards_of
 
 __all__ = [
     "PEFT_CONFIG",
+    "TOKENIZER_FILES",
     "cached_folder",
     "config_folder",
+    "hub_id",
     "local_folder",
     "require_no_peft",
 ]
@@ -23,11 +25,7 @@ _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # By name, because a pattern such as `*.json` also matches files of folders like `onnx`
 # and `original`, which hold the weights once more. No pickles: loading one runs code.
 _CONFIG = "config.json"
-_FILES = (
-    _CONFIG,
-    WEIGHTS,
-    INDEX,
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -42,6 +40,7 @@ _FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
+_FILES = (_CONFIG, WEIGHTS, INDEX, "generation_config.json", *TOKENIZER_FILES)
 
 
 def local_folder(model: str | Path) -> Path:
@@ -93,6 +92,17 @@ def cached_folder(model: str) -> Path:
         f"the cache of the Hub, got none, and the adapter names {brief(model)}. Pass "
         "it, or the folder where it is, as --model."
     )
+
+
+def hub_id(model: str | Path | None) -> str | None:
+    """Returns the id of a model on the Hugging Face Hub, None for a local folder.
+
+    Example:
+      >>> hub_id("FacebookAI/roberta-large"), hub_id("/models/bert"), hub_id(None)
+      ('FacebookAI/roberta-large', None, None)
+    """
+    name = str(model or "")
+    return name if _ID.fullmatch(name) and not os.path.isdir(name) else None
 
 
 def require_no_peft(argument: str, folder: Path) -> None:

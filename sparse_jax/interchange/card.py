@@ -1,0 +1,197 @@
+"""The model card: what a folder is, how to load it, and how it was trained."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from sparse_jax.data.glue import TASKS
+from sparse_jax.errors import printable
+from sparse_jax.interchange.source import Source
+from sparse_jax.interchange.targets import Target
+from sparse_jax.methods.method import Method
+from sparse_jax.models.hf.model_files import hub_id
+from sparse_jax.params.fields import Json
+
+__all__ = ["CARD", "Results", "write_card"]
+
+CARD = "README.md"
+Results = Mapping[str, Mapping[str, float | None]]  # split -> metric -> value
+
+# Our names of metrics -> the Hub's, where they differ.
+_METRICS = {
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "micro_f1": "f1",
+}
+# Settings of a run that a reader may want, and that name no folder.
+_SHOWN = (
+    "learning_rate", "batch_size", "accumulate", "epochs", "max_steps", "max_length",
+    "dtype", "seed", "sampler", "active", "loss_on", "packing", "template", "held_out",
+)  # fmt: skip
+_OWN_TASKS = ("classification", "multilabel", "regression")
+
+
+def write_card(
+    folder: Path,
+    target: Target,
+    source: Source,
+    *,
+    name: str,
+    repo: str | None,
+    base: str | None,
+    results: Results,
+    settings: Mapping[str, Json],
+) -> None:
+    """Writes `README.md` with the metadata that the Hub reads.
+
+    Args:
+      folder: of what was exported.
+      target: what it is.
+      source: adapter and base.
+      name: of the model.
+      repo: id of the repository on the Hub; None is not known.
+      base: id of the base on the Hub; None is a folder, whose place is nobody's
+        business.
+      results: of the run; empty if there are none.
+      settings: of the run.
+    """
+    base = base or hub_id(source.adapter.base_model)
+    task = source.adapter.task
+    is_glue = task in TASKS and task not in _OWN_TASKS and _is_of_hub(settings)
+    parts = [
+        f"---\n{_metadata(target, source, name, base, results, is_glue)}\n---",
+        f"# {name}",
+        _summary(source, base),
+        f"## Load\n\n{_load(target, source, name, repo, base)}",
+        *([f"## Results\n\n{_results_table(results)}"] if results else []),
+        f"## Settings\n\n{_settings_table(source, settings)}",
+    ]
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _metadata(
+    target: Target,
+    source: Source,
+    name: str,
+    base: str | None,
+    results: Results,
+    is_glue: bool,
+) -> str:
+    """Returns the metadata as YAML; `is_glue` says that the examples are the Hub's."""
+    # huggingface_hub is slow to import, so it is imported where it is used.
+    from huggingface_hub import EvalResult, ModelCardData
+
+    adapter = source.adapter
+    kind = "text-generation" if source.is_causal else "text-classification"
+    found = [
+        EvalResult(
+            task_type=kind,
+            dataset_type="nyu-mll/glue" if is_glue else "custom",
+            dataset_name=f"GLUE {adapter.task}" if is_glue else "own examples",
+            dataset_config=adapter.task if is_glue else None,
+            dataset_split=split,
+            metric_type=_METRICS.get(metric, metric),
+            metric_name=metric,
+            metric_value=value,
+        )
+        for split, metrics in results.items()
+        for metric, value in metrics.items()
+        # Null stands for a number that JSON does not have.
+        if value is not None
+    ]
+    data = ModelCardData(
+        library_name=target.library,
+        license=adapter.license or None,
+        base_model=base,
+        base_model_relation=None if base is None else target.relation,
+        pipeline_tag=kind,
+        datasets=["nyu-mll/glue"] if is_glue else None,
+        metrics=list(dict.fromkeys(one.metric_type for one in found)) or None,
+        tags=list(filter(None, ["sparse_jax", adapter.word])),
+        model_name=name,
+        eval_results=found or None,
+    )
+    return data.to_yaml()
+
+
+def _is_of_hub(settings: Mapping[str, Json]) -> bool:
+    """Returns whether a run had its examples from the Hub."""
+    return "data" in settings and settings["data"] is None
+
+
+def _summary(source: Source, base: str | None) -> str:
+    """Returns what was trained on what."""
+    adapter = source.adapter
+    model = f"[{base}](https://huggingface.co/{base})" if base else _local(source)
+    task = f" on the task {adapter.task}" if adapter.task else ""
+    word = adapter.word or "parts"
+    text = f"Fine-tuned from {model}{task} with the method {word} of sparse_jax "
+    text += f"{version('sparse_jax')}."
+    if adapter.base_hash:
+        text += f" SHA-256 of the base's weights: `{adapter.base_hash}`."
+    if adapter.labels:
+        labels = ", ".join(f"`{printable(label)}`" for label in adapter.labels)
+        text += f" Labels, in the order of the outputs: {labels}."
+    return text
+
+
+def _local(source: Source) -> str:
+    """Returns a base that is a folder."""
+    return f"a local {source.model.family.name} model"
+
+
+def _load(
+    target: Target, source: Source, name: str, repo: str | None, base: str | None
+) -> str:
+    """Returns how to load what was exported."""
+    is_causal, settings = source.is_causal, source.adapter.settings
+    kind = "CausalLM" if is_causal else "SequenceClassification"
+    count = 0 if source.labels is None else len(source.labels) or 1
+    options = "head=sj.CausalLM" if is_causal else "labels=adapter.labels"
+    if (dtype := settings.get("dtype") or "float32") != "float32":
+        options += f', dtype="{dtype}"'
+    code = target.load.format(
+        name=name,
+        repo=repo or name,
+        base=base or "FOLDER_OF_THE_BASE",
+        auto=f"AutoModelFor{kind}",
+        labels=f", num_labels={count}" if count else "",
+        options=options,
+    )
+    fetch = f"```bash\nhf download {repo} --local-dir {name}\n```\n\n"
+    return (
+        f"{fetch if repo and '{repo}' not in target.load else ''}```python\n{code}```"
+    )
+
+
+def _results_table(results: Results) -> str:
+    """Returns the metrics of every split."""
+    rows = [
+        f"| {split} | {metric} | {'not finite' if value is None else f'{value:.4f}'} |"
+        for split, metrics in results.items()
+        for metric, value in metrics.items()
+    ]
+    return "\n".join(["| split | metric | value |", "|---|---|---|", *rows])
+
+
+def _settings_table(source: Source, settings: Mapping[str, Json]) -> str:
+    """Returns the settings of the method and of the run."""
+    method = source.adapter.method
+    own = {"method": source.adapter.word or "none"}
+    own |= method.to_settings() if method != Method() else {}
+    known = {**source.adapter.settings, **settings}
+    if not known.get("sampler"):
+        known.pop("active", None)
+    own |= {
+        name: known[name] for name in _SHOWN if known.get(name) not in (None, False)
+    }
+    rows = [f"| {name} | `{_shown(value)}` |" for name, value in own.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def _shown(value: Json) -> str:
+    """Returns a value for a cell of a table."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_shown, value))
+    return printable(str(value)).replace("|", "\\|").replace("`", "'")

@@ -1,0 +1,130 @@
+"""A model with its adapter in it, as transformers loads it."""
+
+import json
+import shutil
+from pathlib import Path
+
+from sparse_jax.data.chat_template import warn_of_template
+from sparse_jax.data.glue import TASKS
+from sparse_jax.data.tokenizer import load_tokenizer, warn_of_tokenizer
+from sparse_jax.errors import InputError, brief, reason_of
+from sparse_jax.interchange.source import Source
+from sparse_jax.models.hf.model_files import TOKENIZER_FILES
+from sparse_jax.models.hf.pretrained import save_pretrained
+from sparse_jax.params.fields import Json, require_word
+
+__all__ = ["DTYPES", "write_merged"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+SHARD_SIZE = "5GB"
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+# Of the configuration of a base, what its fine-tuned model does not keep: the labels,
+# code that is never run here, and other names of what is written anew.
+_LABELS = ("id2label", "label2id", "num_labels", "problem_type", "_num_labels")
+_OLD = ("auto_map", "torch_dtype", "_name_or_path")
+
+
+def write_merged(
+    source: Source,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    shard_size: str | int = SHARD_SIZE,
+) -> None:
+    """Writes the weights, configurations and tokenizer of the adapted model.
+
+    Args:
+      source: adapter and base.
+      folder: that exists.
+      dtype: of the weights; None is that of the training, so that logits are equal.
+      shard_size: most bytes of a file.
+
+    Raises:
+      InputError: if the base has no tokenizer or is another one, or the method cannot
+        be merged.
+    """
+    if dtype is not None:
+        require_word("dtype", dtype, DTYPES)
+    settings = source.adapter.settings
+    tokenizer = load_tokenizer(source.folder)
+    warn_of_tokenizer(settings.get("tokenizer_hash"), tokenizer)
+    if settings.get("chat_template_hash"):
+        warn_of_template(settings["chat_template_hash"], tokenizer)
+    model = source.model
+    save_pretrained(model, source.merged(), folder, dtype=dtype, shard_size=shard_size)
+    _complete_config(source, folder)
+    if source.is_causal:
+        _write_generation_config(source, folder)
+    for pattern in TOKENIZER_FILES:
+        for path in sorted(source.folder.glob(pattern)):
+            place = folder / path.relative_to(source.folder)
+            place.parent.mkdir(exist_ok=True)
+            # Not `copy`: files of the Hub's cache may be closed to others.
+            shutil.copyfile(path, place)
+
+
+def _complete_config(source: Source, folder: Path) -> None:
+    """Adds what the configuration of the base says and ours does not."""
+    base, written = _read(source.folder / CONFIG), _read(folder / CONFIG)
+    fields = {name: base[name] for name in base if name not in _OLD}
+    config = source.model.config
+    if source.is_causal:
+        fields["tie_word_embeddings"] = config.tied
+    else:
+        fields = {name: fields[name] for name in fields if name not in _LABELS}
+        fields |= {name: written[name] for name in _LABELS if name in written}
+        if (kind := _problem_type(source)) is not None:
+            fields["problem_type"] = kind
+    for name in ("architectures", "dtype", "transformers_version"):
+        fields[name] = written[name]
+    _write(folder / CONFIG, fields)
+
+
+def _problem_type(source: Source) -> str | None:
+    """Returns how transformers computes the loss of a classifier, if a task says so."""
+    task = TASKS.get(source.adapter.task)
+    if task is None:
+        return None
+    if task.is_multilabel:
+        return "multi_label_classification"
+    return "single_label_classification" if source.adapter.labels else "regression"
+
+
+def _write_generation_config(source: Source, folder: Path) -> None:
+    """Writes how texts are generated: as by the base, to the end that was trained."""
+    if (source.folder / GENERATION).is_file():
+        fields = _read(source.folder / GENERATION)
+    else:
+        from transformers import AutoConfig, GenerationConfig
+
+        config = AutoConfig.from_pretrained(folder)
+        made = GenerationConfig.from_model_config(config)
+        fields = made.to_diff_dict()
+    trained = source.adapter.settings.get("eos_token_id") or ()
+    size = source.model.config.vocab_size
+    ends = [end for end in trained if type(end) is int and 0 <= end < size]
+    known = fields.get("eos_token_id")
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    if more := [end for end in ends if end not in known]:
+        fields["eos_token_id"] = [*known, *more]
+    _write(folder / GENERATION, fields)
+
+
+def _read(path: Path) -> dict[str, Json]:
+    """Returns the object in a file."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"`{path}` must be a JSON object: {reason_of(error)}. Copy it again."
+        ) from error
+    if not isinstance(fields, dict):
+        raise InputError(f"`{path}` must be a JSON object, got {brief(fields)}.")
+    return fields
+
+
+def _write(path: Path, fields: dict[str, Json]) -> None:
+    """Writes an object as transformers does."""
+    text = json.dumps(fields, indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")

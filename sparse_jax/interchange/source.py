@@ -1,0 +1,110 @@
+"""An adapter and its base, which together can leave in any format."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.file import ADAPTER, save_adapter
+from sparse_jax.adapter.use import base_folder, merge_adapter, require_base
+from sparse_jax.interchange.patches import save_patches
+from sparse_jax.interchange.peft_save import save_peft
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.functional import Model, Params
+from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.hf.pretrained import (
+    base_hash,
+    from_pretrained,
+    new_leaves,
+    read_model,
+)
+from sparse_jax.models.hf.read_config import read_config
+
+__all__ = ["Source", "open_source", "write_delta", "write_patch", "write_peft"]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An adapter, and the folder of its base, whose weights are not read yet."""
+
+    adapter: Adapter
+    folder: Path
+    hash: str | None  # SHA-256 of the base; None if the adapter does not name one
+
+    @functools.cached_property
+    def is_causal(self) -> bool:
+        """Whether the model is a decoder, which writes texts."""
+        family, _ = read_config(self.folder)
+        return CausalLM.__name__ in family.architectures
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Labels of a classifier, none for a regression; None: those of the base."""
+        adapter = self.adapter
+        is_known = not self.is_causal and (adapter.labels or adapter.task)
+        return adapter.labels if is_known else None
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """The model that was trained, without its parameters."""
+        model = read_model(self.folder, head=self._head, labels=self.labels)
+        require_base(self.adapter, self.hash, model)
+        return model
+
+    def params(self) -> Params:
+        """Reads the parameters of the base, in the dtype of the training."""
+        settings = self.adapter.settings
+        # A head that the folder lacks is created here, and replaced by the adapter's.
+        _, params = from_pretrained(
+            self.folder,
+            head=self._head,
+            labels=self.labels,
+            dtype=settings.get("dtype") or "float32",
+            key=jax.random.key(settings.get("seed") or 0),
+        )
+        return params
+
+    def merged(self) -> Params:
+        """Returns the parameters with the adapter in them."""
+        new = new_leaves(self.model, self.folder, self.labels)
+        return merge_adapter(
+            self.params(), self.adapter, base_hash=self.hash, model=self.model, new=new
+        )
+
+    @property
+    def _head(self) -> type[SequenceClassifier] | type[CausalLM]:
+        """The head that was trained."""
+        return CausalLM if self.is_causal else SequenceClassifier
+
+
+def open_source(adapter: Adapter, model: str | Path | None) -> Source:
+    """Finds the base of an adapter.
+
+    Args:
+      adapter: as `load_adapter` returns it.
+      model: folder or id of the base; None is what the adapter names, if it is here.
+
+    Raises:
+      InputError: if there is no such model, or it is another one.
+    """
+    folder = base_folder(adapter, model)
+    source = Source(adapter, folder, base_hash(folder) if adapter.base_hash else None)
+    require_base(adapter, source.hash)
+    return source
+
+
+def write_delta(source: Source, folder: Path) -> None:
+    """Writes the adapter file."""
+    save_adapter(folder / ADAPTER, source.adapter)
+
+
+def write_peft(source: Source, folder: Path) -> None:
+    """Writes an adapter as PEFT reads it."""
+    save_peft(folder, source.adapter, source.model)
+
+
+def write_patch(source: Source, folder: Path) -> None:
+    """Writes the patches that turn the base into the adapted model."""
+    save_patches(folder, source.adapter, source.model)

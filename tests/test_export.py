@@ -1,0 +1,492 @@
+"""What is exported is loaded by others with our logits, and bad input is one line."""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_adapters import random_adapter
+from tiny_decoders import batch_of, padded, random_model
+from tiny_run import WORDS, write_model
+from tiny_text import write_decoder
+
+from sparse_jax import (
+    CausalLM,
+    InputError,
+    LoRA,
+    Series,
+    Sparse,
+    export,
+    from_pretrained,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    save_pretrained,
+)
+from sparse_jax.cli.main import main
+from sparse_jax.interchange.targets import TARGETS
+from sparse_jax.models.hf.pretrained import base_config, base_hash, new_leaves
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+GPT2 = {
+    "vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LABELS = ("bad", "fair", "good")
+
+
+def write_tokenizer_of_words(folder):
+    write_decoder(folder / "other")
+    for path in (folder / "other").glob("tokenizer*"):
+        path.rename(folder / path.name)
+
+
+def write_llama(folder):
+    """Groups of two heads for each key, and the word table as the head."""
+    random_model("llama", SIZES, folder)
+    write_tokenizer_of_words(folder)
+
+
+def write_gpt2(folder):
+    random_model("gpt2", GPT2, folder)
+    write_tokenizer_of_words(folder)
+
+
+SIFT = Sparse(density=0.1, where="attention/(query|value)|mlp/up/kernel")
+HEAD = ("^classifier/", "^pooler/")
+# model -> how it is written, options of `from_pretrained`, method
+MODELS = {
+    "encoder, sift": (
+        write_model, {"labels": LABELS}, replace(SIFT, dense=HEAD),
+    ),
+    "encoder, lora": (
+        write_model, {"labels": LABELS}, LoRA(rank=2, where="query", dense=HEAD),
+    ),
+    "llama, sift": (write_llama, {"head": CausalLM}, SIFT),
+    "llama, word table": (
+        write_llama, {"head": CausalLM},
+        Sparse(density=0.1, where="embeddings/word", dense="^norm/"),
+    ),
+    "gpt2, sift": (write_gpt2, {"head": CausalLM}, SIFT),
+}  # fmt: skip
+
+
+class Made:
+    """A base and an adapter in a folder, as a run leaves them."""
+
+    def __init__(self, folder, write, options, method):
+        self.base, self.path = folder / "base", folder / "adapter.safetensors"
+        write(self.base)
+        self.options = {**options, "key": jax.random.key(0)}
+        self.model, self.params = from_pretrained(self.base, **self.options)
+        self.new = new_leaves(self.model, self.base, options.get("labels"))
+        self.adapter = random_adapter(
+            self.params,
+            method,
+            base_model=str(self.base),
+            base_hash=base_hash(self.base),
+            base_config=base_config(self.model),
+            labels=options.get("labels", ()),
+            task="classification" if "labels" in options else "causal",
+            settings={"dtype": "float32", "seed": 0, "eos_token_id": [2, 5]},
+        )
+        save_adapter(self.path, self.adapter)
+
+    @property
+    def merged(self):
+        return merge_adapter(self.params, self.adapter, new=self.new)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Returns a function from the name of a model to what was made of it, once."""
+    found = {}
+
+    def make(name):
+        if name not in found:
+            found[name] = Made(tmp_path_factory.mktemp("made"), *MODELS[name])
+        return found[name]
+
+    return make
+
+
+@pytest.fixture
+def encoder(made):
+    return made("encoder, sift")
+
+
+@pytest.fixture
+def llama(made):
+    return made("llama, sift")
+
+
+def tokens(model):
+    ids, mask = padded("right")
+    return ids % model.config.vocab_size, mask
+
+
+def their_logits(theirs, model):
+    import torch
+
+    ids, mask = tokens(model)
+    with torch.no_grad():
+        out = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask))
+    return out.logits.numpy()
+
+
+def require_equal_logits(theirs, model, ours):
+    logits = their_logits(theirs, model)
+    # Of decoders at the tokens; a classifier has one row for each text.
+    is_token = tokens(model)[1].astype(bool)
+    if logits.ndim == 3:
+        logits, ours = logits[is_token], np.asarray(ours)[is_token]
+    np.testing.assert_allclose(logits, ours, rtol=0, atol=1e-5)
+
+
+def load_theirs(folder, model):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    is_causal = model.head is CausalLM
+    kind = AutoModelForCausalLM if is_causal else AutoModelForSequenceClassification
+    return kind.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_gives_our_logits_of_a_merged_model(name, made, tmp_path):
+    one, folder = made(name), tmp_path / "out"
+    assert export(one.path, to="merged", output=folder) == folder
+    ours = jax.jit(one.model)(one.merged, batch_of(*tokens(one.model)))
+    require_equal_logits(load_theirs(folder, one.model), one.model, ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, None) for name in MODELS), ("llama, sift", "bfloat16")],
+)
+def test_the_weights_are_those_of_merge_adapter_to_the_bit(name, dtype, made, tmp_path):
+    one, folder = made(name), tmp_path / "out"
+    export(one.path, to="merged", output=folder, dtype=dtype, shard_size="20KB")
+    kept = {k: v for k, v in one.options.items() if k not in ("key", "labels")}
+    _, params = from_pretrained(folder, **kept, dtype=dtype or "float32")
+    expected = jax.tree.map(lambda leaf: leaf.astype(dtype or "float32"), one.merged)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), params, expected)
+    assert all(jax.tree.leaves(same))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == (dtype or "float32")
+
+
+def test_weights_come_in_shards_of_a_size_with_an_index(llama, tmp_path):
+    folder = tmp_path / "out"
+    export(llama.path, to="merged", output=folder, shard_size="20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(folder.glob("model-*.safetensors"))
+    count = len(shards)
+    assert count > 2
+    assert {path.name for path in shards} == {*index["weight_map"].values()}
+    assert shards[0].name == f"model-00001-of-{count:05}.safetensors"
+    assert not (folder / "model.safetensors").exists()
+    sizes = [sum(a.nbytes for a in load_file(path).values()) for path in shards]
+    assert max(sizes) <= 20_000 and sum(sizes) == index["metadata"]["total_size"]
+    # The tied head is in the table of words alone.
+    assert "lm_head.weight" not in index["weight_map"]
+
+
+def test_a_smaller_model_leaves_no_index_of_a_larger_one(llama, tmp_path):
+    save_pretrained(llama.model, llama.params, tmp_path, shard_size=20_000)
+    save_pretrained(llama.model, llama.merged, tmp_path)
+    _, params = from_pretrained(tmp_path, head=CausalLM)
+    name = ("layers", "attention", "query", "kernel")
+    one, other = (
+        tree[name[0]][name[1]][name[2]][name[3]] for tree in (params, llama.merged)
+    )
+    assert (one == other).all()
+
+
+def test_labels_tokenizer_and_task_are_those_of_the_adapter(encoder, tmp_path):
+    from transformers import pipeline
+
+    folder = tmp_path / "out"
+    export(encoder.path, to="merged", output=folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "fair", "2": "good"}
+    assert config["problem_type"] == "single_label_classification"
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    # What only the base's file says stays, its head does not.
+    assert config["intermediate_size"] == 24
+    classify = pipeline("text-classification", model=str(folder), device="cpu")
+    assert classify(f"{WORDS[0]} film")[0]["label"] in LABELS
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "kind", "count"),
+    [
+        ("regression", (), "regression", 1),
+        ("multilabel", ("a", "b", "c"), "multi_label_classification", 3),
+        ("sst2", ("negative", "positive"), "single_label_classification", 2),
+    ],
+)
+def test_a_config_says_what_kind_of_labels(
+    task, labels, kind, count, encoder, tmp_path
+):
+    from transformers import AutoConfig
+
+    model, params = from_pretrained(encoder.base, labels=labels, key=jax.random.key(0))
+    method = Sparse(density=0.1, where="query/kernel", dense=HEAD)
+    adapter = random_adapter(params, method)
+    facts = {
+        name: getattr(encoder.adapter, name) for name in ("base_model", "base_hash")
+    }
+    adapter = replace(adapter, task=task, labels=labels, **facts)
+    save_adapter(tmp_path / "a.safetensors", adapter)
+    export(tmp_path / "a.safetensors", to="merged", output=tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.problem_type, config.num_labels) == (kind, count)
+    assert model.config.num_labels == count
+
+
+def test_texts_end_where_those_of_the_training_did(llama, tmp_path):
+    export(llama.path, to="merged", output=tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert fields["eos_token_id"] == [2, 5]
+    assert fields["bos_token_id"] == 1
+
+
+def test_a_delta_is_the_adapter_with_a_license(llama, tmp_path):
+    export(llama.path, to="delta", output=tmp_path / "out", license="mit")
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["README.md", "adapter.safetensors"]
+    loaded = load_adapter(tmp_path / "out")
+    assert loaded.license == "mit"
+    for name, array in llama.adapter.values.items():
+        np.testing.assert_array_equal(loaded.values[name], array)
+
+
+def code_of(card):
+    """Returns the Python of a card."""
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("encoder, sift", "merged"),
+        ("encoder, lora", "peft"),
+        ("llama, sift", "patch"),
+        ("llama, sift", "delta"),
+        ("encoder, sift", "delta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_code_of_a_card_loads_the_folder(name, to, made, tmp_path, monkeypatch):
+    one = made(name)
+    export(one.path, to=to, output=tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    code = code_of((tmp_path / "out" / "README.md").read_text())
+    assert len([line for line in code.splitlines() if "import" not in line]) <= 4
+    found = {}
+    exec(code.replace("FOLDER_OF_THE_BASE", str(one.base)), found)
+    batch = batch_of(*tokens(one.model))
+    ours = jax.jit(one.model)(one.merged, batch)
+    if to == "delta":
+        given = found["model"](found["params"], batch, attachment=found["attachment"])
+        np.testing.assert_allclose(given, ours, rtol=0, atol=1e-5)
+    elif to == "patch":
+        export(one.path, to="merged", output=tmp_path / "merged")
+        for key, tensor in load_file(tmp_path / "merged/model.safetensors").items():
+            np.testing.assert_array_equal(found["tensors"][key], tensor)
+    else:
+        require_equal_logits(found["model"].eval(), one.model, ours)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, made):
+    """The folder of a run on SST-2 of the Hub, with its results and settings."""
+    one, folder = made("encoder, sift"), tmp_path_factory.mktemp("run")
+    save_adapter(
+        folder / "adapter.safetensors",
+        replace(one.adapter, base_model="some/bert", task="sst2", word="sift"),
+    )
+    results = {"validation": {"accuracy": 0.75}, "test": {"accuracy": None}}
+    counts = (
+        "adapter_bytes", "optimizer_bytes", "peak_memory_bytes", "seconds_per_step",
+        "skipped_batches", "steps", "total_parameters", "trained_parameters",
+        "trained_parameters_without_head",
+    )  # fmt: skip
+    metrics = {
+        **dict.fromkeys(counts, 1), "eval": {"accuracy": 0.75}, "splits": results,
+    }  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    settings = {
+        "model": "/home/me/bert", "data": None, "output": "/home/me/run", "epochs": 3,
+        "active": 0.25, "sampler": None, "packing": False,
+    }  # fmt: skip
+    config = {"settings": settings, "learning_rate": 0.03}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("to", "library", "relation"),
+    [("delta", "sparse_jax", "adapter"), ("merged", "transformers", "finetune")],
+)
+def test_the_hub_reads_the_card(to, library, relation, run, made, tmp_path):
+    from huggingface_hub import ModelCard
+
+    base = made("encoder, sift").base
+    export(run, to=to, output=tmp_path / "out", model=base, license="apache-2.0")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    data = card.data
+    assert (data.library_name, data.license) == (library, "apache-2.0")
+    assert (data.base_model, data.base_model_relation) == ("some/bert", relation)
+    assert data.tags == ["sparse_jax", "sift"]
+    assert data.pipeline_tag == "text-classification"
+    [result] = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.75)
+    assert (result.dataset_type, result.dataset_config) == ("nyu-mll/glue", "sst2")
+    assert "| validation | accuracy | 0.7500 |\n| test | accuracy | not finite |" in (
+        card.text
+    )
+    assert "| density | `0.1` |" in card.text and "| epochs | `3` |" in card.text
+    # Without a sampler there are no active layers; folders are nobody's business.
+    assert "active" not in card.text and "/home" not in card.content
+
+
+def test_an_upload_needs_no_token_in_sight(run, made, tmp_path, monkeypatch):
+    calls = []
+
+    class Hub:
+        def __init__(self, *args, **options):
+            calls.append(("api", args, options))
+
+        def __getattr__(self, name):
+            return lambda *args, **options: calls.append((name, args, options))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    options = {"output": tmp_path / "out", "model": made("encoder, sift").base}
+    export(run, to="delta", push="me/mine", **options)
+    assert calls == [
+        ("api", (), {}),
+        ("create_repo", ("me/mine",), {"private": True, "exist_ok": True}),
+        (
+            "upload_folder", (),
+            {"repo_id": "me/mine", "folder_path": tmp_path / "out"},
+        ),
+    ]  # fmt: skip
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "hf download me/mine --local-dir mine" in card
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Returns a function that exports: exit code, output, errors."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["sparse-jax", "export", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def test_without_a_network_the_folder_is_complete(
+    llama, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    out = tmp_path / "out"
+    words = (llama.path, "--to", "delta", "--output", out, "--push", "me/mine")
+    code, _, err = command(*words)
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and f"`{out}` is complete: upload it later" in line
+    assert load_adapter(out).entries == llama.adapter.entries
+
+
+def full(folder, one):
+    (folder / "out").mkdir()
+    (folder / "out" / "notes.txt").write_text("mine")
+
+
+def cut(folder, one):
+    path = folder / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def no_tokenizer(folder, one):
+    for path in (folder / "base").glob("tokenizer*"):
+        path.unlink()
+
+
+def other_base(folder, one):
+    params = jax.tree.map(lambda leaf: leaf + 1, one.params)
+    save_pretrained(one.model, params, folder / "base")
+
+
+def foreign(folder, one):
+    (folder / "adapter.safetensors").write_text("hello")
+
+
+def bottleneck(folder, one):
+    method = Series(size=2, where="attention/output")
+    kept = ("base_model", "base_hash", "task", "settings")
+    about = {name: getattr(one.adapter, name) for name in kept}
+    adapter = random_adapter(one.params, method, **about)
+    save_adapter(folder / "adapter.safetensors", adapter)
+
+
+def nothing(folder, one):
+    del folder, one
+
+
+MERGED, DELTA = ("--to", "merged"), ("--to", "delta")
+BAD = {
+    "target folder with files": (full, MERGED, "`output` must be a new or an empty"),
+    "truncated file": (cut, MERGED, "must be a complete safetensors file"),
+    "foreign file": (foreign, DELTA, "must be a complete safetensors file"),
+    "missing tokenizer": (no_tokenizer, MERGED, "must hold a tokenizer"),
+    "another base": (other_base, DELTA, "`model` must be the base of the adapter"),
+    "unknown target": (nothing, ("--to", "gguf"), "`to` must be one of merged, peft"),
+    "option of another": (nothing, (*DELTA, "--dtype", "float32"), "left out for"),
+    "unknown dtype": (nothing, (*MERGED, "--dtype", "int8"), "`dtype` must be one of"),
+    "no size": (nothing, (*MERGED, "--shard-size", "big"), "`shard_size` must be"),
+    "no license": (nothing, (*DELTA, "--license", "My own"), "`license` must be the"),
+    "no repository": (nothing, (*DELTA, "--push", "a/b/c"), "`push` must be the id of"),
+    "no such form": (bottleneck, MERGED, "merge"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case, llama, tmp_path, command):
+    spoil, words, message = BAD[case]
+    for path in (llama.base, llama.path):
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, tmp_path / path.name)
+    spoil(tmp_path, llama)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    place = ("--output", tmp_path / "out", "--model", tmp_path / "base")
+    code, out, err = command(tmp_path / "adapter.safetensors", *words, *place)
+    assert (code, out) == (2, "")
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_value_that_is_too_large_for_a_dtype_is_refused(llama, tmp_path):
+    params = {**llama.params, "norm": {"scale": jnp.full(32, 1e6)}}
+    with pytest.raises(InputError, match="got float16, which `norm/scale` has too"):
+        save_pretrained(llama.model, params, tmp_path, dtype="float16")
+
+
+def test_the_help_names_every_target(command):
+    code, out, _ = command("--help")
+    assert code == 0 and all(f"{word}:" in out for word in TARGETS)
