@@ -447,7 +447,3 @@ def test_a_damaged_file_is_refused_or_means_the_same(params, tmp_path, method, d
             refused += 1
             assert len(str(error)) < 1000
     assert refused > 5
-
-
-def test_every_word_has_a_run(params):
-    assert {*RUNS} | {"random", "magnitude"} == {*METHODS}

@@ -1,7 +1,15 @@
 """The documents name commands and files that are there."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
+
+import pytest
+
+from sparse_jax.methods.registry import METHODS, MethodOptions
+from sparse_jax.samplers.registry import SAMPLERS
+from sparse_jax.supports.scores import SCORES
+from sparse_jax.training.settings import setting_options
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,3 +42,47 @@ def test_the_files_that_contributing_names_are_there():
     assert len(named) > 20
     places = (ROOT, ROOT / "sparse_jax")
     assert not {n for n in named if not any((p / n).exists() for p in places)}
+
+
+TABLES = {"--method": METHODS, "--score": SCORES}
+
+
+@pytest.mark.parametrize("option", TABLES)
+def test_the_command_line_is_documented_with_all_names(option):
+    text = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    [values] = re.findall(rf"^\| `{option}` \| (.*) \|$", text, re.MULTILINE)
+    named = re.findall(r"[a-z0-9_/]+", values.partition(";")[0])
+    assert set(TABLES[option]) <= set(named), "docs/command_line.md"
+
+
+def test_the_readme_names_all_methods():
+    text = README.lower().replace("(ia)3", "ia3")
+    known = {*METHODS} - {"head", "random", "magnitude"}
+    assert not {name for name in known if not re.search(rf"\b{name}\b", text)}
+
+
+def methods_with(option):
+    return {name for name, entry in METHODS.items() if option in entry.options}
+
+
+def named_in(text):
+    return {*re.findall(r"\w+", text)} & {*METHODS}
+
+
+@pytest.mark.parametrize("option", [one.name for one in fields(MethodOptions)])
+def test_the_help_of_an_option_names_the_methods_that_have_it(option):
+    about = setting_options()[option].help.partition(":")[0]
+    assert named_in(about) in (set(), methods_with(option))
+
+
+def test_the_help_of_where_names_the_methods_with_modules_of_their_own():
+    default = {name: METHODS[name].options["where"].default
+               for name in methods_with("where")}  # fmt: skip
+    apart = {name for name in default if "query" not in str(default[name])}
+    assert named_in(setting_options()["where"].shown) == apart
+
+
+def test_the_help_names_all_methods_and_samplers():
+    options = setting_options()
+    assert named_in(options["method"].help) == {*METHODS}
+    assert {*re.findall(r"\((\w+)\)", options["sampler"].help)} == {*SAMPLERS}

@@ -1,4 +1,4 @@
-"""A method of one's own is trained, saved, loaded, merged, evaluated and exported."""
+"""Your own method is trained, saved, loaded, merged, evaluated and exported."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A method, a score and a sampler of one's own, by the public interface alone."""
+"""Your own method, score and sampler, by the public interface alone."""
 
 import sys
 from dataclasses import dataclass

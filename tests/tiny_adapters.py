@@ -9,21 +9,18 @@ from safetensors.numpy import load, save
 from test_adapters_laws import shaken
 
 from sparse_jax import Adapter, Settings
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.supports.roles import DENSE, SPARSE, map_roles
 from sparse_jax.training.build import method_of
 
-# method -> options
-RUNS = {
+# method -> options; random and magnitude are sift with another score
+RUNS = {word: {} for word in METHODS if word not in ("random", "magnitude")} | {
     "lora": {"rank": 3, "alpha": 3.0, "rslora": True},
     "dora": {"rank": 3, "where": ("mlp/up", "query")},
     "series": {"size": 3, "activation": "tanh"},
     "parallel": {"size": 3, "where": ("mlp",)},
-    "ia3": {},
     "prefix": {"prefix_length": 3},
     "sift": {"density": 0.08},
-    "full": {},
-    "head": {},
-    "bitfit": {},
 }
 
 

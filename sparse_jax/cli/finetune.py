@@ -38,7 +38,10 @@ def finetune(
     process: int | None = option(None, "Number of this process, counted from 0.", "0"),
     **settings: Any,
 ) -> None:
-    """Fine-tune a model on a task, and save what was trained."""
+    """Fine-tune a model on a task, and save what was trained.
+
+    The loss shown is smoothed; metrics.jsonl has that of every update.
+    """
     _show_log()
     given = choose_settings(context, settings, config, ist)
     take_devices(

@@ -258,8 +258,11 @@ def require_sampler_has(
     if name in options_of_sampler(sampler):
         return
     owners = [word for word, entry in SAMPLERS.items() if name in entry.options]
-    place = f"with sampler {brief(sampler)}" if sampler else "without a sampler"
+    place, remedy = f"with sampler {brief(sampler)}", ""
+    if sampler is None:
+        place = "without a sampler"
+        remedy = f"; add `--sampler {(owners or [*SAMPLERS])[0]}`"
     raise InputError(
         f"`{name}` must be left out {place}, got {brief(value)}. It belongs to "
-        f"{', '.join(owners or SAMPLERS)}."
+        f"{', '.join(owners or SAMPLERS)}{remedy}."
     )

@@ -1,4 +1,4 @@
-"""Settings in a file: the `config.json` of a run, or one's own in YAML or JSON."""
+"""Settings in a file: the `config.json` of a run, or your own in YAML or JSON."""
 
 import difflib
 import json
