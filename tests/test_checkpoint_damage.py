@@ -20,6 +20,7 @@ from tiny_text import text_settings, write_chats, write_decoder
 from sparse_jax import finetune
 from sparse_jax.errors import InputError
 from sparse_jax.sharding.runner import MeshRunner
+from sparse_jax.training.build import make_job
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.checkpoint_file import (
     Position,
@@ -27,11 +28,9 @@ from sparse_jax.training.checkpoint_file import (
     read_checkpoint,
     write_checkpoint,
 )
-from sparse_jax.training.finetune import _tuner
 from sparse_jax.training.loop import Loop
 from sparse_jax.training.results import provenance
 from sparse_jax.training.run_directory import RunDirectory
-from sparse_jax.training.setup import make_job
 
 
 class Stopped:
@@ -55,7 +54,7 @@ class Stopped:
             with pytest.raises(KeyboardInterrupt):
                 finetune(self.settings)
         self.job = make_job(self.settings)
-        self.tuner = _tuner(self.job)
+        self.tuner = self.job.tuner()
         params = jax.tree.map(jnp.copy, self.job.base.params)
         self.state = MeshRunner(self.tuner, self.job.base.placement).init(
             params, jax.random.key(0)

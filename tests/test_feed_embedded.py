@@ -8,6 +8,7 @@ from tiny_models import jax_batch
 from tiny_run import CONFIG, write_model
 from tiny_text import tiny_decoder, write_chats, write_decoder
 
+from sparse_jax import Settings
 from sparse_jax.data.examples import Examples, Splits
 from sparse_jax.data.glue import TASKS
 from sparse_jax.data.instructions import load_conversations
@@ -17,8 +18,9 @@ from sparse_jax.models.families.bert import BERT
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.params.names import map_named
-from sparse_jax.training.causal_feed import make_causal_feed
-from sparse_jax.training.feed import make_feed
+from sparse_jax.training.feed import causal_feed, labeled_feed
+
+RUN = {"model": "m", "output": "o", "max_length": 16}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +46,8 @@ def pairs():
 def feed_of(tokenizer, **changes):
     """Returns the feed of the pairs for a tiny encoder, and that."""
     model = Model(SequenceClassifier, BERT, replace(CONFIG, **changes))
-    options = {"max_length": 16, "batch_size": 2}
-    return make_feed(pairs(), tokenizer, model, **options), model
+    settings = Settings(**RUN, task="mrpc", batch_size=2)
+    return labeled_feed(pairs(), tokenizer, model, settings), model
 
 
 def drawn(model):
@@ -88,6 +90,7 @@ def test_padding_of_texts_has_an_embedding(tmp_path):
     assert tokenizer.pad_token_id >= model.config.vocab_size
     data = write_chats(tmp_path / "chats.jsonl")
     chats = load_conversations(data, tokenizer, held_out=0.2)
-    feed = make_causal_feed(chats, tokenizer, model, max_length=16, batch_size=4)
+    settings = Settings(**RUN, task="causal", batch_size=4)
+    feed = causal_feed(chats, tokenizer, model, settings)
     for batch in feed.train(0):
         assert batch["input_ids"].max() < model.config.vocab_size

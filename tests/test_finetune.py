@@ -13,12 +13,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import CONFIG, tiny_settings, write_data, write_model
 
 from sparse_jax import InputError, Settings, evaluate_adapter, finetune, load_adapter
-from sparse_jax.training.build import head_rules, make_tuner, method_of
+from sparse_jax.training.build import head_rules, make_job, make_tuner, method_of
 from sparse_jax.training.checkpoint import Checkpoints
-from sparse_jax.training.classification import make_loss
+from sparse_jax.training.objective import make_loss
 from sparse_jax.training.optimizer import learning_rate_at, make_optimizer, schedule_of
 from sparse_jax.training.run_directory import RunDirectory
-from sparse_jax.training.setup import make_job
 
 D, L = CONFIG.hidden_size, CONFIG.num_layers
 HEAD = D * D + D + 2 * D + 2  # pooler and classifier, both new

@@ -37,7 +37,7 @@ from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.supports.lanes_tpu import get_rows, has_kernel, set_rows
 from sparse_jax.supports.scores import SCORES
 from sparse_jax.training.checkpoint import Checkpoints
-from sparse_jax.training.language_modeling import make_token_loss
+from sparse_jax.training.objective import make_token_loss
 
 CONFIG = EncoderConfig(
     vocab_size=50,

@@ -11,7 +11,7 @@ from tiny_run import WORDS, tiny_settings, write_model
 
 from sparse_jax import InputError, evaluate_adapter, finetune, load_adapter
 from sparse_jax.models.attachment import Attachment
-from sparse_jax.training.classification import make_loss
+from sparse_jax.training.objective import make_loss
 
 
 @pytest.fixture(scope="module")

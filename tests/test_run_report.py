@@ -13,8 +13,8 @@ from tiny_run import tiny_settings, write_data, write_model
 from sparse_jax import InputError, finetune
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.cli.summary import print_summary
+from sparse_jax.training import objective
 from sparse_jax.training.checkpoint import Checkpoints
-from sparse_jax.training.classification import Classification
 from sparse_jax.training.history import outcome_warnings, skipped_at_end, updates_of
 from sparse_jax.training.progress import show_progress
 from sparse_jax.training.results import require_finite
@@ -55,10 +55,10 @@ def rows_of(output):
 
 def spoil(monkeypatch, is_bad):
     """Makes the training loss NaN where `is_bad` says so of the key of a batch."""
-    make_loss = Classification.make_loss
+    make_loss = objective.make_loss
 
-    def make(self, model, *, checkpointing):
-        loss = make_loss(self, model, checkpointing=checkpointing)
+    def make(model, *, checkpointing):
+        loss = make_loss(model, checkpointing=checkpointing)
 
         def spoiled(params, batch, key, attachment):
             total, weight = loss(params, batch, key, attachment)
@@ -66,7 +66,7 @@ def spoil(monkeypatch, is_bad):
 
         return spoiled
 
-    monkeypatch.setattr(Classification, "make_loss", make)
+    monkeypatch.setattr(objective, "make_loss", make)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from sparse_jax.sharding.placement import Placement, load_placed
 from sparse_jax.sharding.rules import specs_of
 from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.supports.positions import fetch, shards_of
-from sparse_jax.training.language_modeling import make_token_loss
+from sparse_jax.training.objective import make_token_loss
 
 MESHES = {
     "data": MeshShape(data=8),

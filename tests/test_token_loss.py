@@ -10,7 +10,7 @@ from sparse_jax.data.batches import eval_batches
 from sparse_jax.data.causal_tokens import TokenSequences
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.next_token import summed_token_loss
-from sparse_jax.training.language_modeling import make_token_loss
+from sparse_jax.training.objective import make_token_loss
 
 VOCAB = CONFIG.vocab_size
 

@@ -9,9 +9,9 @@ from tiny_run import VOCABULARY, tiny_settings, write_data, write_model
 from tiny_text import text_settings, write_chats, write_decoder
 
 from sparse_jax import finetune
+from sparse_jax.training.build import make_job
 from sparse_jax.training.history import updates_of
 from sparse_jax.training.optimizer import learning_rate_at, schedule_of
-from sparse_jax.training.setup import make_job
 
 UPDATES = 40
 ATTENTION = ("query", "key", "value", "attention.output.dense")

@@ -23,8 +23,7 @@ from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.supports.packing import current_values
 from sparse_jax.training.build import head_rules, make_tuner, method_of, sampler_of
-from sparse_jax.training.classification import make_loss
-from sparse_jax.training.language_modeling import make_token_loss
+from sparse_jax.training.objective import make_loss, make_token_loss
 from sparse_jax.training.optimizer import Schedule, schedule_of
 from sparse_jax.training.settings import Settings
 

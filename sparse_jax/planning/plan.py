@@ -15,7 +15,7 @@ from sparse_jax.planning.hlo import Traffic, collectives_of, count_flops
 from sparse_jax.planning.target import Chip, Target
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.supports.roles import SPARSE, map_roles
-from sparse_jax.training.counts import count_trained
+from sparse_jax.training.results import count_trained
 from sparse_jax.training.settings import Settings
 
 __all__ = ["Plan", "make_plan", "with_largest_batch"]

@@ -1,9 +1,11 @@
-"""From settings to what they name: a method, a sampler, a tuner."""
+"""From settings to a run that can start: its method, its sampler, its tuner."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any, cast
+from dataclasses import dataclass, fields, replace
+from typing import cast
 
+import jax
 import optax
 
 from sparse_jax.compact.compact import Compact, Loss, Tuner
@@ -12,13 +14,90 @@ from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.attachment import Recompute
+from sparse_jax.models.hf.tensor_names import modules_called
+from sparse_jax.params.names import leaf_names
 from sparse_jax.samplers.registry import SamplerOptions, make_sampler, num_active
 from sparse_jax.samplers.sampler import Sampler
 from sparse_jax.sharding.placement import Placement
-from sparse_jax.training.optimizer import MAX_NORM, make_optimizer
+from sparse_jax.training.feed import Feed
+from sparse_jax.training.objective import Objective
+from sparse_jax.training.optimizer import (
+    MAX_NORM,
+    Schedule,
+    make_optimizer,
+    schedule_of,
+)
 from sparse_jax.training.settings import Settings
+from sparse_jax.training.setup import Base, load_model_and_data
 
-__all__ = ["head_rules", "make_tuner", "method_of", "sampler_of"]
+__all__ = ["Job", "head_rules", "make_job", "make_tuner", "method_of", "sampler_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A run that can start."""
+
+    settings: Settings
+    objective: Objective
+    base: Base
+    method: Method
+    sampler: Sampler | None  # of the layers; None trains all
+    head: tuple[str, ...]  # rules of the leaves that counts leave out
+    feed: Feed
+
+    @property
+    def total(self) -> int:
+        """Batches of the run."""
+        batches = self.settings.epochs * self.feed.batches_per_epoch
+        return min(batches, self.settings.max_steps or batches)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Of the learning rate; None if the optimizer has its own."""
+        peak = self.settings.resolved_learning_rate
+        return None if peak is None else schedule_of(peak, self.total)
+
+    def tuner(self) -> Tuner:
+        """Returns what makes the updates."""
+        checkpointing = self.settings.checkpointing
+        loss = self.objective.make_loss(self.base.model, checkpointing=checkpointing)
+        args = (self.method, self.sampler, self.base.placement)
+        return make_tuner(self.settings, loss, *args)
+
+
+def make_job(settings: Settings) -> Job:
+    """Loads the data and the model of a run.
+
+    Raises:
+      InputError: for anything wrong with the task, its files, the model's folder, the
+        rules, or the length.
+    """
+    objective, base, feed = load_model_and_data(settings)
+    head = head_rules(objective.head, base.new)
+    method = method_of(settings, head)
+    # Rules are compared with the names of the leaves and of the sites.
+    try:
+        method.roles(base.params)
+        jax.eval_shape(method.added, base.params, jax.random.key(0))
+    except InputError as error:
+        raise InputError(f"{error}{_translation(settings, base)}") from error
+    # What the adapter file cannot hold is found before the training.
+    method.to_settings()
+    sampler = sampler_of(settings, base.model.config.num_layers)
+    return Job(settings, objective, base, method, sampler, head, feed)
+
+
+def _translation(settings: Settings, base: Base) -> str:
+    """Returns our names of the modules that rules call as Hugging Face does."""
+    ours = jax.tree.leaves(leaf_names(base.params))
+    sentences = []
+    for pattern in (*(settings.where or ()), *(settings.dense or ())):
+        called = modules_called(base.model.family, pattern)
+        modules = [module for module in called if any(module in name for name in ours)]
+        if modules and not any(re.search(pattern, name) for name in ours):
+            names = " and ".join(f"`{module}`" for module in modules)
+            sentences.append(f" What Hugging Face calls {pattern!r} is {names} here.")
+    return "".join(sentences)
 
 
 def head_rules(head: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
@@ -107,23 +186,19 @@ def make_tuner(
     tx, max_norm = make_optimizer(), MAX_NORM
     if settings.optimizer is not None:
         tx, max_norm = settings.optimizer, None
-    placed: dict[str, Any] = {
-        "shards": placement.shards(method.stack),
-        "data_axes": placement.data_axes,
-    }
+    placed = (settings.accumulate, placement.shards(method.stack), placement.data_axes)
     if sampler is None:
         if max_norm is not None:
             tx = optax.chain(optax.clip_by_global_norm(max_norm), tx)
-        return Compact(loss, method, tx, settings.accumulate, **placed)
+        return Compact(loss, method, tx, *placed)
     return Layerwise(
         loss,
         method,
         tx,
-        settings.accumulate,
+        *placed,
         sampler=sampler,
         seed=settings.seed,
         max_norm=max_norm,
         restart=settings.restart_layers,
         recompute=cast(Recompute, settings.recompute),
-        **placed,
     )

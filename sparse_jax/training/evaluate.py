@@ -11,10 +11,9 @@ from sparse_jax.adapter.use import apply_adapter, base_folder
 from sparse_jax.data.glue import TASKS
 from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.models.hf.labels import label_leaves, use_of_head
-from sparse_jax.training.base_model import Base
 from sparse_jax.training.objective import Objective, flattened
 from sparse_jax.training.settings import Settings
-from sparse_jax.training.setup import load_model_and_data
+from sparse_jax.training.setup import Base, load_model_and_data
 
 __all__ = ["evaluate_adapter"]
 

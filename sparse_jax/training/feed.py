@@ -1,31 +1,30 @@
 """The feed: every batch of a run, in its order."""
 
 import hashlib
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from sparse_jax.data.batches import Batch, Batches, eval_batches, train_batches
+from sparse_jax.data.batches import Batches, eval_batches, train_batches
+from sparse_jax.data.causal_tokens import TokenSequences, tokenize
+from sparse_jax.data.conversations import Conversation
 from sparse_jax.data.examples import Splits
 from sparse_jax.data.tokenizer import Encoded, encode
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Model
+from sparse_jax.training.settings import Settings
 
-__all__ = [
-    "Feed",
-    "LabeledFeed",
-    "Usage",
-    "digest_of",
-    "embedded_pad",
-    "make_feed",
-    "require_embedded",
-    "usage_text",
-]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-_MAX_LENGTH = 128  # tokens, as the paper's runs on GLUE
+__all__ = ["Feed", "Usage", "causal_feed", "labeled_feed", "usage_text"]
+
+# Tokens, as the paper's runs on GLUE, and as Alpaca was trained with.
+_MAX_LENGTH, _CAUSAL_MAX_LENGTH = 128, 512
 
 
 class Usage(NamedTuple):
@@ -53,160 +52,139 @@ def usage_text(split: str, usage: Usage, max_length: int) -> str:
     return text
 
 
-class Feed(Protocol):
+@dataclass(frozen=True, eq=False)
+class Feed:
     """The batches of a run. A batch has at least `input_ids` and `attention_mask`."""
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Examples of every split."""
-        ...
-
-    @property
-    def usage(self) -> dict[str, Usage]:
-        """What became of the examples of every split."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all examples as the model gets them."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens of an example."""
-        ...
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Updates in one pass over the training examples."""
-        ...
-
-    @property
-    def evaluation(self) -> Mapping[str, Iterable[Batch]]:
-        """The batches of the splits that a model is evaluated on."""
-        ...
-
-    def train(self, epoch: int, start: int = 0) -> Iterable[Batch]:
-        """Returns the training batches of an epoch, after the first `start`."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class LabeledFeed:
-    """The encoded examples of a task, split into batches."""
-
-    encoded: dict[str, Encoded]  # by split, "train" first
-    batch_size: int
-    accumulate: int
-    seed: int
-    group_by_length: bool = False
+    examples: Mapping[str, Encoded | TokenSequences]  # by split
+    settings: Settings  # of the run
+    max_length: int  # most tokens of an example
+    usage: Mapping[str, Usage]  # what became of the examples of every split
+    digest: str  # SHA-256 of all examples as the model gets them
+    end_ids: tuple[int, ...] = ()  # tokens that end the responses
 
     @property
     def sizes(self) -> dict[str, int]:
         """Examples of every split."""
-        return {name: len(part) for name, part in self.encoded.items()}
+        return {name: usage.used for name, usage in self.usage.items()}
 
-    @property
-    def usage(self) -> dict[str, Usage]:
-        """What became of the examples of every split."""
-        return {
-            name: Usage(len(part), part.num_cut) for name, part in self.encoded.items()
-        }
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all examples as the model gets them."""
-        parts = self.encoded.values()
-        ids = (array for part in parts for array in part.input_ids)
-        return digest_of(itertools.chain(ids, (part.labels for part in parts)))
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens of an example."""
-        return self.encoded["train"].max_length
-
-    @property
+    @cached_property
     def batches_per_epoch(self) -> int:
         """Updates in one pass over the training examples."""
-        return -(-len(self.encoded["train"]) // self.batch_size)
+        return len(self.train(0))
 
-    @property
+    @cached_property
     def evaluation(self) -> dict[str, Batches]:
-        """The batches of the splits that predictions are evaluated on."""
-        splits = {name: self.encoded[name] for name in self.encoded if name != "train"}
-        return {name: eval_batches(e, self.batch_size) for name, e in splits.items()}
+        """The batches of the splits that a model is evaluated on."""
+        parts = {name: part for name, part in self.examples.items() if name != "train"}
+        size = self.settings.batch_size
+        return {name: eval_batches(part, size) for name, part in parts.items()}
 
     def train(self, epoch: int, start: int = 0) -> Batches:
         """Returns the training batches of an epoch, after the first `start`."""
         return train_batches(
-            self.encoded["train"],
-            self.batch_size,
-            seed=self.seed,
+            self.examples["train"],
+            self.settings.batch_size,
+            seed=self.settings.seed,
             epoch=epoch,
-            accumulate=self.accumulate,
+            accumulate=self.settings.accumulate,
             start=start,
-            group_by_length=self.group_by_length,
+            group_by_length=self.settings.group_by_length,
         )
 
 
-def make_feed(
+def labeled_feed(
     splits: Splits,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     model: Model,
-    *,
-    max_length: int | None,
-    batch_size: int,
-    accumulate: int = 1,
-    seed: int = 0,
-    group_by_length: bool = False,
-) -> LabeledFeed:
+    settings: Settings,
+) -> Feed:
     """Encodes all examples.
 
     Args:
       splits: texts and labels.
       tokenizer: of the model.
       model: bounds the tokens by its embeddings, and the length by its positions.
-      max_length: most tokens of an example; None is 128, or the model's positions.
-      batch_size: examples of an update.
-      accumulate: parts that a training batch is computed in.
-      seed: of the order.
-      group_by_length: whether examples of similar length share a training batch.
+      settings: of the run; without `max_length` an example has at most 128 tokens, or
+        the model's positions.
 
     Raises:
       InputError: if `max_length` is more than the model's positions, or a token or
         its type has no embedding.
     """
     positions = model.config.max_positions
-    length = min(_MAX_LENGTH, positions) if max_length is None else max_length
+    length = settings.max_length or min(_MAX_LENGTH, positions)
     encoded = {
         name: encode(examples, tokenizer, max_length=length, positions=positions)
         for name, examples in splits.items()
     }
     for name, part in encoded.items():
-        require_embedded(part.input_ids, model)
-        require_embedded(part.token_type_ids or (), model, kind="token type")
-        encoded[name] = replace(part, pad_id=embedded_pad(part.pad_id, model))
-    return LabeledFeed(encoded, batch_size, accumulate, seed, group_by_length)
+        _require_embedded(part.input_ids, model)
+        _require_embedded(part.token_type_ids or (), model, kind="token type")
+        encoded[name] = replace(part, pad_id=_embedded_pad(part.pad_id, model))
+    ids = chain.from_iterable(part.input_ids for part in encoded.values())
+    return Feed(
+        encoded,
+        settings,
+        length,
+        usage={name: Usage(len(part), part.num_cut) for name, part in encoded.items()},
+        digest=_digest_of(chain(ids, (part.labels for part in encoded.values()))),
+    )
 
 
-def require_embedded(
-    rows: Iterable[np.ndarray], model: Model, kind: str = "token"
-) -> None:
-    """Raises if a model has no embedding of a number: JAX would go on with NaN.
+def causal_feed(
+    splits: Mapping[str, Sequence[Conversation]],
+    tokenizer: "PreTrainedTokenizerBase",
+    model: Model,
+    settings: Settings,
+) -> Feed:
+    """Tokenizes all conversations.
 
     Args:
-      rows: numbers of tokens, or of their types.
-      model: whose tables they are looked up in.
-      kind: "token" or "token type".
+      splits: conversations; without "train" to evaluate only.
+      tokenizer: of the model.
+      model: bounds the tokens by its embeddings, and the length by its positions.
+      settings: of the run; without `max_length` a sequence has at most 512 tokens, or
+        the model's positions.
 
     Raises:
-      InputError: with the largest number.
+      InputError: if `max_length` is more than the model's positions or leaves nothing
+        to train on, or a token has no embedding.
     """
-    most = max((int(row.max()) for row in rows if row.size), default=None)
-    if most is None:
-        return
+    positions = model.config.max_positions
+    length = settings.max_length or min(_CAUSAL_MAX_LENGTH, positions)
+    bounds = {"max_length": length, "positions": positions}
+    sequences = {
+        name: tokenize(part, tokenizer, **bounds, loss=settings.resolved_loss_on)
+        for name, part in splits.items()
+    }
+    for name, part in sequences.items():
+        _require_embedded(part.input_ids, model)
+        pad_id = _embedded_pad(part.pad_id, model)
+        sequences[name] = replace(part, pad_id=pad_id, is_packed=settings.packing)
+    parts = sequences.values()
+    return Feed(
+        sequences,
+        settings,
+        length,
+        usage={
+            name: Usage(len(part), part.num_cut, part.num_dropped)
+            for name, part in sequences.items()
+        },
+        digest=_digest_of(
+            chain.from_iterable(chain(part.input_ids, part.is_target) for part in parts)
+        ),
+        end_ids=tuple(sorted({*chain.from_iterable(part.end_ids for part in parts)})),
+    )
+
+
+def _require_embedded(
+    rows: Iterable[np.ndarray], model: Model, kind: str = "token"
+) -> None:
+    """Raises if a model has no embedding of a number: JAX would go on with NaN."""
     config = model.config
     size = config.vocab_size if kind == "token" else config.type_vocab_size
+    most = max((int(row.max()) for row in rows if row.size), default=-1)
     if most >= size:
         raise InputError(
             f"`model` must have an embedding of every {kind} of its tokenizer, got "
@@ -215,15 +193,13 @@ def require_embedded(
         )
 
 
-def embedded_pad(pad_id: int, model: Model) -> int:
-    """Returns a token to pad with: another one if the model has no embedding of it.
-
-    No token attends to padding, but NaN times nothing is NaN.
-    """
+def _embedded_pad(pad_id: int, model: Model) -> int:
+    """Returns a token to pad with: another one if the model has no embedding of it."""
+    # No token attends to padding, but NaN times nothing is NaN.
     return pad_id if pad_id < model.config.vocab_size else 0
 
 
-def digest_of(arrays: Iterable[np.ndarray]) -> str:
+def _digest_of(arrays: Iterable[np.ndarray]) -> str:
     """Returns the SHA-256 of arrays and of their lengths."""
     found = hashlib.sha256()
     for array in arrays:

@@ -1,7 +1,6 @@
 """Fine-tuning, from settings to a run directory."""
 
 import logging
-import statistics
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -19,37 +18,30 @@ from sparse_jax.sharding.processes import (
     require_agreement,
 )
 from sparse_jax.sharding.runner import MeshRunner
-from sparse_jax.training.build import make_tuner
-from sparse_jax.training.checkpoint import Checkpoints, Position
-from sparse_jax.training.counts import Counts, count_trained, optimizer_bytes
+from sparse_jax.training.build import Job, make_job
+from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.feed import usage_text
-from sparse_jax.training.figures import draw_curve, draw_layers
-from sparse_jax.training.history import (
-    evaluations_of,
-    outcome_warnings,
-    selection_seconds,
-    updates_of,
-)
-from sparse_jax.training.loop import Loop, StopSignals, stop_signals
-from sparse_jax.training.objective import flattened
-from sparse_jax.training.optimizer import schedule_of
-from sparse_jax.training.output_folder import (
-    CURVE,
-    LAYERS,
-    require_unlocked,
-    require_usable,
-)
+from sparse_jax.training.loop import Loop, stop_signals
+from sparse_jax.training.objective import Results
+from sparse_jax.training.output_folder import require_unlocked, require_usable
 from sparse_jax.training.progress import (
-    Progress,
     bytes_shown,
     peak_bytes,
     show_progress,
     warnings_kept,
 )
-from sparse_jax.training.results import adapter_of, provenance, require_finite
+from sparse_jax.training.results import (
+    Counts,
+    adapter_of,
+    count_trained,
+    draw_pictures,
+    metrics_of,
+    optimizer_bytes,
+    provenance,
+    require_finite,
+)
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.settings import Settings
-from sparse_jax.training.setup import Job, make_job
 
 __all__ = ["finetune"]
 
@@ -114,10 +106,9 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Any]:
 
 def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Any]:
     """Trains, from the last checkpoint if there is one, and returns the metrics."""
-    total = _total(job)
-    tuner = _tuner(job)
-    checkpoints = Checkpoints(directory, tuner, job.base.placement, job.settings.keep)
-    runner = MeshRunner(tuner, job.base.placement)
+    tuner, placement = job.tuner(), job.base.placement
+    checkpoints = Checkpoints(directory, tuner, placement, job.settings.keep)
+    runner = MeshRunner(tuner, placement)
     state = runner.init(job.base.params, jax.random.key(job.settings.seed))
     counts = count_trained(job.method, state.params, state.added, job.head)
     _announce(job, counts, optimizer_bytes(state))
@@ -126,14 +117,35 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, An
         state, at = checkpoints.restore(state)
         directory.rewind(at.batches)
         if job.settings.resume:
-            _log.info("resuming after update %d of %d", at.batches, total)
-        with show_progress(total, at.batches) as progress:
+            _log.info("resuming after update %d of %d", at.batches, job.total)
+        with show_progress(job.total, at.batches) as progress:
             evaluate = _evaluate(job, tuner, state)
-            loop = _loop(
-                job, runner, evaluate, total, directory, checkpoints, progress, signals
+            loop = Loop(
+                job, runner, evaluate, directory, checkpoints, progress, signals
             )
             state, at = loop.run(state, at)
-    return _finish(job, tuner, state, at, directory, counts, warnings)
+    # All processes hold parts of it; the first one writes it.
+    adapter = adapter_of(job, tuner, state)
+    require_finite(adapter)
+    size = directory.add_adapter(lambda path: save_adapter(path, adapter))
+    if is_first_process():
+        draw_pictures(job, directory)
+    metrics = {
+        **metrics_of(job, directory.rows),
+        "trained_parameters": counts.trained,
+        "trained_parameters_without_head": counts.trained_without_head,
+        "total_parameters": counts.total,
+        "optimizer_bytes": optimizer_bytes(state),
+        "adapter_bytes": size,
+        "steps": at.batches - at.skipped,
+        "skipped_batches": at.skipped,
+        "peak_memory_bytes": peak_bytes(),
+        "learning_rate": job.settings.resolved_learning_rate,
+        "examples": {name: use._asdict() for name, use in job.feed.usage.items()},
+        "warnings": warnings,
+    }
+    directory.finish(metrics)
+    return metrics
 
 
 def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
@@ -146,7 +158,7 @@ def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
     _log.info(
         "training %s%s: %s of %s parameters (%.3g %%), %s of state, %d updates %s",
         settings.method_word, layers, f"{counts.trained:,}", f"{counts.total:,}",
-        100 * share, bytes_shown(state_bytes), _total(job),
+        100 * share, bytes_shown(state_bytes), job.total,
         "with the optimizer that was passed" if rate is None else
         f"at a learning rate of {rate:g}",
     )  # fmt: skip
@@ -155,139 +167,11 @@ def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
         _log.log(level, usage_text(split, usage, job.feed.max_length))
 
 
-def _total(job: Job) -> int:
-    """Returns the batches of a run."""
-    batches = job.settings.epochs * job.feed.batches_per_epoch
-    return min(batches, job.settings.max_steps or batches)
-
-
-def _tuner(job: Job) -> Tuner:
-    """Returns what makes the updates of a job."""
-    checkpointing = job.settings.checkpointing
-    loss = job.objective.make_loss(job.base.model, checkpointing=checkpointing)
-    return make_tuner(job.settings, loss, job.method, job.sampler, job.base.placement)
-
-
 def _evaluate(
     job: Job, tuner: Tuner, state: CompactState
-) -> Callable[[CompactState], dict[str, dict[str, float]]]:
-    """Returns the evaluation of a state."""
+) -> Callable[[CompactState], Results]:
+    """Returns the evaluation of states like this one."""
     evaluate = job.objective.make_evaluate(
         job.base.model, tuner.attach(state), job.feed, job.base.placement
     )
     return lambda state: evaluate(state.params, tuner.attach(state).trained)
-
-
-def _loop(
-    job: Job,
-    runner: MeshRunner,
-    evaluate: Callable[[CompactState], dict[str, dict[str, float]]],
-    total: int,
-    directory: RunDirectory,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    signals: StopSignals,
-) -> Loop:
-    """Returns the loop of a job."""
-    settings = job.settings
-    peak = settings.resolved_learning_rate
-    return Loop(
-        runner=runner,
-        put=lambda batch: job.base.placement.put(batch, settings.accumulate),
-        feed=job.feed,
-        seed=settings.seed,
-        total=total,
-        schedule=None if peak is None else schedule_of(peak, total),
-        evaluate=evaluate,
-        save_every=settings.save_every,
-        directory=directory,
-        checkpoints=checkpoints,
-        progress=progress,
-        signals=signals,
-    )
-
-
-def _finish(
-    job: Job,
-    tuner: Tuner,
-    state: CompactState,
-    at: Position,
-    directory: RunDirectory,
-    counts: Counts,
-    warnings: list[str],
-) -> dict[str, Any]:
-    """Writes what came out, and returns the metrics."""
-    # All processes hold parts of it; the first one writes it.
-    adapter = adapter_of(job, tuner, state)
-    require_finite(adapter)
-    size = directory.add_adapter(lambda path: save_adapter(path, adapter))
-    if is_first_process():
-        _draw(job, directory)
-    results = _last_results(directory.rows)
-    vocab_size = job.base.model.config.vocab_size
-    for line in outcome_warnings(directory.rows, results, vocab_size):
-        _log.warning(line)
-    metrics = {
-        "eval": flattened(results),
-        "splits": results,
-        "trained_parameters": counts.trained,
-        "trained_parameters_without_head": counts.trained_without_head,
-        "total_parameters": counts.total,
-        "optimizer_bytes": optimizer_bytes(state),
-        "adapter_bytes": size,
-        **_speed(directory.rows),
-        "selection_seconds": selection_seconds(directory.rows),
-        "steps": at.batches - at.skipped,
-        "skipped_batches": at.skipped,
-        "peak_memory_bytes": peak_bytes(),
-        "learning_rate": job.settings.resolved_learning_rate,
-        "examples": {name: use._asdict() for name, use in job.feed.usage.items()},
-        "warnings": warnings,
-    }
-    directory.finish(metrics)
-    return metrics
-
-
-def _draw(job: Job, directory: RunDirectory) -> None:
-    """Draws the pictures of a run."""
-    objective, settings = job.objective, job.settings
-    draw = lambda path: draw_curve(
-        path,
-        directory.rows,
-        title=f"{settings.method_word} on {objective.name}, seed {settings.seed}",
-        loss=objective.loss_name,
-        metric=objective.primary,
-    )
-    directory.draw(CURVE, draw)
-    if job.sampler is not None:
-        num_layers = job.sampler.num_layers
-        draw = lambda path: draw_layers(
-            path,
-            directory.rows,
-            num_layers=num_layers,
-            title=f"{settings.method_word}, layers by {settings.sampler_word}, "
-            f"{objective.name}",
-        )
-        directory.draw(LAYERS, draw)
-
-
-def _last_results(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Returns the metrics of the last evaluation, by split."""
-    last = [row for row in evaluations_of(rows) if row["step"] == rows[-1]["step"]]
-    place = ("step", "epoch", "split")
-    return {
-        row["split"]: {k: v for k, v in row.items() if k not in place} for row in last
-    }
-
-
-def _speed(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the pace of the updates, without those that compile if others exist."""
-    updates = updates_of(rows)
-    timed = [row for row in updates if not row["is_compiling"]] or updates
-    if not timed:
-        return {"seconds_per_step": 0.0, "tokens_per_second": 0.0}
-    seconds = sum(row["seconds"] for row in timed)
-    return {
-        "seconds_per_step": statistics.median(row["seconds"] for row in timed),
-        "tokens_per_second": sum(row["tokens"] for row in timed) / seconds,
-    }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -18,11 +18,14 @@ import numpy as np
 from sparse_jax.compact.compact import CompactState
 from sparse_jax.data.batches import Batch
 from sparse_jax.errors import InputError
+from sparse_jax.models.modules import Inputs
+from sparse_jax.params.fields import Json
 from sparse_jax.sharding.runner import MeshRunner
+from sparse_jax.training.build import Job
 from sparse_jax.training.checkpoint import Checkpoints, Position
-from sparse_jax.training.feed import Feed
 from sparse_jax.training.history import skipped_at_end
-from sparse_jax.training.optimizer import Schedule, learning_rate_at
+from sparse_jax.training.objective import Results
+from sparse_jax.training.optimizer import learning_rate_at
 from sparse_jax.training.progress import Progress
 from sparse_jax.training.run_directory import RunDirectory
 
@@ -120,31 +123,27 @@ class Loop:
     a run resumed from a checkpoint has the numbers of one that was not interrupted.
 
     Attributes:
+      job: what is trained, on which batches.
       runner: makes the updates.
-      put: batch -> the same where it is used.
-      feed: the batches.
-      seed: of dropout and of random supports.
-      total: batches of the run.
-      schedule: of the learning rate; None if the optimizer has its own.
       evaluate: state -> metrics of every split.
-      save_every: batches between two checkpoints, beside the end of every epoch.
+      directory: takes the rows.
+      checkpoints: of the states.
+      progress: is reported to.
       signals: ask to stop.
     """
 
+    job: Job
     runner: MeshRunner
-    put: Callable[[Batch], Any]
-    feed: Feed
-    seed: int
-    total: int
-    schedule: Schedule | None
-    evaluate: Callable[[CompactState], dict[str, dict[str, float]]]
-    save_every: int
+    evaluate: Callable[[CompactState], Results]
     directory: RunDirectory
     checkpoints: Checkpoints
     progress: Progress
     signals: StopSignals
     _shapes: set[tuple[int, ...]] = field(default_factory=set)
-    _known: dict[str, Any] = field(default_factory=dict)
+    _known: dict[str, Json] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._schedule = self.job.schedule
 
     def run(self, state: CompactState, at: Position) -> tuple[CompactState, Position]:
         """Trains from a position to the end; the state is donated.
@@ -157,9 +156,9 @@ class Loop:
             their loss or gradient is not finite.
           KeyboardInterrupt: or `SystemExit`, after a signal and a checkpoint.
         """
-        length = self.feed.batches_per_epoch
-        for epoch in range(math.ceil(self.total / length)):
-            end = min((epoch + 1) * length, self.total)
+        length, total = self.job.feed.batches_per_epoch, self.job.total
+        for epoch in range(math.ceil(total / length)):
+            end = min((epoch + 1) * length, total)
             if at.batches > end:
                 continue
             if at.batches < end:
@@ -175,17 +174,16 @@ class Loop:
         self, epoch: int, state: CompactState, at: Position, end: int
     ) -> tuple[CompactState, Position]:
         """Trains to the end of an epoch, or of the run."""
-        start = epoch * self.feed.batches_per_epoch
-        batches = self.feed.train(epoch, start=at.batches - start)
+        start = epoch * self.job.feed.batches_per_epoch
+        batches = self.job.feed.train(epoch, start=at.batches - start)
         for batch in itertools.islice(batches, end - at.batches):
             state, at = self._batch(state, at, batch)
             if at.batches == end:
                 break
-            stopping = self.signals.requested()
-            if stopping:
+            if self.signals.requested():
                 self.checkpoints.save(state, at)
                 self.signals.stop_if_requested()
-            if at.batches % self.save_every == 0:
+            if at.batches % self.job.settings.save_every == 0:
                 self._save(state, at)
         return state, at
 
@@ -198,39 +196,42 @@ class Loop:
         self, state: CompactState, at: Position, batch: Batch
     ) -> tuple[CompactState, Position]:
         """Selects if that is still to do, and makes an update."""
-        key = jax.random.fold_in(jax.random.key(self.seed), at.batches)
+        key = jax.random.fold_in(jax.random.key(self.job.settings.seed), at.batches)
         step = at.batches + 1
         if not at.is_selected:
-            state, finite = self._select(state, self.put(batch), key, step)
+            state, finite = self._select(state, self._put(batch), key, step)
             at = at._replace(is_selected=finite)
             if not finite:
                 return state, self._skip(at, "the gradient to select by")
         is_first = self._is_first(batch)
         began = time.perf_counter()
-        schedule = {} if self.schedule is None else {"schedule": self.schedule}
-        state, metrics = self.runner.step(state, self.put(batch), key, **schedule)
-        if metrics.pop("is_skipped"):
-            loss, norm = (float(metrics[name]) for name in ("loss", "gradient_norm"))
+        schedule = {} if self._schedule is None else {"schedule": self._schedule}
+        state, metrics = self.runner.step(state, self._put(batch), key, **schedule)
+        is_skipped, loss = metrics.pop("is_skipped"), float(metrics["loss"])
+        if is_skipped:
+            norm = float(metrics["gradient_norm"])
             return state, self._skip(
                 at, f"the loss ({loss:.4g}) or the gradient norm ({norm:.4g})"
             )
-        metrics = self._news(metrics)
+        news = self._news(metrics)
         seconds = time.perf_counter() - began
         tokens = int(np.sum(batch["attention_mask"]))
         rate = None
-        if self.schedule is not None:
-            rate = float(learning_rate_at(step - 1 - at.skipped, self.schedule))
+        if self._schedule is not None:
+            rate = float(learning_rate_at(step - 1 - at.skipped, self._schedule))
         self.directory.add_row(
-            {"step": step, **metrics, "learning_rate": rate, "tokens": tokens,
+            {"step": step, **news, "learning_rate": rate, "tokens": tokens,
              "seconds": seconds, "is_compiling": is_first}
         )  # fmt: skip
-        self.progress.update(
-            step, metrics["loss"], tokens, seconds, is_compiling=is_first
-        )
+        self.progress.update(step, loss, tokens, seconds, is_compiling=is_first)
         return state, at._replace(batches=step)
 
+    def _put(self, batch: Batch) -> dict[str, jax.Array]:
+        """Returns a batch where it is used."""
+        return self.job.base.placement.put(batch, self.job.settings.accumulate)
+
     def _select(
-        self, state: CompactState, batch: Any, key: jax.Array, step: int
+        self, state: CompactState, batch: Inputs, key: jax.Array, step: int
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; also returns whether the gradient was finite."""
         if not jax.tree.leaves(state.support):
@@ -270,7 +271,7 @@ class Loop:
             "No adapter is written, and the last checkpoint stays."
         )
 
-    def _news(self, metrics: dict[str, jax.Array]) -> dict[str, Any]:
+    def _news(self, metrics: dict[str, jax.Array]) -> dict[str, Json]:
         """Returns metrics as numbers and lists, without lists that have not changed."""
         shown = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         known, self._known = self._known, shown
@@ -291,7 +292,7 @@ class Loop:
         """Evaluates every split."""
         self.progress.wait("evaluating")
         for split, metrics in self.evaluate(state).items():
-            place: dict[str, Any] = {"step": at.batches, "epoch": epoch + 1}
-            self.directory.add_row({**place, "split": split, **metrics})
+            place = {"step": at.batches, "epoch": epoch + 1, "split": split}
+            self.directory.add_row({**place, **metrics})
             words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             self.progress.note(f"epoch {epoch + 1}  {split}  {words}")

@@ -1,63 +1,68 @@
-"""The objective of a run: what it minimizes, and how a model is evaluated."""
+"""The objective of a run: the loss it minimizes, and how a model is evaluated."""
 
+import logging
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
 from sparse_jax.compact.compact import Loss
-from sparse_jax.models.attachment import Attachment
-from sparse_jax.models.functional import Model
+from sparse_jax.data.glue import CAUSAL, Task
+from sparse_jax.data.metrics import evaluate, one_class_warning
+from sparse_jax.models.attachment import Attachment, LayerValues
+from sparse_jax.models.functional import Model, Params
+from sparse_jax.models.next_token import summed_token_loss
 from sparse_jax.sharding.placement import Placement
+from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.training.feed import Feed
 
-__all__ = ["Evaluate", "Metrics", "Objective", "flattened"]
+__all__ = [
+    "Evaluate",
+    "Metrics",
+    "Objective",
+    "Results",
+    "classification",
+    "flattened",
+    "language_modeling",
+    "make_loss",
+    "make_token_loss",
+]
+
+_log = logging.getLogger(__name__)
+
+_INPUTS = (
+    "input_ids", "attention_mask", "token_type_ids", "segment_ids", "positions",
+)  # fmt: skip
+# exp of this is infinite in float64.
+_LARGEST = 709.0
 
 Metrics = dict[str, float]
+Results = dict[str, Metrics]  # by evaluation split
 # (parameters, arrays of the attachment) -> metrics of every evaluation split
-Evaluate = Callable[[Any, Any], dict[str, Metrics]]
+Evaluate = Callable[[optax.Params, LayerValues], Results]
+_Arrays = Mapping[str, jax.Array]
+_Array = TypeVar("_Array", np.ndarray, jax.Array)
 
 
-class Objective(Protocol):
+@dataclass(frozen=True)
+class Objective:
     """What distinguishes one kind of task from another."""
 
-    @property
-    def name(self) -> str:
-        """The task, as on the command line."""
-        ...
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the classes, none if there are no classes."""
-        ...
-
-    @property
-    def primary(self) -> str:
-        """The metric that pictures show."""
-        ...
-
-    @property
-    def loss_name(self) -> str:
-        """The loss and its unit."""
-        ...
-
-    @property
-    def head(self) -> tuple[str, ...]:
-        """Subtrees of the parameters that belong to the task, not to the model."""
-        ...
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """What an adapter has to say for its evaluation to be repeated."""
-        ...
-
-    def make_loss(self, model: Model, *, checkpointing: bool) -> Loss:
-        """Returns the loss that training minimizes."""
-        ...
-
-    def make_evaluate(
-        self, model: Model, attachment: Attachment, feed: Feed, placement: Placement
-    ) -> Evaluate:
-        """Returns the evaluation of a model with an attachment of this structure."""
-        ...
+    name: str  # the task, as on the command line
+    labels: tuple[str, ...]  # names of the classes, none if there are no classes
+    primary: str  # the metric that pictures show
+    loss_name: str  # the loss and its unit
+    head: tuple[str, ...]  # subtrees of the parameters that belong to the task
+    # What an adapter has to say for its evaluation to be repeated.
+    settings: Mapping[str, Any]
+    make_loss: Callable[..., Loss]  # (model, checkpointing=) -> what training minimizes
+    # Returns the evaluation of a model with an attachment of this structure.
+    make_evaluate: Callable[[Model, Attachment, Feed, Placement], Evaluate]
 
 
 def flattened(results: Mapping[str, Metrics]) -> Metrics:
@@ -73,3 +78,177 @@ def flattened(results: Mapping[str, Metrics]) -> Metrics:
         for split, metrics in results.items()
         for name, value in metrics.items()
     }
+
+
+def classification(task: Task, settings: Mapping[str, Any]) -> Objective:
+    """Returns the objective of classes, or of numbers.
+
+    That is the cross-entropy of one class or of every label, or the squared error of a
+    number; a model is evaluated by the metrics of the task.
+
+    Args:
+      task: with the labels found in the data.
+      settings: what an adapter has to say for its evaluation to be repeated.
+    """
+    per = ", nats per label" if task.is_multilabel else ", nats"
+
+    def make_evaluate(
+        model: Model, attachment: Attachment, feed: Feed, placement: Placement
+    ) -> Evaluate:
+        # The arrays of the attachment are an argument, so that training and a loaded
+        # adapter run the same program and give the same bits.
+        @placement.compiled
+        def predict(params: Params, trained: LayerValues, inputs: _Arrays) -> jax.Array:
+            return model(
+                params, inputs, attachment=attachment._replace(trained=trained)
+            )
+
+        def run(params: optax.Params, trained: LayerValues) -> Results:
+            results = {}
+            for split, batches in feed.evaluation.items():
+                outputs, labels = [], []
+                for batch in batches:
+                    is_example = batch["weights"] == 1
+                    logits = predict(params, trained, placement.put(_inputs(batch)))
+                    outputs.append(np.asarray(logits)[is_example])
+                    labels.append(batch["labels"][is_example])
+                found = np.concatenate(outputs), np.concatenate(labels)
+                results[split] = evaluate(task, *found)
+                warning = one_class_warning(task, *found)
+                if warning is not None and is_first_process():
+                    _log.warning("%s: %s", split, warning)
+            return results
+
+        return run
+
+    return Objective(
+        name=task.name,
+        labels=task.labels or (),
+        primary=task.primary,
+        loss_name="squared error" if task.is_regression else f"cross-entropy{per}",
+        head=("classifier",),
+        settings=settings,
+        make_loss=make_loss,
+        make_evaluate=make_evaluate,
+    )
+
+
+def language_modeling(settings: Mapping[str, Any]) -> Objective:
+    """Returns the objective of texts: the next token, of all tokens that are targets.
+
+    A model without a head for the task has nothing to exclude from counts, so there is
+    no head. A model is evaluated by its loss and perplexity.
+
+    Args:
+      settings: what an adapter has to say for its evaluation to be repeated.
+    """
+
+    def make_evaluate(
+        model: Model, attachment: Attachment, feed: Feed, placement: Placement
+    ) -> Evaluate:
+        loss = make_token_loss(model)
+
+        @placement.compiled
+        def sums(
+            params: Params, trained: LayerValues, batch: _Arrays
+        ) -> tuple[jax.Array, jax.typing.ArrayLike]:
+            return loss(params, batch, None, attachment._replace(trained=trained))
+
+        def run(params: optax.Params, trained: LayerValues) -> Results:
+            results = {}
+            for split, batches in feed.evaluation.items():
+                # Python adds in float64: a split may have millions of tokens.
+                total = weight = 0.0
+                for batch in batches:
+                    part, part_weight = sums(params, trained, placement.put(batch))
+                    total, weight = total + float(part), weight + float(part_weight)
+                mean = total / weight
+                # A comparison with NaN is false, so that NaN stays.
+                perplexity = math.inf if mean > _LARGEST else math.exp(mean)
+                results[split] = {"loss": mean, "perplexity": perplexity}
+            return results
+
+        return run
+
+    return Objective(
+        name=CAUSAL,
+        labels=(),
+        primary="loss",
+        loss_name="cross-entropy, nats per token",
+        head=(),
+        settings=settings,
+        make_loss=make_token_loss,
+        make_evaluate=make_evaluate,
+    )
+
+
+def make_loss(
+    model: Model, *, checkpointing: bool = False, unroll: int | None = None
+) -> Loss:
+    """Returns the loss of `Compact` for classes and numbers.
+
+    That is cross-entropy of classes; squared error of one number; if any number of
+    labels fit an example, the mean binary cross-entropy of all labels. Examples count
+    by their weight, which is zero for padding rows.
+
+    Args:
+      model: a classifier.
+      checkpointing: whether layers run again in the backward pass.
+      unroll: layers in one pass of the loop; None chooses by backend.
+    """
+    options = _loop_options(checkpointing, unroll)
+
+    def loss(
+        params: Params, batch: _Arrays, key: jax.Array | None, attachment: Attachment
+    ) -> tuple[jax.Array, jax.Array]:
+        inputs = _inputs(batch)
+        logits = model(params, inputs, key=key, attachment=attachment, **options)
+        labels, weights = batch["labels"], batch["weights"]
+        return jnp.sum(weights * _losses(logits, labels)), jnp.sum(weights)
+
+    return loss
+
+
+def make_token_loss(
+    model: Model, *, checkpointing: bool = False, unroll: int | None = None
+) -> Loss:
+    """Returns the loss of `Compact` for batches of `TokenSequences`.
+
+    It is the sum of the cross-entropies of the targets, in nats, and their number.
+
+    Args:
+      model: a causal language model.
+      checkpointing: whether layers run again in the backward pass.
+      unroll: layers in one pass of the loop; None chooses by backend.
+    """
+    options = _loop_options(checkpointing, unroll)
+
+    def loss(
+        params: Params, batch: _Arrays, key: jax.Array | None, attachment: Attachment
+    ) -> tuple[jax.Array, jax.Array]:
+        inputs, weights = _inputs(batch), batch["weights"]
+        hidden = model.hidden(params, inputs, key=key, attachment=attachment, **options)
+        total = summed_token_loss(model, params, hidden, batch["input_ids"], weights)
+        return total, jnp.sum(weights[:, 1:])
+
+    return loss
+
+
+def _inputs(batch: Mapping[str, _Array]) -> dict[str, _Array]:
+    """Returns what the model sees of a batch."""
+    return {name: batch[name] for name in _INPUTS if name in batch}
+
+
+def _loop_options(checkpointing: bool, unroll: int | None) -> dict[str, int | None]:
+    """Returns the options of a model that say how its loop over the layers runs."""
+    # Unrolled code would undo the checkpoint; the loop is what saves memory.
+    return {"checkpoint": checkpointing, "unroll": 1 if checkpointing else unroll}
+
+
+def _losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the loss of every example."""
+    if labels.ndim == 2:
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
+    if logits.shape[-1] == 1:
+        return (logits[:, 0] - labels.astype(jnp.float32)) ** 2
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

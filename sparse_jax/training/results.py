@@ -1,26 +1,56 @@
-"""The results of a run: its provenance and its adapter."""
+"""The results of a run: its provenance, counts, adapter, and metrics."""
 
+import logging
+import math
 import platform
+import statistics
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.errors import InputError
+from sparse_jax.methods.method import Method
+from sparse_jax.methods.sites import Added
 from sparse_jax.models.hf.pretrained import base_config
-from sparse_jax.params.names import patterns
-from sparse_jax.training.setup import Job
+from sparse_jax.params.fields import Json
+from sparse_jax.params.names import first_match, patterns
+from sparse_jax.supports.roles import FROZEN, SPARSE, Role, map_roles
+from sparse_jax.training.build import Job
+from sparse_jax.training.figures import draw_curve, draw_layers
+from sparse_jax.training.history import (
+    MetricRows,
+    evaluations_of,
+    outcome_warnings,
+    selection_seconds,
+    updates_of,
+)
+from sparse_jax.training.objective import Results, flattened
+from sparse_jax.training.output_folder import CURVE, LAYERS
+from sparse_jax.training.run_directory import RunDirectory
 
-__all__ = ["adapter_of", "provenance", "require_finite"]
+__all__ = [
+    "Counts",
+    "adapter_of",
+    "count_trained",
+    "draw_pictures",
+    "metrics_of",
+    "optimizer_bytes",
+    "provenance",
+    "require_finite",
+]
 
+_log = logging.getLogger(__name__)
 
 _PACKAGES = ("sparse_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
 
-def provenance(job: Job) -> dict[str, Any]:
+def provenance(job: Job) -> dict[str, Json]:
     """Returns what `config.json` says beside the settings."""
     device = jax.local_devices()[0]
     return {
@@ -74,3 +104,112 @@ def require_finite(adapter: Adapter) -> None:
                 f"`{name}` must be finite after training, and is not. Lower "
                 "--learning-rate, or pass --dtype float32. No adapter is written."
             )
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters."""
+
+    trained: int
+    trained_without_head: int  # as tables in papers give it
+    total: int  # of the model with its head
+
+
+def count_trained(
+    method: Method, params: optax.Params, added: Added, head: Sequence[str]
+) -> Counts:
+    """Counts what a method trains.
+
+    Args:
+      method: the method.
+      params: parameters, or their shapes.
+      added: arrays that the method adds, or their shapes.
+      head: rules of the leaves that belong to the head.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sparse_jax.methods.sparse import Sparse
+      >>> params = {"w": jnp.zeros((10, 10)), "classifier": jnp.zeros(7)}
+      >>> method = Sparse(density=0.05, dense="classifier", stack=None)
+      >>> count_trained(method, params, {}, head=["^classifier"])
+      Counts(trained=12, trained_without_head=5, total=107)
+    """
+    extra = sum(leaf.size for leaf in jax.tree.leaves(added))
+    sizes = {True: 0, False: extra}
+
+    def add(role: Role, leaf: jax.Array) -> None:
+        is_head = first_match({"head": head}, role.name, "") == "head"
+        sizes[is_head] += _trained_size(method, role, leaf)
+
+    map_roles(add, method.roles(params), params)
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return Counts(sizes[True] + sizes[False], sizes[False], total)
+
+
+def optimizer_bytes(state: CompactState) -> int:
+    """Returns the bytes kept for training beside the model and what it adds.
+
+    These are the optimizer's state, float32 masters, and supports.
+    """
+    kept = (state.opt_state, state.masters, state.support)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+
+
+def draw_pictures(job: Job, directory: RunDirectory) -> None:
+    """Draws the curve of a run, and which layers were trained."""
+    objective, settings = job.objective, job.settings
+    title = f"{settings.method_word} on {objective.name}, seed {settings.seed}"
+    about = {"title": title, "loss": objective.loss_name, "metric": objective.primary}
+    rows = directory.rows
+    directory.draw(CURVE, lambda path: draw_curve(path, rows, **about))
+    if job.sampler is not None:
+        title = (
+            f"{settings.method_word}, layers by {settings.sampler_word}, "
+            f"{objective.name}"
+        )
+        about = {"title": title, "num_layers": job.sampler.num_layers}
+        directory.draw(LAYERS, lambda path: draw_layers(path, rows, **about))
+
+
+def metrics_of(job: Job, rows: MetricRows) -> dict[str, Json]:
+    """Returns what `metrics.json` says that follows from the rows of a run."""
+    results = _last_results(rows)
+    vocab_size = job.base.model.config.vocab_size
+    for line in outcome_warnings(rows, results, vocab_size):
+        _log.warning(line)
+    return {
+        "eval": flattened(results),
+        "splits": results,
+        **_speed(rows),
+        "selection_seconds": selection_seconds(rows),
+    }
+
+
+def _last_results(rows: MetricRows) -> Results:
+    """Returns the metrics of the last evaluation, by split."""
+    last = [row for row in evaluations_of(rows) if row["step"] == rows[-1]["step"]]
+    place = ("step", "epoch", "split")
+    return {
+        row["split"]: {k: v for k, v in row.items() if k not in place} for row in last
+    }
+
+
+def _speed(rows: MetricRows) -> dict[str, float]:
+    """Returns the pace of the updates, without those that compile if others exist."""
+    updates = updates_of(rows)
+    timed = [row for row in updates if not row["is_compiling"]] or updates
+    if not timed:
+        return {"seconds_per_step": 0.0, "tokens_per_second": 0.0}
+    seconds = sum(row["seconds"] for row in timed)
+    return {
+        "seconds_per_step": statistics.median(row["seconds"] for row in timed),
+        "tokens_per_second": sum(row["tokens"] for row in timed) / seconds,
+    }
+
+
+def _trained_size(method: Method, role: Role, leaf: jax.Array) -> int:
+    """Returns the trained entries of a leaf."""
+    if role.kind == FROZEN:
+        return 0
+    if role.kind == SPARSE:
+        return math.prod(role.packed_shape(leaf.shape, method.support_size(role)))
+    return leaf.size

@@ -1,14 +1,14 @@
-"""What a run needs before it starts: a task, a model, a method and batches."""
+"""What is trained or evaluated, and on what: a task, a model and its batches."""
 
 import hashlib
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sparse_jax.adapter.adapter import Adapter
@@ -29,28 +29,24 @@ from sparse_jax.data.tokenizer import (
 )
 from sparse_jax.errors import InputError, listed
 from sparse_jax.generation.ends import require_ends
-from sparse_jax.methods.method import Method
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.functional import Model, Params
+from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import local_folder
-from sparse_jax.models.hf.tensor_names import modules_called
-from sparse_jax.params.names import leaf_names
-from sparse_jax.samplers.sampler import Sampler
+from sparse_jax.models.hf.pretrained import base_hash, new_leaves
+from sparse_jax.models.hf.read_config import FAMILIES, read_config
+from sparse_jax.params.fields import Json
 from sparse_jax.sharding.mesh import mesh_of
+from sparse_jax.sharding.placement import Placement, load_placed
 from sparse_jax.sharding.processes import is_first_process
-from sparse_jax.training.base_model import (
-    Base,
-    label_names,
-    load_classifier,
-    load_decoder,
-)
-from sparse_jax.training.build import head_rules, method_of, sampler_of
-from sparse_jax.training.causal_feed import make_causal_feed
-from sparse_jax.training.classification import Classification
-from sparse_jax.training.feed import Feed, make_feed, usage_text
-from sparse_jax.training.language_modeling import LanguageModeling
-from sparse_jax.training.objective import Objective
+from sparse_jax.training.feed import Feed, causal_feed, labeled_feed, usage_text
+from sparse_jax.training.objective import Objective, classification, language_modeling
 from sparse_jax.training.settings import Settings
 
-__all__ = ["Job", "ModelAndData", "load_model_and_data", "make_job"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Base", "ModelAndData", "load_model_and_data"]
 
 _log = logging.getLogger(__name__)
 
@@ -62,51 +58,15 @@ _RUN = ""  # none: a run trains
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """A run that can start."""
+class Base:
+    """A pre-trained model with a head for a task."""
 
-    settings: Settings
-    objective: Objective
-    base: Base
-    method: Method
-    sampler: Sampler | None  # of the layers; None trains all
-    head: tuple[str, ...]  # rules of the leaves that counts leave out
-    feed: Feed
-
-
-def make_job(settings: Settings) -> Job:
-    """Loads the data and the model of a run.
-
-    Raises:
-      InputError: for anything wrong with the task, its files, the model's folder, the
-        rules, or the length.
-    """
-    objective, base, feed = load_model_and_data(settings)
-    head = head_rules(objective.head, base.new)
-    method = method_of(settings, head)
-    # Rules are compared with the names of the leaves and of the sites.
-    try:
-        method.roles(base.params)
-        jax.eval_shape(method.added, base.params, jax.random.key(0))
-    except InputError as error:
-        raise InputError(f"{error}{_translation(settings, base)}") from error
-    # What the adapter file cannot hold is found before the training.
-    method.to_settings()
-    sampler = sampler_of(settings, base.model.config.num_layers)
-    return Job(settings, objective, base, method, sampler, head, feed)
-
-
-def _translation(settings: Settings, base: Base) -> str:
-    """Returns our names of the modules that rules call as Hugging Face does."""
-    ours = jax.tree.leaves(leaf_names(base.params))
-    sentences = []
-    for pattern in (*(settings.where or ()), *(settings.dense or ())):
-        called = modules_called(base.model.family, pattern)
-        modules = [module for module in called if any(module in name for name in ours)]
-        if modules and not any(re.search(pattern, name) for name in ours):
-            names = " and ".join(f"`{module}`" for module in modules)
-            sentences.append(f" What Hugging Face calls {pattern!r} is {names} here.")
-    return "".join(sentences)
+    folder: Path
+    hash: str  # SHA-256 of the weights
+    model: Model
+    params: Params
+    new: tuple[str, ...]  # leaves that the checkpoint does not have, or not for this
+    placement: Placement  # of the parameters
 
 
 class ModelAndData(NamedTuple):
@@ -138,26 +98,50 @@ def load_model_and_data(
         loaded = _causal(settings, adapter, mesh)
     else:
         loaded = _labeled(settings, adapter, mesh)
-    placement = loaded.base.placement
-    placement.require_batch(settings.batch_size, settings.accumulate)
-    if adapter is not None:
-        _warn_of_lost(loaded.feed)
+    loaded.base.placement.require_batch(settings.batch_size, settings.accumulate)
+    feed = loaded.feed
+    for split, usage in feed.usage.items() if adapter is not None else ():
+        if split != "train" and (usage.cut or usage.dropped):
+            _log.warning("%s", usage_text(split, usage, feed.max_length))
     return loaded
 
 
-def _warn_of_lost(feed: Feed) -> None:
-    """Warns of examples that are evaluated on in part, or not at all."""
-    for split, usage in feed.usage.items():
-        if split != "train" and (usage.cut or usage.dropped):
-            _log.warning("%s", usage_text(split, usage, feed.max_length))
+def _load_base(settings: Settings, mesh: Mesh, labels: Sequence[str] | None) -> Base:
+    """Loads a decoder, or an encoder for labels; what it lacks comes from the seed."""
+    head = CausalLM if labels is None else SequenceClassifier
+    folder = local_folder(settings.model)
+    family, _ = read_config(folder)
+    if head.__name__ not in family.architectures:
+        kind = "a decoder for the task causal"
+        if labels is not None:
+            kind = "an encoder for a task with labels"
+        able = [word for word in FAMILIES
+                if head.__name__ in FAMILIES[word].architectures]  # fmt: skip
+        raise InputError(
+            f"`model` must be {kind}, one of {', '.join(able)}, got model type "
+            f"{family.name!r} in `{folder}`."
+        )
+    model, params, placement = load_placed(
+        mesh,
+        folder,
+        head=head,
+        labels=labels,
+        dtype=jnp.dtype(settings.dtype),
+        key=jax.random.key(settings.seed),
+    )
+    new = new_leaves(model, folder, labels)
+    return Base(folder, base_hash(folder), model, params, new, placement)
 
 
 def _labeled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAndData:
     """Returns classes, or numbers, and a model that predicts them."""
+    _, config = read_config(local_folder(settings.model))
+    # In the order of its outputs; none if it is no encoder, or has no names.
+    base_labels = getattr(config, "label_names", None) or ()
     splits = load(
         find_task(settings.task),
         settings.data,
-        order=label_names(settings.model) if adapter is None else adapter.labels,
+        order=base_labels if adapter is None else adapter.labels,
         drop_unlabeled=settings.drop_unlabeled,
     )
     if is_first_process():
@@ -165,24 +149,9 @@ def _labeled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAn
             _log.info("%s", note)
         for warning in splits.warnings:
             _log.warning("%s", warning)
-    base = load_classifier(
-        settings.model,
-        labels=splits.task.labels or (),
-        dtype=settings.dtype,
-        seed=settings.seed,
-        mesh=mesh,
-    )
+    base = _load_base(settings, mesh, splits.task.labels or ())
     tokenizer = _tokenizer(base, adapter)
-    feed = make_feed(
-        splits,
-        tokenizer,
-        base.model,
-        max_length=settings.max_length,
-        batch_size=settings.batch_size,
-        accumulate=settings.accumulate,
-        seed=settings.seed,
-        group_by_length=settings.group_by_length,
-    )
+    feed = labeled_feed(splits, tokenizer, base.model, settings)
     if adapter is not None:
         sizes = {name: size for name, size in feed.sizes.items() if name != "train"}
         parts = [f"{size} examples in {name}" for name, size in sizes.items()]
@@ -192,9 +161,9 @@ def _labeled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAn
         "max_length": feed.max_length,
         "tokenizer_hash": tokenizer_digest(tokenizer),
         "drop_unlabeled": settings.drop_unlabeled,
-        "base_labels": list(label_names(settings.model)),
+        "base_labels": list(base_labels),
     }
-    return ModelAndData(Classification(splits.task, kept), base, feed)
+    return ModelAndData(classification(splits.task, kept), base, feed)
 
 
 def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAndData:
@@ -204,32 +173,19 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
             f"`data` must be given for the task {CAUSAL}, got nothing. Pass a file of "
             "instructions, chats or text, `.json`, `.jsonl` or `.txt`."
         )
-    base = load_decoder(
-        settings.model, dtype=settings.dtype, seed=settings.seed, mesh=mesh
-    )
+    base = _load_base(settings, mesh, None)
     tokenizer = _tokenizer(base, adapter)
-    options: dict[str, Any] = {"template": PROMPTS[settings.resolved_template]}
-    share = {"held_out": settings.resolved_held_out, "seed": settings.seed}
+    template = PROMPTS[settings.resolved_template]
     files = data_files(settings.data)
     hashes = [None if file is None else _file_hash(file) for file in files]
     path, part = _part_to_use(settings.data, files, hashes, adapter)
     if part in (_RUN, _HELD_OUT):
-        splits = load_conversations(path, tokenizer, **share, **options)
+        share = {"held_out": settings.resolved_held_out, "seed": settings.seed}
+        splits = load_conversations(path, tokenizer, template=template, **share)
     else:
-        splits = load_whole(path, tokenizer, **options)
-    feed = make_causal_feed(
-        splits,
-        tokenizer,
-        base.model,
-        max_length=settings.max_length,
-        batch_size=settings.batch_size,
-        loss=settings.resolved_loss_on,
-        is_packed=settings.packing,
-        accumulate=settings.accumulate,
-        seed=settings.seed,
-        group_by_length=settings.group_by_length,
-    )
-    kept = {
+        splits = load_whole(path, tokenizer, template=template)
+    feed = causal_feed(splits, tokenizer, base.model, settings)
+    kept: dict[str, Json] = {
         "max_length": feed.max_length,
         "loss_on": settings.resolved_loss_on,
         "packing": settings.packing,
@@ -249,7 +205,7 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
         _warn_of_ends(adapter, feed.end_ids)
         count = feed.sizes["validation"]
         _log.warning("evaluating on %d examples of `%s`: %s", count, path, part)
-    return ModelAndData(LanguageModeling(kept), base, feed)
+    return ModelAndData(language_modeling(kept), base, feed)
 
 
 def _warn_of_ends(adapter: Adapter, end_ids: Sequence[int]) -> None:
@@ -265,7 +221,7 @@ def _warn_of_ends(adapter: Adapter, end_ids: Sequence[int]) -> None:
         )  # fmt: skip
 
 
-def _tokenizer(base: Base, adapter: Adapter | None) -> Any:
+def _tokenizer(base: Base, adapter: Adapter | None) -> "PreTrainedTokenizerBase":
     """Returns the tokenizer of a base, that of the adapter if there is one."""
     # Files of a model are read one after the other: first whether it is the right one.
     if adapter is not None:
