@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparse_jax.training.history import updates_of
+from sparse_jax.training.run_files import updates_of
 
 __all__ = ["draw_comparison", "draw_sweep"]
 

@@ -12,8 +12,8 @@ from tiny_text import text_settings, write_chats, write_decoder
 from sparse_jax import Settings, evaluate_adapter, finetune
 from sparse_jax.errors import InputError
 from sparse_jax.training.build import make_job
-from sparse_jax.training.history import updates_of
 from sparse_jax.training.loop import Loop
+from sparse_jax.training.run_files import updates_of
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tiny_text import text_settings, write_chats, write_decoder
 from sparse_jax import evaluate_adapter, finetune
 from sparse_jax.adapter.file import load_adapter
 from sparse_jax.errors import InputError
-from sparse_jax.training.history import updates_of
+from sparse_jax.training.run_files import updates_of
 
 
 @pytest.fixture(scope="module")

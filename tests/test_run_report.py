@@ -15,9 +15,9 @@ from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.cli.summary import print_summary
 from sparse_jax.training import objective
 from sparse_jax.training.checkpoint import Checkpoints
-from sparse_jax.training.history import outcome_warnings, skipped_at_end, updates_of
 from sparse_jax.training.progress import show_progress
 from sparse_jax.training.results import require_finite
+from sparse_jax.training.run_files import outcome_warnings, skipped_at_end, updates_of
 
 
 @pytest.fixture(scope="module")

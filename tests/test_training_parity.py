@@ -10,8 +10,8 @@ from tiny_text import text_settings, write_chats, write_decoder
 
 from sparse_jax import finetune
 from sparse_jax.training.build import make_job
-from sparse_jax.training.history import updates_of
 from sparse_jax.training.optimizer import learning_rate_at, schedule_of
+from sparse_jax.training.run_files import updates_of
 
 UPDATES = 40
 ATTENTION = ("query", "key", "value", "attention.output.dense")

@@ -1,7 +1,7 @@
 """Where parameters, batches and state lie on a mesh, and how they get there."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -17,13 +17,13 @@ from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.hf.pretrained import from_pretrained
 from sparse_jax.params.axes import BATCH_AXES, DATA, FSDP, TENSOR
-from sparse_jax.params.names import map_named
+from sparse_jax.params.names import leaf_names, map_named
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.sharding.rules import RULES, Rules, shards_of, specs_of
 from sparse_jax.supports.layout import Shards
 from sparse_jax.supports.roles import SPARSE, Role, map_roles
 
-__all__ = ["Placement", "load_placed"]
+__all__ = ["Placement", "load_placed", "moved"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Placement:
     """
 
     mesh: jax.sharding.Mesh
-    specs: Any
+    specs: object
     whole: Mapping[str, int]
 
     @classmethod
@@ -107,7 +107,7 @@ class Placement:
         program = jax.jit(function, out_shardings=self.replicated)
 
         @wraps(function)
-        def call(*args: Any) -> Any:
+        def call(*args: object) -> object:
             with self.active():
                 return program(*args)
 
@@ -151,12 +151,12 @@ class Placement:
             sharding = self.replicated
         return {name: _put(array, sharding) for name, array in batch.items()}
 
-    def supports(self, roles: Any, support: Any) -> Any:
+    def supports(self, roles: object, support: object) -> Any:
         """Returns the shardings of supports, as their layouts say."""
         one = lambda role, support: self.at(role.layout.spec(role.stacked))
         return map_roles(one, roles, support, only=(SPARSE,))
 
-    def state(self, roles: Any, state: CompactState) -> CompactState:
+    def state(self, roles: object, state: CompactState) -> CompactState:
         """Returns the shardings of a state, from the state or its shapes.
 
         What belongs to a leaf, wherever it is, lies where the leaf lies; the rest is
@@ -165,7 +165,7 @@ class Placement:
         rest = self.trained(roles, state._replace(params=()))
         return rest._replace(params=self.params)
 
-    def trained(self, roles: Any, state: CompactState) -> CompactState:
+    def trained(self, roles: object, state: CompactState) -> CompactState:
         """Returns the shardings of a state that has packed values for parameters."""
         packed: dict[str, jax.P] = {}
 
@@ -176,14 +176,15 @@ class Placement:
         map_roles(note, roles, self.specs)
 
         def owned(name: str, leaf: jax.Array) -> jax.NamedSharding:
-            spec = _spec_of(name, packed)
+            owner = _owner(name, packed)
+            spec = jax.P() if owner is None else packed[owner]
             fits = len(spec) <= len(leaf.shape)
             return self.at(spec) if fits else self.replicated
 
         rest = map_named(owned, state._replace(support=()))
         return rest._replace(support=self.supports(roles, state.support))
 
-    def hold(self, roles: Any, state: CompactState) -> CompactState:
+    def hold(self, roles: object, state: CompactState) -> CompactState:
         """Puts such a state from the host, the same on every process, on the mesh."""
         return jax.tree.map(_put, state, self.trained(roles, state))
 
@@ -209,6 +210,51 @@ def load_placed(
     return model, params, placement
 
 
+def moved(
+    state: CompactState,
+    roles: object,
+    params: optax.Params,
+    old: Mapping[str, Shards],
+    new: Mapping[str, Shards],
+) -> CompactState:
+    """Returns a state on the host with its supports sharded in another way.
+
+    Packed values, masters and what the optimizer keeps move with the entries that they
+    belong to.
+
+    Args:
+      state: arrays of the host, with packed values for parameters.
+      roles: of all leaves in one piece.
+      params: the whole leaves, or their shapes.
+      old: how leaves were sharded, by name; those that were not are left out.
+      new: how they are to be sharded.
+    """
+    supports: dict[str, np.ndarray] = {}
+    note = lambda role, support: supports.update({role.name: support})
+    map_roles(note, roles, state.support, only=(SPARSE,))
+    rest = state._replace(support=())
+    leaves, tree = jax.tree.flatten(rest)
+    owners = [_owner(name, supports) for name in jax.tree.leaves(leaf_names(rest))]
+
+    def move(role: Role, support: np.ndarray, leaf: jax.Array) -> np.ndarray:
+        before, after = (role.layout.sharded(way.get(role.name)) for way in (old, new))
+        if before == after:
+            return support
+        shape, numbers = support.shape, range(len(leaves))
+        places = [
+            i for i in numbers if owners[i] == role.name and leaves[i].shape == shape
+        ]
+        packed = [leaves[i] for i in places]
+        whole = before.to_positions(support, leaf.shape, *packed)
+        found = after.from_positions(whole[0], leaf.shape, *whole[1:])
+        for i, values in zip(places, found[1:], strict=True):
+            leaves[i] = values
+        return found[0]
+
+    support = map_roles(move, roles, state.support, params, only=(SPARSE,))
+    return jax.tree.unflatten(tree, leaves)._replace(support=support)
+
+
 def _put(array: np.ndarray | jax.Array, sharding: jax.NamedSharding) -> jax.Array:
     """Puts an array, the same on every process, where a sharding says."""
     if isinstance(array, jax.Array) or sharding.is_fully_addressable:
@@ -218,8 +264,8 @@ def _put(array: np.ndarray | jax.Array, sharding: jax.NamedSharding) -> jax.Arra
     )
 
 
-def _spec_of(name: str, packed: Mapping[str, jax.P]) -> jax.P:
-    """Returns the partition of the leaf whose name ends a name; of others, none."""
+def _owner(name: str, leaves: Container[str]) -> str | None:
+    """Returns which of some leaves the end of a name is, None for other names."""
     parts = name.split("/")
     ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((packed[end] for end in ends if end in packed), jax.P())
+    return next((end for end in ends if end in leaves), None)

@@ -9,13 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import jax
 import numpy as np
 from jax._src import distributed  # no public name; Orbax takes the store from it
 
 from sparse_jax.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from jaxlib._jax import DistributedRuntimeClient
 
 __all__ = [
     "is_first_process",
@@ -87,7 +90,7 @@ def leave(lost: list[int]) -> NoReturn:
     os._exit(1)
 
 
-def _watch(client: Any, me: int, ended: threading.Event) -> None:
+def _watch(client: "DistributedRuntimeClient", me: int, ended: threading.Event) -> None:
     """Gives signs of life and looks for those of the others, until the end."""
     seen: dict[int, tuple[str, float]] = {}
     number = failures = 0
@@ -114,12 +117,12 @@ def _watch(client: Any, me: int, ended: threading.Event) -> None:
             leave(sorted(lost))
 
 
-def _set(client: Any, me: int, value: str) -> None:
+def _set(client: "DistributedRuntimeClient", me: int, value: str) -> None:
     """Writes a sign of life."""
     client.key_value_set(f"{_FOLDER}{me}", value, allow_overwrite=True)
 
 
-def _beats(client: Any) -> dict[int, str]:
+def _beats(client: "DistributedRuntimeClient") -> dict[int, str]:
     """Returns the last sign of life of every process."""
     found = client.key_value_dir_get(_FOLDER)
     return {int(key.rpartition("/")[2]): value for key, value in found}
@@ -197,7 +200,7 @@ def on_first_process(act: Callable[[], None]) -> None:
         raise InputError(text)
 
 
-def require_agreement(name: str, value: Any) -> None:
+def require_agreement(name: str, value: object) -> None:
     """Raises, on every process, unless all of them have the same value.
 
     Args:

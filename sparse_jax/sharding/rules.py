@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +36,7 @@ RULES: Rules = (
 
 def specs_of(
     params: optax.Params, sizes: Mapping[str, int], rules: Rules = RULES
-) -> tuple[Any, dict[str, int]]:
+) -> tuple[object, dict[str, int]]:
     """Returns the partition of every leaf, and what could not be sharded as wanted.
 
     An axis is left out where it does not divide a dimension: the leaf is then whole
@@ -88,7 +87,7 @@ def specs_of(
 
 
 def shards_of(
-    specs: Any, sizes: Mapping[str, int], stack: str | None
+    specs: object, sizes: Mapping[str, int], stack: str | None
 ) -> dict[str, Shards]:
     """Returns how the leaves that are sharded are sharded, by name.
 

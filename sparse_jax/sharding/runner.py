@@ -45,7 +45,7 @@ class MeshRunner:
         return self._init(params, key, capacity=self._first_capacity(params))
 
     def select(
-        self, state: CompactState, batch: Any, key: jax.Array
+        self, state: CompactState, batch: object, key: jax.Array
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; also returns whether the gradient was finite.
 
@@ -73,7 +73,7 @@ class MeshRunner:
         return begun, True
 
     def step(
-        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
+        self, state: CompactState, batch: object, key: jax.Array, **extra_args: object
     ) -> tuple[CompactState, dict[str, jax.Array]]:
         """Makes one update; extra arguments are those of the optimizer."""
         return self._update(state, batch, key, extra_args)
@@ -87,13 +87,13 @@ class MeshRunner:
         return jax.tree.map(_placed, shapes, self._state(shapes))
 
     def lower(
-        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
+        self, state: CompactState, batch: object, key: jax.Array, **extra_args: object
     ) -> jax.stages.Lowered:
         """Returns the program of `step` for shapes, for devices that may be absent."""
         return self._update.lower(state, batch, key, extra_args)
 
     def lower_choice(
-        self, state: CompactState, batch: Any, key: jax.Array
+        self, state: CompactState, batch: object, key: jax.Array
     ) -> jax.stages.Lowered:
         """Returns the program that chooses supports, as `lower` that of `step`."""
         return self._choose.lower(state, batch, key)
@@ -105,8 +105,12 @@ class MeshRunner:
         return support, *self._replicated(out[1:])
 
     def _step(
-        self, state: CompactState, batch: Any, key: jax.Array, extra_args: Any
-    ) -> Any:
+        self,
+        state: CompactState,
+        batch: object,
+        key: jax.Array,
+        extra_args: Mapping[str, object],
+    ) -> tuple[CompactState, dict[str, jax.Array]]:
         """Makes one update."""
         return self.tuner.step(state, batch, key, **extra_args)
 
@@ -125,8 +129,8 @@ class MeshRunner:
     def _shortened(
         self,
         params: optax.Params,
-        support: Any,
-        added: Any,
+        support: object,
+        added: object,
         capacity: Mapping[str, int],
     ) -> CompactState:
         """Returns the state with supports shortened to some length."""
@@ -147,7 +151,7 @@ class MeshRunner:
         return self._capacity(self.tuner.roles(params), share, params)
 
     def _capacity(
-        self, roles: Any, most: Callable[[Role, jax.Array], float], tree: Any
+        self, roles: object, most: Callable[[Role, jax.Array], float], tree: object
     ) -> dict[str, int]:
         """Returns the length of supports, of the leaves whose shards differ in it.
 
@@ -166,7 +170,7 @@ class MeshRunner:
         map_roles(add, roles, tree, only=(SPARSE,))
         return found
 
-    def _replicated(self, tree: Any) -> Any:
+    def _replicated(self, tree: object) -> Any:
         """Returns shardings that put all of every array on every device."""
         return jax.tree.map(lambda _: self.placement.replicated, tree)
 
@@ -192,7 +196,7 @@ class _Compiled:
         self._shardings, self._donated = shardings, donated
         self._programs: dict[object, Callable[..., Any]] = {}
 
-    def __call__(self, *args: Any, **static: Mapping[str, int]) -> Any:
+    def __call__(self, *args: object, **static: Mapping[str, int]) -> Any:
         """Calls the function."""
         leaves, tree = jax.tree.flatten(args)
         lengths = tuple(tuple(capacity.items()) for capacity in static.values())
@@ -203,7 +207,7 @@ class _Compiled:
         with self._placement.active():
             return self._programs[place](*args)
 
-    def lower(self, *args: Any) -> jax.stages.Lowered:
+    def lower(self, *args: object) -> jax.stages.Lowered:
         """Returns the program for arguments or their shapes."""
         with self._placement.active():
             return self._program(args).lower(*args)

@@ -5,17 +5,16 @@ import re
 import shutil
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.errors import InputError
-from sparse_jax.sharding.placement import Placement
+from sparse_jax.sharding.placement import Placement, moved
 from sparse_jax.sharding.processes import is_first_process, require_agreement
-from sparse_jax.sharding.resharding import moved
 from sparse_jax.supports.layout import Shards
 from sparse_jax.supports.packing import current_values, keep_masters
 from sparse_jax.supports.roles import FROZEN, SPARSE, TRAINED, Role, map_roles
@@ -71,7 +70,7 @@ class Checkpoints:
         A checkpoint that cannot be written is reported, and the run goes on: the one
         before stays as it is.
         """
-        self._wait()
+        self.close()
         # The next step overwrites the arrays of the state: these are copies.
         names, leaves = _named(self._copied(state))
         # Of several processes all take part, also if the first cannot write.
@@ -132,10 +131,6 @@ class Checkpoints:
         return state, Position()
 
     def close(self) -> None:
-        """Waits until all is written."""
-        self._wait()
-
-    def _wait(self) -> None:
         """Waits until what was begun is written."""
         if self._writer is not None:
             self._writer.join()
@@ -149,7 +144,7 @@ class Checkpoints:
         whole = jax.block_until_ready(self._everywhere(leaf))
         return np.asarray(whole) if is_first_process() else leaf
 
-    def _write(self, record: Record, leaves: Sequence[Any]) -> None:
+    def _write(self, record: Record, leaves: Sequence[jax.Array | np.ndarray]) -> None:
         """Writes a checkpoint, or reports why it cannot."""
         folder = self._folder / str(record.position.batches)
         try:
@@ -169,7 +164,10 @@ class Checkpoints:
         self._require_own(step, record)
         like = jax.eval_shape(self._trained, state)
         names, leaves = _named(like)
-        shards = {name: _shards(*parts) for name, parts in record.cuts.items()}
+        shards = {
+            name: Shards(tuple(map(tuple, axes)), tuple(counts))
+            for name, (axes, counts) in record.cuts.items()
+        }
         # Earlier versions kept supports in classes with a field.
         written = [name.removesuffix(".positions") for name in record.names]
         if written not in ([], names):
@@ -240,9 +238,10 @@ class Checkpoints:
         """Returns the state whose reduced form is `trained`; `state` is donated."""
         roles = self._tuner.roles(state.params)
         trained = self._placement.hold(roles, trained)
-        values: Any = trained.params
 
-        def write(role: Role, leaf: jax.Array, support: Any, values: Any) -> jax.Array:
+        def write(
+            role: Role, leaf: jax.Array, support: jax.Array, values: jax.Array
+        ) -> jax.Array:
             if role.kind == FROZEN:
                 return leaf
             if role.kind == SPARSE:
@@ -250,7 +249,7 @@ class Checkpoints:
             # A copy, because the step gives away what it gets.
             return jnp.array(values, leaf.dtype)
 
-        def rebuild(params: Any, trained: CompactState) -> Any:
+        def rebuild(params: optax.Params, trained: CompactState) -> optax.Params:
             return map_roles(write, roles, params, trained.support, trained.params)
 
         where = jax.tree.map(lambda leaf: leaf.sharding, state.params)
@@ -258,7 +257,7 @@ class Checkpoints:
         params = rebuild(state.params, trained)
         only = {"only": TRAINED}
         masters = keep_masters(
-            roles, map_roles(lambda _, v: v, roles, values, **only), params
+            roles, map_roles(lambda _, v: v, roles, trained.params, **only), params
         )
         # What was saved has its supports.
         return CompactState(*trained._replace(params=params, masters=masters))
@@ -270,18 +269,15 @@ def _plain(leaf: jax.Array) -> jax.Array:
     return jax.random.key_data(leaf) if is_key else leaf
 
 
-def _typed(array: np.ndarray, like: Any) -> Any:
+def _typed(
+    array: np.ndarray, like: jax.Array | jax.ShapeDtypeStruct
+) -> np.ndarray | jax.Array:
     """Returns numbers as what they were, a key or an array."""
     is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
     return jax.random.wrap_key_data(jnp.asarray(array)) if is_key else array
 
 
-def _named(state: Any) -> tuple[list[str], list[Any]]:
+def _named(state: CompactState) -> tuple[list[str], list[jax.Array]]:
     """Returns the places of the leaves in a state, and the leaves."""
     found, _ = jax.tree.flatten_with_path(state)
     return [jax.tree_util.keystr(path) for path, _ in found], [x for _, x in found]
-
-
-def _shards(names: Any, counts: Any) -> Shards:
-    """Returns shards that were stored as lists."""
-    return Shards(tuple(map(tuple, names)), tuple(counts))

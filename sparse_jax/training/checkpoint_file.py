@@ -10,12 +10,16 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sparse_jax.errors import reason_of
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import Checkpointer
 
 __all__ = [
     "UNFINISHED",
@@ -114,7 +118,7 @@ def reason_of_orbax(error: Exception) -> str:
     return reason_of(ValueError(words.rpartition('": ')[2] or type(error).__name__))
 
 
-def _checkpointer() -> Any:
+def _checkpointer() -> "Checkpointer":
     """Returns what reads and writes in this process, which waits for no other."""
     ocp = _orbax()
     # Between processes Orbax waits for five minutes for one that has failed.
@@ -127,7 +131,7 @@ def _checkpointer() -> Any:
 
 
 @functools.cache
-def _orbax() -> Any:
+def _orbax() -> ModuleType:
     """Returns Orbax, which reports at length what is reported here in one line."""
     # It takes seconds to import, so it is imported where it is used.
     import orbax.checkpoint as ocp
@@ -136,7 +140,7 @@ def _orbax() -> Any:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
 
-    def without_late_writes(said: Any) -> None:
+    def without_late_writes(said: "sys.UnraisableHookArgs") -> None:
         # After a failed write TensorStore's threads find the event loop closed.
         if str(said.exc_value) != "Event loop is closed":
             hook(said)
@@ -145,6 +149,6 @@ def _orbax() -> Any:
     return ocp
 
 
-def _digest(told: Mapping[str, Any]) -> str:
+def _digest(told: Mapping[str, object]) -> str:
     """Returns the SHA-256 of a record."""
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

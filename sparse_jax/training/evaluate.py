@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.file import load_adapter
@@ -55,18 +54,17 @@ def evaluate_adapter(
         are wrong or have other labels.
     """
     found = load_adapter(adapter)
+    kept = {name: found.settings.get(name) for name in _KEPT}
+    passed = {"max_length": max_length, "batch_size": batch_size}
+    passed["drop_unlabeled"] = drop_unlabeled or None
+    kept |= {name: value for name, value in passed.items() if value is not None}
     settings = Settings(
         model=str(base_folder(found, model)),
         task=task or found.task,
         output="",
         data=data,
         mesh=mesh,
-        **_kept(
-            found,
-            max_length=max_length,
-            batch_size=batch_size,
-            drop_unlabeled=drop_unlabeled or None,
-        ),
+        **{name: value for name, value in kept.items() if value is not None},
     )
     objective, base, feed = load_model_and_data(settings, adapter=found)
     _require_labels(found, objective)
@@ -76,18 +74,6 @@ def evaluate_adapter(
     )
     evaluate = objective.make_evaluate(base.model, attachment, feed, base.placement)
     return flattened(evaluate(params, attachment.trained))
-
-
-def _kept(adapter: Adapter, **changes: int | None) -> dict[str, Any]:
-    """Returns settings of the adapter's run, and those passed now."""
-    kept = {name: adapter.settings.get(name) for name in _KEPT}
-    return {
-        name: value
-        for name, value in (
-            kept | {name: one for name, one in changes.items() if one is not None}
-        ).items()
-        if value is not None
-    }
 
 
 def _require_labels(adapter: Adapter, objective: Objective) -> None:

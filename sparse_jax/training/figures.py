@@ -1,12 +1,15 @@
 """The pictures of a run: its curve, and which layers were trained."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparse_jax.adapter.file import replacing
-from sparse_jax.training.history import MetricRows, evaluations_of, updates_of
+from sparse_jax.training.run_files import MetricRows, evaluations_of, updates_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["draw_curve", "draw_layers"]
 
@@ -44,7 +47,7 @@ def draw_curve(
         figure.savefig(temporary, format="png")
 
 
-def _draw_loss(axes: Any, rows: MetricRows, loss: str) -> None:
+def _draw_loss(axes: "Axes", rows: MetricRows, loss: str) -> None:
     """Draws the loss of every update and its moving average."""
     steps = [row["step"] for row in rows]
     losses = np.array([row["loss"] for row in rows], float)
@@ -57,7 +60,7 @@ def _draw_loss(axes: Any, rows: MetricRows, loss: str) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_metric(axes: Any, rows: MetricRows, metric: str) -> None:
+def _draw_metric(axes: "Axes", rows: MetricRows, metric: str) -> None:
     """Draws a metric on every split, with its last value."""
     splits = list(dict.fromkeys(row["split"] for row in rows))
     for split, color in zip(splits, _SPLITS, strict=False):

@@ -12,6 +12,7 @@ import jax
 from sparse_jax.adapter.file import save_adapter
 from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.errors import listed
+from sparse_jax.params.fields import Json
 from sparse_jax.sharding.processes import (
     is_first_process,
     on_first_process,
@@ -80,7 +81,7 @@ def finetune(settings: Settings | None = None, /, **options: Any) -> dict[str, A
         return _finetune(run, warnings)
 
 
-def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Any]:
+def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Json]:
     """Fine-tunes; `warnings` are those of the run so far."""
     require_usable(settings)
     # Also waits until all have looked at the folder, before the first one writes.
@@ -104,7 +105,7 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Any]:
             return _run(job, directory, warnings)
 
 
-def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Any]:
+def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Json]:
     """Trains, from the last checkpoint if there is one, and returns the metrics."""
     tuner, placement = job.tuner(), job.base.placement
     checkpoints = Checkpoints(directory, tuner, placement, job.settings.keep)

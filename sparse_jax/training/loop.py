@@ -23,11 +23,11 @@ from sparse_jax.params.fields import Json
 from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.build import Job
 from sparse_jax.training.checkpoint import Checkpoints, Position
-from sparse_jax.training.history import skipped_at_end
 from sparse_jax.training.objective import Results
 from sparse_jax.training.optimizer import learning_rate_at
 from sparse_jax.training.progress import Progress
 from sparse_jax.training.run_directory import RunDirectory
+from sparse_jax.training.run_files import skipped_at_end
 
 __all__ = ["Loop", "StopSignals", "stop_signals"]
 

@@ -90,7 +90,7 @@ def _scale(
     params: optax.Params | None = None,
     *,
     schedule: Schedule,
-    **extra_args: Any,
+    **extra_args: object,
 ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
     """Returns steps against the updates, of the length that the schedule says."""
     del params, extra_args

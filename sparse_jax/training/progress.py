@@ -3,10 +3,15 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import jax
 import psutil
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 __all__ = [
     "Progress",
@@ -59,26 +64,8 @@ _SMOOTHING = 0.9  # share of the old value in the shown loss and rate
 _log = logging.getLogger(__name__)
 
 
-class Progress(Protocol):
-    """Reports how a run goes on."""
-
-    def update(
-        self, step: int, loss: float, tokens: int, seconds: float, *, is_compiling: bool
-    ) -> None:
-        """Reports one update: its loss, tokens, and duration, and if it compiled."""
-        ...
-
-    def wait(self, text: str) -> None:
-        """Reports what takes long and makes no update."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Reports an event, such as the result of an evaluation."""
-        ...
-
-
 @contextmanager
-def show_progress(total: int, start: int = 0) -> Iterator[Progress]:
+def show_progress(total: int, start: int = 0) -> Iterator["Progress"]:
     """Yields a progress bar on standard error, or a writer of lines to a log.
 
     Args:
@@ -142,30 +129,30 @@ class _Pace:
 
 
 class _Bar:
-    """Shows progress as a bar."""
+    """Shows progress as a bar in a terminal."""
 
-    def __init__(self, bar, task, total: int):
+    def __init__(self, bar: "RichProgress", task: "TaskID", total: int):
         self.bar, self.task, self.total, self.pace = bar, task, total, _Pace()
 
     def update(
         self, step: int, loss: float, tokens: int, seconds: float, *, is_compiling: bool
     ) -> None:
-        """Moves the bar."""
+        """Reports one update: its loss, tokens, and duration, and if it compiled."""
         self.pace.add(loss, tokens, seconds, is_compiling)
         status = self.pace.text(self.total - step)
         self.bar.update(self.task, completed=step, status=status)
 
     def wait(self, text: str) -> None:
-        """Shows it beside the bar."""
+        """Reports what takes long and makes no update, beside the bar."""
         self.bar.update(self.task, status=text)
 
     def note(self, text: str) -> None:
-        """Prints a line above the bar."""
+        """Reports an event, such as the result of an evaluation, above the bar."""
         self.bar.console.print(text, highlight=False)
 
 
 class _Lines:
-    """Writes progress as lines."""
+    """Writes progress as lines, with the methods of `_Bar`."""
 
     def __init__(self, total: int):
         self.total, self.pace = total, _Pace()
@@ -188,12 +175,15 @@ class _Lines:
         _log.info(text)
 
 
+Progress = _Bar | _Lines
+
+
 def _smoothed(old: float, new: float) -> float:
     """Returns a moving average that starts at the first value."""
     return new if old != old else _SMOOTHING * old + (1 - _SMOOTHING) * new
 
 
-def _bar(console):
+def _bar(console: "Console") -> "RichProgress":
     """Returns a progress bar with its columns."""
     from rich import progress
 

@@ -23,16 +23,16 @@ from sparse_jax.params.names import first_match, patterns
 from sparse_jax.supports.roles import FROZEN, SPARSE, Role, map_roles
 from sparse_jax.training.build import Job
 from sparse_jax.training.figures import draw_curve, draw_layers
-from sparse_jax.training.history import (
+from sparse_jax.training.objective import Results, flattened
+from sparse_jax.training.output_folder import CURVE, LAYERS
+from sparse_jax.training.run_directory import RunDirectory
+from sparse_jax.training.run_files import (
     MetricRows,
     evaluations_of,
     outcome_warnings,
     selection_seconds,
     updates_of,
 )
-from sparse_jax.training.objective import Results, flattened
-from sparse_jax.training.output_folder import CURVE, LAYERS
-from sparse_jax.training.run_directory import RunDirectory
 
 __all__ = [
     "Counts",

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 
 from sparse_jax.adapter.file import ADAPTER
 from sparse_jax.errors import InputError, reason_of
+from sparse_jax.params.fields import Json
 from sparse_jax.sharding.processes import is_first_process, on_first_process
-from sparse_jax.training.history import is_evaluation
 from sparse_jax.training.output_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -29,6 +29,8 @@ from sparse_jax.training.output_folder import (
     require_usable,
 )
 from sparse_jax.training.run_files import (
+    Row,
+    is_evaluation,
     read_json,
     read_metrics,
     read_rows,
@@ -68,7 +70,7 @@ class RunDirectory:
         self._is_behind = False  # whether there are rows that could not be written
 
     @classmethod
-    def create(cls, settings: Settings, config: Mapping[str, Any]) -> "RunDirectory":
+    def create(cls, settings: Settings, config: Mapping[str, Json]) -> "RunDirectory":
         """Returns a directory with a `config.json`; a resumed run keeps its files.
 
         The folder is locked until `close`. Overwriting removes the files of a run only,
@@ -159,7 +161,7 @@ class RunDirectory:
         self._written = -1
         self.write_rows()
 
-    def add_row(self, row: Mapping[str, Any]) -> None:
+    def add_row(self, row: Row) -> None:
         """Appends a line to `metrics.jsonl`, later if that is not possible now."""
         self.rows.append(dict(row))
         self._pending += row_line(row)
@@ -218,7 +220,7 @@ class RunDirectory:
         self._at_the_end(write, lambda: _saved_elsewhere(save))
         return size
 
-    def finish(self, metrics: Mapping[str, Any]) -> None:
+    def finish(self, metrics: Mapping[str, Json]) -> None:
         """Writes `metrics.json`, the sign of a finished run, and drops checkpoints.
 
         Raises:
@@ -312,6 +314,6 @@ def _remove_parts(path: Path) -> None:
         path.joinpath(f".{name}.part").unlink(missing_ok=True)
 
 
-def _is_before(row: Mapping[str, Any], step: int) -> bool:
+def _is_before(row: Row, step: int) -> bool:
     """Returns whether a row was written before the checkpoint of a step."""
     return row["step"] < step or (row["step"] == step and not is_evaluation(row))

@@ -1,23 +1,36 @@
-"""The files of a run directory: JSON, validated when read, written atomically."""
+"""The files of a run: JSON, validated when read, and what rows of metrics say."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, NoReturn
 
 from sparse_jax.adapter.file import replacing
 from sparse_jax.errors import InputError, brief, reason_of
-from sparse_jax.training.history import is_evaluation, updates_of
 
 __all__ = [
+    "MetricRows",
+    "Row",
+    "evaluations_of",
+    "is_evaluation",
+    "outcome_warnings",
     "read_json",
     "read_metrics",
     "read_rows",
     "row_line",
+    "selection_seconds",
+    "skipped_at_end",
+    "updates_of",
     "write_json",
     "write_text",
 ]
+
+# A line of `metrics.jsonl`: an update, an evaluation, a skipped batch, a selection.
+Row = Mapping[str, Any]
+MetricRows = Sequence[Row]
 
 _REMEDY = "Put it back, or pass --overwrite to start over."
 # Of `metrics.json`.
@@ -27,11 +40,7 @@ _COUNTS = (
     "trained_parameters_without_head",
 )  # fmt: skip
 _LARGEST = 2.0**1000
-_OF_UPDATES = (
-    "seconds",
-    "tokens",
-    "is_compiling",
-)  # beside the loss, which may be null
+_OF_UPDATES = ("seconds", "tokens", "is_compiling")  # beside the loss, null or not
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,12 +85,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [_row(f"`{path}` line {i}", line) for i, line in enumerate(lines, 1)]
 
 
-def row_line(row: Mapping[str, Any]) -> bytes:
+def row_line(row: Row) -> bytes:
     """Returns a row as a line of JSON."""
     return (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Writes readable JSON atomically."""
     text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
     write_text(path, text.encode())
@@ -116,7 +125,7 @@ def _parse(place: str, text: bytes) -> dict[str, Any]:
     return value
 
 
-def _refuse(word: str) -> Any:
+def _refuse(word: str) -> NoReturn:
     """Raises for NaN and Infinity, which JSON does not have."""
     raise ValueError(f"{word} is not JSON")
 
@@ -149,20 +158,110 @@ def _row(place: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """Returns whether a value is a number of common size."""
     return isinstance(value, int | float) and abs(value) < _LARGEST
 
 
-def _is_result(value: Any) -> bool:
+def _is_result(value: object) -> bool:
     """Returns whether a value is a number, or the null that stands for another one."""
     return value is None or _is_number(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Returns a value with null for numbers that JSON does not have."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_MOST_AVERAGED = 50  # updates at the beginning and at the end
+_GUESSING = 0.9  # share of the vocabulary: fewer tokens mean that something was learned
+
+
+def updates_of(rows: MetricRows) -> list[Row]:
+    """Returns the rows of updates, without batches that were skipped.
+
+    Example:
+      >>> rows = [{"step": 1, "loss": 2.0}, {"step": 1, "split": "test", "loss": 3.0}]
+      >>> updates_of(rows)
+      [{'step': 1, 'loss': 2.0}]
+    """
+    return [row for row in rows if "loss" in row and not is_evaluation(row)]
+
+
+def evaluations_of(rows: MetricRows) -> list[Row]:
+    """Returns the rows of evaluations, one for each split."""
+    return [row for row in rows if is_evaluation(row)]
+
+
+def is_evaluation(row: Row) -> bool:
+    """Returns whether a row is that of an evaluation."""
+    return "split" in row
+
+
+def skipped_at_end(rows: MetricRows) -> int:
+    """Returns how many of the last batches were skipped, one after the other.
+
+    Example:
+      >>> skipped_at_end([{"step": 1, "loss": 2.0}, {"step": 2, "is_skipped": True}])
+      1
+    """
+    batches = (row for row in reversed(rows) if "loss" in row or "is_skipped" in row)
+    of_training = (row for row in batches if not is_evaluation(row))
+    return sum(1 for _ in takewhile(lambda row: "is_skipped" in row, of_training))
+
+
+def selection_seconds(rows: MetricRows) -> float | None:
+    """Returns how long the selection took, None if there was none.
+
+    Example:
+      >>> selection_seconds([{"step": 1, "is_selection": True, "seconds": 2.5}])
+      2.5
+    """
+    found = [row["seconds"] for row in rows if row.get("is_selection")]
+    return sum(found) if found else None
+
+
+def outcome_warnings(
+    rows: MetricRows, results: Mapping[str, Mapping[str, float]], vocab_size: int
+) -> Iterator[str]:
+    """Yields a line for whatever looks like training that went wrong.
+
+    Args:
+      rows: lines of `metrics.jsonl`.
+      results: the last metrics of every evaluation split.
+      vocab_size: tokens of the model.
+
+    Example:
+      >>> rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]
+      >>> [line.split(":")[0] for line in outcome_warnings(rows, {}, 100)]
+      ['the loss ends at 2.5, above 1 where it began']
+    """
+    # Earlier versions wrote a null for one that is not finite.
+    losses = [row["loss"] for row in updates_of(rows) if row["loss"] is not None]
+    width = min(_MOST_AVERAGED, max(1, len(losses) // 3))
+    first, last = (mean(part or [0.0]) for part in (losses[:width], losses[-width:]))
+    averaged = f" (means of {width} updates)" if width > 1 else ""
+    # A loss that explodes at once raises the first mean too, but not the first loss.
+    if losses and all(loss > 2 * losses[0] for loss in losses[-width:]):
+        first, averaged = losses[0], ""
+    if last > first:
+        yield (
+            f"the loss ends at {last:.4g}, above {first:.4g} where it began{averaged}: "
+            "the run has not learned, or diverged. Lower --learning-rate."
+        )
+    if in_a_row := skipped_at_end(rows):
+        yield f"batches skipped at the end, as their loss is not finite: {in_a_row}."
+    for split, metrics in results.items():
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            yield f"{split}: not finite: {', '.join(bad)}."
+        perplexity = metrics.get("perplexity", 0.0)
+        if perplexity > _GUESSING * vocab_size:
+            yield (
+                f"{split}: the perplexity is {perplexity:,.0f}, and that of guessing "
+                f"is {vocab_size:,}, the tokens of the vocabulary."
+            )
