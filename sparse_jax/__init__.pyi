@@ -1,8 +1,12 @@
 from .adapter.adapter import Adapter as Adapter
+from .adapter.calculus import combine_adapters as combine_adapters
+from .adapter.calculus import compare_supports as compare_supports
 from .adapter.file import load_adapter as load_adapter
 from .adapter.file import save_adapter as save_adapter
+from .adapter.switch import AdapterSwitch as AdapterSwitch
 from .adapter.use import apply_adapter as apply_adapter
 from .adapter.use import merge_adapter as merge_adapter
+from .adapter.use import swap as swap
 from .compact.compact import Compact as Compact
 from .compact.compact import CompactState as CompactState
 from .compact.layerwise import Layerwise as Layerwise

@@ -14,13 +14,20 @@ from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.whole import require_whole
 from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.models.attachment import Attachment, LayerValues
-from sparse_jax.models.functional import Model
+from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.hf.model_files import cached_folder, local_folder
 from sparse_jax.models.hf.pretrained import base_config, changed_field
 from sparse_jax.params.names import leaf_names, map_named
 from sparse_jax.supports.positions import fetch, read_entries, write_entries
 
-__all__ = ["apply_adapter", "base_folder", "merge_adapter", "require_base", "swap"]
+__all__ = [
+    "apply_adapter",
+    "base_folder",
+    "merge_adapter",
+    "require_base",
+    "require_fit",
+    "swap",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -91,20 +98,18 @@ def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
       >>> changed["w"], swap(changed, undo)[0]["w"]
       (Array([8., 2., 9.], dtype=float32), Array([1., 2., 3.], dtype=float32))
     """
-    _require_names(params, adapter)
+    require_fit(params, adapter)
     old_values, old_dense = {}, {}
 
     def exchange(name: str, leaf: jax.Array) -> jax.Array:
         if name in adapter.dense:
             old_dense[name] = fetch(leaf)
-            values = _fitting(name, adapter.dense[name], leaf, leaf.shape)
-            return jax.device_put(values, leaf.sharding)
+            return jax.device_put(adapter.dense[name], leaf.sharding)
         if name not in adapter.support:
             return leaf
-        values = _fitting(name, adapter.values[name], leaf, adapter.values[name].shape)
-        support = _inside(name, adapter.support[name], leaf)
+        support = adapter.support[name]
         old_values[name] = read_entries(leaf, support)
-        return write_entries(leaf, support, values)
+        return write_entries(leaf, support, adapter.values[name])
 
     changed = map_named(exchange, params)
     return changed, Adapter(dict(adapter.support), old_values, old_dense)
@@ -176,32 +181,35 @@ def _warn_of_dtype(params: Any, adapter: Adapter) -> None:
         )  # fmt: skip
 
 
-def _require_names(params: Any, adapter: Adapter) -> None:
-    """Raises if the adapter holds a leaf that the model does not have."""
-    known = {*jax.tree.leaves(leaf_names(params))}
-    unknown = sorted({*adapter.support, *adapter.dense} - known)
-    if unknown:
+def require_fit(params: Params, adapter: Adapter) -> None:
+    """Raises unless parameters have the leaves and entries of an adapter.
+
+    Raises:
+      InputError: naming a leaf that is missing, or of another shape or dtype.
+    """
+    names, leaves = jax.tree.leaves(leaf_names(params)), jax.tree.leaves(params)
+    known = dict(zip(names, leaves, strict=True))
+    changed = {**adapter.values, **adapter.dense}
+    if unknown := sorted({*changed} - {*known}):
         raise InputError(
             f"`params` must have the leaf `{unknown[0]}` of the adapter, but has none. "
             "Load the base model with the head that was trained."
         )
+    for name, values in changed.items():
+        leaf = known[name]
+        is_sparse = name in adapter.support
+        if values.dtype != leaf.dtype or not (is_sparse or values.shape == leaf.shape):
+            raise InputError(
+                f"`{name}` must be {leaf.dtype}{list(leaf.shape)} as in the model, got "
+                f"{values.dtype}{list(values.shape)} in the adapter. Load the base in "
+                "the dtype and with the labels that were trained."
+            )
+        if is_sparse:
+            _require_inside(name, adapter.support[name], leaf)
 
 
-def _fitting(
-    name: str, values: np.ndarray, leaf: jax.Array, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Returns values after comparing their shape and dtype with those of a leaf."""
-    if values.shape != shape or values.dtype != leaf.dtype:
-        raise InputError(
-            f"`{name}` must be {leaf.dtype}{list(leaf.shape)} as in the model, got "
-            f"{values.dtype}{list(values.shape)} in the adapter. Load the base in "
-            "the dtype and with the labels that were trained."
-        )
-    return values
-
-
-def _inside(name: str, support: np.ndarray, leaf: jax.Array) -> np.ndarray:
-    """Returns a support after checking that its positions lie in the leaf."""
+def _require_inside(name: str, support: np.ndarray, leaf: jax.Array) -> None:
+    """Raises unless the positions of a support lie in the leaf."""
     layers = () if support.ndim == 1 else support.shape[:1]
     size = math.prod(leaf.shape[len(layers) :])
     most = support.max(initial=-1)
@@ -211,4 +219,3 @@ def _inside(name: str, support: np.ndarray, leaf: jax.Array) -> np.ndarray:
             f"{leaf.dtype}{list(leaf.shape)}, got {list(support.shape)} up to {most}. "
             "Load the base that the adapter was trained on."
         )
-    return support

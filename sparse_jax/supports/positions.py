@@ -5,21 +5,42 @@ meet arrays that are sharded over one.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.supports.entries import ENTRY, ShardedEntries
-from sparse_jax.supports.layout import Shards
+from sparse_jax.supports.layout import Layout, Shards
 
-__all__ = ["fetch", "read_entries", "shards_of", "write_entries"]
+__all__ = [
+    "PlacedEntries",
+    "fetch",
+    "place_entries",
+    "read_entries",
+    "shards_of",
+    "write_entries",
+    "write_in_place",
+]
 
 # Equal layouts share a program.
-_gather, _scatter = (
-    jax.jit(function, static_argnums=0)
-    for function in (ShardedEntries.gather, ShardedEntries.scatter)
+_gather = jax.jit(
+    lambda layout, x, support: layout.gather(x, support), static_argnums=0
 )
+_write = lambda layout, x, support, packed: layout.scatter(x, support, packed)
+_gather = jax.jit(_read, static_argnums=0)
+_scatter = jax.jit(_write, static_argnums=0)
+# What is donated is written in place.
+_set = jax.jit(_write, static_argnums=0, donate_argnums=1)
+
+
+class PlacedEntries(NamedTuple):
+    """Some entries of an array on its devices, ready to be written again and again."""
+
+    layout: Layout
+    support: jax.Array
+    packed: tuple[jax.Array, ...]  # in the shape of the support
 
 
 def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
@@ -55,7 +76,7 @@ def read_entries(x: jax.Array, positions: np.ndarray) -> np.ndarray:
     stacked = positions.ndim == 2
     shards = shards_of(x, stacked)
     if shards is None:
-        return fetch(ENTRY.gather(x, jnp.asarray(positions)))
+        return fetch(_gather(ENTRY, x, jnp.asarray(positions)))
     layout = ShardedEntries(shards)
     (support,) = layout.from_positions(positions, x.shape)
     there = _put(support, jax.NamedSharding(_mesh(x), layout.spec(stacked)))
@@ -75,12 +96,59 @@ def write_entries(x: jax.Array, positions: np.ndarray, values: np.ndarray) -> ja
     stacked = positions.ndim == 2
     shards = shards_of(x, stacked)
     if shards is None:
-        return ENTRY.scatter(x, jnp.asarray(positions), jnp.asarray(values))
+        return _scatter(ENTRY, x, jnp.asarray(positions), jnp.asarray(values))
     layout = ShardedEntries(shards)
     sharding = jax.NamedSharding(_mesh(x), layout.spec(stacked))
     made = layout.from_positions(positions, x.shape, values)
     with jax.set_mesh(_mesh(x)):
         return _scatter(layout, x, *(_put(array, sharding) for array in made))
+
+
+def place_entries(
+    x: jax.Array, positions: np.ndarray, *values: np.ndarray
+) -> PlacedEntries:
+    """Returns entries at positions in all of an array, placed as its parts are.
+
+    Args:
+      x: array, or a stack of layers; sharded over a mesh or not.
+      positions: shape=(k,), or (L, k) for a stack.
+      *values: sets of values, each in the shape of `positions`.
+    """
+    stacked = positions.ndim == 2
+    shards = shards_of(x, stacked)
+    if shards is None:
+        return PlacedEntries(
+            ENTRY, jnp.asarray(positions), tuple(map(jnp.asarray, values))
+        )
+    layout = ShardedEntries(shards)
+    sharding = jax.NamedSharding(_mesh(x), layout.spec(stacked))
+    made = layout.from_positions(positions, x.shape, *values)
+    support, *packed = (_put(array, sharding) for array in made)
+    return PlacedEntries(layout, support, tuple(packed))
+
+
+def write_in_place(
+    x: jax.Array, layout: Layout, support: jax.Array, packed: jax.Array
+) -> jax.Array:
+    """Returns an array with entries replaced, in the memory of the one it was.
+
+    The array is used up. On a CPU one of 2 bytes an entry is copied once, because
+    XLA writes all of it through float32 there: 330 ms for 5 of 100 million entries,
+    and 40 ms like this.
+    """
+    if layout != ENTRY:
+        with jax.set_mesh(_mesh(x)):
+            return _set(layout, x, support, packed)
+    (device,) = x.devices()
+    if device.platform != "cpu" or x.dtype.itemsize != 2:
+        return _set(layout, x, support, packed)
+    copy = np.array(x)
+    rows = copy.reshape(*support.shape[:-1], -1)
+    for row in np.ndindex(support.shape[:-1]):
+        rows[row][np.asarray(support[row])] = np.asarray(packed[row])
+    sharding = x.sharding
+    x.delete()
+    return jax.device_put(copy, sharding)
 
 
 def _mesh(x: jax.Array) -> jax.sharding.Mesh:
