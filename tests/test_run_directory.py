@@ -285,6 +285,7 @@ def test_a_row_that_is_none_is_refused_by_its_line(line, message, tmp_path):
         ({}, "does not. Put it back"),
         ({"eval": [1]}, r"must have metrics as `eval`, got \[1\]"),
         ({"eval": {"loss": "low"}}, "must have metrics as `eval`"),
+        ({"splits": {"test": [1]}}, r"must have metrics as `eval`, got \[1\]"),
         ({"steps": None}, "must have a number as `steps`, got None"),
         ({"total_parameters": 0}, "must have a number as `total_parameters`, got 0"),
     ],

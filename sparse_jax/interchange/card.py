@@ -125,8 +125,8 @@ def _summary(source: Source, base: str | None) -> str:
     adapter = source.adapter
     model = f"[{base}](https://huggingface.co/{base})" if base else _local(source)
     task = f" on the task {adapter.task}" if adapter.task else ""
-    word = adapter.word or "parts"
-    text = f"Fine-tuned from {model}{task} with the method {word} of sparse_jax "
+    method = f" with the method {adapter.word}" if adapter.word else ""
+    text = f"Fine-tuned from {model}{task}{method}, by sparse_jax "
     text += f"{version('sparse_jax')}."
     if adapter.base_hash:
         text += f" SHA-256 of the base's weights: `{adapter.base_hash}`."

@@ -95,7 +95,7 @@ def export(
             folder,
             target,
             source,
-            name=(push or path.absolute().name).rpartition("/")[2],
+            name=(push or path.resolve().name).rpartition("/")[2],
             repo=push,
             base=hub_id(model),
             results=facts.results,
@@ -122,10 +122,11 @@ def _facts(run: Path) -> _Facts:
         results = metrics.get("splits") or {"validation": metrics["eval"]}
     if (run / CONFIG).is_file():
         config = read_json(run / CONFIG)
-        settings = config.get("settings") or {}
-        settings |= {
+        resolved = {
             k: config[k] for k in ("learning_rate", "max_length") if k in config
         }
+        told = config.get("settings")
+        settings = {**(told if isinstance(told, dict) else {}), **resolved}
     return _Facts(results, settings)
 
 
@@ -148,7 +149,7 @@ def _require_empty(path: Path) -> None:
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """Yields a folder that takes a place once it is whole, and else goes away."""
-    path = path.absolute()
+    path = path.resolve()
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)

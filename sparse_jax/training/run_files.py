@@ -66,11 +66,14 @@ def read_metrics(path: Path) -> dict[str, Any]:
                 f"`{path}` must have a number as `{name}`, got "
                 f"{brief(metrics.get(name))}. {_REMEDY}"
             )
-    found = metrics.get("eval")
-    if not isinstance(found, dict) or not all(map(_is_result, found.values())):
-        raise InputError(
-            f"`{path}` must have metrics as `eval`, got {brief(found)}. {_REMEDY}"
-        )
+    # Runs of earlier versions have no splits.
+    splits = metrics.get("splits", {})
+    splits = splits.values() if isinstance(splits, dict) else [splits]
+    for found in (metrics.get("eval"), *splits):
+        if not isinstance(found, dict) or not all(map(_is_result, found.values())):
+            raise InputError(
+                f"`{path}` must have metrics as `eval`, got {brief(found)}. {_REMEDY}"
+            )
     return metrics
 
 
