@@ -188,13 +188,13 @@ def test_half_a_module_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "adapter",
     [
-        Adapter(method="sift", support={"w": np.zeros(1, np.int32)}),
         Adapter(method="full", dense=HEAD),
         Adapter(method=Series(size=3), added={"mlp/down": {"up": draw(L, 3, D)}}),
     ],
     ids=lambda adapter: adapter.word,
 )
 def test_what_peft_does_not_have_is_refused(tmp_path, adapter):
-    with pytest.raises(InputError, match=f"lora, dora or ia3 .* '{adapter.word}'"):
+    message = f"lora, dora, ia3, prefix or sparse .* '{adapter.word}'"
+    with pytest.raises(InputError, match=message):
         save_peft(tmp_path / "new", adapter, BERT)
     assert not (tmp_path / "new").exists()

@@ -249,10 +249,12 @@ def test_methods_train_through_the_sites(case, method, few_layers, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["gpt2", "bloom"])
-def test_an_adapter_of_a_fused_tensor_is_not_written_for_peft(case, tmp_path):
+def test_entries_of_a_fused_tensor_are_not_written_for_peft(case, tmp_path):
     torch_model(case, tmp_path)
-    model, _ = from_pretrained(tmp_path, head=CausalLM)
-    factors = {"a": np.zeros((2, 32, 2)), "b": np.zeros((2, 2, 32))}
-    adapter = Adapter(method=LoRA(rank=2), added={"attention/query": factors})
+    model, params = from_pretrained(tmp_path, head=CausalLM)
+    leaf, support = "layers/attention/query/kernel", np.zeros((2, 1), np.int32)
+    values = {leaf: np.ones((2, 1), np.float32)}
+    adapter = Adapter(support={leaf: support}, values=values)
     with pytest.raises(InputError, match="of their own .* `layers/attention/query"):
-        save_peft(tmp_path / "peft", adapter, model)
+        save_peft(tmp_path / "peft", adapter, model, params=params)
+    assert not (tmp_path / "peft").exists()

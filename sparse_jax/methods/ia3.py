@@ -1,10 +1,12 @@
 """(IA)3: train one factor for every channel of keys, values and feed-forward."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, PeftForm, PeftPart
@@ -91,7 +93,7 @@ class IA3(Method):
             {"peft_type": "IA3"},
             {
                 "input": PeftPart("ia3_l", lambda factor: factor[None, :]),
-                "output": PeftPart("ia3_l", lambda factor: factor[:, None]),
+                "output": PeftPart("ia3_l", lambda factor: factor[:, None], _with_ones),
             },
             {"feedforward_modules": [s for s in sorted(added) if "input" in added[s]]},
         )
@@ -106,3 +108,9 @@ class IA3(Method):
             return leaf * arrays["input"][..., None] if kind == "kernel" else leaf
 
         return map_sites(change, params, added, self.stack)
+
+
+def _with_ones(arrays: Sequence[np.ndarray | None], join: Any) -> np.ndarray:
+    """Returns the factors of all parts of a module."""
+    size = next(len(one) for one in arrays if one is not None)
+    return join([np.ones(size, np.float32) if one is None else one for one in arrays])

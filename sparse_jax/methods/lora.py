@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -109,10 +109,15 @@ class LowRank(Method, ABC):
             "bias": "none",
         }
         parts = {
-            "a": PeftPart("lora_A.weight", np.transpose),
-            "b": PeftPart("lora_B.weight", np.transpose),
+            "a": PeftPart("lora_A.weight", np.transpose, _side_by_side),
+            "b": PeftPart("lora_B.weight", np.transpose, _block_diagonal),
         }
-        return PeftForm(config, parts)
+        # With more ranks a larger alpha keeps the scale.
+        patterns = lambda sites: {
+            "rank_pattern": sites * self.rank,
+            "alpha_pattern": self._alpha * (math.sqrt(sites) if self.rslora else sites),
+        }
+        return PeftForm(config, parts, patterns=patterns)
 
     def _require_thin(self, site: str, most: int) -> None:
         """Raises if the two matrices have more entries than they can use."""
@@ -259,8 +264,40 @@ class DoRA(LowRank):
     def to_peft(self, added: Mapping[str, Collection[str]]) -> PeftForm:
         """Returns PEFT's LoRA with magnitudes."""
         form = super().to_peft(added)
-        length = PeftPart("lora_magnitude_vector", lambda array: array)
-        return PeftForm({**form.config, "use_dora": True}, {**form.parts, "m": length})
+        length = PeftPart("lora_magnitude_vector", lambda array: array, _joined)
+        config = {**form.config, "use_dora": True}
+        return form._replace(config=config, parts={**form.parts, "m": length})
+
+
+def _side_by_side(arrays: Sequence[np.ndarray | None], join: Any) -> np.ndarray:
+    """Returns the ranks of all parts, (in, ranks)."""
+    del join
+    return np.concatenate([one for one in arrays if one is not None], axis=-1)
+
+
+def _block_diagonal(arrays: Sequence[np.ndarray | None], join: Any) -> np.ndarray:
+    """Returns a map whose ranks each reach the outputs of one part, (ranks, out)."""
+    found = [one for one in arrays if one is not None]
+    rows = iter(
+        np.split(np.eye(sum(map(len, found)), dtype=found[0].dtype), len(found))
+    )
+    zeros = np.zeros((sum(map(len, found)), found[0].shape[1]), found[0].dtype)
+    return join([zeros if one is None else next(rows).T @ one for one in arrays])
+
+
+def _joined(arrays: Sequence[np.ndarray | None], join: Any) -> np.ndarray:
+    """Returns the lengths of all columns.
+
+    Raises:
+      InputError: if those of a part are missing.
+    """
+    if any(one is None for one in arrays):
+        raise InputError(
+            "`adapter` must have DoRA at all parts of a module that are one in PyTorch "
+            "to be written for PEFT, got some without. Merge it with `merge_adapter` "
+            "and write the model with `save_pretrained`."
+        )
+    return join([one for one in arrays if one is not None])
 
 
 def _squares(kernel: jax.Array) -> jax.Array:

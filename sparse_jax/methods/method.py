@@ -21,11 +21,22 @@ from sparse_jax.supports.scores import Score
 __all__ = ["Method", "PeftForm", "PeftPart", "refuse_to_merge"]
 
 
+# Arrays of the parts of a module, None where nothing is added -> that of the module.
+# The second argument joins arrays along their last axis, as the outputs lie.
+Fuse = Callable[
+    [Sequence[np.ndarray | None], Callable[[Sequence[np.ndarray]], np.ndarray]],
+    np.ndarray,
+]
+
+
 class PeftPart(NamedTuple):
     """How PEFT stores one of the arrays that a method adds."""
 
     name: str  # suffix of the name of the module
     turn: Callable[[np.ndarray], np.ndarray]  # our array of one layer -> PEFT's
+    # For several sites that are one module there, such as query, key and value; None
+    # if PEFT's array of the module cannot say what ours say.
+    fuse: Fuse | None = None
 
 
 class PeftForm(NamedTuple):
@@ -35,6 +46,8 @@ class PeftForm(NamedTuple):
     parts: Mapping[str, PeftPart]  # by the names of the added arrays
     # Fields of the configuration that are expressions of the modules at some sites.
     sites: Mapping[str, Sequence[str]] = {}
+    # Number of our sites in one module -> its value in fields such as "rank_pattern".
+    patterns: Callable[[int], Mapping[str, Json]] = lambda sites: {}
 
 
 @dataclass(frozen=True, kw_only=True)
