@@ -126,22 +126,22 @@ nothing = lambda place: None
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
-        (nothing, ("--density", "0"), "`density` must be in (0, 1], got 0.0"),
-        (nothing, ("--density", "1.5"), "`density` must be in (0, 1], got 1.5"),
-        (nothing, ("--density", "nan"), "`density` must be in (0, 1], got nan"),
-        (nothing, ("--devices", "4"), "`devices` must come with a mesh, got 4"),
-        (nothing, ("--where", "qwery"), "`where` must match at least one parameter"),
-        (nothing, ("--where", "("), "`where` must be a regular expression"),
-        (nothing, ("--dense", "clasifier"), "`dense` must match at least one"),
-        (nothing, ("--method", "lora", "--where", "qwery"), "`where` must match"),
-        (nothing, ("--task", "sst3"), "`task` must be one of cola, sst2"),
-        (nothing, ("--max-length", "17"), "`max_length` must be at most"),
-        (nothing, ("--data", "PLACE/dta"), "`data` must be a folder"),
+        (nothing, ("--density", "0"), "`--density` must be in (0, 1], got 0.0"),
+        (nothing, ("--density", "1.5"), "`--density` must be in (0, 1], got 1.5"),
+        (nothing, ("--density", "nan"), "`--density` must be in (0, 1], got nan"),
+        (nothing, ("--devices", "4"), "`--devices` must come with a mesh, got 4"),
+        (nothing, ("--where", "qwery"), "`--where` must match at least one parameter"),
+        (nothing, ("--where", "("), "`--where` must be a regular expression"),
+        (nothing, ("--dense", "clasifier"), "`--dense` must match at least one"),
+        (nothing, ("--method", "lora", "--where", "qwery"), "`--where` must match"),
+        (nothing, ("--task", "sst3"), "`--task` must be one of cola, sst2"),
+        (nothing, ("--max-length", "17"), "`--max-length` must be at most"),
+        (nothing, ("--data", "PLACE/dta"), "`--data` must be a folder"),
         (nothing, ("--output", "PLACE/data/dev.jsonl/run"), "got the file `"),
-        (nothing, ("--method", "lora", "--density", "0.008"), "`density` must be left"),
-        (nothing, ("--rank", "8"), "`rank` must be left out with method 'sift', got 8"),
-        (nothing, ("--active", "0.25"), "`active` must be left out without a sampler"),
-        (nothing, ("--ist", "--sampler", "norm"), "`sampler` must be left out with"),
+        (nothing, ("--method", "lora", "--density", "0.008"), "`--density` must be"),
+        (nothing, ("--rank", "8"), "`--rank` must be left out with method"),
+        (nothing, ("--active", "0.25"), "`--active` must be left out without"),
+        (nothing, ("--ist", "--sampler", "norm"), "`--sampler` must be left out with"),
         (nothing, ("--seed", "x"), "'--seed'"),
         (nothing, ("--densty", "1"), "--densty"),
         (nothing, ("--density",), "requires an argument"),
@@ -151,7 +151,7 @@ nothing = lambda place: None
         (drop_column, (), "line 1 must have a column `sentence`"),
         (unknown_label, (), "line 23 must have one of the labels"),
         (empty_file, (), "must have examples"),
-        (more_tokens, (), "`model` must have an embedding of every token"),
+        (more_tokens, (), "`--model` must have an embedding of every token"),
         (broken_utf8, (), "line 14 must be UTF-8, got the byte 0xff"),
     ],
 )  # fmt: skip
@@ -173,7 +173,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(command, place):
     fill_output(place)
     code, _, err = command(*FINETUNE)
     assert code == 2
-    assert "`output` must be an empty or a new folder" in err
+    assert "`--output` must be an empty or a new folder" in err
     assert [path.name for path in (place / "run").iterdir()] == ["thesis.tex"]
 
 
@@ -191,12 +191,12 @@ def truncated(place):
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
-        (other_weights, (), "`model` must be the base of the adapter"),
+        (other_weights, (), "`--model` must be the base of the adapter"),
         (truncated, (), "must be a complete safetensors file"),
         (nothing, ("--task", "rte"), "must have a column `sentence1`"),
         (nothing, ("--adapter", "PLACE/none"), "does not exist"),
-        (nothing, ("--batch-size", "0"), "`batch_size` must be positive, got 0"),
-        (nothing, ("--max-length", "0"), "`max_length` must be positive, got 0"),
+        (nothing, ("--batch-size", "0"), "`--batch-size` must be positive, got 0"),
+        (nothing, ("--max-length", "0"), "`--max-length` must be positive, got 0"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_line(

@@ -411,13 +411,13 @@ def test_the_command_plans_the_run_of_a_file(monkeypatch, capsys, tmp_path):
     [
         (("--compare", "full,sieve"), "got 'sieve'"),
         (("--compare", "full,sift+lisa"), "got 'sift+lisa'"),
-        (("--compare", "full,sift", "--ist"), "`compare` must be all methods"),
-        (("--compare", "full,sift", "--rank", 4), "`rank` must be left out"),
-        (("--method", "sieve"), "`method` must be one of full"),
-        (("--active", 0.25), "`active` must be left out without a sampler"),
-        (("--json", "nowhere/plan.json"), "`json` must be a file in a folder that"),
-        (("--target", "v7:2x2"), "`target` must be cpu, gpu, or a topology of v4"),
-        (("--mesh", "fsdp=3", "--length", 8), "`mesh` must have axes that divide"),
+        (("--compare", "full,sift", "--ist"), "`--compare` must be all methods"),
+        (("--compare", "full,sift", "--rank", 4), "`--rank` must be left out"),
+        (("--method", "sieve"), "`--method` must be one of full"),
+        (("--active", 0.25), "`--active` must be left out without a sampler"),
+        (("--json", "nowhere/plan.json"), "`--json` must be a file in a folder that"),
+        (("--target", "v7:2x2"), "`--target` must be cpu, gpu, or a topology of v4"),
+        (("--mesh", "fsdp=3", "--length", 8), "`--mesh` must have axes that divide"),
     ],
 )
 def test_wrong_options_are_one_line(monkeypatch, capsys, tmp_path, options, message):

@@ -1,7 +1,9 @@
 """The command `sparse-jax`."""
 
 import os
+import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -35,11 +37,11 @@ def main() -> None:
     """Runs the command; wrong input is one line on standard error and exit code 2."""
     # Its advice is to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    words = sys.argv[1:] or ["--help"]
     try:
-        words = sys.argv[1:] or ["--help"]
         code = app(words, prog_name="sparse-jax", standalone_mode=False)
     except InputError as error:
-        _refuse(str(error))
+        _refuse(_as_typed(str(error), words))
     except _UsageError as error:
         _refuse(_reading(error))
     except typer.Abort:
@@ -52,6 +54,17 @@ def _refuse(message: str) -> NoReturn:
     """Prints what is wrong on one line, and ends with exit code 2."""
     print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(2) from None
+
+
+def _as_typed(message: str, words: Sequence[str]) -> str:
+    """Returns a message that begins with an option as it was typed, if it was."""
+    typed = {word.partition("=")[0] for word in words}
+
+    def name(found: re.Match[str]) -> str:
+        option = f"--{found[1].replace('_', '-')}"
+        return f"`{option}`" if option in typed else found[0]
+
+    return re.sub(r"^`(\w+)`", name, message)
 
 
 def _reading(error: Any) -> str:
