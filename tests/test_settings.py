@@ -364,7 +364,10 @@ FILES = {
         " granularity: entry, dense: null, stack: null}",
         "`score` of `method` in .* must be 'random' with the name 'random', got 'gr",
     ),
-    "a number for a name": ("method: {name: ia3, 3: 4}", "must have"),
+    "a number for a name": (
+        "method: {name: full, dense: null, stack: null, 3: 4, x: 5}",
+        "must have only what `Dense` has, got 3",
+    ),
     "text for a number": ("rank: many", "`rank` in .* must be a whole number, got 'ma"),
     "half a number": ("rank: 1.5", "`rank` in .* must be a whole number, got 1.5"),
     "null": ("density: null", "`density` in .* must be a number, got None"),
