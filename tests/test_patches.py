@@ -1,6 +1,7 @@
 """Patches of a checkpoint: the names, indices and values that a server replaces."""
 
 import json
+import signal
 from dataclasses import replace
 
 import jax
@@ -9,9 +10,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import FAMILIES, tiny_config
-from tiny_text import tiny_decoder
+from tiny_text import text_settings, tiny_decoder, write_chats, write_decoder
 
-from sparse_jax import Adapter, InputError, LoRA, merge_adapter, save_pretrained
+from sparse_jax import (
+    Adapter,
+    InputError,
+    LoRA,
+    Settings,
+    apply_adapter,
+    finetune,
+    from_pretrained,
+    load_adapter,
+    merge_adapter,
+    save_pretrained,
+)
 from sparse_jax.interchange.patches import (
     WeightPatch,
     apply_patches,
@@ -25,6 +37,7 @@ from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.read_config import read_config
 from sparse_jax.params.names import map_named
+from sparse_jax.training.loop import StopSignals
 
 CLASSIC = {
     "gpt2": {"n_embd": 32, "n_inner": 48, "n_positions": 64},
@@ -279,3 +292,62 @@ def test_the_checkpoint_must_have_the_tensor():
     patch = WeightPatch("w", (2, 2), ONE, np.array([0, 1], np.int32))
     with pytest.raises(InputError, match="`tensors` must have `w` .*, got None"):
         apply_patches({}, [patch])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_writes_patches_while_it_trains(dtype, tmp_path):
+    base, output = write_decoder(tmp_path / "base"), tmp_path / "run"
+    data = write_chats(tmp_path / "chats.jsonl")
+    settings = text_settings(
+        base, data, output, method="sift", density=0.05, patch_every=2, max_steps=5,
+        epochs=2, dtype=dtype,
+    )  # fmt: skip
+    finetune(settings)
+    assert patch_updates(output / "patches") == [2, 4, 5]
+    model, params = from_pretrained(base, head=CausalLM, dtype=jnp.dtype(dtype))
+    save_pretrained(model, params, tmp_path / "start")
+    params, _ = apply_adapter(params, load_adapter(output), model=model)
+    save_pretrained(model, params, tmp_path / "merged")
+    tensors = load_file(tmp_path / "start" / "model.safetensors")
+    # One update after the other, as a server takes them.
+    for update in patch_updates(output / "patches"):
+        apply_patches(tensors, load_patches(output / "patches", update))
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(tensors[name].tobytes() == merged[name].tobytes() for name in merged)
+
+
+def test_a_resumed_run_patches_again_and_a_new_one_starts_over(tmp_path, monkeypatch):
+    base, output = write_decoder(tmp_path / "base"), tmp_path / "run"
+    data = write_chats(tmp_path / "chats.jsonl")
+    more = {"method": "sift", "density": 0.05, "patch_every": 2, "save_every": 1}
+    settings = text_settings(base, data, output, max_steps=5, epochs=2, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignals, "requested", stop_after(4))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings)
+    before = [p.values for p in load_patches(output / "patches", 2)]
+    finetune(settings, resume=True)
+    assert patch_updates(output / "patches") == [2, 4, 5]
+    finetune(settings, overwrite=True, patch_every=None)
+    assert not (output / "patches").exists()
+    finetune(settings, overwrite=True)
+    after = [p.values for p in load_patches(output / "patches", 2)]
+    assert all(map(np.array_equal, before, after))
+
+
+def stop_after(number):
+    """Returns a `requested` that asks for a stop in one of its calls."""
+    calls = []
+
+    def requested(self):
+        calls.append(self)
+        return signal.SIGINT if len(calls) == number else 0
+
+    return requested
+
+
+def test_a_method_that_adds_arrays_has_no_patches():
+    with pytest.raises(InputError, match="`patch_every` must be left out with meth"):
+        Settings(
+            model="m", task="causal", data="d", output="o", method="lora", patch_every=2
+        )

@@ -12,6 +12,7 @@ import jax
 from sparse_jax.adapter.file import save_adapter
 from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.errors import listed
+from sparse_jax.interchange.patches import save_patches
 from sparse_jax.params.fields import Json
 from sparse_jax.sharding.processes import (
     is_first_process,
@@ -110,6 +111,14 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
     tuner, placement = job.tuner(), job.base.placement
     checkpoints = Checkpoints(directory, tuner, placement, job.settings.keep)
     runner = MeshRunner(tuner, placement)
+
+    def patch(state: CompactState, update: int) -> None:
+        # All processes hold parts of it; the first one writes it.
+        adapter = adapter_of(job, tuner, state)
+        directory.patch(
+            lambda folder: save_patches(folder, adapter, job.base.model, update=update)
+        )
+
     state = runner.init(job.base.params, jax.random.key(job.settings.seed))
     counts = count_trained(job.method, state.params, state.added, job.head)
     _announce(job, counts, optimizer_bytes(state))
@@ -122,9 +131,11 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
         with show_progress(job.total, at.batches) as progress:
             evaluate = _evaluate(job, tuner, state)
             loop = Loop(
-                job, runner, evaluate, directory, checkpoints, progress, signals
+                job, runner, evaluate, directory, checkpoints, progress, signals, patch
             )
             state, at = loop.run(state, at)
+    if job.settings.patch_every is not None:
+        patch(state, at.batches)
     # All processes hold parts of it; the first one writes it.
     adapter = adapter_of(job, tuner, state)
     require_finite(adapter)

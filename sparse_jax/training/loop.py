@@ -130,6 +130,7 @@ class Loop:
       checkpoints: of the states.
       progress: is reported to.
       signals: ask to stop.
+      patch: writes the changed weights of a state after some number of updates.
     """
 
     job: Job
@@ -139,6 +140,7 @@ class Loop:
     checkpoints: Checkpoints
     progress: Progress
     signals: StopSignals
+    patch: Callable[[CompactState, int], None]
     _shapes: set[tuple[int, ...]] = field(default_factory=set)
     _known: dict[str, Json] = field(default_factory=dict)
 
@@ -224,7 +226,11 @@ class Loop:
              "seconds": seconds, "is_compiling": is_first}
         )  # fmt: skip
         self.progress.update(step, loss, tokens, seconds, is_compiling=is_first)
-        return state, at._replace(batches=step)
+        at = at._replace(batches=step)
+        every = self.job.settings.patch_every
+        if every is not None and step % every == 0:
+            self.patch(state, step)
+        return state, at
 
     def _put(self, batch: Batch) -> dict[str, jax.Array]:
         """Returns a batch where it is used."""

@@ -27,6 +27,7 @@ __all__ = [
     "LAYERS",
     "LOCK",
     "METRICS",
+    "PATCHES",
     "ROWS",
     "require_same_files",
     "require_unlocked",
@@ -142,10 +143,12 @@ def _sign(file: IO[str]) -> None:
 
 CONFIG, METRICS = "config.json", "metrics.json"
 CURVE, LAYERS = "curve.png", "layers.png"
-ROWS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+ROWS, CHECKPOINTS, PATCHES = "metrics.jsonl", "checkpoints", "patches"
 FILES = (CONFIG, METRICS, CURVE, LAYERS, ROWS, ADAPTER)
 # What may differ between a run and its continuation.
-FREE = ("output", "overwrite", "resume", "save_every", "keep", "mesh")
+FREE = (
+    "output", "overwrite", "resume", "save_every", "patch_every", "keep", "mesh",
+)  # fmt: skip
 # What earlier versions did, which had no such setting.
 _WITHOUT = {"group_by_length": True}
 # What the settings only name, and has to be the same: key -> what it is.
@@ -209,7 +212,7 @@ def _require_replaceable(path: Path, settings: Settings) -> None:
             f"`output` must be an empty or a new folder, got `{path}`. Choose another "
             "one, or pass --overwrite, or --resume to continue the run in it."
         )
-    ours = [name for name in (*FILES, CHECKPOINTS) if (path / name).exists()]
+    ours = [name for name in (*FILES, CHECKPOINTS, PATCHES) if (path / name).exists()]
     try:
         is_other = ours and "settings" not in read_json(path / CONFIG)
     except InputError:

@@ -23,6 +23,7 @@ from sparse_jax.training.output_folder import (
     FILES,
     FREE,
     METRICS,
+    PATCHES,
     ROWS,
     FolderLock,
     require_same_files,
@@ -197,6 +198,18 @@ class RunDirectory:
         except OSError as error:
             _log.warning("%s was not drawn (%s)", self.path / name, reason_of(error))
 
+    def patch(self, save: Callable[[Path], object]) -> None:
+        """Has patches written to their folder; without them the run is no worse."""
+
+        def write() -> None:
+            try:
+                save(self.path / PATCHES)
+            except OSError as error:
+                folder, reason = self.path / PATCHES, reason_of(error)
+                _log.warning("%s lacks a patch (%s)", folder, reason)
+
+        on_first_process(write)
+
     def add_adapter(self, save: Callable[[Path], int]) -> int:
         """Writes the adapter; elsewhere if it cannot be written where it belongs.
 
@@ -302,7 +315,8 @@ def _saved_elsewhere(save: Callable[[Path], int]) -> str:
 
 def _remove_run(path: Path) -> None:
     """Removes the files of an earlier run, the one that says what it was last."""
-    shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+    for name in (CHECKPOINTS, PATCHES):
+        shutil.rmtree(path / name, ignore_errors=True)
     _remove_parts(path)
     for name in reversed(FILES):
         (path / name).unlink(missing_ok=True)

@@ -42,8 +42,8 @@ DTYPES = ("float32", "bfloat16")
 LOSSES = ("response", "all")
 HELD_OUT, TEMPLATE = 0.05, "alpaca"
 _POSITIVE = (
-    "batch_size", "accumulate", "epochs", "save_every", "keep", "max_steps",
-    "max_length", "learning_rate",
+    "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
+    "max_steps", "max_length", "learning_rate",
 )  # fmt: skip
 _PATHS = ("model", "output", "data")
 # Words for objects: the check of the words says which there are.
@@ -156,6 +156,11 @@ class Settings(MethodOptions, SamplerOptions):
     save_every: int = setting(
         500, "Updates between two checkpoints; every epoch ends with one, too."
     )
+    patch_every: int | None = setting(
+        None,
+        "Updates between two patches of the changed weights for an inference server.",
+        "none",
+    )
     keep: int = setting(2, "Checkpoints to keep; older ones are removed.")
     overwrite: bool = setting(False, "Replace the run in the output folder.")
     resume: bool = setting(False, "Continue the interrupted run in the output folder.")
@@ -176,6 +181,12 @@ class Settings(MethodOptions, SamplerOptions):
         self._require_consistent()
         self._require_text()
         self._require_layers()
+        if self.patch_every is not None and METHODS[self.method_word].adds_arrays:
+            raise InputError(
+                f"`patch_every` must be left out with method {self.method_word!r}, got "
+                f"{self.patch_every}: it adds arrays, and a patch replaces entries of "
+                "the base. Choose sift, or export the finished run."
+            )
 
     @property
     def method_word(self) -> str:
