@@ -2,7 +2,6 @@
 
 import numbers
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import optax
@@ -19,7 +18,7 @@ __all__ = [
 ]
 
 
-def require_count(argument: str, value: Any) -> None:
+def require_count(argument: str, value: int) -> None:
     """Raises unless a value is a whole number of at least one.
 
     Raises:
@@ -33,7 +32,7 @@ def require_count(argument: str, value: Any) -> None:
         raise InputError(f"`{argument}` must be at least 1, got {value}.")
 
 
-def require_whole(argument: str, value: Any) -> None:
+def require_whole(argument: str, value: object) -> None:
     """Raises unless a value is a whole number that is known when a program is traced.
 
     Raises:
@@ -52,7 +51,7 @@ def require_whole(argument: str, value: Any) -> None:
         raise InputError(f"`{argument}` must be a whole number, got {_short(value)}.")
 
 
-def require_key(argument: str, key: Any) -> None:
+def require_key(argument: str, key: object) -> None:
     """Raises unless a value is one PRNG key, new-style or of raw uint32 numbers.
 
     Raises:
@@ -74,7 +73,7 @@ def require_key(argument: str, key: Any) -> None:
         )
 
 
-def require_one_device_view(argument: str, tree: Any) -> None:
+def require_one_device_view(argument: str, tree: object) -> None:
     """Raises if arrays vary over the axes of a `jax.shard_map` that checks this.
 
     Raises:
@@ -93,7 +92,7 @@ def require_one_device_view(argument: str, tree: Any) -> None:
         )
 
 
-def require_transformation(argument: str, tx: Any) -> None:
+def require_transformation(argument: str, tx: object) -> None:
     """Raises unless a value is an Optax transformation.
 
     Raises:
@@ -137,13 +136,13 @@ def require_plain_update(argument: str, tx: optax.GradientTransformation) -> Non
         return
 
 
-def _varying(kind: Any) -> Iterable[str]:
+def _varying(kind: object) -> Iterable[str]:
     """Returns the mesh axes that an array varies over, in older and newer JAX."""
     manual = getattr(kind, "manual_axis_type", None)
     return getattr(kind, "vma", ()) if manual is None else manual.varying
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """Returns a value for a message: of an array, its type and shape."""
     if isinstance(value, jax.Array):
         return f"an array of {value.dtype}{list(value.shape)}"

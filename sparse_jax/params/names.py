@@ -3,8 +3,8 @@
 import difflib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TypeAlias, TypeVar
 
 import jax
 
@@ -12,6 +12,7 @@ from sparse_jax.errors import InputError
 
 __all__ = [
     "Rule",
+    "Tree",
     "first_match",
     "leaf_names",
     "map_named",
@@ -20,6 +21,9 @@ __all__ = [
 ]
 
 Rule = str | Sequence[str]
+Node = TypeVar("Node")
+# Nodes in the nesting of a tree of parameters, as `jax.tree.map` takes it.
+Tree: TypeAlias = Node | Iterable["Tree[Node]"] | Mapping[str, "Tree[Node]"]
 
 # The last part of a leaf's name, which no one means by a single letter.
 _KINDS = ("kernel", "bias", "scale", "embedding")
@@ -28,7 +32,7 @@ _KINDS = ("kernel", "bias", "scale", "embedding")
 _BOXES = (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata"))
 
 
-def leaf_names(tree: Any) -> Any:
+def leaf_names(tree: object) -> Tree[str]:
     """Returns a tree of the structure of `tree` whose leaves are their names.
 
     Example:
@@ -39,11 +43,11 @@ def leaf_names(tree: Any) -> Any:
 
 
 def map_named(
-    function: Callable[..., Any],
-    tree: Any,
-    *rest: Any,
-    is_leaf: Callable[[Any], bool] | None = None,
-) -> Any:
+    function: Callable[..., Node],
+    tree: object,
+    *rest: object,
+    is_leaf: Callable[[object], bool] | None = None,
+) -> Tree[Node]:
     """Maps `function(name, leaf, *rest_leaves)` over the leaves of a tree.
 
     The name of a leaf is the keys on its path joined by `/`. The `value` that Flax puts
@@ -57,7 +61,7 @@ def map_named(
       >>> map_named(lambda name, x: f"{name}={x}", {"a": 1, "b": 2})
       {'a': 'a=1', 'b': 'b=2'}
     """
-    names: dict[str, Any] = {}
+    names: dict[str, tuple[Hashable, ...]] = {}
     boxes, is_leaf = _boxes(), is_leaf or (lambda node: False)
     stops = lambda node: isinstance(node, boxes) or is_leaf(node)
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops):

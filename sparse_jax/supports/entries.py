@@ -12,7 +12,6 @@ the end, which read as zero and write nothing.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,8 @@ import numpy as np
 
 from sparse_jax.supports.layout import Layout, Shards
 from sparse_jax.supports.stacks import (
+    GetOptions,
+    SetOptions,
     get_in_layers,
     replicated,
     resharded,
@@ -31,13 +32,13 @@ __all__ = ["ENTRY", "Entries", "ShardedEntries"]
 
 # Distinct indices matter beyond speed: float32 scatters that may collide compile to a
 # compare-and-swap loop on GPU in jaxlib 0.10.2 (jax issue 38806).
-_DISTINCT: Any = {
+_DISTINCT: SetOptions = {
     "mode": "promise_in_bounds",
     "unique_indices": True,
     "indices_are_sorted": True,
 }
 # Positions past the end are distinct too, and in order.
-_IN_SHARDS: Any = {"unique_indices": True, "indices_are_sorted": True}
+_IN_SHARDS: SetOptions = {"unique_indices": True, "indices_are_sorted": True}
 # Rows end at a multiple of this, the width of a vector register of a TPU.
 _REGISTER = 128
 
@@ -162,7 +163,7 @@ class ShardedEntries(Layout):
     ) -> jax.Array:
         """Returns the entries of each shard, 0 where there are none."""
         stacked = support.ndim > self.ndim
-        options = {"mode": "fill", "fill_value": 0, **_IN_SHARDS}
+        options: GetOptions = {"mode": "fill", "fill_value": 0, **_IN_SHARDS}
 
         def gather(x: jax.Array, support: jax.Array, layers: jax.Array) -> jax.Array:
             if not stacked:
@@ -189,7 +190,7 @@ class ShardedEntries(Layout):
         ) -> jax.Array:
             stack, count = (x, len(support)) if stacked else (x[None], 1)
             rows, values = support.reshape(count, -1), packed.reshape(count, -1)
-            options = {"mode": "drop", **_IN_SHARDS}
+            options: SetOptions = {"mode": "drop", **_IN_SHARDS}
             return set_in_layers(stack, layers, rows, values, **options).reshape(
                 x.shape
             )

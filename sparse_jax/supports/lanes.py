@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.supports.lanes_tpu import GROUP, get_rows, has_kernel, set_rows
 from sparse_jax.supports.layout import Layout, Origin, Shards, support_size
 from sparse_jax.supports.stacks import (
+    SetOptions,
     get_in_layers,
     replicated,
     resharded,
@@ -30,7 +30,7 @@ from sparse_jax.supports.top_k import key_of
 
 __all__ = ["LANE", "Lanes"]
 
-_DISTINCT: Any = {"mode": "promise_in_bounds", "unique_indices": True}
+_DISTINCT: SetOptions = {"mode": "promise_in_bounds", "unique_indices": True}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ class Lanes(Layout):
             numbers = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
 
             # Two or three rounds a percent of density, each one pass without a sort.
-            def best(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
+            def best(
+                j: jax.Array, state: tuple[jax.Array, jax.Array]
+            ) -> tuple[jax.Array, jax.Array]:
                 keys, chosen = state
                 row = lax.argmax(keys, 1, jnp.int32)
                 keys = jnp.where(numbers == row[:, None], -1, keys)
@@ -227,7 +229,9 @@ def _set(
 ) -> jax.Array:
     """Returns a stack with entries of some layers replaced."""
 
-    def by_position(stack: jax.Array, layers: Any, rows: Any, values: Any) -> jax.Array:
+    def by_position(
+        stack: jax.Array, layers: jax.Array, rows: jax.Array, values: jax.Array
+    ) -> jax.Array:
         flat, lines = (x.reshape(len(rows), -1) for x in (_flat(rows), values))
         return set_in_layers(stack, layers, flat, lines, **_DISTINCT)
 

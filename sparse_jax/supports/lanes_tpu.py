@@ -5,13 +5,14 @@ every column stays in its lane: the rows of a group are told apart by comparing 
 registers. Numbers are moved as bits, in words of 32, so that they arrive exactly.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 __all__ = ["GROUP", "get_rows", "has_kernel", "set_rows"]
 
@@ -25,7 +26,7 @@ _DTYPES = (jnp.float32, jnp.bfloat16)
 _UPPER, _LOWER = -(1 << 16), (1 << 16) - 1  # halves of a word
 
 
-def has_kernel(dtype: Any, count: int) -> bool:
+def has_kernel(dtype: DTypeLike, count: int) -> bool:
     """Returns whether the kernels can reach `count` rows of a group of some dtype."""
     return dtype in _DTYPES and count <= _MOST_ROWS
 
@@ -46,11 +47,11 @@ def get_rows(
     Returns:
       The entries, in the shape of `rows` and the dtype of `stack`.
     """
-    grid, matrix, table, wide = _plan(stack, rows.shape)
+    plan = _plan(stack, rows.shape)
     words = pl.pallas_call(
         _get_block,
         out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.int32),
-        grid_spec=_specs(grid, [matrix, table], table, wide),
+        grid_spec=_specs(plan, [plan.matrix, plan.table], plan.table),
         interpret=interpret,
         name="get_rows",
     )(layers, stack, rows)
@@ -71,11 +72,11 @@ def set_rows(
       stack, layers, rows, interpret: as for `get_rows`; no layer is there twice.
       values: in the shape of `rows` and the dtype of `stack`.
     """
-    grid, matrix, table, wide = _plan(stack, rows.shape)
+    plan = _plan(stack, rows.shape)
     return pl.pallas_call(
         _set_block,
         out_shape=jax.ShapeDtypeStruct(stack.shape, stack.dtype),
-        grid_spec=_specs(grid, [matrix, table, table], matrix, wide),
+        grid_spec=_specs(plan, [plan.matrix, plan.table, plan.table], plan.matrix),
         # What no block visits, such as other layers, stays as it is.
         input_output_aliases={1: 0},
         interpret=interpret,
@@ -89,7 +90,7 @@ class _Plan(NamedTuple):
     grid: tuple[int, int, int]  # layers, blocks of groups, blocks of columns
     matrix: pl.BlockSpec
     table: pl.BlockSpec
-    wide: Any  # room for a table in words
+    wide: pl.MemoryRef  # room for a table in words
 
 
 def _plan(stack: jax.Array, tables: tuple[int, ...]) -> _Plan:
@@ -109,18 +110,22 @@ def _plan(stack: jax.Array, tables: tuple[int, ...]) -> _Plan:
     )
 
 
-def _specs(grid: Any, ins: list[pl.BlockSpec], out: pl.BlockSpec, wide: Any) -> Any:
+def _specs(
+    plan: _Plan, ins: list[pl.BlockSpec], out: pl.BlockSpec
+) -> pltpu.PrefetchScalarGridSpec:
     """Returns the specification of a call whose first argument numbers the layers."""
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
-        grid=grid,
+        grid=plan.grid,
         in_specs=ins,
         out_specs=out,
-        scratch_shapes=[wide],
+        scratch_shapes=[plan.wide],
     )
 
 
-def _get_block(layers: Any, x: Any, rows: Any, out: Any, wide: Any) -> None:
+def _get_block(
+    layers: jax.Ref, x: jax.Ref, rows: jax.Ref, out: jax.Ref, wide: jax.Ref
+) -> None:
     """Reads the entries of a block."""
     del layers
     # Single rows can be loaded of words only.
@@ -144,7 +149,12 @@ def _get_block(layers: Any, x: Any, rows: Any, out: Any, wide: Any) -> None:
 
 
 def _set_block(
-    layers: Any, x: Any, rows: Any, values: Any, out: Any, wide: Any
+    layers: jax.Ref,
+    x: jax.Ref,
+    rows: jax.Ref,
+    values: jax.Ref,
+    out: jax.Ref,
+    wide: jax.Ref,
 ) -> None:
     """Writes the entries of a block."""
     del layers
@@ -174,7 +184,7 @@ def _to_words(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32)
 
 
-def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
+def _from_words(words: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns the numbers that have these bits."""
     if dtype == jnp.float32:
         return lax.bitcast_convert_type(words, jnp.float32)

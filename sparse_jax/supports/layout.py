@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +178,9 @@ class Layout(ABC):
         if not stacked:
             return self._best(score(gradient, param, key), k, capacity)
 
-        def choose_layer(layer: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        def choose_layer(
+            layer: tuple[jax.Array, jax.Array, jax.Array],
+        ) -> tuple[jax.Array, jax.Array]:
             index, gradient, param = layer
             own = jax.random.fold_in(key, index)
             return self.choose(score, gradient, param, k, own, capacity=capacity)
@@ -267,7 +269,7 @@ class Layout(ABC):
         )
 
 
-def require_density(density: Any) -> Any:
+def require_density(density: object) -> float | Fraction:
     """Returns a density as a number of Python, if it is a fraction of entries.
 
     A number of NumPy or JAX becomes the shortest decimal that rounds to it, so that
@@ -286,7 +288,7 @@ def require_density(density: Any) -> Any:
             "`density` must be static, got a traced value. It fixes shapes: keep it "
             "out of `jit`, and in `static_args=('density',)` of `inject_hyperparams`."
         )
-    number: Any = _decimal(density)
+    number = _decimal(density)
     is_number = isinstance(number, int | float | Fraction)
     if not is_number or isinstance(number, bool) or not 0 < number <= 1:
         raise InputError(
@@ -296,7 +298,7 @@ def require_density(density: Any) -> Any:
     return number if isinstance(number, Fraction) else float(number)
 
 
-def _decimal(number: Any) -> Any:
+def _decimal(number: object) -> object:
     """Returns a scalar of NumPy or JAX as a number of Python; others pass through."""
     kinds = (jax.Array, np.ndarray, np.generic)
     if not isinstance(number, kinds) or np.ndim(number) > 0:

@@ -6,13 +6,13 @@ Only values of float64 leaves are float64.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from sparse_jax.supports.roles import DENSE, SPARSE, TRAINED, Role, map_roles
+from sparse_jax.supports.roles import DENSE, SPARSE, TRAINED, Role, Roles, map_roles
 
 __all__ = [
     "below_float32",
@@ -27,17 +27,17 @@ __all__ = [
 ]
 
 
-def below_float32(leaf: Any) -> bool:
+def below_float32(leaf: jax.Array) -> bool:
     """Returns whether a leaf is too coarse for small updates (bfloat16, float16)."""
     return jnp.dtype(leaf.dtype).itemsize < 4
 
 
-def value_dtype(leaf: Any) -> Any:
+def value_dtype(leaf: jax.Array) -> np.dtype:
     """Returns the dtype of the trained values of a leaf: float32, or its float64."""
     return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
-def pack(roles: Any, support: Any, tree: Any) -> Any:
+def pack(roles: Roles, support: optax.Params, tree: optax.Params) -> optax.Params:
     """Returns the trained values of a tree shaped like the parameters."""
 
     def pack_leaf(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
@@ -47,38 +47,46 @@ def pack(roles: Any, support: Any, tree: Any) -> Any:
     return map_roles(pack_leaf, roles, tree, support, only=TRAINED)
 
 
-def unpack(roles: Any, support: Any, like: Any, packed: Any) -> Any:
+def unpack(
+    roles: Roles, support: optax.Params, like: optax.Params, packed: optax.Params
+) -> optax.Params:
     """Returns packed values in the shapes and dtypes of `like`, zero elsewhere."""
 
-    def unpack_leaf(role: Role, leaf: Any, support: Any, values: Any) -> Any:
+    def unpack_leaf(
+        role: Role, leaf: jax.Array, support: jax.Array, values: jax.Array
+    ) -> jax.Array:
         if role.kind == DENSE:
             return values.astype(leaf.dtype)
         zeros = _zeros(leaf)
-        return (
-            role.layout.scatter(zeros, support, values)
-            if role.kind == SPARSE
-            else zeros
-        )
+        if role.kind == SPARSE:
+            return role.layout.scatter(zeros, support, values)
+        return zeros
 
     return map_roles(unpack_leaf, roles, like, support, packed)
 
 
-def keep_masters(roles: Any, packed: Any, params: Any) -> Any:
+def keep_masters(
+    roles: Roles, packed: optax.Params, params: optax.Params
+) -> optax.Params:
     """Returns the packed values of the leaves below float32, `MaskedNode()` elsewhere.
 
     A float32 leaf is its own master: a second copy would cost 4 bytes an entry.
     """
 
-    def keep(role: Role, values: Any, leaf: Any) -> Any:
-        return values if below_float32(leaf) else optax.MaskedNode()
-
+    keep = lambda role, values, leaf: (
+        values if below_float32(leaf) else optax.MaskedNode()
+    )
     return map_roles(keep, roles, packed, params, only=TRAINED)
 
 
-def current_values(roles: Any, support: Any, masters: Any, params: Any) -> Any:
+def current_values(
+    roles: Roles, support: optax.Params, masters: optax.Params, params: optax.Params
+) -> optax.Params:
     """Returns the packed values: masters where there are any, else the parameters."""
 
-    def current(role: Role, leaf: Any, support: Any, master: Any) -> Any:
+    def current(
+        role: Role, leaf: jax.Array, support: jax.Array, master: jax.Array
+    ) -> jax.Array:
         if below_float32(leaf):
             return master
         return role.layout.gather(leaf, support) if role.kind == SPARSE else leaf
@@ -87,32 +95,39 @@ def current_values(roles: Any, support: Any, masters: Any, params: Any) -> Any:
 
 
 def route(
-    roles: Any, params: Any, tap_leaf: Callable[..., Any], *trees: Any
-) -> tuple[Any, tuple]:
+    roles: Roles,
+    params: optax.Params,
+    tap_leaf: Callable[..., jax.Array],
+    *trees: object,
+) -> tuple[optax.Params, tuple[optax.Params, ...]]:
     """Puts dense values and taps into the parameters, and splits off the stack's.
 
     Returns the parameters for the forward pass and, for every tree, its sparse
     leaves that are stacked: these are tapped inside the stack, one layer at a time.
     """
 
-    def place(role: Role, leaf: jax.Array, *values: Any) -> jax.Array:
+    def place(
+        role: Role, leaf: jax.Array, *values: jax.Array | optax.MaskedNode
+    ) -> jax.Array:
         if role.kind == DENSE and not isinstance(values[0], optax.MaskedNode):
             return values[0].astype(leaf.dtype)
         if role.kind == SPARSE and not role.stacked:
             return tap_leaf(role, leaf, *values)
         return leaf
 
-    def inside(role: Role, value: Any) -> Any:
-        return value if role.stacked else optax.MaskedNode()
-
+    inside = lambda role, value: value if role.stacked else optax.MaskedNode()
     placed = map_roles(place, roles, params, *trees)
     return placed, tuple(map_roles(inside, roles, t, only=(SPARSE,)) for t in trees)
 
 
-def write_back(roles: Any, params: Any, support: Any, leaves: Any) -> Any:
+def write_back(
+    roles: Roles, params: optax.Params, support: optax.Params, leaves: optax.Params
+) -> optax.Params:
     """Writes the trained values into the parameters, in place if these are donated."""
 
-    def write(role: Role, leaf: jax.Array, support: Any, values: Any) -> jax.Array:
+    def write(
+        role: Role, leaf: jax.Array, support: jax.Array, values: jax.Array
+    ) -> jax.Array:
         if role.kind == SPARSE:
             return role.layout.scatter(leaf, support, values)
         return values.astype(leaf.dtype) if role.kind in TRAINED else leaf
@@ -120,11 +135,11 @@ def write_back(roles: Any, params: Any, support: Any, leaves: Any) -> Any:
     return map_roles(write, roles, params, support, leaves)
 
 
-def zeros_like(tree: Any) -> Any:
+def zeros_like(tree: optax.Updates) -> optax.Updates:
     """Returns zeros in the shapes and dtypes of a tree of gradients."""
     return jax.tree.map(_zeros, tree)
 
 
-def _zeros(leaf: Any) -> Any:
+def _zeros(leaf: jax.Array) -> jax.Array:
     """Returns zeros like a leaf; a gradient of integers (float0) is zero already."""
     return leaf if leaf.dtype == jax.dtypes.float0 else jnp.zeros_like(leaf)

@@ -3,18 +3,37 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparse_jax.errors import InputError
-from sparse_jax.params.names import Rule, first_match, map_named, require_match
+from sparse_jax.params.names import (
+    Node,
+    Rule,
+    Tree,
+    first_match,
+    map_named,
+    patterns,
+    require_match,
+)
 from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.layout import Layout
 
-__all__ = ["DENSE", "FROZEN", "SPARSE", "TRAINED", "Role", "map_roles", "roles_of"]
+__all__ = [
+    "DENSE",
+    "FROZEN",
+    "SPARSE",
+    "TRAINED",
+    "Role",
+    "Roles",
+    "is_role",
+    "map_roles",
+    "roles_of",
+]
 
 SPARSE, DENSE, FROZEN = "sparse", "dense", "frozen"
 TRAINED = (SPARSE, DENSE)
@@ -37,14 +56,17 @@ class Role(NamedTuple):
         return (shape[0], k) if self.stacked else (k,)
 
 
+Roles: TypeAlias = Tree[Role]
+
+
 def roles_of(
-    tree: Any,
+    tree: optax.Params,
     *,
     where: Rule | None = None,
     dense: Rule | None = None,
     stacked: Rule | None = None,
     layout: Layout = ENTRY,
-) -> Any:
+) -> Roles:
     """Returns the role of every leaf, by ordered rules over leaf names.
 
     `dense` comes first, then `where` (everything, if it is None), then frozen; leaves
@@ -60,7 +82,7 @@ def roles_of(
       ...              is_leaf=lambda node: isinstance(node, Role))
       {'classifier': 'dense', 'query': 'sparse'}
     """
-    kinds: dict[str, Any] = {}
+    kinds: dict[str, np.dtype] = {}
     map_named(lambda name, leaf: kinds.update({name: _dtype(name, leaf)}), tree)
     names = list(kinds)
     # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
@@ -72,7 +94,7 @@ def roles_of(
         _require_floats("dense", dense, kinds)
     rules = {DENSE: dense, SPARSE: ".*" if where is None else where}
 
-    def role(name: str, leaf: Any) -> Role:
+    def role(name: str, leaf: jax.Array) -> Role:
         kind = first_match(rules, name, FROZEN)
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.size == 0:
             kind = FROZEN
@@ -97,7 +119,7 @@ def roles_of(
     return map_named(role, tree)
 
 
-def _dtype(name: str, leaf: Any) -> Any:
+def _dtype(name: str, leaf: jax.Array) -> np.dtype:
     """Returns the dtype of a leaf, or raises if it is no array."""
     if not hasattr(leaf, "dtype"):
         raise InputError(
@@ -106,9 +128,11 @@ def _dtype(name: str, leaf: Any) -> Any:
     return leaf.dtype
 
 
-def _require_floats(argument: str, rule: Rule | None, dtypes: dict[str, Any]) -> None:
+def _require_floats(
+    argument: str, rule: Rule | None, dtypes: dict[str, np.dtype]
+) -> None:
     """Raises if all that an expression matches holds something else than reals."""
-    for pattern in (rule,) if isinstance(rule, str) else rule or ():
+    for pattern in patterns(rule):
         found = [dtype for name, dtype in dtypes.items() if re.search(pattern, name)]
         if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in found):
             raise InputError(
@@ -117,12 +141,17 @@ def _require_floats(argument: str, rule: Rule | None, dtypes: dict[str, Any]) ->
             )
 
 
+def is_role(node: object) -> bool:
+    """Returns whether a node of a tree is a role."""
+    return isinstance(node, Role)
+
+
 def map_roles(
-    function: Callable[..., Any],
-    roles: Any,
-    *trees: Any,
+    function: Callable[..., Node],
+    roles: Roles,
+    *trees: object,
     only: Sequence[str] = (SPARSE, DENSE, FROZEN),
-) -> Any:
+) -> Tree[Node]:
     """Maps `function(role, *leaves)` over trees that have a node for every role.
 
     Leaves of a kind that is not in `only` become `optax.MaskedNode()`, and may be
@@ -130,8 +159,7 @@ def map_roles(
     the parameters.
     """
 
-    def masked(role: Role, *leaves: Any) -> Any:
+    def masked(role: Role, *leaves: object) -> Node | optax.MaskedNode:
         return function(role, *leaves) if role.kind in only else optax.MaskedNode()
 
-    is_role = lambda node: isinstance(node, Role)
     return jax.tree.map(masked, roles, *trees, is_leaf=is_role)

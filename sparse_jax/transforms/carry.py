@@ -1,32 +1,40 @@
 """Carrying optimizer state from one support to the next."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sparse_jax.params.names import Tree
 from sparse_jax.supports.layout import Origin
-from sparse_jax.supports.roles import DENSE, TRAINED, Role, map_roles
+from sparse_jax.supports.roles import DENSE, TRAINED, Role, Roles, map_roles
 
 __all__ = ["carry_state", "carry_values"]
 
 
+@dataclass(frozen=True)
 class _Moving:
     """A leaf of the state with the origin of its entries; itself a leaf of a tree."""
 
-    def __init__(self, leaf: Any, origin: Origin | None):
-        self.leaf = leaf
-        self.origin = origin
+    leaf: jax.Array
+    origin: Origin | None
+
+
+@dataclass(frozen=True)
+class _Box:
+    """The origin of the entries of a trained leaf, None if it is dense; a leaf too."""
+
+    origin: Origin | None
 
 
 def carry_state(
     inner: optax.GradientTransformation,
-    roles: Any,
+    roles: Roles,
     state: optax.OptState,
     fresh: optax.OptState,
-    old_support: Any,
-    new_support: Any,
+    old_support: optax.Params,
+    new_support: optax.Params,
 ) -> optax.OptState:
     """Returns the state of `inner` for a new support.
 
@@ -41,7 +49,6 @@ def carry_state(
       old_support: positions or rows of groups, per sparse leaf.
       new_support: the same for the new support.
     """
-
     origins = _origins(roles, old_support, new_support)
     moving = optax.tree.map_params(
         inner, lambda leaf, box: _Moving(leaf, box.origin), state, origins
@@ -50,15 +57,21 @@ def carry_state(
 
 
 def carry_values(
-    roles: Any, values: Any, fresh: Any, old_support: Any, new_support: Any
-) -> Any:
+    roles: Roles,
+    values: optax.Params,
+    fresh: optax.Params,
+    old_support: optax.Params,
+    new_support: optax.Params,
+) -> optax.Params:
     """Returns packed values for a new support: kept where it can be, else `fresh`.
 
     Leaves of `values` that are `optax.MaskedNode()` take those of `fresh`.
     """
     origins = _origins(roles, old_support, new_support)
 
-    def carry(role: Role, value: Any, fresh: Any, box: Any) -> Any:
+    def carry(
+        role: Role, value: jax.Array | optax.MaskedNode, fresh: jax.Array, box: _Box
+    ) -> jax.Array:
         if isinstance(value, optax.MaskedNode):
             return fresh
         return _carry(_Moving(value, box.origin), fresh)
@@ -66,18 +79,18 @@ def carry_values(
     return map_roles(carry, roles, values, fresh, origins, only=TRAINED)
 
 
-def _origins(roles: Any, old_support: Any, new_support: Any) -> Any:
-    """Returns a tree of boxed origins, one for each trained leaf."""
+def _origins(
+    roles: Roles, old_support: optax.Params, new_support: optax.Params
+) -> Tree[_Box]:
+    """Returns the origins of the entries of every trained leaf."""
 
-    def origin(role: Role, old: Any, new: Any) -> _Moving:
-        return _Moving(
-            None, None if role.kind == DENSE else role.layout.origins(old, new)
-        )
+    def origin(role: Role, old: jax.Array, new: jax.Array) -> _Box:
+        return _Box(None if role.kind == DENSE else role.layout.origins(old, new))
 
     return map_roles(origin, roles, old_support, new_support, only=TRAINED)
 
 
-def _carry(leaf: Any, fresh: Any) -> Any:
+def _carry(leaf: jax.Array | _Moving, fresh: jax.Array) -> jax.Array:
     """Returns one leaf of the new state."""
     if not isinstance(leaf, _Moving):
         return leaf

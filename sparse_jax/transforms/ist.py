@@ -1,7 +1,7 @@
 """IST: update a few layers at a time, as an Optax transformation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 
 from sparse_jax.errors import InputError
 from sparse_jax.params.arguments import require_key, require_transformation
-from sparse_jax.params.names import Rule
+from sparse_jax.params.names import Rule, Tree
 from sparse_jax.samplers.importance import Importance
 from sparse_jax.samplers.registry import make_sampler
 from sparse_jax.samplers.sampler import (
@@ -40,6 +40,10 @@ from sparse_jax.transforms.layers import (
 )
 
 __all__ = ["IstState", "ist", "ist_value_fn"]
+
+
+Params = TypeVar("Params")
+Rest = ParamSpec("Rest")  # what a loss takes beside the parameters
 
 
 class IstState(NamedTuple):
@@ -166,7 +170,7 @@ def ist(
         params: optax.Params | None = None,
         *,
         value_fn: ValueFn | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, IstState]:
         places = places_of(updates, layer_of, num_layers, always_on)
         before = is_active(rule, state.sampler.active)
@@ -186,15 +190,13 @@ def ist(
             grads, values = split(STACKED)
             if not jax.tree.leaves(grads):
                 return grads, state.stacked
-            rows = [
-                take_rows(tree, chosen.active)
-                for tree in (grads, state.stacked, values)
-            ]
+            take = lambda tree: take_rows(tree, chosen.active)
+            row_grads, rows, values = take(grads), take(state.stacked), take(values)
             if restart:
-                values = rows[0] if params is None else rows[2]
-                fresh = init_rows(tx, values, num_active)
-                rows[1] = restart_rows(is_new[chosen.active], fresh, rows[1])
-            steps, after = update_rows(tx, *rows, **extra_args)
+                start = row_grads if values is None else values
+                fresh = init_rows(tx, start, num_active)
+                rows = restart_rows(is_new[chosen.active], fresh, rows)
+            steps, after = update_rows(tx, row_grads, rows, values, **extra_args)
             zeros = jax.tree.map(
                 lambda leaf, step: jnp.zeros_like(leaf, step.dtype), grads, steps
             )
@@ -231,12 +233,12 @@ def ist(
 
 
 def ist_value_fn(
-    loss: Callable[..., jax.Array],
-    start: optax.Params,
+    loss: Callable[Concatenate[Params, Rest], jax.Array],
+    start: Params,
     *,
     layer_of: LayerOf,
     always_on: Rule | None = None,
-) -> Callable[..., ValueFn]:
+) -> Callable[Concatenate[Params, Rest], ValueFn]:
     """Returns what makes the `value_fn` of `ist` from a loss.
 
         value_fn(strength) = loss(start_l + strength_l * (params_l - start_l), ...)
@@ -261,7 +263,7 @@ def ist_value_fn(
       Array(36., dtype=float32)
     """
 
-    def at(params: optax.Params, *args: Any, **kwargs: Any) -> ValueFn:
+    def at(params: Params, *args: Rest.args, **kwargs: Rest.kwargs) -> ValueFn:
         def value_fn(strength: jax.Array) -> jax.Array:
             places = places_of(params, layer_of, strength.shape[0], always_on)
 
@@ -316,7 +318,7 @@ def _joined(updates: optax.Updates, steps: list[optax.Updates]) -> optax.Updates
 
 
 def _norms(
-    rule: Sampler, updates: optax.Updates, places: Any, active: jax.Array
+    rule: Sampler, updates: optax.Updates, places: Tree[Place], active: jax.Array
 ) -> jax.Array:
     """Returns the norms of the gradients of the active layers, if the rule asks."""
     squares = jnp.zeros(rule.num_layers, jnp.float32)

@@ -1,6 +1,7 @@
 """Rows: optimizer state with one row for each layer, of which some are updated."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import optax
 from jax import lax
 
 __all__ = ["init_rows", "put_rows", "restart_rows", "take_rows", "update_rows", "where"]
+
+Rows = TypeVar("Rows")
+_OnLeaf = Callable[[jax.Array, jax.Array], jax.Array]
 
 # What counts the updates of the model rather than of a layer: a learning rate falls
 # for all layers alike, as under a scheduler of PyTorch, while Adam's bias correction
@@ -18,15 +22,9 @@ _INJECTED = (
     optax.schedules.InjectStatefulHyperparamsState,
 )
 
-_IN_ORDER: Any = {
-    "indices_are_sorted": True,
-    "unique_indices": True,
-    "mode": "promise_in_bounds",
-}
-
 
 def init_rows(
-    tx: optax.GradientTransformation, stacked: Any, num_rows: int
+    tx: optax.GradientTransformation, stacked: optax.Params, num_rows: int
 ) -> optax.OptState:
     """Returns the state of every layer, from leaves of shape (num_rows, ...)."""
     # The number is needed for a tree without leaves, such as the placeholder of
@@ -36,20 +34,18 @@ def init_rows(
 
 def update_rows(
     tx: optax.GradientTransformationExtraArgs,
-    updates: Any,
+    updates: optax.Updates,
     state: optax.OptState,
-    params: Any,
-    **extra_args: Any,
-) -> tuple[Any, optax.OptState]:
+    params: optax.Params | None,
+    **extra_args: object,
+) -> tuple[optax.Updates, optax.OptState]:
     """Updates every row on its own: `tx` sees one layer at a time."""
 
-    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        return tx.update(updates, state, params, **extra_args)
-
+    update = lambda *row: tx.update(*row, **extra_args)
     return jax.vmap(update)(updates, state, params)
 
 
-def take_rows(tree: Any, active: jax.Array) -> Any:
+def take_rows(tree: Rows, active: jax.Array) -> Rows:
     """Returns the rows of the active layers.
 
     Example:
@@ -68,8 +64,8 @@ def take_rows(tree: Any, active: jax.Array) -> Any:
 
 
 def put_rows(
-    tree: Any, rows: Any, active: jax.Array, ready: jax.Array | None = None
-) -> Any:
+    tree: Rows, rows: Rows, active: jax.Array, ready: jax.Array | None = None
+) -> Rows:
     """Returns a tree, such as a state, with the rows of the active layers replaced.
 
     The counts of schedules are replaced in all rows. Unless `ready`, nothing is.
@@ -80,13 +76,18 @@ def put_rows(
     """
 
     def put(leaf: jax.Array, rows: jax.Array) -> jax.Array:
-        place, options = active, _IN_ORDER
+        place, mode = active, "promise_in_bounds"
         if ready is not None:
             # Rows past the end are not written.
             past = leaf.shape[0] + jnp.arange(active.size, dtype=active.dtype)
-            place = jnp.where(ready, active, past)
-            options = {**_IN_ORDER, "mode": "drop"}
-        return leaf.at[place].set(rows, **options, out_sharding=_sharding(leaf))
+            place, mode = jnp.where(ready, active, past), "drop"
+        return leaf.at[place].set(
+            rows,
+            mode=mode,
+            unique_indices=True,
+            indices_are_sorted=True,
+            out_sharding=_sharding(leaf),
+        )
 
     def spread(leaf: jax.Array, rows: jax.Array) -> jax.Array:
         new = jnp.broadcast_to(rows[:1], leaf.shape)
@@ -95,13 +96,13 @@ def put_rows(
     return _map(put, spread, tree, rows)
 
 
-def where(is_on: jax.Array, new: Any, old: Any) -> Any:
+def where(is_on: jax.Array, new: Rows, old: Rows) -> Rows:
     """Returns the new state if a layer is on, else the old with schedules advanced."""
     pick = lambda old, new: jnp.where(is_on, new, old)
     return _map(pick, lambda old, new: new, old, new)
 
 
-def restart_rows(is_new: jax.Array, fresh: Any, state: Any) -> Any:
+def restart_rows(is_new: jax.Array, fresh: Rows, state: Rows) -> Rows:
     """Returns a state whose rows are fresh where `is_new`, schedules excepted."""
 
     def pick(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -110,7 +111,7 @@ def restart_rows(is_new: jax.Array, fresh: Any, state: Any) -> Any:
     return _map(pick, lambda old, new: old, state, fresh)
 
 
-def _sharding(leaf: jax.Array) -> Any:
+def _sharding(leaf: jax.Array) -> jax.NamedSharding | None:
     """Returns the sharding of rows over explicit mesh axes, None for others."""
     sharding = jax.typeof(leaf).sharding
     if not any(sharding.spec):
@@ -118,7 +119,7 @@ def _sharding(leaf: jax.Array) -> Any:
     return sharding.update(spec=jax.P(None, *sharding.spec[1:]))
 
 
-def _map(function: Any, shared: Any, tree: Any, other: Any) -> Any:
+def _map(function: _OnLeaf, shared: _OnLeaf, tree: Rows, other: Rows) -> Rows:
     """Maps one function over what belongs to a layer, and one over schedules."""
 
     def visit(node: Any, other: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -10,9 +10,11 @@ import optax
 from sparse_jax.errors import InputError
 from sparse_jax.params.names import (
     Rule,
+    Tree,
     first_match,
     leaf_names,
     map_named,
+    patterns,
     require_match,
 )
 
@@ -46,8 +48,8 @@ _STACK = Place(STACKED, -1)
 
 
 def places_of(
-    tree: Any, layer_of: LayerOf, num_layers: int, always_on: Rule | None = None
-) -> Any:
+    tree: object, layer_of: LayerOf, num_layers: int, always_on: Rule | None = None
+) -> Tree[Place]:
     """Returns the place of every leaf.
 
     Leaves that `always_on` matches are updated always and come first. Leaves outside
@@ -71,7 +73,7 @@ def places_of(
             require_match("layer_of", layer_of, names)
     found: set[int] = set()
 
-    def place(name: str, leaf: Any) -> Place:
+    def place(name: str, leaf: jax.Array) -> Place:
         if first_match({"on": always_on}, name, "") == "on":
             return Place(OUTSIDE, -1)
         inside = _inside(layer_of, name)
@@ -96,7 +98,9 @@ def places_of(
     return places
 
 
-def places_only(tree: Any, places: Any, kind: str, layer: int = -1) -> Any:
+def places_only(
+    tree: optax.Params, places: Tree[Place], kind: str, layer: int = -1
+) -> optax.Params:
     """Returns the leaves of one place; others become `optax.MaskedNode()`."""
     pick = lambda place, leaf: leaf if place == (kind, layer) else optax.MaskedNode()
     return jax.tree.map(pick, places, tree, is_leaf=is_place)
@@ -107,7 +111,7 @@ def _inside(layer_of: LayerOf, name: str) -> Place | None:
     if callable(layer_of):
         number = layer_of(name)
         return None if number is None else Place(LAYER, number)
-    for pattern in (layer_of,) if isinstance(layer_of, str) else layer_of:
+    for pattern in patterns(layer_of):
         if match := re.search(pattern, name):
             return Place(LAYER, _number(name, match[1])) if match.re.groups else _STACK
     return None
@@ -132,7 +136,7 @@ def _require_number(name: str, layer: int, num_layers: int) -> None:
         )
 
 
-def _require_stack(name: str, leaf: Any, num_layers: int) -> None:
+def _require_stack(name: str, leaf: jax.Array, num_layers: int) -> None:
     """Raises unless the first axis of a leaf counts the layers."""
     if not leaf.shape or leaf.shape[0] != num_layers:
         raise InputError(
@@ -142,6 +146,6 @@ def _require_stack(name: str, leaf: Any, num_layers: int) -> None:
         )
 
 
-def is_place(node: Any) -> bool:
+def is_place(node: object) -> bool:
     """Returns whether a node of a tree is a place."""
     return isinstance(node, Place)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -28,7 +29,15 @@ from sparse_jax.supports.packing import (
     value_dtype,
     zeros_like,
 )
-from sparse_jax.supports.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
+from sparse_jax.supports.roles import (
+    DENSE,
+    SPARSE,
+    TRAINED,
+    Role,
+    Roles,
+    map_roles,
+    roles_of,
+)
 from sparse_jax.supports.scores import SCORES, Score, leaf_key, score_named
 from sparse_jax.transforms.carry import carry_state, carry_values
 from sparse_jax.transforms.torch_sift import torch_sift
@@ -48,7 +57,7 @@ class SiftState(NamedTuple):
 
     count: jax.typing.ArrayLike  # shape=(), int32: gradients accepted
     skipped: jax.typing.ArrayLike  # shape=(), int32: non-finite gradients skipped
-    support: Any  # sparse leaves: shape=(k,) or (L, k), int32; see `Layout`
+    support: optax.Params  # sparse leaves: shape=(k,) or (L, k), int32; see `Layout`
     masters: optax.Updates  # trained leaves below float32: their float32 values
     summed: optax.Updates  # sparse leaves if select_from > 1: float32 gradients
     inner_state: optax.OptState
@@ -56,7 +65,7 @@ class SiftState(NamedTuple):
 
 def sift(
     inner: optax.GradientTransformation | None = None,
-    density: float = 0.01,
+    density: float | Fraction = 0.01,
     *,
     where: Rule | None = None,
     dense: Rule | None = None,
@@ -169,11 +178,15 @@ def sift(
     # Only a score that draws looks at the key.
     base_key = jax.random.key(0) if key is None else key
 
-    def masters_of(roles: Any, values: Any, params: Any) -> Any:
+    def masters_of(
+        roles: Roles, values: optax.Params, params: optax.Params
+    ) -> optax.Params:
         kept = keep_masters(roles, values, params)
         return kept if has_masters else map_roles(lambda role: role, roles, only=())
 
-    def select(roles: Any, source: Any, params: Any, key: jax.Array) -> Any:
+    def select(
+        roles: Roles, source: optax.Updates, params: optax.Params, key: jax.Array
+    ) -> optax.Params:
         def choose(role: Role, gradient: jax.Array, param: jax.Array) -> jax.Array:
             k, draw = layout.size(density, role.size), leaf_key(key, role.name)
             args = (rank, gradient, param, k, draw)
@@ -181,23 +194,23 @@ def sift(
 
         return map_roles(choose, roles, source, params, only=(SPARSE,))
 
-    def roles_in(tree: Any) -> Any:
+    def roles_in(tree: optax.Params) -> Roles:
         rules = {"where": where, "dense": dense, "stacked": stacked}
         return roles_of(tree, **rules, layout=layout)
 
     def init_fn(params: optax.Params) -> SiftState:
         roles = roles_in(params)
 
-        def empty(role: Role, leaf: Any) -> jax.Array:
+        def empty(role: Role, leaf: jax.Array) -> jax.Array:
             k = layout.size(density, role.size)
             return layout.empty(leaf.shape, k, stacked=role.stacked)
 
-        def packed(role: Role, leaf: Any, support: Any) -> jax.Array:
+        def packed(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
             if role.kind == DENSE:
                 return jnp.zeros_like(leaf, value_dtype(leaf))
             return jnp.zeros(support.shape, value_dtype(leaf))
 
-        def sums(role: Role, leaf: Any) -> Any:
+        def sums(role: Role, leaf: jax.Array) -> jax.Array | optax.MaskedNode:
             if select_from == 1:
                 return optax.MaskedNode()
             return jnp.zeros_like(leaf, value_dtype(leaf))
@@ -224,7 +237,7 @@ def sift(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, SiftState]:
         if params is None:
             if has_masters or rank.needs_param:
@@ -265,7 +278,9 @@ def sift(
                 inner_state=inner_state,
             )
 
-        def carry(support: Any, fresh: Any) -> Any:
+        def carry(
+            support: optax.Params, fresh: tuple[optax.Params, optax.OptState]
+        ) -> tuple[optax.Params, optax.OptState]:
             values, inner_state = fresh
             supports = (state.support, support)
             if has_masters:
@@ -301,7 +316,12 @@ def sift(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _looks_at_shapes(tx: Any, roles: Any, params: Any, values: Any) -> bool:
+def _looks_at_shapes(
+    tx: optax.GradientTransformation,
+    roles: Roles,
+    params: optax.Params,
+    values: optax.Params,
+) -> bool:
     """Returns whether the state of packed matrices is other than packed state."""
     shape_of = lambda tree: map_roles(
         lambda role, value, leaf: (
@@ -312,10 +332,10 @@ def _looks_at_shapes(tx: Any, roles: Any, params: Any, values: Any) -> bool:
         roles, tree, params, only=TRAINED,
     )  # fmt: skip
 
-    def state_of(tree: Any) -> Any:
+    def state_of(tree: object) -> tuple[object, list[tuple[int, ...]]]:
         shapes = [leaf.shape for leaf in jax.tree.leaves(tree)]
 
-        def owner(leaf: Any) -> Any:
+        def owner(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
             ends = (shape for shape in shapes if leaf.shape[-len(shape) :] == shape)
             return next((leaf.shape[: -len(end)] for end in ends), leaf.shape + (0,))
 
@@ -370,14 +390,16 @@ def _schedule(
     return (left >= 0) & (left < select_from), left == 0
 
 
-def _finite(roles: Any, updates: optax.Updates) -> jax.Array:
+def _finite(roles: Roles, updates: optax.Updates) -> jax.Array:
     """Returns whether every trained leaf is finite."""
     finite = lambda role, leaf: jnp.all(jnp.isfinite(leaf))
     checks = jax.tree.leaves(map_roles(finite, roles, updates, only=TRAINED))
     return jnp.all(jnp.stack(checks)) if checks else jnp.array(True)
 
 
-def _sum(roles: Any, summed: Any, updates: optax.Updates, collecting: Any) -> Any:
+def _sum(
+    roles: Roles, summed: optax.Updates, updates: optax.Updates, collecting: jax.Array
+) -> optax.Updates:
     """Adds this gradient to the sums while a selection is being prepared."""
     if not jax.tree.leaves(summed):
         return summed
@@ -386,11 +408,23 @@ def _sum(roles: Any, summed: Any, updates: optax.Updates, collecting: Any) -> An
     return lax.cond(collecting, added, lambda: summed)
 
 
-def _rounded_step(roles: Any, support: Any, step: Any, values: Any, params: Any) -> Any:
+def _rounded_step(
+    roles: Roles,
+    support: optax.Params,
+    step: optax.Updates,
+    values: optax.Params,
+    params: optax.Params,
+) -> optax.Updates:
     """Returns the step that takes a coarse parameter to its rounded master."""
     before = pack(roles, support, params)
 
-    def rounded(role: Role, step: Any, value: Any, before: Any, leaf: Any) -> Any:
+    def rounded(
+        role: Role,
+        step: jax.Array,
+        value: jax.Array,
+        before: jax.Array,
+        leaf: jax.Array,
+    ) -> jax.Array:
         if not below_float32(leaf):
             return step
         return value.astype(leaf.dtype).astype(jnp.float32) - before

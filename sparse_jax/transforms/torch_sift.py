@@ -1,17 +1,28 @@
 """The released PyTorch SIFT, update by update, delays and all."""
 
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import DTypeLike
 
 from sparse_jax.params.arguments import require_one_device_view
-from sparse_jax.params.names import Rule
+from sparse_jax.params.names import Rule, Tree
 from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.packing import unpack
-from sparse_jax.supports.roles import DENSE, SPARSE, TRAINED, Role, map_roles, roles_of
+from sparse_jax.supports.roles import (
+    DENSE,
+    SPARSE,
+    TRAINED,
+    Role,
+    Roles,
+    is_role,
+    map_roles,
+    roles_of,
+)
 from sparse_jax.supports.scores import SCORES
 
 __all__ = ["TorchSiftState", "torch_sift"]
@@ -30,7 +41,7 @@ class TorchSiftState(NamedTuple):
 
 def torch_sift(
     inner: optax.GradientTransformation,
-    density: float,
+    density: float | Fraction,
     *,
     where: Rule | None = None,
     dense: Rule | None = None,
@@ -64,9 +75,9 @@ def torch_sift(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def roles_and_late(tree: Any) -> tuple[Any, Any]:
+    def roles_and_late(tree: optax.Params) -> tuple[Roles, Tree[bool]]:
         roles = roles_of(tree, where=where, dense=dense, stacked=stacked)
-        flags = jax.tree.leaves(roles, is_leaf=_is_role)
+        flags = jax.tree.leaves(roles, is_leaf=is_role)
         sparse = [role.name for role in flags if role.kind == SPARSE]
         late = sparse[0] if sparse else None
         return roles, map_roles(lambda role: role.name == late, roles)
@@ -74,7 +85,9 @@ def torch_sift(
     def init_fn(params: optax.Params) -> TorchSiftState:
         roles, late = roles_and_late(params)
 
-        def packed(role: Role, leaf: Any, dtype: Any = None) -> jax.Array:
+        def packed(
+            role: Role, leaf: jax.Array, dtype: DTypeLike | None = None
+        ) -> jax.Array:
             if role.kind == DENSE:
                 return jnp.zeros_like(leaf)
             k = _original_size(density, role.size)
@@ -96,7 +109,7 @@ def torch_sift(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, TorchSiftState]:
         require_one_device_view("updates", updates)
         roles, late = roles_and_late(updates)
@@ -105,12 +118,12 @@ def torch_sift(
             count == 0, lambda: _select(roles, updates, density), lambda: state.support
         )
 
-        def read(role: Role, leaf: Any, support: Any) -> Any:
+        def read(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
             return ENTRY.gather(leaf, support) if role.kind == SPARSE else leaf
 
         # The original's parameter is the increment, which is zero when the optimizer
         # looks at it: this is why its weight decay does nothing.
-        def value(role: Role, update: Any, param: Any) -> Any:
+        def value(role: Role, update: jax.Array, param: jax.Array) -> jax.Array:
             return jnp.zeros_like(update) if role.kind == SPARSE else param
 
         grads = map_roles(read, roles, updates, support, only=TRAINED)
@@ -127,7 +140,7 @@ def torch_sift(
             _drop(late, used), state.inner_state, _drop(late, values), **extra_args
         )
 
-        def step_late() -> tuple[Any, Any]:
+        def step_late() -> tuple[optax.Updates, optax.OptState]:
             return inner.update(
                 state.held, state.late_state, _keep(late, values), **extra_args
             )
@@ -161,31 +174,28 @@ def torch_sift(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _is_role(node: Any) -> bool:
-    """Tells a role from a node of the tree."""
-    return isinstance(node, Role)
-
-
-def _original_size(density: float, size: int) -> int:
+def _original_size(density: float | Fraction, size: int) -> int:
     """Returns the original's number of entries, one above what its rate says."""
     return min(int(density * size) + 1, size)
 
 
-def _keep(late: Any, tree: Any) -> Any:
+def _keep(late: Tree[bool], tree: optax.Params) -> optax.Params:
     """Masks all leaves but the late one."""
     return jax.tree.map(
         lambda is_late, leaf: leaf if is_late else optax.MaskedNode(), late, tree
     )
 
 
-def _drop(late: Any, tree: Any) -> Any:
+def _drop(late: Tree[bool], tree: optax.Params) -> optax.Params:
     """Masks the late leaf."""
     return jax.tree.map(
         lambda is_late, leaf: optax.MaskedNode() if is_late else leaf, late, tree
     )
 
 
-def _select(roles: Any, updates: optax.Updates, density: float) -> Any:
+def _select(
+    roles: Roles, updates: optax.Updates, density: float | Fraction
+) -> optax.Params:
     """Returns the support of every sparse leaf."""
 
     def select_leaf(role: Role, leaf: jax.Array) -> jax.Array:
