@@ -10,7 +10,7 @@ from sparse_jax.methods.ia3 import IA3
 from sparse_jax.methods.lora import DoRA, LoRA
 from sparse_jax.methods.prefix import Prefix
 from sparse_jax.models.attachment import MEMORY, Memory
-from sparse_jax.models.attend import attend, no_memory, remember
+from sparse_jax.models.attend import attend, remember
 
 
 def attend_to(q, seen, rate=0.0, key=None):
@@ -176,7 +176,7 @@ def test_a_prefix_joins_the_attention():
     q = jnp.array([[[[2**0.5 * np.log(3.0), 0.0]]]])
 
     def mixed(strength):
-        ask = (MEMORY, no_memory, x, added, strength)
+        ask = (MEMORY, lambda x: None, x, added, strength)
         seen = remember(Prefix(length=1).response(*ask), k, v, mask)
         return attend_to(q, seen)[0, 0, 0]
 

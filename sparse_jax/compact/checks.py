@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import optax
 
 from sparse_jax.errors import InputError
-from sparse_jax.models.attachment import Attachment, LayerValues, Module
+from sparse_jax.models.attachment import Arrays, Attachment, LayerValues, Module
 from sparse_jax.params.names import map_named
 
 __all__ = [
@@ -22,12 +21,12 @@ __all__ = [
 ]
 
 # (params, batch, key, attachment) -> (sum of the losses, number they are averaged by)
-Loss = Callable[[Any, Any, Any, Attachment], tuple[jax.Array, jax.typing.ArrayLike]]
+Loss = Callable[..., tuple[jax.Array, jax.typing.ArrayLike]]
 
 _SIGNATURE = "(params, batch, key, attachment) -> (total, weight)"
 
 
-def require_loss(loss: Any) -> None:
+def require_loss(loss: object) -> None:
     """Raises unless a loss takes the four arguments of `Compact`.
 
     Raises:
@@ -36,8 +35,9 @@ def require_loss(loss: Any) -> None:
     Example:
       >>> require_loss(lambda params, batch, key, attachment: (0.0, 1))
     """
-    problem = "" if callable(loss) else repr(type(loss).__name__)
-    if not problem:
+    problem = repr(type(loss).__name__)
+    if callable(loss):
+        problem = ""
         try:
             inspect.signature(loss).bind(*[None] * 4)
         except TypeError as error:
@@ -56,7 +56,7 @@ def sums_of(
     stack: str | None,
     params: optax.Params,
     attachment: Attachment,
-    batch: Any,
+    batch: object,
     key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sums that a loss returns, as two float32 scalars.
@@ -73,7 +73,9 @@ def sums_of(
     return _two_scalars(sums)
 
 
-def _two_scalars(sums: Any) -> tuple[jax.Array, jax.Array]:
+def _two_scalars(
+    sums: tuple[jax.Array, jax.typing.ArrayLike],
+) -> tuple[jax.Array, jax.Array]:
     """Returns the two results of a loss, or raises if it has others."""
     is_pair = isinstance(sums, tuple | list) and len(sums) == 2
     shapes = [jnp.shape(part) for part in sums] if is_pair else None
@@ -93,7 +95,7 @@ def _two_scalars(sums: Any) -> tuple[jax.Array, jax.Array]:
     return total.astype(jnp.float32), weight.astype(jnp.float32)
 
 
-def require_groups(batch: Any, accumulate: int) -> None:
+def require_groups(batch: object, accumulate: int) -> None:
     """Raises unless the leaves of a batch are `[accumulate, ...]`.
 
     Raises:
@@ -102,7 +104,7 @@ def require_groups(batch: Any, accumulate: int) -> None:
     if accumulate == 1:
         return
 
-    def require(name: str, leaf: Any) -> None:
+    def require(name: str, leaf: jax.Array) -> None:
         shape = jnp.shape(leaf)
         if not shape or shape[0] != accumulate:
             raise InputError(
@@ -132,7 +134,7 @@ class _UseOfStack:
                     "`sparse_jax.models.stack`."
                 )
 
-        def weights(layer_params: Any, layer: LayerValues) -> Any:
+        def weights(layer_params: Arrays, layer: LayerValues) -> Arrays:
             require_row(layer)
             self.weights = True
             return attachment.weights(layer_params, layer)
@@ -151,7 +153,7 @@ class _UseOfStack:
         return attachment._replace(weights=weights, response=response)
 
     def require(
-        self, stack: str | None, needs_weights: bool, added: Mapping[str, Any]
+        self, stack: str | None, needs_weights: bool, added: Mapping[str, object]
     ) -> None:
         """Raises if what is trained in the layers was never asked for."""
         if needs_weights and not self.weights:
@@ -170,7 +172,7 @@ class _UseOfStack:
             )
 
 
-def require_same(part: str, found: Any, expected: Any) -> None:
+def require_same(part: str, found: object, expected: object) -> None:
     """Raises unless the arrays of a part of a state have the expected shapes.
 
     Raises:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeVar, final
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from sparse_jax.compact.checks import (
     require_same,
     sums_of,
 )
-from sparse_jax.compact.gradients import summed_gradients, update_if
+from sparse_jax.compact.gradients import Values, summed_gradients, update_if
 from sparse_jax.compact.model_taps import (
     TrainedValues,
     choose_by_gradient,
@@ -26,7 +26,7 @@ from sparse_jax.compact.model_taps import (
 )
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
-from sparse_jax.models.attachment import Attachment, LayerValues
+from sparse_jax.models.attachment import Added, Attachment, LayerValues
 from sparse_jax.params.arguments import (
     require_count,
     require_key,
@@ -40,9 +40,11 @@ from sparse_jax.supports.packing import (
     write_back,
 )
 from sparse_jax.supports.positions import fetch
-from sparse_jax.supports.roles import SPARSE, Role, map_roles
+from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
 
 __all__ = ["Compact", "CompactState", "Loss", "TrainedValues", "Tuner"]
+
+Batch = TypeVar("Batch")
 
 
 class CompactState(NamedTuple):
@@ -51,8 +53,8 @@ class CompactState(NamedTuple):
     count: jax.typing.ArrayLike  # shape=(), int32: updates made; -1 before a selection
     params: optax.Params  # current parameters, in their own dtypes
     support: Any  # sparse leaves: shape=(k,) or (L, k), int32; see `Layout`
-    masters: Any  # trained leaves below float32: their float32 values
-    added: Any  # arrays that the method adds, float32
+    masters: optax.Params  # trained leaves below float32: their float32 values
+    added: Added  # arrays that the method adds, float32
     opt_state: optax.OptState  # of the trained values
 
 
@@ -86,14 +88,14 @@ class Tuner(ABC):
         require_transformation("tx", self.tx)
         require_count("accumulate", self.accumulate)
 
-    def roles(self, params: optax.Params) -> Any:
+    def roles(self, params: optax.Params) -> Roles:
         """Returns the role of every leaf, with its layout as it is sharded.
 
         Raises:
           InputError: if the method does not fit the parameters, or their shards.
         """
 
-        def sharded(role: Role, leaf: Any) -> Role:
+        def sharded(role: Role, leaf: jax.Array) -> Role:
             layout = role.layout.sharded(self.shards.get(role.name))
             if role.kind == SPARSE:
                 layout.require(role.name, leaf.shape[int(role.stacked) :])
@@ -120,7 +122,7 @@ class Tuner(ABC):
         require_key("key", key)
         roles = self.roles(params)
 
-        def support(role: Role, leaf: Any) -> jax.Array:
+        def support(role: Role, leaf: jax.Array) -> jax.Array:
             room = (capacity or {}).get(role.name)
             options = {"stacked": role.stacked, "capacity": room}
             k = self.method.support_size(role)
@@ -134,7 +136,7 @@ class Tuner(ABC):
         return UnselectedState(*state._replace(count=jnp.full([], -1, jnp.int32)))
 
     def select(
-        self, state: CompactState, batch: Any, key: jax.Array
+        self, state: CompactState, batch: object, key: jax.Array
     ) -> tuple[CompactState, jax.Array]:
         """Chooses the supports and resets the state of the optimizer.
 
@@ -157,8 +159,8 @@ class Tuner(ABC):
         return small._replace(params=state.params), finite
 
     def choose(
-        self, state: CompactState, batch: Any, key: jax.Array
-    ) -> tuple[Any, jax.Array, Any]:
+        self, state: CompactState, batch: object, key: jax.Array
+    ) -> tuple[optax.Params, jax.Array, optax.Params]:
         """Returns supports, as `select` chooses them, without starting anything.
 
         The arguments are those of `select`.
@@ -184,13 +186,13 @@ class Tuner(ABC):
 
     @abstractmethod
     def step(
-        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
+        self, state: CompactState, batch: object, key: jax.Array, **extra_args: object
     ) -> tuple[CompactState, dict[str, jax.Array]]:
         """Makes one update, and returns the new state and metrics."""
 
     @abstractmethod
     def _start(
-        self, roles: Any, params: optax.Params, values: TrainedValues
+        self, roles: Roles, params: optax.Params, values: TrainedValues
     ) -> optax.OptState:
         """Returns the state of the optimizer before the first update."""
 
@@ -227,7 +229,9 @@ class Tuner(ABC):
         args = (self.method, self.roles(params), params, support, added)
         return adapter_of(*args, new=new, **about)
 
-    def begin(self, params: Any, support: Any, added: Any) -> CompactState:
+    def begin(
+        self, params: optax.Params, support: optax.Params, added: Added
+    ) -> CompactState:
         """Returns a state with these supports in which nothing has been updated."""
         roles = self.roles(params)
         leaves = pack(roles, support, params)
@@ -240,25 +244,29 @@ class Tuner(ABC):
             opt_state=self._start(roles, params, TrainedValues(added, leaves)),
         )
 
-    def _first(self, batch: Any) -> Any:
+    def _first(self, batch: Batch) -> Batch:
         """Returns the first micro-batch."""
         if self.accumulate == 1:
             return batch
         return jax.tree.map(lambda leaf: leaf[0], batch)
 
     def _sums(
-        self, params: optax.Params, attachment: Attachment, batch: Any, key: jax.Array
+        self,
+        params: optax.Params,
+        attachment: Attachment,
+        batch: object,
+        key: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the sums that the loss returns, checked."""
         return sums_of(self.loss, self.method.stack, params, attachment, batch, key)
 
     def _gradients(
         self,
-        tapped: Callable[[Any], tuple[Any, Attachment]],
-        values: optax.Params,
-        batch: Any,
+        tapped: Callable[[Values], tuple[optax.Params, Attachment]],
+        values: Values,
+        batch: object,
         key: jax.Array,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Values]:
         """Returns the loss and its gradient with respect to the trained values."""
         total = lambda values, batch, key: self._sums(*tapped(values), batch, key)
         require_groups(batch, self.accumulate)
@@ -320,7 +328,7 @@ class Compact(Tuner):
     """
 
     def step(
-        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
+        self, state: CompactState, batch: object, key: jax.Array, **extra_args: object
     ) -> tuple[CompactState, dict[str, jax.Array]]:
         """Makes one update.
 
@@ -364,13 +372,13 @@ class Compact(Tuner):
         return state, {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
 
     def _start(
-        self, roles: Any, params: optax.Params, values: TrainedValues
+        self, roles: Roles, params: optax.Params, values: TrainedValues
     ) -> optax.OptState:
         """Returns the state of the optimizer before the first update."""
         del roles, params
         return self.tx.init(values._asdict())
 
-    def _values(self, roles: Any, state: CompactState) -> TrainedValues:
+    def _values(self, roles: Roles, state: CompactState) -> TrainedValues:
         """Returns the trained values, float32."""
         leaves = current_values(roles, state.support, state.masters, state.params)
         return TrainedValues(state.added, leaves)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,25 @@ from jax import lax
 
 from sparse_jax.params.axes import inside_replicas
 
-__all__ = ["as_types", "choose_if", "summed_gradients", "update_if"]
+__all__ = ["Values", "as_types", "choose_if", "summed_gradients", "update_if"]
 
-Tree = TypeVar("Tree")
+Values = TypeVar("Values", bound=optax.Params)
+Kept = TypeVar("Kept")
 # (values, batch, key) -> (sum of the losses, number they are averaged by)
-Total = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array]]
+Total = Callable[..., tuple[jax.Array, jax.Array]]
 # ((loss, weight), gradients of the loss), all of them sums
-Sums = tuple[tuple[jax.Array, jax.Array], Any]
+Sums = tuple[tuple[jax.Array, jax.Array], Values]
 
 
 def summed_gradients(
     total: Total,
-    values: optax.Params,
-    batch: Any,
+    values: Values,
+    batch: object,
     key: jax.Array,
     *,
     accumulate: int = 1,
     data_axes: tuple[str, ...] = (),
-) -> Sums:
+) -> Sums[Values]:
     """Returns loss and weight, and the gradient of the loss, summed over a batch.
 
     Args:
@@ -56,38 +57,39 @@ def update_if(
     tx: optax.GradientTransformationExtraArgs,
     grads: optax.Updates,
     count: jax.typing.ArrayLike,
-    values: optax.Params,
+    values: Values,
     opt_state: optax.OptState,
-    **extra_args: Any,
-) -> tuple[jax.Array, Any, optax.OptState]:
+    **extra_args: object,
+) -> tuple[jax.Array, Values, optax.OptState]:
     """Returns count, values and state after an update if ready, else as they are."""
 
-    def update(*kept: Any) -> Any:
-        count, values, opt_state = kept
-        updates, opt_state = tx.update(grads, opt_state, values, **extra_args)
-        values = optax.apply_updates(values, updates)
-        return as_types((optax.safe_increment(count), values, opt_state), kept)
+    def update(
+        count: jax.typing.ArrayLike, values: Values, opt_state: optax.OptState
+    ) -> tuple[jax.typing.ArrayLike, Values, optax.OptState]:
+        updates, new_state = tx.update(grads, opt_state, values, **extra_args)
+        new = (optax.safe_increment(count), optax.apply_updates(values, updates))
+        return as_types((*new, new_state), (count, values, opt_state))
 
     # A choice between arrays would copy whole leaves that are trained (measured on a
     # CPU: 10 times the time of the update), a branch works in place.
     return lax.cond(ready, update, lambda *kept: kept, count, values, opt_state)
 
 
-def choose_if(finite: jax.Array, new: Tree, old: Tree) -> Tree:
+def choose_if(finite: jax.Array, new: object, old: Kept) -> Kept:
     """Returns the new arrays if a gradient was finite, else the old ones."""
     pick = lambda new, old: jnp.where(finite, new, old)
     return jax.tree.map(pick, as_types(new, old), old)
 
 
-def as_types(new: Tree, old: Tree) -> Tree:
+def as_types(new: object, old: Kept) -> Kept:
     """Returns arrays in the dtypes of others."""
     cast = lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype)
     return jax.tree.map(cast, new, old)
 
 
 def _in_parts(
-    total: Total, values: optax.Params, batch: Any, key: jax.Array, accumulate: int
-) -> Sums:
+    total: Total, values: Values, batch: object, key: jax.Array, accumulate: int
+) -> Sums[Values]:
     """Returns the sums over micro-batches."""
     differentiate = jax.value_and_grad(total, has_aux=True)
     if accumulate == 1:
@@ -95,7 +97,9 @@ def _in_parts(
     zeros = jax.tree.map(jnp.zeros_like, values)
     start = ((jnp.float32(0), jnp.float32(0)), zeros)
 
-    def add(sums: Any, one: Any) -> tuple[Any, None]:
+    def add(
+        sums: Sums[Values], one: tuple[object, jax.Array]
+    ) -> tuple[Sums[Values], None]:
         return jax.tree.map(jnp.add, sums, differentiate(values, *one)), None
 
     return lax.scan(add, start, (batch, jax.random.split(key, accumulate)))[0]
@@ -103,12 +107,12 @@ def _in_parts(
 
 def _over_replicas(
     total: Total,
-    values: optax.Params,
-    batch: Any,
+    values: Values,
+    batch: object,
     key: jax.Array,
     accumulate: int,
     axes: tuple[str, ...],
-) -> Sums:
+) -> Sums[Values]:
     """Returns the sums over all replicas, each of which sees its own examples.
 
     Left to the compiler, replicas would add up the dense gradient of a weight before
@@ -124,7 +128,7 @@ def _over_replicas(
         rows = leaf.shape[dim] // count
         return leaf.reshape(*leaf.shape[:dim], count, rows, *leaf.shape[dim + 1 :])
 
-    def one(batch: Any, number: jax.Array) -> Sums:
+    def one(batch: object, number: jax.Array) -> Sums[Values]:
         own = jax.random.fold_in(key, number)
         return _in_parts(total, values, batch, own, accumulate)
 

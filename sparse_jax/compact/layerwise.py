@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final, get_args
+from typing import NamedTuple, cast, final, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,13 @@ from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.compact.gradients import as_types, choose_if, update_if
 from sparse_jax.compact.model_taps import TrainedValues, in_stack, tap_leaf
 from sparse_jax.errors import InputError
-from sparse_jax.models.attachment import Attachment, LayerValues, Recompute, Slots
+from sparse_jax.models.attachment import (
+    Arrays,
+    Attachment,
+    LayerValues,
+    Recompute,
+    Slots,
+)
 from sparse_jax.params.fields import require_word
 from sparse_jax.samplers.registry import (
     SamplerOptions,
@@ -28,7 +34,16 @@ from sparse_jax.supports.packing import (
     route,
     write_back,
 )
-from sparse_jax.supports.roles import DENSE, FROZEN, SPARSE, TRAINED, Role, map_roles
+from sparse_jax.supports.roles import (
+    DENSE,
+    FROZEN,
+    SPARSE,
+    TRAINED,
+    Role,
+    Roles,
+    is_role,
+    map_roles,
+)
 from sparse_jax.transforms.layer_state import (
     init_rows,
     put_rows,
@@ -46,13 +61,15 @@ class LayerwiseState(NamedTuple):
     sampler: SamplerState
     rows: optax.OptState  # every array has the layers in front
     outside: optax.OptState  # of trained leaves outside the layers
-    origin: Any  # values before training, if probes have to damp what was learned
+    origin: (
+        optax.Params
+    )  # values before training, if probes have to damp what was learned
 
 
 class _Values(NamedTuple):
     """The trained values of an update."""
 
-    outside: Any  # packed values of leaves outside the layers
+    outside: optax.Params  # packed values of leaves outside the layers
     rows: TrainedValues  # of the active layers
 
 
@@ -148,7 +165,7 @@ class Layerwise(Tuner):
         return super().init(params, key, capacity)
 
     def step(
-        self, state: CompactState, batch: Any, key: jax.Array, **extra_args: Any
+        self, state: CompactState, batch: object, key: jax.Array, **extra_args: object
     ) -> tuple[CompactState, dict[str, jax.Array]]:
         """Makes one update.
 
@@ -161,7 +178,7 @@ class Layerwise(Tuner):
         """
         self._require_state(state)
         roles = self.roles(state.params)
-        opt: Any = state.opt_state
+        opt = cast(LayerwiseState, state.opt_state)
         rule = self.sampler_for(state.params)
         value_fn = lambda strength: self._value(roles, state, batch, strength)
         before = is_active(rule, opt.sampler.active)
@@ -182,7 +199,7 @@ class Layerwise(Tuner):
         ready = finite & jnp.greater_equal(state.count, 0)
         values = self._values(roles, state, active)
 
-        inside: Any = values.rows._asdict()
+        inside = values.rows._asdict()
         rows = take_rows(opt.rows, active)
         if self.restart:
             is_new = (is_active(rule, active) & ~before)[active]
@@ -214,14 +231,14 @@ class Layerwise(Tuner):
         return state, metrics | {"active": active} | rule.shown(sampler.memory)
 
     def _start(
-        self, roles: Any, params: optax.Params, values: TrainedValues
+        self, roles: Roles, params: optax.Params, values: TrainedValues
     ) -> LayerwiseState:
         """Returns the state before the first update."""
         pick = lambda roles: map_roles(keep, roles, values.leaves, only=TRAINED)
         keep = lambda role, leaf: leaf
         layers, beyond = _sides(roles)
         inside, rule = pick(layers), self.sampler_for(params)
-        origin: Any = ()
+        origin: optax.Params = ()
         if rule.period is not None:
             # A copy, because the step gives away what it gets.
             start = lambda role, values, leaf: jnp.array(values, leaf.dtype)
@@ -234,10 +251,14 @@ class Layerwise(Tuner):
             origin=origin,
         )
 
-    def _values(self, roles: Any, state: CompactState, active: jax.Array) -> "_Values":
+    def _values(
+        self, roles: Roles, state: CompactState, active: jax.Array
+    ) -> "_Values":
         """Returns the trained values of the active layers, and those outside."""
 
-        def row(role: Role, leaf: jax.Array, support: Any, master: Any) -> Any:
+        def row(
+            role: Role, leaf: jax.Array, support: jax.Array, master: jax.Array
+        ) -> jax.Array:
             if below_float32(leaf):
                 return take_rows(master, active)
             if role.kind == DENSE:
@@ -251,32 +272,35 @@ class Layerwise(Tuner):
         return _Values(values, TrainedValues(take_rows(state.added, active), rows))
 
     def _tapped(
-        self, roles: Any, state: CompactState, values: "_Values", active: jax.Array
-    ) -> tuple[Any, Attachment]:
+        self, roles: Roles, state: CompactState, values: "_Values", active: jax.Array
+    ) -> tuple[optax.Params, Attachment]:
         """Returns parameters and an attachment whose taps lead to the values."""
 
-        def row_of(role: Role, leaf: jax.Array, support: Any) -> jax.Array:
+        def row_of(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
             # The values of sparse entries are in the weights; a tap does not read them.
             if role.kind == SPARSE:
                 return jnp.zeros(support.shape, jnp.float32)
             return leaf.astype(jnp.float32)
 
-        def rows_of(layer_params: Any, layer: LayerValues) -> LayerValues:
+        def rows_of(layer_params: Arrays, layer: LayerValues) -> LayerValues:
             trees = (layer_params, layer.support)
             leaves = map_roles(row_of, inside, *trees, only=TRAINED)
-            return LayerValues(layer.added, {**nothing, self.method.stack: leaves})
+            return LayerValues(layer.added, {**nothing, stack: leaves})
 
-        def weight(role: Role, leaf: jax.Array, row: Any, support: Any) -> jax.Array:
+        def weight(
+            role: Role, leaf: jax.Array, row: jax.Array, support: jax.Array
+        ) -> jax.Array:
             if role.kind == SPARSE:
                 return tap_leaf(role, leaf, row, support)
             return row.astype(leaf.dtype) if role.kind == DENSE else leaf
 
-        def weights(layer_params: Any, layer: LayerValues) -> Any:
-            row = layer.leaves[self.method.stack]
+        def weights(layer_params: Arrays, layer: LayerValues) -> Arrays:
+            row = in_stack(self.method, layer.leaves)
             return map_roles(weight, inside, layer_params, row, layer.support)
 
-        inside = roles[self.method.stack]
-        nothing = map_roles(lambda role: role, roles, only=())
+        inside = in_stack(self.method, roles)
+        stack = cast(str, self.method.stack)  # as required when the tuner is made
+        nothing = jax.tree.map(lambda _: optax.MaskedNode(), roles, is_leaf=is_role)
         support = in_stack(self.method, state.support)
         layers = LayerValues(state.added, support=support)
         slots = Slots(LayerValues(*values.rows), active, rows_of, self.recompute)
@@ -285,19 +309,21 @@ class Layerwise(Tuner):
         return params, Attachment(layers, weights, self.method.respond, slots)
 
     def _value(
-        self, roles: Any, state: CompactState, batch: Any, strength: jax.Array
+        self, roles: Roles, state: CompactState, batch: object, strength: jax.Array
     ) -> jax.Array:
         """Returns the loss when layers are damped to a strength [L]."""
-        opt: Any = state.opt_state
+        opt = cast(LayerwiseState, state.opt_state)
 
-        def weights(layer_params: Any, layer: LayerValues) -> Any:
-            def damp(role: Role, leaf: jax.Array, support: Any, origin: Any) -> Any:
+        def weights(layer_params: Arrays, layer: LayerValues) -> Arrays:
+            def damp(
+                role: Role, leaf: jax.Array, support: jax.Array, origin: jax.Array
+            ) -> jax.Array:
                 if role.kind not in TRAINED:
                     return leaf
                 start = origin.astype(jnp.float32)
                 sparse = role.kind == SPARSE
                 now = role.layout.gather(leaf, support) if sparse else leaf
-                values = start + layer.strength * (now.astype(jnp.float32) - start)
+                values = start + layer.factor * (now.astype(jnp.float32) - start)
                 if sparse:
                     return role.layout.scatter(leaf, support, values)
                 return values.astype(leaf.dtype)
@@ -305,7 +331,7 @@ class Layerwise(Tuner):
             trees = (layer_params, layer.support, layer.leaves)
             return map_roles(damp, inside, *trees)
 
-        inside = roles[self.method.stack]
+        inside = in_stack(self.method, roles)
         origin, support = opt.origin, state.support
         origin, support = (in_stack(self.method, tree) for tree in (origin, support))
         layers = LayerValues(state.added, origin, support, strength)
@@ -315,12 +341,14 @@ class Layerwise(Tuner):
         return total / weight
 
     def _written(
-        self, roles: Any, state: CompactState, values: "_Values", active: jax.Array
+        self, roles: Roles, state: CompactState, values: "_Values", active: jax.Array
     ) -> CompactState:
         """Returns the state with new values, in place if it is donated."""
         rows, beyond = values.rows, values.outside
 
-        def write(role: Role, leaf: jax.Array, support: Any, row: Any) -> jax.Array:
+        def write(
+            role: Role, leaf: jax.Array, support: jax.Array, row: jax.Array
+        ) -> jax.Array:
             if role.kind == SPARSE:
                 taken = take_rows(support, active)
                 return role.layout.scatter(leaf, taken, row, active)
@@ -328,7 +356,9 @@ class Layerwise(Tuner):
                 return put_rows(leaf, row.astype(leaf.dtype), active)
             return leaf
 
-        def keep(role: Role, master: Any, row: Any, value: Any) -> Any:
+        def keep(
+            role: Role, master: jax.Array, row: jax.Array, value: jax.Array
+        ) -> jax.Array:
             if isinstance(master, optax.MaskedNode):
                 return master
             return put_rows(master, row, active) if role.stacked else value
@@ -343,18 +373,18 @@ class Layerwise(Tuner):
         )
 
 
-def _sides(roles: Any) -> tuple[Any, Any]:
+def _sides(roles: Roles) -> tuple[Roles, Roles]:
     """Returns roles in which what is outside the layers, or inside, is frozen."""
 
-    def side(stacked: bool) -> Any:
+    def side(stacked: bool) -> Roles:
         freeze = lambda role: role if role.stacked == stacked else frozen(role)
-        return jax.tree.map(freeze, roles, is_leaf=lambda node: isinstance(node, Role))
+        return jax.tree.map(freeze, roles, is_leaf=is_role)
 
     frozen = lambda role: role._replace(kind=FROZEN)
     return side(True), side(False)
 
 
-def _row_norms(rows: Any, num_rows: int) -> jax.Array:
+def _row_norms(rows: optax.Params, num_rows: int) -> jax.Array:
     """Returns the norm of every row of a tree, shape=(num_rows,), float32."""
     squares = [
         jnp.sum(jnp.square(leaf).reshape(num_rows, -1), axis=1)

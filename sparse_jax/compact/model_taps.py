@@ -17,9 +17,10 @@ from sparse_jax.compact.tap import (
     tap,
 )
 from sparse_jax.methods.method import Method
-from sparse_jax.models.attachment import Attachment, LayerValues
+from sparse_jax.models.attachment import Added, Arrays, Attachment, LayerValues
+from sparse_jax.params.names import Tree
 from sparse_jax.supports.packing import route
-from sparse_jax.supports.roles import SPARSE, TRAINED, Role, map_roles
+from sparse_jax.supports.roles import SPARSE, TRAINED, Role, Roles, map_roles
 from sparse_jax.supports.scores import Score, leaf_key
 
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 # (parameters, attachment) -> (sum of the losses, number they are averaged by)
-Sums = Callable[[Any, Attachment], tuple[jax.Array, jax.Array]]
+Sums = Callable[[optax.Params, Attachment], tuple[jax.Array, jax.Array]]
 
 _map_sparse = functools.partial(map_roles, only=(SPARSE,))
 
@@ -40,22 +41,24 @@ _map_sparse = functools.partial(map_roles, only=(SPARSE,))
 class TrainedValues(NamedTuple):
     """What the optimizer sees, as a dict of the same names; in this order."""
 
-    added: Any  # arrays that the method adds
-    leaves: Any  # packed values of the leaves
+    added: Added  # arrays that the method adds
+    leaves: optax.Params  # packed values of the leaves
 
 
-def tap_leaf(role: Role, leaf: jax.Array, value: jax.Array, support: jax.Array) -> Any:
+def tap_leaf(
+    role: Role, leaf: jax.Array, value: jax.Array, support: jax.Array
+) -> jax.Array:
     """Returns a sparse leaf whose gradient at the support belongs to the values."""
     return tap(leaf, value, support, role.layout)
 
 
 def tap_leaves(
     method: Method,
-    roles: Any,
+    roles: Roles,
     params: optax.Params,
-    support: Any,
+    support: optax.Params,
     values: TrainedValues,
-) -> tuple[Any, Attachment]:
+) -> tuple[optax.Params, Attachment]:
     """Returns parameters and an attachment whose gradients belong to the values.
 
     The arguments are those of `choose_by_gradient`.
@@ -64,21 +67,21 @@ def tap_leaves(
     # layers have theirs, bfloat16 holds the same numbers in half of the bytes.
     coarse = lambda role, leaf, value: value.astype(leaf.dtype)
     leaves = map_roles(coarse, roles, params, values.leaves, only=TRAINED)
-    tapped, stacked = route(roles, params, tap_leaf, leaves, support)
-    layers = LayerValues(values.added, *stacked)
+    tapped, (inside, where) = route(roles, params, tap_leaf, leaves, support)
+    layers = LayerValues(values.added, inside, where)
     return tapped, _attach_taps(method, roles, tap_leaf, layers)
 
 
 def choose_by_gradient(
     method: Method,
     score: Score,
-    roles: Any,
+    roles: Roles,
     params: optax.Params,
-    support: Any,
-    added: Any,
+    support: optax.Params,
+    added: Added,
     key: jax.Array,
     sums: Sums,
-) -> tuple[Any, jax.Array, Any]:
+) -> tuple[optax.Params, jax.Array, optax.Params]:
     """Returns the supports, found layer by layer in one backward pass.
 
     Args:
@@ -102,11 +105,11 @@ def choose_by_gradient(
 
     def select_leaf(
         role: Role, leaf: jax.Array, selection: Selection, key: jax.Array
-    ) -> Any:
+    ) -> jax.Array:
         wanted = Wanted(score, method.support_size(role), role.layout)
         return selecting_tap(wanted, leaf, selection, key)
 
-    def mean(selections: Any) -> jax.Array:
+    def mean(selections: Tree[Selection]) -> jax.Array:
         tapped, (inside, keys) = route(roles, params, select_leaf, selections, draws)
         # A selection needs keys where an update has supports.
         values = LayerValues(added, inside, keys)
@@ -129,11 +132,11 @@ def choose_by_gradient(
 def choose_by_weight(
     method: Method,
     score: Score,
-    roles: Any,
+    roles: Roles,
     params: optax.Params,
-    support: Any,
+    support: optax.Params,
     key: jax.Array,
-) -> tuple[Any, jax.Array, Any]:
+) -> tuple[optax.Params, jax.Array, optax.Params]:
     """Returns the supports of a score that looks at no gradient.
 
     The arguments and results are those of `choose_by_gradient`.
@@ -153,7 +156,10 @@ def choose_by_weight(
 
 
 def _attach_taps(
-    method: Method, roles: Any, tap_leaf: Callable[..., Any], values: LayerValues
+    method: Method,
+    roles: Roles,
+    tap_leaf: Callable[..., jax.Array],
+    values: LayerValues,
 ) -> Attachment:
     """Returns the attachment that taps the leaves of the layers.
 
@@ -167,7 +173,7 @@ def _attach_taps(
         in_stack(method, tree) for tree in (roles, values.leaves, values.support)
     )
 
-    def weights(layer_params: Any, layer: LayerValues) -> Any:
+    def weights(layer_params: Arrays, layer: LayerValues) -> Arrays:
         def one(role: Role, leaf: jax.Array, *values: optax.Params) -> jax.Array:
             return tap_leaf(role, leaf, *values) if role.kind == SPARSE else leaf
 
@@ -179,7 +185,7 @@ def _attach_taps(
     return Attachment(values, weights, method.respond)
 
 
-def in_stack(method: Method, tree: Any) -> Any:
+def in_stack(method: Method, tree: object) -> Any:
     """Returns the subtree of the layers, empty if there is none."""
     name = method.stack
     return tree[name] if isinstance(tree, Mapping) and name in tree else {}

@@ -8,10 +8,11 @@ from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, refuse_to_merge
-from sparse_jax.methods.sites import Added, Params, channels, kernels_at, uniform
+from sparse_jax.methods.sites import Added, channels, kernels_at, uniform
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Module
 from sparse_jax.params.arguments import require_whole
@@ -66,7 +67,7 @@ class Bottleneck(Method, ABC):
                 f"`scale` must be positive, got {self.scale}. Leave it out for 1."
             )
 
-    def added(self, params: Params, key: jax.Array) -> Added:
+    def added(self, params: optax.Params, key: jax.Array) -> Added:
         """Returns {site: {"down", "down_bias", "up", "up_bias"}} of matching sites."""
 
         def create(site: str, kernel: jax.Array) -> dict[str, jax.Array]:
@@ -103,7 +104,7 @@ class Bottleneck(Method, ABC):
         high = high + channels(arrays["up_bias"], z)
         return y + jnp.asarray(self.scale * strength, z.dtype) * high
 
-    def merge(self, params: Params, added: Added) -> Params:
+    def merge(self, params: optax.Params, added: Added) -> optax.Params:
         """Raises if anything is added."""
         return refuse_to_merge(self, params, added)
 

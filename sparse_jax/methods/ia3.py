@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, PeftForm, PeftPart
 from sparse_jax.methods.sites import (
     Added,
-    Params,
     Parts,
     channels,
     kernels_at,
@@ -49,7 +49,7 @@ class IA3(Method):
     where: Rule = "^attention/(key|value)$"
     feedforward: Rule = "^mlp/down$"
 
-    def added(self, params: Params, key: jax.Array) -> Added:
+    def added(self, params: optax.Params, key: jax.Array) -> Added:
         """Returns {site: {"output": ...}} or {site: {"input": ...}}."""
         del key
         outputs = kernels_at("where", self.where, params, self.stack)
@@ -98,7 +98,7 @@ class IA3(Method):
             {"feedforward_modules": [s for s in sorted(added) if "input" in added[s]]},
         )
 
-    def merge(self, params: Params, added: Added) -> Params:
+    def merge(self, params: optax.Params, added: Added) -> optax.Params:
         """Returns parameters with scaled columns, biases and rows."""
 
         def change(kind: str, leaf: jax.Array, arrays: Parts) -> jax.Array:

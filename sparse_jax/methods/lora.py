@@ -9,13 +9,13 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, PeftForm, PeftPart
 from sparse_jax.methods.sites import (
     Added,
-    Params,
     Parts,
     channels,
     kernels_at,
@@ -80,7 +80,7 @@ class LowRank(Method, ABC):
         """Alpha, or its default."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
-    def added(self, params: Params, key: jax.Array) -> Added:
+    def added(self, params: optax.Params, key: jax.Array) -> Added:
         """Returns {site: {"a": ..., "b": ...}} for every matching site."""
 
         def create(site: str, kernel: jax.Array) -> dict[str, jax.Array]:
@@ -93,7 +93,7 @@ class LowRank(Method, ABC):
         return {site: create(site, kernel) for site, kernel in kernels.items()}
 
     @abstractmethod
-    def merge(self, params: Params, added: Added) -> Params:
+    def merge(self, params: optax.Params, added: Added) -> optax.Params:
         """Returns parameters with new kernels at the sites."""
 
     def to_peft(self, added: Mapping[str, Collection[str]]) -> PeftForm:
@@ -179,7 +179,7 @@ class LoRA(LowRank):
         product = self._product(site, x, added[site], key)
         return module(x) + jnp.asarray(self.scale * strength, x.dtype) * product
 
-    def merge(self, params: Params, added: Added) -> Params:
+    def merge(self, params: optax.Params, added: Added) -> optax.Params:
         """Returns parameters with the products added to the kernels."""
         add = lambda kind, leaf, pair: (
             self._with_product(leaf, pair) if kind == "kernel" else leaf
@@ -216,7 +216,7 @@ class DoRA(LowRank):
       Liu et al., 2024, Sec. 4, https://arxiv.org/abs/2402.09353
     """
 
-    def added(self, params: Params, key: jax.Array) -> Added:
+    def added(self, params: optax.Params, key: jax.Array) -> Added:
         """Returns {site: {"a": ..., "b": ..., "m": ...}} for every matching site."""
         kernels = kernels_at("where", self.where, params, self.stack)
         pairs = super().added(params, key)
@@ -249,7 +249,7 @@ class DoRA(LowRank):
             return y
         return y + channels(linear.bias[...], x)
 
-    def merge(self, params: Params, added: Added) -> Params:
+    def merge(self, params: optax.Params, added: Added) -> optax.Params:
         """Returns parameters with the new kernels."""
 
         def change(kind: str, leaf: jax.Array, arrays: Parts) -> jax.Array:

@@ -3,19 +3,20 @@
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import numpy as np
+import optax
+from jax.typing import ArrayLike
 
 from sparse_jax.errors import InputError
-from sparse_jax.methods.sites import Added, Params
-from sparse_jax.models.attachment import LayerValues, Module
+from sparse_jax.models.attachment import Added, LayerValues, Module
 from sparse_jax.params.fields import Json, from_json, to_json
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.layout import Layout
-from sparse_jax.supports.roles import Role, roles_of
+from sparse_jax.supports.roles import Role, Roles, roles_of
 from sparse_jax.supports.scores import Score
 
 __all__ = ["Method", "PeftForm", "PeftPart", "refuse_to_merge"]
@@ -75,7 +76,7 @@ class Method:
         """What the sparse leaves are selected by, None if there are none."""
         return None
 
-    def roles(self, params: Any) -> Any:
+    def roles(self, params: optax.Params) -> Roles:
         """Returns the role of every leaf of the parameters."""
         return self._roles(params, where=())
 
@@ -83,7 +84,7 @@ class Method:
         """Returns the entries trained in a sparse leaf, or in one layer of it."""
         return role.size
 
-    def added(self, params: Any, key: jax.Array) -> Added:
+    def added(self, params: optax.Params, key: jax.Array) -> Added:
         """Returns the new arrays of the method, leading axis [L], float32."""
         del params, key
         return {}
@@ -94,7 +95,7 @@ class Method:
         module: Module,
         x: jax.Array,
         added: Added,
-        strength: jax.typing.ArrayLike = 1.0,
+        strength: ArrayLike = 1.0,
         *,
         key: jax.Array | None = None,
     ) -> jax.Array:
@@ -120,10 +121,11 @@ class Method:
         key: jax.Array | None,
     ) -> jax.Array:
         """Calls `response` as a model does, by the `response` of an `Attachment`."""
-        strength = 1.0 if layer.strength is None else layer.strength
-        return self.response(site, module, x, layer.added, strength, key=key)
+        return self.response(site, module, x, layer.added, layer.factor, key=key)
 
-    def merge(self, params: Any, added: Any) -> Any:
+    def merge(
+        self, params: optax.Params, added: Mapping[str, Mapping[str, ArrayLike]]
+    ) -> optax.Params:
         """Returns parameters that alone compute what the method computes.
 
         Raises:
@@ -162,7 +164,9 @@ class Method:
         del added
         return None
 
-    def _roles(self, params: Any, *, where: Rule | None, layout: Layout = ENTRY) -> Any:
+    def _roles(
+        self, params: optax.Params, *, where: Rule | None, layout: Layout = ENTRY
+    ) -> Roles:
         """Returns the roles by the rules of this method."""
         subtrees = params if isinstance(params, Mapping) else {}
         stacked = (
@@ -174,7 +178,7 @@ class Method:
         return roles_of(params, **rules, layout=layout)
 
 
-def refuse_to_merge(method: Method, params: Params, added: Added) -> Params:
+def refuse_to_merge(method: Method, params: optax.Params, added: Added) -> optax.Params:
     """Returns the parameters if nothing is added, and raises otherwise.
 
     Raises:

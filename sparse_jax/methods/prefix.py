@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method, refuse_to_merge
-from sparse_jax.methods.sites import Added, Params, kernels_at
+from sparse_jax.methods.sites import Added, kernels_at
 from sparse_jax.models.attachment import MEMORY, Memory, Module
 from sparse_jax.params.arguments import require_whole
 from sparse_jax.params.fields import option
@@ -59,7 +60,7 @@ class Prefix(Method):
                 "8 to 128."
             )
 
-    def added(self, params: Params, key: jax.Array) -> Added:
+    def added(self, params: optax.Params, key: jax.Array) -> Added:
         """Returns {"attention/memory": {"keys": ..., "values": ...}}."""
         widths = kernels_at("params", "^attention/key$", params, self.stack)
         layers, _, width = widths["attention/key"].shape
@@ -89,6 +90,6 @@ class Prefix(Method):
         bias = jnp.log(jnp.asarray(strength, jnp.float32))
         return Memory(arrays["keys"], arrays["values"], bias)
 
-    def merge(self, params: Params, added: Added) -> Params:
+    def merge(self, params: optax.Params, added: Added) -> optax.Params:
         """Raises if anything is added."""
         return refuse_to_merge(self, params, added)

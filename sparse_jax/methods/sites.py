@@ -1,29 +1,24 @@
 """The sites that a method adds to, their leaves, and how the new arrays start."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sparse_jax.errors import InputError
+from sparse_jax.models.attachment import Added, Parts
 from sparse_jax.params.names import Rule, first_match, map_named, require_match
 from sparse_jax.supports.scores import leaf_key
 
 __all__ = [
     "Added",
-    "Params",
     "Parts",
     "channels",
     "kernels_at",
     "map_sites",
     "uniform",
 ]
-
-
-Params = Mapping[str, Any]  # parameters by subtree, one of which is the stack
-Parts = Mapping[str, jax.Array]  # what a method adds at a site, by part
-Added = Mapping[str, Parts]  # by site
 
 
 def channels(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -54,7 +49,7 @@ _KERNEL = "/kernel"
 
 
 def kernels_at(
-    argument: str, where: Rule, params: Params, stack: str | None
+    argument: str, where: Rule, params: optax.Params, stack: str | None
 ) -> dict[str, jax.Array]:
     """Returns the kernels of the linear maps whose site a rule matches.
 
@@ -83,10 +78,10 @@ def kernels_at(
 
 def map_sites(
     function: Callable[[str, jax.Array, Parts], jax.Array],
-    params: Params,
+    params: optax.Params,
     added: Added,
     stack: str | None,
-) -> Params:
+) -> optax.Params:
     """Maps `function(kind, leaf, added[site])` over the leaves of the sites in `added`.
 
     The function gets a leaf in float32 with its kind, such as "kernel" or "bias"; what
@@ -110,7 +105,7 @@ def map_sites(
     return map_named(change, params)
 
 
-def _kernels(params: Params, stack: str | None) -> dict[str, jax.Array]:
+def _kernels(params: object, stack: str | None) -> dict[str, jax.Array]:
     """Returns the stacked kernels of the layers by the name of their site."""
     subtrees = params if isinstance(params, Mapping) else {}
     if stack is None or stack not in subtrees:
@@ -127,7 +122,7 @@ def _kernels(params: Params, stack: str | None) -> dict[str, jax.Array]:
         if name.endswith(_KERNEL) and leaf.ndim == 3:
             found[name.removesuffix(_KERNEL)] = leaf
 
-    map_named(visit, params[stack])
+    map_named(visit, subtrees[stack])
     if not found:
         raise InputError(
             f"`stack` must name layers with linear maps, got {stack!r} without any: "

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
+import optax
 
 from sparse_jax.methods.method import Method
 from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.granularity import GRANULARITIES, granularity_named
 from sparse_jax.supports.layout import Layout, require_density
-from sparse_jax.supports.roles import Role
+from sparse_jax.supports.roles import Role, Roles
 from sparse_jax.supports.scores import SCORES, Score, score_named
 
 __all__ = ["Sparse"]
@@ -67,7 +68,7 @@ class Sparse(Method):
         """What the sparse leaves are selected by."""
         return score_named(self.score)
 
-    def roles(self, params: Any) -> Any:
+    def roles(self, params: optax.Params) -> Roles:
         """Returns the role of every leaf of the parameters."""
         layout = granularity_named(self.granularity)
         return self._roles(params, where=self.where, layout=layout)

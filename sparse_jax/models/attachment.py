@@ -5,12 +5,17 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from sparse_jax.params.names import Tree
+
 __all__ = [
     "MEMORY",
+    "Added",
+    "Arrays",
     "Attachment",
     "LayerValues",
     "Memory",
     "Module",
+    "Parts",
     "Recompute",
     "Respond",
     "Slots",
@@ -19,6 +24,9 @@ __all__ = [
 # Where an attention asks for a `Memory`.
 MEMORY = "attention/memory"
 
+Arrays = Tree[jax.typing.ArrayLike | None]
+Parts = Mapping[str, jax.Array]  # what a method adds at a site, by part
+Added = Mapping[str, Parts]  # by site
 Module = Callable[[jax.Array], jax.Array]
 # (site, module, x) -> y, what a layer calls instead of `module(x)`
 Respond = Callable[[str, Module, jax.Array], jax.Array]
@@ -26,14 +34,14 @@ Respond = Callable[[str, Module, jax.Array], jax.Array]
 Recompute = Literal["none", "frozen", "all"]
 
 
-def _keep_weights(layer_params: Any, trained: Any) -> Any:
+def _keep_weights(layer_params: Arrays, trained: object) -> Arrays:
     """Leaves the weights of a layer as they are."""
     del trained
     return layer_params
 
 
 def _call(
-    site: str, module: Module, x: jax.Array, trained: Any, key: jax.Array | None
+    site: str, module: Module, x: jax.Array, trained: object, key: jax.Array | None
 ) -> jax.Array:
     """Leaves a site as it is."""
     del site, trained, key
@@ -54,10 +62,15 @@ class LayerValues(NamedTuple):
     Trees of leaves have the structure of the parameters of a layer.
     """
 
-    added: Mapping[str, Any] = {}  # arrays that the method adds, by site
-    leaves: Any = None  # values that belong to leaves of the layer
-    support: Any = None  # where in the leaves
+    added: Added = {}
+    leaves: Arrays = None  # values that belong to leaves of the layer
+    support: Arrays = None  # where in the leaves
     strength: jax.Array | None = None  # of what was learned, shape=(L,); None is 1
+
+    @property
+    def factor(self) -> jax.typing.ArrayLike:
+        """The strength, as a number also where nothing is damped."""
+        return 1.0 if self.strength is None else self.strength
 
     def with_row(self, row: "LayerValues") -> "LayerValues":
         """Returns the values with those of one layer that has a gradient."""
@@ -73,7 +86,7 @@ class Slots(NamedTuple):
     rows: LayerValues  # `added` and `leaves`, shape=(num_active, ...)
     active: jax.Array  # numbers of the layers, shape=(num_active,), int32, sorted
     # (layer_params, trained[l]) -> row of layer l
-    rows_of: Callable[[Any, LayerValues], LayerValues]
+    rows_of: Callable[[Arrays, LayerValues], LayerValues]
     recompute: Recompute
 
 
@@ -100,6 +113,8 @@ class Attachment(NamedTuple):
 
     # Arrays of shape (L, ...); a method of your own may have any pytree of them.
     trained: Any = LayerValues()
-    weights: Callable[[Any, Any], Any] = _keep_weights
-    response: Callable[[str, Module, jax.Array, Any, Any], jax.Array] = _call
+    weights: Callable[[Arrays, Any], Arrays] = _keep_weights
+    response: Callable[[str, Module, jax.Array, Any, jax.Array | None], jax.Array] = (
+        _call
+    )
     slots: Slots | None = None

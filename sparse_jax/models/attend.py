@@ -1,14 +1,14 @@
 """Attention: queries meet keys, in groups or not, those of a cache and a prefix too."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.models.attachment import Memory
+from sparse_jax.models.attachment import MEMORY, Memory, Respond
 from sparse_jax.models.modules import dropout
 
-__all__ = ["Attended", "attend", "no_memory", "remember", "split_heads"]
+__all__ = ["Attended", "attend", "memory_of", "remember", "split_heads"]
 
 
 class Attended(NamedTuple):
@@ -20,9 +20,10 @@ class Attended(NamedTuple):
     bias: jax.Array | None  # of the scores, float32, shape=(1, 1, 1, S); None is zero
 
 
-def no_memory(x: jax.Array) -> Any:
-    """Returns None: a layer of its own remembers nothing."""
-    del x
+def memory_of(respond: Respond, x: jax.Array) -> Memory | None:
+    """Returns what a method puts in front of the tokens of a layer, if anything."""
+    nothing = lambda x: cast(jax.Array, None)
+    return cast(Memory | None, respond(MEMORY, nothing, x))
 
 
 def remember(
@@ -34,7 +35,7 @@ def remember(
     have been rotated.
 
     Args:
-      memory: what `respond(MEMORY, no_memory, x)` returned.
+      memory: what `memory_of` returned.
       k: keys, shape=(B, T, H, K); with grouped queries H counts the groups.
       v: values, in the shape of the keys.
       mask: True where a key is seen, bool, broadcast to (B, H, T, T).
@@ -150,7 +151,7 @@ def _attend_in_parts(
         return jnp.moveaxis(parts, axis, 0)
 
     varying: dict[str, jax.Array] = {"q": cut(q, 1)}
-    fixed: dict[str, Any] = {}
+    fixed: dict[str, jax.Array | None] = {}
     for name, array in (("bias", bias), ("mask", mask)):
         if array is not None and array.shape[-2] > 1:
             varying[name] = cut(array, -2)

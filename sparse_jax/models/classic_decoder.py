@@ -1,14 +1,14 @@
 """A decoder with layer norms: GPT-2, GPT-J and BLOOM."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.attachment import MEMORY, Respond
-from sparse_jax.models.attend import Attended, attend, no_memory, remember, split_heads
+from sparse_jax.models.attachment import Respond
+from sparse_jax.models.attend import Attended, attend, memory_of, remember, split_heads
 from sparse_jax.models.config import ClassicConfig
 from sparse_jax.models.decoder import Cached
 from sparse_jax.models.modules import dropout, embed, layer_norm, linear, split_key
@@ -92,8 +92,7 @@ class ClassicAttention(nnx.Module):
         if cached is not None:
             cached = cached.put(k, v)
             k, v = cached.k.astype(q.dtype), cached.v.astype(q.dtype)
-        memory: Any = respond(MEMORY, no_memory, x)
-        seen = remember(memory, k, v, mask)
+        seen = remember(memory_of(respond, x), k, v, mask)
         bias = _with_memory(position.bias, seen)
         mixed = attend(q, seen.k, seen.v, bias, seen.mask, self.rate, key)
         mixed = mixed.reshape(x.shape)

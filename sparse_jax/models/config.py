@@ -53,11 +53,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if self.hidden_size % self.num_heads:
-            raise InputError(
-                f"`num_heads` must divide `hidden_size`, got {self.num_heads} heads "
-                f"for a hidden size of {self.hidden_size}."
-            )
+        _require_whole_heads(self)
         if not 0 <= self.pad_id < self.vocab_size:
             raise InputError(
                 f"`pad_id` must be in [0, {self.vocab_size}), the words of the model, "
@@ -201,11 +197,7 @@ class ClassicConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if self.hidden_size % self.num_heads:
-            raise InputError(
-                f"`num_heads` must divide `hidden_size`, got {self.num_heads} heads "
-                f"for a hidden size of {self.hidden_size}."
-            )
+        _require_whole_heads(self)
         if self.rotary_size % 2 or self.rotary_size > self.head_size:
             raise InputError(
                 f"`rotary_size` must be even and at most {self.head_size}, the size "
@@ -226,3 +218,12 @@ class ClassicConfig:
     def sliding_window(self) -> None:
         """None: a token sees all tokens before it."""
         return None
+
+
+def _require_whole_heads(config: EncoderConfig | ClassicConfig) -> None:
+    """Raises unless the heads share out the hidden size."""
+    if config.hidden_size % config.num_heads:
+        raise InputError(
+            f"`num_heads` must divide `hidden_size`, got {config.num_heads} heads "
+            f"for a hidden size of {config.hidden_size}."
+        )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 from sparse_jax.errors import InputError, brief
 from sparse_jax.models.activations import ACTIVATIONS
@@ -15,7 +15,7 @@ MOST_SIZE = 2**31 - 1  # what JAX counts to
 MOST_LAYERS = 2**16  # some lists of transformers have an item for every layer
 
 
-def is_size(value: Any, most: int = MOST_SIZE) -> bool:
+def is_size(value: object, most: int = MOST_SIZE) -> bool:
     """Returns whether a value counts something that is there.
 
     Example:
@@ -52,22 +52,21 @@ def check_fields(config: Any) -> None:
             raise InputError(f"`{field.name}` must be {rule}, got {brief(value)}.")
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     """Returns whether a value is an int32, which True is not meant to be."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         return False
     return -MOST_SIZE <= int(value) <= MOST_SIZE
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Returns whether a value is a number that a float32 can hold."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
-    number: Any = value
-    return -(2.0**127) < number < 2.0**127
+    return -(2.0**127) < float(value) < 2.0**127
 
 
-Rule = tuple[str, Callable[[Any], bool]]
+Rule = tuple[str, Callable[[object], bool]]
 
 _SIZE: Rule = (f"a whole number from 1 to {MOST_SIZE}", is_size)
 _LAYERS: Rule = (

@@ -1,14 +1,14 @@
 """A decoder with rotary positions: its word table and its layers."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.attachment import MEMORY, Respond
-from sparse_jax.models.attend import attend, no_memory, remember, split_heads
+from sparse_jax.models.attachment import Respond
+from sparse_jax.models.attend import attend, memory_of, remember, split_heads
 from sparse_jax.models.config import DecoderConfig
 from sparse_jax.models.modules import RmsNorm, embed, linear
 from sparse_jax.models.position_embeddings import Turn, rotate
@@ -87,8 +87,7 @@ class DecoderAttention(nnx.Module):
         if cached is not None:
             cached = cached.put(k, v)
             k, v = cached.k.astype(q.dtype), cached.v.astype(q.dtype)
-        memory: Any = respond(MEMORY, no_memory, x)
-        seen = remember(memory, k, v, mask)
+        seen = remember(memory_of(respond, x), k, v, mask)
         mixed = attend(q, seen.k, seen.v, seen.bias, seen.mask, self.rate, key)
         mixed = mixed.reshape(*x.shape[:-1], -1)
         return respond("attention/output", self.output, mixed), cached

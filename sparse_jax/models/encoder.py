@@ -1,14 +1,12 @@
 """The encoder: self-attention over a padded batch, layer by layer."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.attachment import MEMORY, Attachment, Respond
-from sparse_jax.models.attend import attend, no_memory, remember, split_heads
+from sparse_jax.models.attachment import Attachment, Respond
+from sparse_jax.models.attend import attend, memory_of, remember, split_heads
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.family import Family
 from sparse_jax.models.modules import (
@@ -47,8 +45,7 @@ class Attention(nnx.Module):
         q = split_heads(respond("attention/query", self.query, x), width)
         k = split_heads(respond("attention/key", self.key, x), width)
         v = split_heads(respond("attention/value", self.value, x), width)
-        memory: Any = respond(MEMORY, no_memory, x)
-        seen = remember(memory, k, v, mask)
+        seen = remember(memory_of(respond, x), k, v, mask)
         rate = self.attention_dropout
         mixed = attend(q, seen.k, seen.v, seen.bias, seen.mask, rate, attention_key)
         mixed = mixed.reshape(x.shape)

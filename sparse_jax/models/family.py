@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.config import ClassicConfig, EncoderConfig
 from sparse_jax.models.decoder import DecoderLayer, Words
 from sparse_jax.models.modules import RmsNorm
 from sparse_jax.models.position_embeddings import turn_of
@@ -26,7 +26,8 @@ __all__ = [
     "NAMES",
     "PLAIN",
     "Parts",
-    "mlp_size",
+    "gpt_fields",
+    "their_gpt_fields",
 ]
 
 FUSED = tuple(f"layers/attention/{name}" for name in ("query", "key", "value"))
@@ -242,6 +243,29 @@ class ClassicFamily(DecoderFamily):
     prefix: str = "transformer"
 
 
-def mlp_size(theirs: Any) -> int:
-    """Returns the hidden size of the MLP, four times that of the model if not given."""
-    return 4 * theirs.n_embd if theirs.n_inner is None else theirs.n_inner
+_GPT = {
+    "max_positions": "n_positions",
+    "hidden_act": "activation_function",
+    "embedding_dropout": "embd_pdrop",
+    "hidden_dropout": "resid_pdrop",
+    "attention_dropout": "attn_pdrop",
+}
+
+
+def gpt_fields(theirs: Any) -> dict[str, Any]:
+    """Returns what GPT-2 and GPT-J say alike, in our names.
+
+    The hidden size of the MLP is four times that of the model if it is not given.
+    """
+    return {
+        "intermediate_size": 4 * theirs.n_embd
+        if theirs.n_inner is None
+        else theirs.n_inner,
+        **{ours: getattr(theirs, name) for ours, name in _GPT.items()},
+    }
+
+
+def their_gpt_fields(config: ClassicConfig) -> dict[str, object]:
+    """Returns what GPT-2 and GPT-J say alike, in their names."""
+    same = {name: getattr(config, ours) for ours, name in _GPT.items()}
+    return {"n_inner": config.intermediate_size, **same}

@@ -61,7 +61,7 @@ class Model:
         """Returns the NNX module that holds `params`."""
         return nnx.merge(_graphdef(self), params)
 
-    def __call__(self, params: Params, batch: Inputs, **options: Any) -> jax.Array:
+    def __call__(self, params: Params, batch: Inputs, **options: object) -> jax.Array:
         """Returns the float32 logits of a batch.
 
         Args:
@@ -80,7 +80,7 @@ class Model:
         """
         return self.bind(params)(_complete(batch), **options)
 
-    def hidden(self, params: Params, batch: Inputs, **options: Any) -> jax.Array:
+    def hidden(self, params: Params, batch: Inputs, **options: object) -> jax.Array:
         """Calls `CausalLM.hidden`."""
         return self.bind(params).hidden(_complete(batch), **options)
 
@@ -93,7 +93,7 @@ class Model:
         return self.bind(params).cache(batch_size, length)
 
     def extend(
-        self, params: Params, batch: Inputs, cache: Cache, **options: Any
+        self, params: Params, batch: Inputs, cache: Cache, **options: object
     ) -> tuple[jax.Array, Cache]:
         """Calls `CausalLM.extend`."""
         return self.bind(params).extend(_complete(batch), cache, **options)
@@ -118,7 +118,7 @@ def _create(model: Model, key: jax.Array) -> nnx.Module:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _init(model: Model, key: jax.Array, dtype: Any) -> Params:
+def _init(model: Model, key: jax.Array, dtype: jax.typing.DTypeLike) -> Params:
     """Creates parameters in float32 and rounds them."""
     params = nnx.to_pure_dict(nnx.state(_create(model, key), nnx.Param))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)

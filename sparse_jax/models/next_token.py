@@ -1,11 +1,9 @@
 """The loss of the next token, without all logits at once."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.models.functional import Model
+from sparse_jax.models.functional import Model, Params
 from sparse_jax.params.axes import rows_here
 
 __all__ = ["summed_token_loss"]
@@ -17,7 +15,7 @@ _MOST_LOGITS = 2**24
 
 def summed_token_loss(
     model: Model,
-    params: Any,
+    params: Params,
     hidden: jax.Array,
     ids: jax.Array,
     weights: jax.Array,

@@ -14,23 +14,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax.models.attachment import Recompute
+from sparse_jax.models.attachment import Arrays, Recompute
 
 __all__ = ["run_slots"]
 
 # (x, one, row, context) -> the next x, [B, T, D], of one layer
-Layer = Callable[[jax.Array, Any, Any, Any], jax.Array]
+Layer = Callable[..., jax.Array]
+Pull = Callable[[jax.Array], tuple[jax.Array, Arrays]]
 
 
 def run_slots(
     layer: Layer,
     x: jax.Array,
-    stacked: Any,
-    rows: Any,
-    context: Any,
+    stacked: Arrays,
+    rows: Arrays,
+    context: Arrays,
     active: jax.Array,
     *,
-    rows_of: Callable[[Any], Any],
+    rows_of: Callable[..., Arrays],
     recompute: Recompute,
 ) -> jax.Array:
     """Runs a stack of layers of which a few are trained.
@@ -66,10 +67,10 @@ def run_slots(
 class _Kept(NamedTuple):
     """What the backward pass finds."""
 
-    everywhere: Any  # (L, ...): inputs of the layers, or residuals of all of them
-    slots: Any  # (num_active, ...): residuals of the active layers
-    stacked: Any
-    context: Any
+    everywhere: Arrays  # (L, ...): inputs of the layers, or residuals of all of them
+    slots: Arrays  # (num_active, ...): residuals of the active layers
+    stacked: Arrays
+    context: Arrays
     active: jax.Array
     first: jax.Array  # shape=(), int32: the lowest layer with a backward pass
 
@@ -77,7 +78,7 @@ class _Kept(NamedTuple):
 class _Stack:
     """The two passes over a stack; its fields pass from the first to the second."""
 
-    def __init__(self, layer: Layer, rows_of: Callable[[Any], Any], recompute: str):
+    def __init__(self, layer: Layer, rows_of: Callable[..., Arrays], recompute: str):
         self.layer = layer
         self.rows_of = rows_of
         self.recompute = recompute
@@ -87,7 +88,7 @@ class _Stack:
         """Runs the layers, where no gradient is asked for."""
         del rows, active
 
-        def body(x: jax.Array, one: Any) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, one: Arrays) -> tuple[jax.Array, None]:
             return self.layer(x, one, self.rows_of(one), context), None
 
         return lax.scan(body, x, stacked)[0]
@@ -116,7 +117,7 @@ class _Stack:
 
         # The context is carried so that the body meets it as an argument, and finds
         # that no copy of it has to be kept for every layer.
-        def body(carry: tuple, one: tuple) -> tuple[tuple, Any]:
+        def body(carry: tuple, one: tuple) -> tuple[tuple, Arrays]:
             (x, context, slots), (one, slot) = carry, one
             y, everywhere, residuals = self._run(x, one, context)
             slots = jax.tree.map(
@@ -149,7 +150,7 @@ class _Stack:
             one, everywhere = at(kept.stacked, number), at(kept.everywhere, number)
             slot = slot_of[number]
 
-            def active(dx: jax.Array, grads: Any) -> tuple:
+            def active(dx: jax.Array, grads: Arrays) -> tuple:
                 residuals = at(kept.slots, slot)
                 dx, row = self._pull_active(
                     dx, one, kept.context, everywhere, residuals
@@ -159,7 +160,7 @@ class _Stack:
                 )
                 return dx, jax.tree.map(put, grads, row)
 
-            def frozen(dx: jax.Array, grads: Any) -> tuple:
+            def frozen(dx: jax.Array, grads: Arrays) -> tuple:
                 return self._pull_frozen(dx, one, kept.context, everywhere), grads
 
             return lax.cond(slot < num_active, active, frozen, dx, grads)
@@ -171,7 +172,9 @@ class _Stack:
         carry = lax.fori_loop(0, num_layers - kept.first, body, (dy, grads))
         return (*carry, None, None, None)
 
-    def _run(self, x: jax.Array, one: Any, context: Any) -> tuple[jax.Array, Any, Any]:
+    def _run(
+        self, x: jax.Array, one: Arrays, context: Arrays
+    ) -> tuple[jax.Array, Arrays, Arrays]:
         """Returns the output of a layer, what all layers keep, and what slots keep."""
         if self.recompute == "all":
             return self.layer(x, one, self.rows_of(one), context), x, ()
@@ -184,8 +187,13 @@ class _Stack:
         return y, *self.pullback.split(residuals)
 
     def _pull_active(
-        self, dy: jax.Array, one: Any, context: Any, everywhere: Any, slot: Any
-    ) -> tuple[jax.Array, Any]:
+        self,
+        dy: jax.Array,
+        one: Arrays,
+        context: Arrays,
+        everywhere: Any,
+        slot: Any,
+    ) -> tuple[jax.Array, Arrays]:
         """Returns the gradients of a layer's input and of its trained values."""
         if self.recompute == "all":
             return self._vjp(everywhere, one, context)[1](dy)
@@ -195,7 +203,7 @@ class _Stack:
         return self.pullback.rebuild(residuals, (one, context))(dy)
 
     def _pull_frozen(
-        self, dy: jax.Array, one: Any, context: Any, everywhere: Any
+        self, dy: jax.Array, one: Arrays, context: Arrays, everywhere: Any
     ) -> jax.Array:
         """Returns the gradient of a layer's input."""
         if self.recompute == "none":
@@ -204,7 +212,9 @@ class _Stack:
             return self.pullback.rebuild(residuals, (one, context))(dy)[0]
         return self._vjp(everywhere, one, context)[1](dy)[0]
 
-    def _vjp(self, x: jax.Array, one: Any, context: Any) -> tuple[jax.Array, Any]:
+    def _vjp(
+        self, x: jax.Array, one: Arrays, context: Arrays
+    ) -> tuple[jax.Array, Pull]:
         """Returns the output of a layer and its pullback."""
         run = lambda x, row: self.layer(x, one, row, context)
         return jax.vjp(run, x, self.rows_of(one))
@@ -216,7 +226,7 @@ class _Pullback:
     Arrays that the layer was given, such as its weights, can be had again.
     """
 
-    def __init__(self, vjp: Any, inputs: Any, dy: jax.Array):
+    def __init__(self, vjp: Pull, inputs: Arrays, dy: jax.Array):
         leaves, self.treedef = jax.tree.flatten(vjp)
         found = list(enumerate(jax.tree.leaves(inputs)))
         self.sources = [
@@ -233,7 +243,7 @@ class _Pullback:
             (leaf.shape, jnp.dtype(leaf.dtype)) for leaf, serve in kept if not serve
         ]
 
-    def residuals(self, vjp: Any) -> list[jax.Array]:
+    def residuals(self, vjp: Pull) -> list[jax.Array]:
         """Returns the arrays that have to be kept."""
         leaves = zip(jax.tree.leaves(vjp), self.sources, strict=True)
         return [leaf for leaf, source in leaves if source is None]
@@ -253,7 +263,7 @@ class _Pullback:
         ours, others = iter(everywhere), iter(slots)
         return [next(ours if here else others) for here in self.is_everywhere]
 
-    def rebuild(self, residuals: list[jax.Array], inputs: Any) -> Callable[..., Any]:
+    def rebuild(self, residuals: list[jax.Array], inputs: Arrays) -> Pull:
         """Returns the pullback from what was kept and what the layer was given."""
         had, kept = jax.tree.leaves(inputs), iter(residuals)
         leaves = [

@@ -1,12 +1,13 @@
 """A stack of equal layers: created at once, run by one scan."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
-from sparse_jax.models.attachment import Attachment, Slots
+from sparse_jax.models.attachment import Attachment, LayerValues, Slots
+from sparse_jax.models.decoder import Cached
 from sparse_jax.models.slots import run_slots
 from sparse_jax.params.axes import keep_batch_sharded
 
@@ -14,10 +15,12 @@ _METHOD = 0x6D  # any number; the layer splits its key and folds nothing in
 
 __all__ = ["default_unroll", "run_cached_layers", "run_layers", "stack_layers"]
 
+Layer = TypeVar("Layer", bound=nnx.Module)
+
 
 def stack_layers(
-    create: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs
-) -> Any:
+    create: Callable[[nnx.Rngs], Layer], num_layers: int, rngs: nnx.Rngs
+) -> Layer:
     """Creates `num_layers` layers as one module whose arrays start with `[L]`."""
     keys = jax.random.split(rngs.params(), num_layers)
     return jax.vmap(lambda key: create(nnx.Rngs(key)))(keys)
@@ -26,7 +29,7 @@ def stack_layers(
 def run_layers(
     layers: nnx.Module,
     x: jax.Array,
-    *context: Any,
+    *context: object,
     key: jax.Array | None,
     attachment: Attachment,
     unroll: int | None,
@@ -79,8 +82,8 @@ def run_layers(
 def run_cached_layers(
     layers: nnx.Module,
     x: jax.Array,
-    cached: Any,
-    *context: Any,
+    cached: Cached,
+    *context: object,
     attachment: Attachment,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs `x` through a stack of layers that remember keys and values.
@@ -123,7 +126,7 @@ def _run_with_slots(
 ) -> jax.Array:
     """Runs the layers with a gradient for the active ones only."""
 
-    def layer(x: jax.Array, one: tuple, row: Any, context: tuple) -> jax.Array:
+    def layer(x: jax.Array, one: tuple, row: LayerValues, context: tuple) -> jax.Array:
         layer_params, trained, layer_key = one
         return call(x, (layer_params, trained.with_row(row), layer_key), context)
 

@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 
@@ -43,11 +43,11 @@ def leaf_names(tree: object) -> Tree[str]:
 
 
 def map_named(
-    function: Callable[..., Node],
+    function: Callable[..., object],
     tree: object,
     *rest: object,
     is_leaf: Callable[[object], bool] | None = None,
-) -> Tree[Node]:
+) -> Any:
     """Maps `function(name, leaf, *rest_leaves)` over the leaves of a tree.
 
     The name of a leaf is the keys on its path joined by `/`. The `value` that Flax puts

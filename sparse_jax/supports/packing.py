@@ -19,6 +19,7 @@ __all__ = [
     "current_values",
     "keep_masters",
     "pack",
+    "rounded_step",
     "route",
     "unpack",
     "value_dtype",
@@ -133,6 +134,23 @@ def write_back(
         return values.astype(leaf.dtype) if role.kind in TRAINED else leaf
 
     return map_roles(write, roles, params, support, leaves)
+
+
+def rounded_step(
+    roles: Roles,
+    support: optax.Params,
+    step: optax.Updates,
+    values: optax.Params,
+    params: optax.Params,
+) -> optax.Updates:
+    """Returns the step that takes a coarse parameter to its rounded master."""
+    before = pack(roles, support, params)
+    rounded = lambda role, step, value, before, leaf: (
+        value.astype(leaf.dtype).astype(jnp.float32) - before
+        if below_float32(leaf)
+        else step
+    )
+    return map_roles(rounded, roles, step, values, before, params, only=TRAINED)
 
 
 def zeros_like(tree: optax.Updates) -> optax.Updates:

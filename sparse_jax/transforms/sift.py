@@ -21,10 +21,10 @@ from sparse_jax.params.names import Rule
 from sparse_jax.supports.granularity import ENTRY, granularity_named
 from sparse_jax.supports.layout import Layout, require_density
 from sparse_jax.supports.packing import (
-    below_float32,
     current_values,
     keep_masters,
     pack,
+    rounded_step,
     unpack,
     value_dtype,
     zeros_like,
@@ -184,16 +184,6 @@ def sift(
         kept = keep_masters(roles, values, params)
         return kept if has_masters else map_roles(lambda role: role, roles, only=())
 
-    def select(
-        roles: Roles, source: optax.Updates, params: optax.Params, key: jax.Array
-    ) -> optax.Params:
-        def choose(role: Role, gradient: jax.Array, param: jax.Array) -> jax.Array:
-            k, draw = layout.size(density, role.size), leaf_key(key, role.name)
-            args = (rank, gradient, param, k, draw)
-            return layout.choose(*args, stacked=role.stacked)[0]
-
-        return map_roles(choose, roles, source, params, only=(SPARSE,))
-
     def roles_in(tree: optax.Params) -> Roles:
         rules = {"where": where, "dense": dense, "stacked": stacked}
         return roles_of(tree, **rules, layout=layout)
@@ -201,20 +191,16 @@ def sift(
     def init_fn(params: optax.Params) -> SiftState:
         roles = roles_in(params)
 
-        def empty(role: Role, leaf: jax.Array) -> jax.Array:
-            k = layout.size(density, role.size)
-            return layout.empty(leaf.shape, k, stacked=role.stacked)
-
-        def packed(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
-            if role.kind == DENSE:
-                return jnp.zeros_like(leaf, value_dtype(leaf))
-            return jnp.zeros(support.shape, value_dtype(leaf))
-
-        def sums(role: Role, leaf: jax.Array) -> jax.Array | optax.MaskedNode:
-            if select_from == 1:
-                return optax.MaskedNode()
-            return jnp.zeros_like(leaf, value_dtype(leaf))
-
+        empty = lambda role, leaf: layout.empty(
+            leaf.shape, layout.size(density, role.size), stacked=role.stacked
+        )
+        zeros = lambda role, leaf: jnp.zeros_like(leaf, value_dtype(leaf))
+        packed = lambda role, leaf, support: (
+            zeros(role, leaf)
+            if role.kind == DENSE
+            else jnp.zeros(support.shape, value_dtype(leaf))
+        )
+        summed = (SPARSE,) if select_from > 1 else ()
         support = map_roles(empty, roles, params, only=(SPARSE,))
         # Only shapes matter here, the values come with the first selection: `init`
         # accepts abstract parameters.
@@ -229,7 +215,7 @@ def sift(
             skipped=jnp.zeros([], jnp.int32),
             support=support,
             masters=masters_of(roles, values, params),
-            summed=map_roles(sums, roles, params, only=(SPARSE,)),
+            summed=map_roles(zeros, roles, params, only=summed),
             inner_state=tx.init(values),
         )
 
@@ -262,9 +248,15 @@ def sift(
             return lax.cond(jnp.asarray(ready.count) < select_from, wait, move, ready)
 
         def reselect(ready: SiftState) -> SiftState:
-            source = updates if select_from == 1 else ready.summed
             draw = jax.random.fold_in(base_key, state.count)
-            support = select(roles, source, params, draw)
+
+            def choose(role: Role, gradient: jax.Array, param: jax.Array) -> jax.Array:
+                k, own = layout.size(density, role.size), leaf_key(draw, role.name)
+                args = (rank, gradient, param, k, own)
+                return layout.choose(*args, stacked=role.stacked)[0]
+
+            source = updates if select_from == 1 else ready.summed
+            support = map_roles(choose, roles, source, params, only=(SPARSE,))
             values = pack(roles, support, params)
             kept = (values, tx.init(values))
             if reselect_every is not None:
@@ -306,7 +298,7 @@ def sift(
             ready = ready._replace(inner_state=inner_state)
             if has_masters:
                 values = optax.apply_updates(values, step)
-                step = _rounded_step(roles, ready.support, step, values, params)
+                step = rounded_step(roles, ready.support, step, values, params)
                 ready = ready._replace(masters=masters_of(roles, values, params))
             return unpack(roles, ready.support, updates, step), ready
 
@@ -406,27 +398,3 @@ def _sum(
     add = lambda role, total, leaf: total + leaf.astype(total.dtype)
     added = lambda: map_roles(add, roles, summed, updates, only=(SPARSE,))
     return lax.cond(collecting, added, lambda: summed)
-
-
-def _rounded_step(
-    roles: Roles,
-    support: optax.Params,
-    step: optax.Updates,
-    values: optax.Params,
-    params: optax.Params,
-) -> optax.Updates:
-    """Returns the step that takes a coarse parameter to its rounded master."""
-    before = pack(roles, support, params)
-
-    def rounded(
-        role: Role,
-        step: jax.Array,
-        value: jax.Array,
-        before: jax.Array,
-        leaf: jax.Array,
-    ) -> jax.Array:
-        if not below_float32(leaf):
-            return step
-        return value.astype(leaf.dtype).astype(jnp.float32) - before
-
-    return map_roles(rounded, roles, step, values, before, params, only=TRAINED)

@@ -12,7 +12,14 @@ from sparse_jax.models.classic_decoder import (
     ClassicLayer,
     PositionInfo,
 )
-from sparse_jax.models.family import FUSED, ClassicFamily, Layout, Parts, mlp_size
+from sparse_jax.models.family import (
+    FUSED,
+    ClassicFamily,
+    Layout,
+    Parts,
+    gpt_fields,
+    their_gpt_fields,
+)
 from sparse_jax.models.modules import layer_norm
 
 __all__ = ["GPT2"]
@@ -34,22 +41,8 @@ GPT2 = ClassicFamily(
             "add_cross_attention": False,
         }
     ),
-    fields=lambda theirs: {
-        "intermediate_size": mlp_size(theirs),
-        "max_positions": theirs.n_positions,
-        "hidden_act": theirs.activation_function,
-        "embedding_dropout": theirs.embd_pdrop,
-        "hidden_dropout": theirs.resid_pdrop,
-        "attention_dropout": theirs.attn_pdrop,
-    },
-    their_fields=lambda config: {
-        "n_inner": config.intermediate_size,
-        "n_positions": config.max_positions,
-        "activation_function": config.hidden_act,
-        "embd_pdrop": config.embedding_dropout,
-        "resid_pdrop": config.hidden_dropout,
-        "attn_pdrop": config.attention_dropout,
-    },
+    fields=gpt_fields,
+    their_fields=their_gpt_fields,
     architectures=MappingProxyType({"CausalLM": "GPT2LMHeadModel"}),
     names=MappingProxyType(
         {

@@ -17,7 +17,12 @@ from sparse_jax.models.classic_decoder import (
     PositionInfo,
 )
 from sparse_jax.models.config import ClassicConfig
-from sparse_jax.models.family import ClassicFamily, Parts, mlp_size
+from sparse_jax.models.family import (
+    ClassicFamily,
+    Parts,
+    gpt_fields,
+    their_gpt_fields,
+)
 from sparse_jax.models.modules import layer_norm
 from sparse_jax.models.position_embeddings import angles, base_frequencies
 
@@ -55,23 +60,13 @@ GPTJ = ClassicFamily(
     # A tied head would have a bias and no kernel.
     required=MappingProxyType({"tie_word_embeddings": False}),
     fields=lambda theirs: {
-        "intermediate_size": mlp_size(theirs),
-        "max_positions": theirs.n_positions,
-        "hidden_act": theirs.activation_function,
+        **gpt_fields(theirs),
         "attention_bias": False,
         "rotary_size": _rotary_size(theirs),
-        "embedding_dropout": theirs.embd_pdrop,
-        "hidden_dropout": theirs.resid_pdrop,
-        "attention_dropout": theirs.attn_pdrop,
     },
     their_fields=lambda config: {
-        "n_inner": config.intermediate_size,
-        "n_positions": config.max_positions,
-        "activation_function": config.hidden_act,
+        **their_gpt_fields(config),
         "rotary_dim": config.rotary_size,
-        "embd_pdrop": config.embedding_dropout,
-        "resid_pdrop": config.hidden_dropout,
-        "attn_pdrop": config.attention_dropout,
     },
     architectures=MappingProxyType({"CausalLM": "GPTJForCausalLM"}),
     names=MappingProxyType(
