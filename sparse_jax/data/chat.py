@@ -4,11 +4,17 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from sparse_jax.data.chat_template import render, require_template
 from sparse_jax.data.conversations import Conversation, Piece, join
-from sparse_jax.data.messages import Message, Turn, read_messages, read_tools
+from sparse_jax.data.messages import (
+    Message,
+    Turn,
+    function_name,
+    read_messages,
+    read_tools,
+)
 from sparse_jax.data.tokenizer import Tokenizer
 from sparse_jax.errors import InputError, brief
 
@@ -24,7 +30,7 @@ def render_chat(
     tokenizer: Tokenizer,
     place: str,
     *,
-    tools: Any = None,
+    tools: object = None,
     first: int = 0,
 ) -> list[Conversation]:
     """Returns messages as conversations whose responses are the assistant's turns.
@@ -89,9 +95,9 @@ class _Chat:
     messages: Sequence[Message]
     tokenizer: Tokenizer
     place: str
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, object], ...] = ()
 
-    def text(self, count: int, *more: Mapping[str, Any], asks: bool = False) -> str:
+    def text(self, count: int, *more: Mapping[str, object], asks: bool = False) -> str:
         """Returns the first messages, and some more, as the template writes them."""
         fields = [message.fields for message in self.messages[:count]]
         return render(
@@ -192,7 +198,7 @@ def _body(chat: _Chat, number: int, frame: _Frame) -> str | None:
             "template."
         )
     _require_calls_and_thoughts(message, body)
-    if _is_written(message.fields["content"], body):
+    if _is_written(message.content, body):
         return body
     if message.calls:
         raise InputError(
@@ -204,7 +210,7 @@ def _body(chat: _Chat, number: int, frame: _Frame) -> str | None:
 
 def _as_given(message: Message, frame: _Frame) -> str:
     """Returns an answer of which the template removes a part, such as its thoughts."""
-    content = message.fields["content"]
+    content = message.content
     has_more = frame.prompt.startswith(frame.header)
     begun = frame.prompt[len(frame.header) :] if has_more else ""
     if not content.startswith(begun):
@@ -218,7 +224,7 @@ def _as_given(message: Message, frame: _Frame) -> str:
 
 def _end_alike(chat: _Chat, number: int, frame: _Frame) -> bool:
     """Says whether prompt and header are alike after the message before an answer."""
-    last = chat.messages[number - 1].fields["content"].strip() if number else ""
+    last = chat.messages[number - 1].content.strip() if number else ""
     if not last or last not in frame.prompt or last not in frame.header:
         return False
     ends = (text.rpartition(last)[2] for text in (frame.prompt, frame.header))
@@ -246,14 +252,14 @@ def _require_whole(chat: _Chat, count: int, prompt: str) -> None:
     """Raises if a prompt lacks tools, or one of the messages before it."""
     for message in chat.messages[:count]:
         # Templates do not repeat the thoughts of earlier answers.
-        if not message.is_answer and not _is_written(message.fields["content"], prompt):
+        if not message.is_answer and not _is_written(message.content, prompt):
             raise InputError(
                 f"{message.place} must be a message that the chat template writes, and "
                 f"it leaves one of the role {brief(message.fields['role'])} out. Use "
                 "another chat template, or remove the message."
             )
     for tool in chat.tools:
-        name = tool.get("function", tool)["name"]
+        name = function_name(tool)
         if not _is_written(name, prompt):
             raise InputError(
                 f"{chat.place} must have no `tools`, which the chat template leaves "

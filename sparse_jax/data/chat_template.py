@@ -17,7 +17,7 @@ __all__ = ["render", "require_template", "template_digest", "warn_of_template"]
 
 _log = logging.getLogger(__name__)
 
-Fields = Mapping[str, Any]
+Fields = Mapping[str, object]
 
 # The system's clock runs on while other programs have the processor.
 _WALL_SECONDS = 60
@@ -84,6 +84,8 @@ def render(
       InputError: if the template does not accept the messages, or takes more time or
         memory than any honest one.
     """
+    # Values of any kind, which the annotations of transformers do not foresee.
+    chat: list[Any]
     chat, schemas = list(map(dict, messages)), list(map(dict, tools or ())) or None
     options = {"tools": schemas, "add_generation_prompt": asks}
     try:

@@ -50,11 +50,11 @@ def oddities(task: Task, examples: Mapping[str, Examples]) -> Iterator[str]:
             yield f"{name}: {empty:,} of {len(part):,} examples have an empty text."
         if name != "train":
             yield from _shared(name, train, part)
-    if task.is_regression:
-        yield from _constant(examples)
-        return
-    yield from _alike(task)
-    yield from _unused(task, examples)
+        if task.is_regression and len(part) > 1 and np.ptp(part.labels) == 0:
+            yield f"{name}: all {len(part):,} examples have the label {part.labels[0]}."
+    if not task.is_regression:
+        yield from _alike(task)
+        yield from _unused(task, examples)
 
 
 def _shared(name: str, train: Examples, part: Examples) -> Iterator[str]:
@@ -71,13 +71,6 @@ def _shared(name: str, train: Examples, part: Examples) -> Iterator[str]:
 def _keys(part: Examples) -> Iterator[tuple[str, str | None]]:
     """Yields the texts of the examples."""
     return zip(part.text_a, part.text_b or [None] * len(part), strict=True)
-
-
-def _constant(examples: Mapping[str, Examples]) -> Iterator[str]:
-    """Yields the splits of a regression whose values are all the same."""
-    for name, part in examples.items():
-        if len(part) > 1 and np.ptp(part.labels) == 0:
-            yield f"{name}: all {len(part):,} examples have the label {part.labels[0]}."
 
 
 def _alike(task: Task) -> Iterator[str]:

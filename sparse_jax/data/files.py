@@ -1,16 +1,15 @@
 """The data of a task: a folder of files, or a data set of the Hub."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import cast
 
-from sparse_jax.data.columns import Columns, read_columns
 from sparse_jax.data.data_checks import kind_of, oddities
-from sparse_jax.data.examples import Splits
+from sparse_jax.data.examples import Columns, Splits, read_columns
 from sparse_jax.data.glue import Task
 from sparse_jax.data.labels import (
     class_numbers,
@@ -21,7 +20,7 @@ from sparse_jax.data.labels import (
     resolved,
     without_unlabeled,
 )
-from sparse_jax.data.read_rows import SUFFIXES, Rows, Source, read_rows
+from sparse_jax.data.read_rows import SUFFIXES, Record, Rows, Source, read_rows
 from sparse_jax.errors import InputError, brief, first_line, listed, reason_of
 from sparse_jax.models.hf.labels import order_of
 
@@ -65,14 +64,14 @@ def fetch_rows(task: Task, name: str | None) -> dict[str, Callable[[], Rows]]:
     return readers
 
 
-def _fetch(task: Task, name: str) -> Any:
+def _fetch(task: Task, name: str) -> Mapping[str, Iterable[Record]]:
     """Returns a data set's splits by name."""
     # datasets takes seconds to import, so it is imported where it is used.
     from datasets import load_dataset
 
     configuration = task.name if name == _GLUE else None
     try:
-        return load_dataset(name, configuration)
+        found = load_dataset(name, configuration)
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise InputError(
@@ -80,25 +79,25 @@ def _fetch(task: Task, name: str) -> Any:
             f"{name!r}, which is no folder and cannot be fetched: {reason}. Check the "
             "spelling and the connection, or download the files and pass their folder."
         ) from error
+    return cast("Mapping[str, Iterable[Record]]", found)
 
 
-def _rows(source: Source, split: Any, task: Task) -> Rows:
+def _rows(source: Source, rows: Iterable[Record], task: Task) -> Rows:
     """Returns the rows of one split, whose classes may be numbered in another order."""
-    rows: Iterable[dict[str, Any]] = split
+    features = getattr(rows, "features", None) or {}
     for column in task.label:
-        feature = (getattr(split, "features", None) or {}).get(column)
-        order = order_of(task.labels or (), getattr(feature, "names", None) or ())
+        names = getattr(features.get(column), "names", None)
+        order = order_of(task.labels or (), names or ())
         if order:
             rows = map(partial(_renumbered, column, order), rows)
     return Rows(source, enumerate(rows))
 
 
-def _renumbered(
-    column: str, order: tuple[int, ...], row: dict[str, Any]
-) -> dict[str, Any]:
+def _renumbered(column: str, order: tuple[int, ...], row: Record) -> Record:
     """Returns a row with the number that a task gives to its class."""
     label = row[column]
-    return {**row, column: order.index(label) if label in order else label}
+    is_known = isinstance(label, int) and label in order
+    return {**row, column: order.index(label)} if is_known else row
 
 
 # Earlier names win. Official folders hold both `train.tsv` and the original files of

@@ -1,8 +1,7 @@
 """The tasks: eight of GLUE, and three for labels of one's own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 from sparse_jax.errors import InputError
 
@@ -55,11 +54,15 @@ class Task:
 # In the order of the Hub, so that its integer labels mean the same here.
 _ENTAILMENT = ("entailment", "not_entailment")
 
-_OWN: Any = {
-    "text_a": ("text", "text_a"),
-    "text_b": ("text_b", "text_pair"),
-    "has_optional_text_b": True,
-}
+# Lists of labels make it the task multilabel, numbers with decimals regression.
+_OWN = Task(
+    "classification",
+    text_a=("text", "text_a"),
+    text_b=("text_b", "text_pair"),
+    label=("label", "labels"),
+    labels=None,
+    has_optional_text_b=True,
+)
 
 _ALL = (
     Task(
@@ -116,22 +119,20 @@ _ALL = (
         text_b=("sentence2", "text_b"),
         labels=_ENTAILMENT,
     ),
-    Task(
-        "multilabel",
-        **_OWN,
-        label=("label", "labels"),
-        labels=None,
+    replace(
+        _OWN,
+        name="multilabel",
         metrics=("micro_f1", "exact_match"),
         is_multilabel=True,
     ),
-    Task(
-        "regression",
-        **_OWN,
+    replace(
+        _OWN,
+        name="regression",
         label=("label", "score"),
+        labels=(),
         metrics=("pearson", "spearman", "mse"),
     ),
-    # Lists of labels make it the task multilabel, numbers with decimals regression.
-    Task("classification", **_OWN, label=("label", "labels"), labels=None),
+    _OWN,
 )
 
 CAUSAL = "causal"  # has texts without labels, so it is no `Task`

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from sparse_jax.data.batches import random_of
 from sparse_jax.data.chat import render_chat
-from sparse_jax.data.columns import text_of
 from sparse_jax.data.conversations import (
     ALPACA,
     Conversation,
@@ -16,6 +15,7 @@ from sparse_jax.data.conversations import (
     plain_text,
     prompt_and_response,
 )
+from sparse_jax.data.examples import text_of
 from sparse_jax.data.files import find_file, is_folder
 from sparse_jax.data.read_rows import read_objects, read_text
 from sparse_jax.data.tokenizer import Tokenizer

@@ -4,12 +4,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
-from sparse_jax.data.columns import Columns
-from sparse_jax.data.examples import Examples
+from sparse_jax.data.examples import Columns, Examples
 from sparse_jax.data.glue import TASKS, Task
 from sparse_jax.errors import InputError, brief, listed
 
@@ -34,7 +32,7 @@ _REMEDY = "Leave out such rows with `drop_unlabeled` (--drop-unlabeled)."
 Words = Mapping[str, int]
 
 
-def is_unlabeled(label: Any, task: Task) -> bool:
+def is_unlabeled(label: object, task: Task) -> bool:
     """Says whether a label means that there is none.
 
     These are null, NaN and an empty text; `-` and, of classes, -1.
@@ -51,10 +49,9 @@ def is_unlabeled(label: Any, task: Task) -> bool:
 
 def has_labels(columns: Columns) -> bool:
     """Says whether any row has a label; test files often have none or -1."""
-    return any(
-        isinstance(label, list) or not (_is_missing(label) or _word(label) in _MARKS)
-        for label in columns.labels
-    )
+    # Of values too: a test file says -1 where labels are withheld.
+    classes = TASKS["classification"]
+    return not all(is_unlabeled(label, classes) for label in columns.labels)
 
 
 def resolved(task: Task, train: Columns) -> Task:
@@ -182,13 +179,13 @@ def labels_of_flags(columns: Columns, count: int) -> Columns:
     return columns._replace(labels=labels)
 
 
-def _placed(columns: Columns) -> Iterator[tuple[str, Any]]:
+def _placed(columns: Columns) -> Iterator[tuple[str, object]]:
     """Yields the labels with their places."""
     for number, label in zip(columns.numbers, columns.labels, strict=True):
         yield columns.source.at(number), label
 
 
-def _set(place: str, label: Any) -> list[str]:
+def _set(place: str, label: object) -> list[str]:
     """Returns the words of a list of labels."""
     _require_label(place, label)
     if not isinstance(label, list):
@@ -202,7 +199,7 @@ def _set(place: str, label: Any) -> list[str]:
     return words
 
 
-def _one(place: str, label: Any) -> str:
+def _one(place: str, label: object) -> str:
     """Returns the word of a single label."""
     _require_label(place, label)
     is_finite = not isinstance(label, float) or math.isfinite(label)
@@ -214,7 +211,7 @@ def _one(place: str, label: Any) -> str:
     return _word(label)
 
 
-def _class(place: str, label: Any, words: Words) -> int:
+def _class(place: str, label: object, words: Words) -> int:
     """Returns the class of a label."""
     word = _one(place, label)
     found = words.get(word, words.get(_without_point(word)))
@@ -227,7 +224,7 @@ def _class(place: str, label: Any, words: Words) -> int:
     return found
 
 
-def _value(place: str, label: Any) -> float:
+def _value(place: str, label: object) -> float:
     """Returns the value of a label."""
     _require_label(place, label)
     value = _number(label, has_types=False)
@@ -240,25 +237,25 @@ def _value(place: str, label: Any) -> float:
     return float(value)
 
 
-def _require_label(place: str, label: Any) -> None:
+def _require_label(place: str, label: object) -> None:
     """Raises if there is no label."""
     if _is_missing(label):
         raise InputError(f"{place} must have a label, got {brief(label)}. {_REMEDY}")
 
 
-def _is_missing(label: Any) -> bool:
+def _is_missing(label: object) -> bool:
     """Says whether a label is null, NaN or an empty text."""
     if isinstance(label, str):
         return label.strip().lower() in ("", "nan")
     return label is None or (isinstance(label, float) and math.isnan(label))
 
 
-def _is_flag(value: Any) -> bool:
+def _is_flag(value: object) -> bool:
     """Says whether a member of a list is the number 0 or 1."""
     return isinstance(value, int | float) and value in (0, 1)
 
 
-def _number(label: Any, has_types: bool) -> int | float | None:
+def _number(label: object, has_types: bool) -> int | float | None:
     """Returns the number that a label is, None if it is none.
 
     In a file without types, such as CSV, words are numbers if they can be read as such.
@@ -272,7 +269,7 @@ def _number(label: Any, has_types: bool) -> int | float | None:
     return label if isinstance(label, int) or math.isfinite(label) else None
 
 
-def _word(label: Any) -> str:
+def _word(label: object) -> str:
     """Returns a label as a word; a whole number has no decimals."""
     if isinstance(label, float) and label.is_integer():
         label = int(label)

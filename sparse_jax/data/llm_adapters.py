@@ -8,13 +8,13 @@ from operator import eq
 from pathlib import Path
 from types import MappingProxyType
 
-from sparse_jax.data.columns import text_of
 from sparse_jax.data.conversations import (
     ALPACA,
     Conversation,
     PromptTemplate,
     prompt_and_response,
 )
+from sparse_jax.data.examples import text_of
 from sparse_jax.data.read_rows import Rows, read_objects
 from sparse_jax.errors import InputError
 

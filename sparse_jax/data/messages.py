@@ -3,14 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sparse_jax.data.columns import text_of
+from sparse_jax.data.examples import text_of
 from sparse_jax.errors import InputError, brief
 
-__all__ = ["Message", "Turn", "read_messages", "read_tools"]
+__all__ = ["Message", "Turn", "function_name", "read_messages", "read_tools"]
 
-Turn = Mapping[str, Any]
+Turn = Mapping[str, object]
 
 # ShareGPT's words and those of templates, which may have more.
 _ROLES = MappingProxyType(
@@ -29,7 +29,9 @@ _READ = ("role", "content", "from", "value", "tool_calls", "weight", "train")
 class Message(NamedTuple):
     """A message and its place in the training."""
 
-    fields: dict[str, Any]  # for the template: role, content and what else there is
+    fields: dict[str, object]  # for the template: role, content and what else there is
+    content: str
+    calls: tuple[str, ...]  # names of the functions that it calls
     place: str  # file, line and turn
     is_trained: bool  # whether the assistant learns to write it
     is_excluded: bool  # whether it is only read whatever else is trained on
@@ -38,11 +40,6 @@ class Message(NamedTuple):
     def is_answer(self) -> bool:
         """Whether the assistant wrote it."""
         return self.fields["role"] == "assistant"
-
-    @property
-    def calls(self) -> tuple[str, ...]:
-        """Names of the functions that it calls."""
-        return tuple(map(_function_name, self.fields.get("tool_calls", ())))
 
 
 def read_messages(
@@ -68,7 +65,7 @@ def read_messages(
     ]
 
 
-def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
+def read_tools(value: object, place: str) -> list[dict[str, object]]:
     """Returns the schemas of the functions that an assistant may call.
 
     Args:
@@ -79,7 +76,7 @@ def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
       InputError: if they are something else, or a function has no name.
     """
     tools = _decoded(value) or []
-    if not isinstance(tools, list) or not all(map(_function_name, tools)):
+    if not isinstance(tools, list) or not all(map(function_name, tools)):
         raise InputError(
             f"{place} must have a list of functions with names in `tools`, got "
             f"{brief(value)}."
@@ -102,12 +99,15 @@ def _message(turn: Turn, place: str, *, may_train: bool) -> Message:
     role = _ROLES.get(role, role)
     calls = _tool_calls(turn, place)
     fields = {name: value for name, value in turn.items() if name not in _READ}
-    fields |= {"role": role, "content": _content(turn, place, column, bool(calls))}
+    content = _content(turn, place, column, bool(calls))
+    fields |= {"role": role, "content": content}
     fields |= {"tool_calls": calls} if calls else {}
     is_answer = role == "assistant"
     is_wanted = _is_wanted(turn, place, is_answer)
     return Message(
         fields,
+        content,
+        tuple(map(function_name, calls)),
         place,
         is_trained=is_answer and may_train and is_wanted is not False,
         is_excluded=is_wanted is False,
@@ -133,10 +133,10 @@ def _content(turn: Turn, place: str, column: str, may_be_absent: bool) -> str:
     return "".join(texts)
 
 
-def _tool_calls(turn: Turn, place: str) -> list[dict[str, Any]]:
+def _tool_calls(turn: Turn, place: str) -> list[dict[str, object]]:
     """Returns the calls of a turn, their arguments as objects."""
     calls = turn.get("tool_calls") or []
-    if not isinstance(calls, list) or not all(map(_function_name, calls)):
+    if not isinstance(calls, list) or not all(map(function_name, calls)):
         raise InputError(
             f"{place} must have a list of functions with names in `tool_calls`, got "
             f"{brief(calls)}."
@@ -144,10 +144,10 @@ def _tool_calls(turn: Turn, place: str) -> list[dict[str, Any]]:
     return [_with_arguments(call, place) for call in calls]
 
 
-def _with_arguments(call: dict[str, Any], place: str) -> dict[str, Any]:
+def _with_arguments(call: dict[str, object], place: str) -> dict[str, object]:
     """Returns a call whose arguments are an object, which templates write as JSON."""
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _with_arguments(call["function"], place)}
+    if isinstance(function := call.get("function"), dict):
+        return {**call, "function": _with_arguments(function, place)}
     arguments = _decoded(call.get("arguments", {}))
     if not isinstance(arguments, dict):
         raise InputError(
@@ -157,14 +157,14 @@ def _with_arguments(call: dict[str, Any], place: str) -> dict[str, Any]:
     return {**call, "arguments": arguments}
 
 
-def _function_name(call: Any) -> str:
+def function_name(call: object) -> str:
     """Returns the name of a function that is called or described, "" for none."""
     inner = call.get("function", call) if isinstance(call, dict) else None
     name = inner.get("name") if isinstance(inner, dict) else None
     return name if isinstance(name, str) else ""
 
 
-def _decoded(value: Any) -> Any:
+def _decoded(value: object) -> object:
     """Returns what a text says in JSON, and other values, and wrong texts, as given."""
     try:
         return json.loads(value) if isinstance(value, str) and value else value

@@ -1,4 +1,8 @@
-"""The metrics of GLUE, and of one's own labels."""
+"""The metrics of GLUE, and of one's own labels.
+
+A metric takes predictions and labels of one shape: classes `[N]`, values `[N]` of a
+regression, or 0 or 1 for every label `[N, C]`.
+"""
 
 import math
 from types import MappingProxyType
@@ -26,23 +30,14 @@ __all__ = [
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the fraction of predictions that are right.
-
-    Args:
-      predictions: classes, `[N]`.
-      labels: classes, `[N]`.
-    """
+    """Returns the fraction of classes that are right."""
     return float(np.mean(predictions == labels))
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the F1 score of class 1, 0 if it is never right.
+    """Returns the F1 score of class 1 of two classes, 0 if it is never right.
 
         F1 = 2 TP / (2 TP + FP + FN)
-
-    Args:
-      predictions: classes 0 and 1, `[N]`.
-      labels: classes 0 and 1, `[N]`.
 
     Example:
       >>> f1(np.array([1, 1, 0]), np.array([1, 0, 1]))
@@ -62,10 +57,6 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
     and 0 if all predictions, or all labels, are the same.
 
-    Args:
-      predictions: classes, `[N]`.
-      labels: classes, `[N]`.
-
     References:
       Gorodkin, 2004, Comparing two K-category assignments by a K-category correlation
       coefficient, Computational Biology and Chemistry 28.
@@ -82,14 +73,10 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the linear correlation, in [-1, 1].
+    """Returns the linear correlation of values, in [-1, 1].
 
     It is 0 where it is not defined: if all predictions or all labels are the same, or
     one of them is not finite.
-
-    Args:
-      predictions: values, `[N]`.
-      labels: values, `[N]`.
     """
     x, y = _centred(predictions), _centred(labels)
     norms = np.linalg.norm(x) * np.linalg.norm(y)
@@ -97,13 +84,9 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the correlation of the ranks, equal values sharing their mean rank.
+    """Returns the correlation of ranks of values, equal ones sharing their mean rank.
 
     It is 0 where `pearson` is.
-
-    Args:
-      predictions: values, `[N]`.
-      labels: values, `[N]`.
     """
     if not np.isfinite(predictions).all() or not np.isfinite(labels).all():
         return 0.0
@@ -111,33 +94,18 @@ def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def mse(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the mean squared error.
-
-    Args:
-      predictions: values, `[N]`.
-      labels: values, `[N]`.
-    """
+    """Returns the mean squared error of values."""
     errors = np.asarray(predictions, np.float64) - np.asarray(labels, np.float64)
     return float(np.mean(errors**2))
 
 
 def exact_match(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the fraction of examples all of whose labels are right.
-
-    Args:
-      predictions: 0 or 1 for every label, `[N, C]`.
-      labels: 0 or 1 for every label, `[N, C]`.
-    """
+    """Returns the fraction of examples whose sets of labels `[N, C]` are right."""
     return float(np.mean(np.all(predictions == labels, axis=-1)))
 
 
 def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the F1 score of all labels of all examples together.
-
-    Args:
-      predictions: 0 or 1 for every label, `[N, C]`.
-      labels: 0 or 1 for every label, `[N, C]`.
-    """
+    """Returns the F1 score of all labels `[N, C]` of all examples together."""
     return f1(np.ravel(predictions), np.ravel(labels))
 
 

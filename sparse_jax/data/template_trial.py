@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 __all__ = ["MEMORY", "OUT_OF_MEMORY", "SECONDS"]
 
@@ -47,15 +46,17 @@ def _addresses() -> int:
         return 0
 
 
-def _render(template: str, calls: Sequence[Mapping[str, Any]]) -> None:
+def _render(template: str, calls: Sequence[Mapping[str, object]]) -> None:
     """Renders a template in an environment like that of transformers."""
     from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
         tags = {"generation"}
 
-        def parse(self, parser: Any) -> Any:
+        def parse(self, parser: Parser) -> Node | list[Node]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

@@ -84,7 +84,7 @@ class Beams:
         stop: jax.Array,
         max_new_tokens: int,
     ) -> jax.Array:
-        """Returns new tokens, int32 `[B, max_new_tokens]`, up to a stop token."""
+        """Writes after every prompt, as `Choice.decode` does."""
         del keys
         logits, cache = model.start(prompts, max_new_tokens - 1)
         is_prompt = jnp.any(jnp.asarray(prompts.attention_mask, bool), axis=1)

@@ -1,7 +1,6 @@
 """How the next token is chosen: the likeliest one or at random, in a compiled loop."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -13,70 +12,7 @@ from sparse_jax.generation.ends import ends_here
 from sparse_jax.generation.prompts import AdaptedModel, Prompts
 from sparse_jax.models.causal_lm import Cache
 
-__all__ = ["Choice", "Greedy", "Sample", "decode"]
-
-# (logits [B, V], one key for each row [B]) -> tokens [B], int32
-Choose = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-class _Rows(NamedTuple):
-    """What has been written so far; S new tokens at most."""
-
-    tokens: jax.Array  # shape=(B, S), int32
-    last: jax.Array  # shape=(B,), int32: the token that has not been read yet
-    is_done: jax.Array  # shape=(B,), bool
-    count: jax.Array  # shape=(), int32: new tokens
-    cache: Cache
-
-
-def decode(
-    model: AdaptedModel,
-    prompts: Prompts,
-    keys: jax.Array,
-    stop: jax.Array,
-    max_new_tokens: int,
-    choose: Choose,
-) -> jax.Array:
-    """Writes after every prompt until all rows have met a stop token.
-
-    Args:
-      model: the decoder, with its parameters.
-      prompts: padded on the left.
-      keys: one for each row, `[B]`; what a row draws depends on nothing else.
-      stop: what ends a text, of `end_table`.
-      max_new_tokens: most tokens to write.
-      choose: returns the next tokens.
-
-    Returns:
-      New tokens, int32 `[B, max_new_tokens]`, without meaning after an end.
-    """
-
-    def write(rows: _Rows, logits: jax.Array, cache: Cache) -> _Rows:
-        here = jax.vmap(jax.random.fold_in, (0, None))(keys, rows.count)
-        token = choose(logits, here)
-        tokens = rows.tokens.at[:, rows.count].set(token)
-        return _Rows(
-            tokens=tokens,
-            last=token,
-            is_done=rows.is_done | ends_here(tokens, rows.count, stop),
-            count=rows.count + 1,
-            cache=cache,
-        )
-
-    def is_open(rows: _Rows) -> jax.Array:
-        return (rows.count < max_new_tokens) & ~jnp.all(rows.is_done)
-
-    logits, cache = model.start(prompts, max_new_tokens - 1)
-    num_rows = logits.shape[0]
-    empty = _Rows(
-        tokens=jnp.zeros((num_rows, max_new_tokens), jnp.int32),
-        last=jnp.zeros(num_rows, jnp.int32),
-        is_done=~jnp.any(jnp.asarray(prompts.attention_mask, bool), axis=1),
-        count=jnp.zeros([], jnp.int32),
-        cache=cache,
-    )
-    step = lambda rows: write(rows, *model.read(rows.last, rows.cache))
-    return jax.lax.while_loop(is_open, step, write(empty, logits, cache)).tokens
+__all__ = ["Choice", "Greedy", "Sample"]
 
 
 class Choice(Protocol):
@@ -92,8 +28,29 @@ class Choice(Protocol):
         stop: jax.Array,
         max_new_tokens: int,
     ) -> jax.Array:
-        """Returns new tokens, int32 `[B, max_new_tokens]`, up to a stop token."""
+        """Writes after every prompt until all rows have met an end.
+
+        Args:
+          model: the decoder, with its parameters.
+          prompts: padded on the left.
+          keys: one for each row, `[B]`; what a row draws depends on nothing else.
+          stop: what ends a text, of `end_table`.
+          max_new_tokens: most tokens to write.
+
+        Returns:
+          New tokens, int32 `[B, max_new_tokens]`, without meaning after an end.
+        """
         ...
+
+
+class _Rows(NamedTuple):
+    """What has been written so far; S new tokens at most."""
+
+    tokens: jax.Array  # shape=(B, S), int32
+    last: jax.Array  # shape=(B,), int32: the token that has not been read yet
+    is_done: jax.Array  # shape=(B,), bool
+    count: jax.Array  # shape=(), int32: new tokens
+    cache: Cache
 
 
 class _TokenByToken(Protocol):
@@ -111,8 +68,29 @@ class _TokenByToken(Protocol):
         stop: jax.Array,
         max_new_tokens: int,
     ) -> jax.Array:
-        """Returns new tokens, int32 `[B, max_new_tokens]`, up to a stop token."""
-        return decode(model, prompts, keys, stop, max_new_tokens, self.choose)
+        """Writes after every prompt, as `Choice.decode` does."""
+
+        def write(rows: _Rows, logits: jax.Array, cache: Cache) -> _Rows:
+            here = jax.vmap(jax.random.fold_in, (0, None))(keys, rows.count)
+            token = self.choose(logits, here)
+            tokens = rows.tokens.at[:, rows.count].set(token)
+            is_done = rows.is_done | ends_here(tokens, rows.count, stop)
+            return _Rows(tokens, token, is_done, rows.count + 1, cache)
+
+        def is_open(rows: _Rows) -> jax.Array:
+            return (rows.count < max_new_tokens) & ~jnp.all(rows.is_done)
+
+        logits, cache = model.start(prompts, max_new_tokens - 1)
+        num_rows = logits.shape[0]
+        empty = _Rows(
+            tokens=jnp.zeros((num_rows, max_new_tokens), jnp.int32),
+            last=jnp.zeros(num_rows, jnp.int32),
+            is_done=~jnp.any(jnp.asarray(prompts.attention_mask, bool), axis=1),
+            count=jnp.zeros([], jnp.int32),
+            cache=cache,
+        )
+        step = lambda rows: write(rows, *model.read(rows.last, rows.cache))
+        return jax.lax.while_loop(is_open, step, write(empty, logits, cache)).tokens
 
 
 @dataclass(frozen=True)
@@ -127,7 +105,7 @@ class Greedy(_TokenByToken):
     is_random: ClassVar[bool] = False
 
     def choose(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        """Returns the tokens of the largest logits."""
+        """Returns the tokens of the largest logits, the first of equal ones."""
         del keys
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 

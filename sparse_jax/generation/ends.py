@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +89,7 @@ def before_end(tokens: np.ndarray, ends: Sequence[End]) -> np.ndarray:
     return tokens[: min(found)[1]]
 
 
-def ends_of_model(folder: Path, eos_ids: Sequence[Any], vocab_size: int) -> set[int]:
+def ends_of_model(folder: Path, eos_ids: Sequence[object], vocab_size: int) -> set[int]:
     """Returns the tokens that end a text of a model, as transformers takes them.
 
     Those of `generation_config.json` if there is one, otherwise those of `config.json`.
@@ -104,9 +103,9 @@ def ends_of_model(folder: Path, eos_ids: Sequence[Any], vocab_size: int) -> set[
     Raises:
       InputError: if the file is no JSON object, or has something else there.
     """
-    path = folder / "generation_config.json"
-    found: Any = list(eos_ids)
-    if path.is_file():
+    path, found = folder / "config.json", list(eos_ids)
+    if (folder / "generation_config.json").is_file():
+        path = folder / "generation_config.json"
         try:
             found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, RecursionError, AttributeError) as error:
@@ -114,13 +113,11 @@ def ends_of_model(folder: Path, eos_ids: Sequence[Any], vocab_size: int) -> set[
                 f"`{path}` must be a JSON object: {reason_of(error)}. Copy it again, "
                 "or remove it."
             ) from error
-    else:
-        path = folder / "config.json"
     ends = require_ends(found, f"`eos_token_id` in `{path}`")
     return {end for end in ends if 0 <= end < vocab_size}
 
 
-def require_ends(value: Any, name: str) -> list[int]:
+def require_ends(value: object, name: str) -> list[int]:
     """Returns tokens as a list, of one, several or none.
 
     Raises:
@@ -128,8 +125,9 @@ def require_ends(value: Any, name: str) -> list[int]:
     """
     ends = value if isinstance(value, list) else [value] * (value is not None)
     # bool is an int in Python.
-    if any(type(end) is not int for end in ends):
+    whole = [end for end in ends if type(end) is int]
+    if len(whole) < len(ends):
         raise InputError(
             f"{name} must be the id of a token, or a list of ids, got {brief(value)}."
         )
-    return ends
+    return whole

@@ -2,19 +2,19 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sparse_jax.errors import InputError
 from sparse_jax.generation.choice import Choice, Greedy
 from sparse_jax.generation.ends import before_end, end_table
 from sparse_jax.generation.prompts import AdaptedModel, Prompts, padded_batches
-from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.functional import Model
+from sparse_jax.models.functional import Model, Params
 
 __all__ = ["generate"]
 
@@ -24,8 +24,8 @@ _ROWS = 32
 
 def generate(
     model: Model,
-    params: Any,
-    prompts: Sequence[Any],
+    params: Params,
+    prompts: Sequence[ArrayLike],
     *,
     max_new_tokens: int = 128,
     choice: Choice = Greedy(),  # noqa: B008 - frozen
@@ -63,9 +63,19 @@ def generate(
       InputError: if a prompt is empty, has a token that the model lacks or leaves no
         room for the new ones, or if a number is out of range.
     """
-    _check(model, choice, attachment, key)
-    _check_numbers(model, max_new_tokens, batch_size, max_length, pad_id)
-    limit = model.config.max_positions - max_new_tokens
+    sizes = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "max_length": max_length,
+    }
+    _check(model, choice, attachment, key, pad_id, sizes)
+    positions = model.config.max_positions
+    limit = positions - max_new_tokens
+    if limit < 1:
+        raise InputError(
+            f"`max_new_tokens` must be less than the {positions} positions of the "
+            f"model, got {max_new_tokens}. Leave room for a prompt."
+        )
     limit = limit if max_length is None else min(limit, max_length)
     rows = [np.asarray(prompt) for prompt in prompts]
     for number, row in enumerate(rows):
@@ -97,8 +107,8 @@ def generate(
     jax.jit, static_argnames=("model", "attached", "choice", "max_new_tokens")
 )
 def _decode(
-    params: Any,
-    trained: Any,
+    params: Params,
+    trained: LayerValues | None,
     prompts: Prompts,
     key: jax.Array,
     stop: jax.Array,
@@ -119,8 +129,10 @@ def _check(
     choice: Choice,
     attachment: Attachment,
     key: jax.Array | None,
+    pad_id: int,
+    sizes: dict[str, int | None],
 ) -> None:
-    """Raises if an argument is of another kind than is needed."""
+    """Raises if an argument is of another kind than is needed, or out of range."""
     if not issubclass(model.head, CausalLM):
         raise InputError(
             f"`model` must have the head CausalLM, got {model.head.__name__}. Load a "
@@ -135,29 +147,9 @@ def _check(
         raise InputError(
             f"`key` must be given for {choice}, got None. Pass `jax.random.key(0)`."
         )
-
-
-def _check_numbers(
-    model: Model,
-    max_new_tokens: int,
-    batch_size: int | None,
-    max_length: int | None,
-    pad_id: int,
-) -> None:
-    """Raises if a number is out of range."""
-    for name, number in (
-        ("max_new_tokens", max_new_tokens),
-        ("batch_size", batch_size),
-        ("max_length", max_length),
-    ):
+    for name, number in sizes.items():
         if number is not None and number < 1:
             raise InputError(f"`{name}` must be at least 1, got {number}.")
-    positions = model.config.max_positions
-    if max_new_tokens >= positions:
-        raise InputError(
-            f"`max_new_tokens` must be less than the {positions} positions of the "
-            f"model, got {max_new_tokens}. Leave room for a prompt."
-        )
     # A token that the model lacks is read as NaN.
     if not 0 <= pad_id < model.config.vocab_size:
         raise InputError(

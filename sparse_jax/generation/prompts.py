@@ -5,15 +5,16 @@ a power of two, on the left: then the last column is the last token of every pro
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import Cache
-from sparse_jax.models.functional import Model
+from sparse_jax.models.functional import Model, Params
 
 __all__ = ["Prompts", "AdaptedModel", "bucket", "padded_batches"]
 
@@ -24,9 +25,9 @@ _LEAST = 16
 class Prompts(NamedTuple):
     """Prompts that are read at once; rows without a token are padding."""
 
-    input_ids: jax.typing.ArrayLike  # shape=(B, T), int32
-    attention_mask: jax.typing.ArrayLike  # shape=(B, T), int32: 1 at tokens
-    numbers: jax.typing.ArrayLike  # shape=(B,), int32: of the rows among all prompts
+    input_ids: ArrayLike  # shape=(B, T), int32
+    attention_mask: ArrayLike  # shape=(B, T), int32: 1 at tokens
+    numbers: ArrayLike  # shape=(B,), int32: of the rows among all prompts
 
 
 def bucket(length: int, most: int) -> int:
@@ -80,7 +81,7 @@ class AdaptedModel(NamedTuple):
     """A decoder with its parameters and what is attached to it."""
 
     model: Model
-    params: Any
+    params: Params
     attachment: Attachment
 
     def start(self, prompts: Prompts, num_more: int) -> tuple[jax.Array, Cache]:
@@ -102,9 +103,11 @@ class AdaptedModel(NamedTuple):
         tokens = tokens[:, None]
         return self._extend(tokens, jnp.ones_like(tokens), cache)
 
-    def _extend(self, ids: Any, mask: Any, cache: Cache) -> tuple[jax.Array, Cache]:
+    def _extend(
+        self, ids: ArrayLike, mask: ArrayLike, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
         """Reads columns, and scores what follows the last."""
-        batch = {"input_ids": ids, "attention_mask": mask}
+        batch = {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
         hidden, cache = self.model.extend(
             self.params, batch, cache, attachment=self.attachment
         )

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,9 @@ from sparse_jax.data.conversations import ALPACA, PromptTemplate
 from sparse_jax.data.llm_adapters import Question
 from sparse_jax.data.tokenizer import Tokenizer
 from sparse_jax.errors import InputError
-from sparse_jax.models.attachment import Attachment
-from sparse_jax.models.functional import Model
+from sparse_jax.models.attachment import Attachment, LayerValues
+from sparse_jax.models.functional import Model, Params
+from sparse_jax.models.modules import Inputs
 from sparse_jax.models.next_token import summed_token_loss
 
 __all__ = ["log_likelihoods", "rank_candidates"]
@@ -25,7 +25,7 @@ _INPUTS = ("input_ids", "attention_mask")
 
 def rank_candidates(
     model: Model,
-    params: Any,
+    params: Params,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     *,
@@ -90,7 +90,7 @@ def rank_candidates(
 
 def log_likelihoods(
     model: Model,
-    params: Any,
+    params: Params,
     sequences: TokenSequences,
     *,
     attachment: Attachment = Attachment(),  # noqa: B008 - a tuple
@@ -123,7 +123,12 @@ def log_likelihoods(
 
 @functools.partial(jax.jit, static_argnames=("model", "attached"))
 def _row_losses(
-    params: Any, trained: Any, batch: Any, *, model: Model, attached: Attachment
+    params: Params,
+    trained: LayerValues | None,
+    batch: Inputs,
+    *,
+    model: Model,
+    attached: Attachment,
 ) -> jax.Array:
     """Returns the summed losses of every row, float32 `[B]`."""
     inputs = {name: batch[name] for name in _INPUTS}

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from sparse_jax.generation.ends import ends_of_model, require_ends
 from sparse_jax.generation.generate import generate
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.functional import Model
+from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.pretrained import base_hash, new_leaves
 from sparse_jax.models.hf.read_config import read_config
@@ -143,7 +143,7 @@ class Writer:
     """Everything that is needed to continue a text."""
 
     model: Model
-    params: Any
+    params: Params
     attachment: Attachment
     tokenizer: Tokenizer
     stop: tuple[int, ...]  # tokens that end a text
@@ -207,8 +207,15 @@ def load_writer(
     found = None if adapter is None else _causal_adapter(adapter)
     folder = _base(model, found)
     _require_decoder(folder)
-    options: dict[str, Any] = {"head": CausalLM, **_as_trained(found)}
-    lm, params, placement = load_placed(mesh_of(mesh), folder, **options)
+    settings = found.settings if found is not None else {}
+    lm, params, placement = load_placed(
+        mesh_of(mesh),
+        folder,
+        head=CausalLM,
+        dtype=jnp.dtype(settings.get("dtype") or "float32"),
+        # A head that the folder lacks is created here, and replaced by the adapter's.
+        key=jax.random.key(settings.get("seed") or 0),
+    )
     new = new_leaves(lm, folder)
     attachment = Attachment()
     if found is None:
@@ -217,13 +224,12 @@ def load_writer(
         base = {"base_hash": base_hash(folder), "model": lm}
         params, attachment = apply_adapter(params, found, **base, new=new)
     tokenizer = load_tokenizer(folder)
-    if found is not None:
-        warn_of_tokenizer(found.settings.get("tokenizer_hash"), tokenizer)
-        warn_of_template(found.settings.get("chat_template_hash"), tokenizer)
+    warn_of_tokenizer(settings.get("tokenizer_hash"), tokenizer)
+    warn_of_template(settings.get("chat_template_hash"), tokenizer)
     stop = ends_of_model(folder, lm.config.eos_ids, lm.config.vocab_size)
     if tokenizer.eos_token_id is not None:
         stop.add(cast("int", tokenizer.eos_token_id))
-    stop |= {*_trained_ends(found, lm.config.vocab_size)}
+    stop |= {*_trained_ends(settings.get("eos_token_id"), lm.config.vocab_size)}
     if not stop:
         _log.warning(
             "the model has no end-of-sequence token: only `max_new_tokens` ends a text"
@@ -236,9 +242,8 @@ def _before(text: str, ends: Sequence[str]) -> str:
     return text[: min((text.index(end) for end in ends if end in text), default=None)]
 
 
-def _trained_ends(adapter: Adapter | None, vocab_size: int) -> list[int]:
+def _trained_ends(value: object, vocab_size: int) -> list[int]:
     """Returns the tokens that the adapter was trained to end a text with."""
-    value = adapter.settings.get("eos_token_id") if adapter else None
     ends = require_ends(value, "`eos_token_id` of the adapter")
     if not all(0 <= end < vocab_size for end in ends):
         raise InputError(
@@ -269,14 +274,6 @@ def _base(model: str | Path | None, adapter: Adapter | None) -> Path:
             "folder or an id on the Hub."
         )
     return local_folder(model)
-
-
-def _as_trained(adapter: Adapter | None) -> dict[str, Any]:
-    """Returns how a base is loaded: as for the training of the adapter."""
-    settings = adapter.settings if adapter is not None else {}
-    # A head that the folder lacks is created here, and replaced by the adapter's.
-    key = jax.random.key(settings.get("seed") or 0)
-    return {"dtype": jnp.dtype(settings.get("dtype") or "float32"), "key": key}
 
 
 def _require_decoder(folder: Path) -> None:

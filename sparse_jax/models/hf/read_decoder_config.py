@@ -19,23 +19,27 @@ __all__ = [
 ]
 
 # Ours -> theirs, where the meaning is the same.
+_SHARED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "tied": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+    "pad_id": "pad_token_id",
+    "bos_id": "bos_token_id",
+}
 _FIELDS = MappingProxyType(
     {
-        "vocab_size": "vocab_size",
-        "hidden_size": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
+        **_SHARED,
         "intermediate_size": "intermediate_size",
         "max_positions": "max_position_embeddings",
         "norm_eps": "rms_norm_eps",
         "hidden_act": "hidden_act",
-        "tied": "tie_word_embeddings",
         "attention_dropout": "attention_dropout",
-        "initializer_range": "initializer_range",
-        "pad_id": "pad_token_id",
-        "bos_id": "bos_token_id",
     }
 )
+_CLASSIC_FIELDS = MappingProxyType({**_SHARED, "layer_norm_eps": "layer_norm_epsilon"})
 # kind -> their settings and ours
 _ROPES = MappingProxyType(
     {
@@ -76,7 +80,7 @@ def decoder_config(family: DecoderFamily, theirs: Any, path: Path) -> DecoderCon
 
 def their_decoder_fields(
     family: DecoderFamily, config: DecoderConfig
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Returns the fields of a transformers configuration."""
     fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
     return {
@@ -137,45 +141,17 @@ def _rope(theirs: Any, path: Path) -> Mapping[str, Any]:
 def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     """Returns how frequencies are stretched."""
     fields = _ROPES[rope["rope_type"]]
-    return (
-        RopeScaling(**{ours: rope[name] for name, ours in fields.items()})
-        if fields
-        else None
-    )
+    scaling = {ours: rope[name] for name, ours in fields.items()}
+    return RopeScaling(**scaling) if scaling else None
 
 
-def _their_rope(config: DecoderConfig) -> dict[str, Any]:
+def _their_rope(config: DecoderConfig) -> dict[str, object]:
     """Returns the rotary settings under the names of transformers 5."""
-    scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if scaling is None:
-        return rope
-    if scaling.low is None:
-        return {**rope, "rope_type": "linear", "factor": scaling.factor}
-    return {
-        **rope,
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low,
-        "high_freq_factor": scaling.high,
-        "original_max_position_embeddings": scaling.original_positions,
-    }
-
-
-# Ours -> theirs, where the meaning is the same.
-_CLASSIC_FIELDS = MappingProxyType(
-    {
-        "vocab_size": "vocab_size",
-        "hidden_size": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "layer_norm_eps": "layer_norm_epsilon",
-        "tied": "tie_word_embeddings",
-        "initializer_range": "initializer_range",
-        "pad_id": "pad_token_id",
-        "bos_id": "bos_token_id",
-    }
-)
+    scaling, kind = config.rope_scaling, "default"
+    if scaling is not None:
+        kind = "linear" if scaling.low is None else "llama3"
+    settings = {name: getattr(scaling, ours) for name, ours in _ROPES[kind].items()}
+    return {"rope_theta": config.rope_theta, "rope_type": kind, **settings}
 
 
 def classic_config(family: ClassicFamily, theirs: Any, path: Path) -> ClassicConfig:
@@ -199,7 +175,7 @@ def classic_config(family: ClassicFamily, theirs: Any, path: Path) -> ClassicCon
 
 def their_classic_fields(
     family: ClassicFamily, config: ClassicConfig
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Returns the fields of a transformers configuration."""
     fields = {theirs: getattr(config, ours) for ours, theirs in _CLASSIC_FIELDS.items()}
     return {
