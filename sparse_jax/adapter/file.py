@@ -151,7 +151,7 @@ def load_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
     return adapter
 
 
-def _writer(words: Mapping[str, Any]) -> str:
+def _writer(words: Mapping[str, object]) -> str:
     """Returns which version wrote a file, if the file says so."""
     found = words.get("version")
     return f" of sparse_jax {printable(found)[:20]}" if isinstance(found, str) else ""
@@ -206,7 +206,7 @@ def _to_metadata(adapter: Adapter, tensors: Arrays) -> dict[str, str]:
     return {_KEY: json.dumps(words, sort_keys=True)}
 
 
-def _digest(words: Mapping[str, Any], tensors: Arrays) -> str:
+def _digest(words: Mapping[str, object], tensors: Arrays) -> str:
     """Returns the SHA-256 of all that an adapter says and holds."""
     found = hashlib.sha256(json.dumps(words, sort_keys=True).encode())
     for name, array in sorted(tensors.items()):
@@ -288,7 +288,7 @@ def _require_words(path: Path, words: dict[str, Any]) -> None:
             raise _wrong(path, name, rule, value)
 
 
-def _wrong(path: Path, name: str, rule: str, value: Any) -> InputError:
+def _wrong(path: Path, name: str, rule: str, value: object) -> InputError:
     """Returns the error of a word or a setting that breaks a rule."""
     return InputError(
         f"`{name}` in `{path}` must be {rule}, got {brief(value)}. Copy it again."

@@ -1,7 +1,6 @@
 """The check that an adapter has exactly what its method trains."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,13 +9,14 @@ from sparse_jax.adapter.adapter import Adapter, Arrays
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.sites import Added
+from sparse_jax.models.functional import Params
 from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
 __all__ = ["require_whole"]
 
 
-def require_whole(params: Any, adapter: Adapter, *, new: Sequence[str] = ()) -> None:
+def require_whole(params: Params, adapter: Adapter, *, new: Sequence[str] = ()) -> None:
     """Raises unless an adapter has exactly what its method trains.
 
     These are the leaves and sites that the rules of the method match; an adapter
@@ -79,7 +79,7 @@ def _require_sites(expected: Added, added: Mapping[str, Arrays]) -> None:
 
 
 def _require_leaves(
-    method: Method, params: Any, adapter: Adapter, new: Sequence[str]
+    method: Method, params: Params, adapter: Adapter, new: Sequence[str]
 ) -> None:
     """Raises unless the leaves of a run's adapter are those that its rules match."""
 

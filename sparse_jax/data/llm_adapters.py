@@ -15,7 +15,7 @@ from sparse_jax.data.conversations import (
     prompt_and_response,
 )
 from sparse_jax.data.examples import text_of
-from sparse_jax.data.read_rows import Rows, read_objects
+from sparse_jax.data.read_rows import read_objects
 from sparse_jax.errors import InputError
 
 __all__ = [
@@ -158,7 +158,17 @@ def load_questions(questions: QuestionSet, folder: str | Path) -> list[Question]
         `answer`, or has an answer that is not possible.
     """
     rows = read_objects(Path(folder) / questions.name / "test.json")
-    found = _questions(questions, rows)
+    found = []
+    for number, record in rows.numbered:
+        place = rows.source.at(number)
+        instruction = text_of(place, record, ("instruction",))
+        answer = text_of(place, record, ("answer",)).strip()
+        candidates = _candidates(questions, instruction)
+        _require_possible(place, answer, candidates)
+        given = text_of(place, record, ("input",)) if record.get("input") else ""
+        found.append(
+            Question(instruction, given, answer, candidates, questions.statement)
+        )
     if not found:
         raise InputError(f"{rows.source.name} must have questions, got an empty list.")
     return found
@@ -184,22 +194,6 @@ def accuracy(
         for question, text in zip(asked, texts, strict=True)
     ]
     return sum(right) / len(right)
-
-
-def _questions(questions: QuestionSet, rows: Rows) -> list[Question]:
-    """Returns the questions of some rows."""
-    found = []
-    for number, record in rows.numbered:
-        place = rows.source.at(number)
-        instruction = text_of(place, record, ("instruction",))
-        answer = text_of(place, record, ("answer",)).strip()
-        candidates = _candidates(questions, instruction)
-        _require_possible(place, answer, candidates)
-        given = text_of(place, record, ("input",)) if record.get("input") else ""
-        found.append(
-            Question(instruction, given, answer, candidates, questions.statement)
-        )
-    return found
 
 
 def _candidates(questions: QuestionSet, instruction: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.read_config import read_config, write_config
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
 from sparse_jax.models.hf.tensors import Stored, base_hash, bytes_of, write_tensors
-from sparse_jax.models.hf.weights import Weights, is_finite, open_weights
+from sparse_jax.models.hf.weights import Index, Weights, is_finite, open_weights
 from sparse_jax.params.names import leaf_names, map_named
 
 __all__ = [
@@ -49,7 +49,7 @@ def from_pretrained(
     labels: Sequence[str] | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     key: jax.Array | None = None,
-    place: Callable[[Params], Any] | None = None,
+    place: Callable[[Params], Params] | None = None,
 ) -> tuple[Model, Params]:
     """Loads a pre-trained model from safetensors.
 
@@ -97,7 +97,7 @@ def from_pretrained(
     if missing and key is not None:
         created = _new_leaves(built, missing, jnp.dtype(dtype), key)
 
-    def read(leaf: str, like: Any, index: Any) -> np.ndarray:
+    def read(leaf: str, like: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
         if leaf not in order:
             return weights.read(leaf, like.shape, index, like.dtype)
         whole = tuple(slice(0, size) for size in like.shape)
@@ -111,7 +111,9 @@ def from_pretrained(
         whole = tuple(slice(0, size) for size in like.shape)
         return jnp.asarray(read(leaf, like, whole))
 
-    def load_parts(leaf: str, like: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    def load_parts(
+        leaf: str, like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+    ) -> jax.Array:
         if leaf in created:
             return jax.device_put(created[leaf], sharding)
         part = lambda index: read(leaf, like, index)
@@ -318,7 +320,7 @@ def _tensor(model: Model, parts: Sequence[_Part], dtype: np.dtype) -> np.ndarray
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _new_leaves(
-    model: Model, leaves: tuple[str, ...], dtype: Any, key: jax.Array
+    model: Model, leaves: tuple[str, ...], dtype: np.dtype, key: jax.Array
 ) -> dict[str, jax.Array]:
     """Creates some leaves as `model.init` does; the compiler drops the others."""
     params = model.init(key, dtype)

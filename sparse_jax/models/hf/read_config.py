@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import jax.numpy as jnp
 import jax.typing
@@ -26,6 +26,9 @@ from sparse_jax.models.hf.read_decoder_config import (
     their_classic_fields,
     their_decoder_fields,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["FAMILIES", "read_config", "write_config"]
 
@@ -138,7 +141,7 @@ def write_config(
     theirs.save_pretrained(folder)
 
 
-def _fields_in(path: Path) -> dict[str, Any]:
+def _fields_in(path: Path) -> dict[str, object]:
     """Returns what a configuration file says, without what nobody here asks for."""
     require_no_peft("model", path.parent)
     if not path.is_file():
@@ -167,7 +170,7 @@ def _fields_in(path: Path) -> dict[str, Any]:
     }
 
 
-def _family_of(fields: Mapping[str, Any], path: Path) -> Family | DecoderFamily:
+def _family_of(fields: Mapping[str, object], path: Path) -> Family | DecoderFamily:
     """Returns the family that a configuration names."""
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -179,7 +182,7 @@ def _family_of(fields: Mapping[str, Any], path: Path) -> Family | DecoderFamily:
 
 
 def _check_sizes(
-    fields: Mapping[str, Any], family: Family | DecoderFamily, path: Path
+    fields: Mapping[str, object], family: Family | DecoderFamily, path: Path
 ) -> None:
     """Raises unless a file has the sizes, for which transformers has defaults."""
     # transformers takes seconds to import, so it is imported where it is used.
@@ -217,7 +220,7 @@ def _check_sizes(
         )
 
 
-def _check_size(name: str, value: Any, path: Path, most: int) -> None:
+def _check_size(name: str, value: object, path: Path, most: int) -> None:
     """Raises unless a value is a size."""
     if not is_size(value, most):
         raise InputError(
@@ -227,8 +230,8 @@ def _check_size(name: str, value: Any, path: Path, most: int) -> None:
 
 
 def _their_config(
-    fields: Mapping[str, Any], family: Family | DecoderFamily, path: Path
-) -> Any:
+    fields: Mapping[str, object], family: Family | DecoderFamily, path: Path
+) -> "PreTrainedConfig":
     """Returns the configuration of transformers, its defaults for what is absent."""
     from transformers import CONFIG_MAPPING
 
@@ -241,7 +244,7 @@ def _their_config(
         ) from error
 
 
-def _require_encoder(path: Path, theirs: Any) -> None:
+def _require_encoder(path: Path, theirs: "PreTrainedConfig") -> None:
     """Raises unless the model is an encoder with absolute positions."""
     positions = getattr(theirs, "position_embedding_type", None) or "absolute"
     if positions != "absolute":
@@ -256,7 +259,9 @@ def _require_encoder(path: Path, theirs: Any) -> None:
         )
 
 
-def _from_theirs(family: Family, theirs: Any, num_labels: int | None) -> EncoderConfig:
+def _from_theirs(
+    family: Family, theirs: "PreTrainedConfig", num_labels: int | None
+) -> EncoderConfig:
     """Translates a transformers configuration."""
     pad_id = theirs.pad_token_id
     if pad_id is None and family.position_offset(0):
@@ -266,7 +271,8 @@ def _from_theirs(family: Family, theirs: Any, num_labels: int | None) -> Encoder
     pad_id = 0 if pad_id is None else pad_id
     offset = family.position_offset(pad_id)
     rate = theirs.classifier_dropout
-    names = tuple(theirs.id2label[i] for i in sorted(theirs.id2label))
+    labels = cast("dict[int, str]", theirs.id2label)
+    names = tuple(labels[i] for i in sorted(labels))
     is_unnamed = names == tuple(f"LABEL_{i}" for i in range(len(names)))
     num_labels = len(names) if num_labels is None else num_labels
     return EncoderConfig(
@@ -280,7 +286,7 @@ def _from_theirs(family: Family, theirs: Any, num_labels: int | None) -> Encoder
     )
 
 
-def _their_labels(config: EncoderConfig) -> dict[str, Any]:
+def _their_labels(config: EncoderConfig) -> dict[str, object]:
     """Returns the fields that name the labels."""
     if config.label_names is None:
         return {"num_labels": config.num_labels}

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.models.config import ClassicConfig, DecoderConfig, RopeScaling
 from sparse_jax.models.family import ClassicFamily, DecoderFamily
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = [
     "classic_config",
@@ -55,7 +58,9 @@ _ROPES = MappingProxyType(
 )
 
 
-def decoder_config(family: DecoderFamily, theirs: Any, path: Path) -> DecoderConfig:
+def decoder_config(
+    family: DecoderFamily, theirs: "PreTrainedConfig", path: Path
+) -> DecoderConfig:
     """Translates a transformers configuration.
 
     Raises:
@@ -92,7 +97,7 @@ def their_decoder_fields(
     }
 
 
-def stop_ids(theirs: Any) -> tuple[int, ...]:
+def stop_ids(theirs: "PreTrainedConfig") -> tuple[int, ...]:
     """Returns the ids that end a text: none, one or several."""
     stop = theirs.eos_token_id
     return tuple(stop) if isinstance(stop, list) else (stop,) * (stop is not None)
@@ -103,7 +108,7 @@ def their_stop_ids(stop: tuple[int, ...]) -> int | list[int] | None:
     return list(stop) if len(stop) > 1 else (stop[0] if stop else None)
 
 
-def _rope(theirs: Any, path: Path) -> Mapping[str, Any]:
+def _rope(theirs: "PreTrainedConfig", path: Path) -> Mapping[str, Any]:
     """Returns the rotary settings under the names of transformers 5."""
     # Its configuration class also reads `rope_theta` and `rope_scaling` of older files.
     rope = theirs.rope_parameters
@@ -154,7 +159,9 @@ def _their_rope(config: DecoderConfig) -> dict[str, object]:
     return {"rope_theta": config.rope_theta, "rope_type": kind, **settings}
 
 
-def classic_config(family: ClassicFamily, theirs: Any, path: Path) -> ClassicConfig:
+def classic_config(
+    family: ClassicFamily, theirs: "PreTrainedConfig", path: Path
+) -> ClassicConfig:
     """Translates a transformers configuration.
 
     Raises:

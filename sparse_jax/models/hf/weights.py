@@ -19,7 +19,9 @@ from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, with_full
 from sparse_jax.models.hf.tensors import open_tensors
 from sparse_jax.params.names import leaf_names, map_named
 
-__all__ = ["HEADS", "Weights", "is_finite", "open_weights"]
+__all__ = ["Index", "HEADS", "Weights", "is_finite", "open_weights"]
+
+Index = tuple[slice, ...]  # of a part of an array
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class Weights:
         """
         taken, missing = set(), self.missing_head
 
-        def check(leaf: str, like: Any) -> None:
+        def check(leaf: str, like: jax.ShapeDtypeStruct) -> None:
             for name, shape in self._tensors_of(leaf, like.shape):
                 taken.add(name)
                 if leaf not in missing:
@@ -86,7 +88,7 @@ class Weights:
             )  # fmt: skip
 
     def read(
-        self, leaf: str, shape: tuple[int, ...], index: Any, dtype: Any
+        self, leaf: str, shape: tuple[int, ...], index: Index, dtype: np.dtype
     ) -> np.ndarray:
         """Reads a part of one leaf, stacked over the layers if it belongs to one.
 
