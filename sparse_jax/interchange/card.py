@@ -183,9 +183,9 @@ def _settings_table(source: Source, settings: Mapping[str, Json]) -> str:
     known = {**source.adapter.settings, **settings}
     if not known.get("sampler"):
         known.pop("active", None)
-    own |= {
-        name: known[name] for name in _SHOWN if known.get(name) not in (None, False)
-    }
+    own |= {name: known.get(name) for name in _SHOWN}
+    is_told = lambda value: value is not None and value is not False and value != []
+    own = {name: value for name, value in own.items() if is_told(value)}
     rows = [f"| {name} | `{_shown(value)}` |" for name, value in own.items()]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 

@@ -101,6 +101,8 @@ def _write_generation_config(source: Source, folder: Path) -> None:
         config = AutoConfig.from_pretrained(folder)
         made = GenerationConfig.from_model_config(config)
         fields = made.to_diff_dict()
+        # With it `generate` would read the configuration of the model once more.
+        fields.pop("_from_model_config", None)
     trained = source.adapter.settings.get("eos_token_id") or ()
     size = source.model.config.vocab_size
     ends = [end for end in trained if type(end) is int and 0 <= end < size]

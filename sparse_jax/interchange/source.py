@@ -8,7 +8,9 @@ import jax
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.file import ADAPTER, save_adapter
+from sparse_jax.adapter.switch import AdapterSwitch
 from sparse_jax.adapter.use import base_folder, merge_adapter, require_base
+from sparse_jax.adapter.whole import require_whole
 from sparse_jax.interchange.patches import save_patches
 from sparse_jax.interchange.peft_save import save_peft
 from sparse_jax.models.causal_lm import CausalLM
@@ -68,10 +70,14 @@ class Source:
 
     def merged(self) -> Params:
         """Returns the parameters with the adapter in them."""
-        new = new_leaves(self.model, self.folder, self.labels)
-        return merge_adapter(
-            self.params(), self.adapter, base_hash=self.hash, model=self.model, new=new
-        )
+        model, params, adapter = self.model, self.params(), self.adapter
+        about = {"new": new_leaves(model, self.folder, self.labels)}
+        if adapter.added or not adapter.support:
+            options = {"base_hash": self.hash, "model": model, **about}
+            return merge_adapter(params, adapter, **options)
+        require_whole(params, adapter, **about)
+        # In place, as a copy of a large model may be more than there is room for.
+        return AdapterSwitch(params, {"": adapter}).to("")
 
     @property
     def _head(self) -> type[SequenceClassifier] | type[CausalLM]:
