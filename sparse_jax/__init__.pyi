@@ -17,6 +17,7 @@ from .generation.beams import Beams as Beams
 from .generation.choice import Greedy as Greedy
 from .generation.choice import Sample as Sample
 from .generation.generate import generate as generate
+from .interchange.open_adapter import open_adapter as open_adapter
 from .interchange.patches import WeightPatch as WeightPatch
 from .interchange.patches import apply_patches as apply_patches
 from .interchange.patches import load_patches as load_patches

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import logging
+import shutil
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,22 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_run import write_data, write_model
+from tiny_text import write_decoder
 
 from sparse_jax import (
     IA3,
     Adapter,
     CausalLM,
     DoRA,
+    Greedy,
+    InputError,
     LoRA,
     Prefix,
     Sparse,
     apply_adapter,
+    evaluate_adapter,
     from_pretrained,
     load_peft,
     merge_adapter,
+    save_adapter,
     save_peft,
 )
+from sparse_jax.generation.writer import load_writer, text_tokens
 from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.hf.pretrained import base_hash
 from sparse_jax.supports.roles import DENSE, SPARSE, map_roles
 
 pytest.importorskip("peft")
@@ -296,3 +307,339 @@ def test_what_peft_trained_gives_the_same_logits_here(case, pairs, tmp_path):
     if kind != "PrefixTuningConfig":
         merged = pair.logits_here(merge_adapter(pair.params, adapter))
         np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparse", ["shira", "supertuning"])
+def test_merged_weights_in_bfloat16_are_equal_to_the_bit(sparse, pairs, tmp_path):
+    import torch
+    from peft import PeftModel
+
+    pair = pairs("llama", "bfloat16")
+    method = Sparse(density=0.1, where="attention/.*kernel|mlp/(up|down)")
+    adapter = trained(method, pair.params)
+    # Super-Tuning adds in bfloat16: exact where a value changes by less than half.
+    rng = np.random.default_rng(3)
+    for leaf, support in adapter.support.items():
+        array = pair.params
+        for key in leaf.split("/"):
+            array = array[key]
+        rows = np.asarray(array).reshape(len(support), -1)
+        old = np.take_along_axis(rows, support, -1)
+        factor = rng.uniform(0.6, 1.6, old.shape).astype(np.float32)
+        adapter.values[leaf] = (old * factor).astype(old.dtype)
+    save_peft(tmp_path, adapter, pair.model, sparse=sparse, params=pair.params)
+    theirs = PeftModel.from_pretrained(pair.base(), tmp_path).merge_and_unload()
+    theirs.save_pretrained(tmp_path / "merged")
+    _, there = from_pretrained(tmp_path / "merged", head=CausalLM, dtype=jnp.bfloat16)
+    here = merge_adapter(pair.params, adapter)
+    back = merge_adapter(pair.params, load_peft(tmp_path, pair.model, pair.params))
+    for one, two, three in zip(*map(jax.tree.leaves, (here, there, back)), strict=True):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(one, three)
+    assert theirs.dtype == torch.bfloat16
+
+
+def test_what_peft_merges_in_bfloat16_is_read_to_the_bit(pairs, tmp_path):
+    import torch
+    from peft import ShiraConfig
+
+    pair = pairs("llama", "bfloat16")
+    theirs = peft_model(pair, ShiraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    theirs.save_pretrained(tmp_path)
+    merged = merge_adapter(pair.params, load_peft(tmp_path, pair.model, pair.params))
+    expected = theirs.merge_and_unload().model.layers[1].mlp.up_proj.weight
+    found = np.asarray(merged["layers"]["mlp"]["up"]["kernel"][1], np.float32)
+    np.testing.assert_array_equal(found.T, expected.detach().float().numpy())
+    assert expected.dtype == torch.bfloat16
+
+
+def test_entries_that_peft_rounds_are_told(pairs, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sparse_jax"), "propagate", True)
+    pair = pairs("llama", "bfloat16")
+    leaf, support = "layers/mlp/up/kernel", np.array([[3], [4]], np.int32)
+    values = {leaf: np.full((2, 1), 1e-3, jnp.bfloat16)}
+    adapter = Adapter(support={leaf: support}, values=values)
+    options = {"params": pair.params, "sparse": "supertuning"}
+    save_peft(tmp_path, adapter, pair.model, **options)
+    assert "2 entries differ from the trained ones in their last digits" in caplog.text
+
+
+@pytest.mark.parametrize("sparse", ["shira", "supertuning"])
+def test_an_entry_has_its_row_and_column_in_pytorch(sparse, pairs, tmp_path):
+    """The kernel of `mlp/down` is (20, 24) here and (24, 20) there."""
+    pair = pairs("llama")
+    leaf = "layers/mlp/down/kernel"
+    # Input 3 and output 5; input 19 and output 23.
+    support = {leaf: np.array([[3 * 24 + 5], [19 * 24 + 23]], np.int32)}
+    adapter = Adapter(support=support, values={leaf: np.ones((2, 1), np.float32)})
+    save_peft(tmp_path, adapter, pair.model, sparse=sparse, params=pair.params)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for layer, (row, column) in enumerate([(5, 3), (23, 19)]):
+        name = f"base_model.model.model.layers.{layer}.mlp.down_proj"
+        if sparse == "shira":
+            # One rank: 24 + 20 entries, of which one is not zero.
+            (at,) = np.flatnonzero(tensors[f"{name}.shira_weight"])
+            assert tensors[f"{name}.shira_indices"][:, at].tolist() == [row, column]
+            assert tensors[f"{name}.shira_weight"].shape == (44,)
+        else:
+            indices = tensors[f"{name}.supertuning_indices"]
+            assert indices.tolist() == [row * 20 + column]
+    back = load_peft(tmp_path, pair.model, pair.params)
+    for layer, position in enumerate(support[leaf][:, 0]):
+        assert position in back.support[leaf][layer]
+
+
+def test_padded_entries_have_the_values_of_the_base(pairs, tmp_path):
+    from peft import ShiraConfig
+
+    pair = pairs("llama")
+    # 2 * (24 + 16) of 384 entries, and 2 * (24 + 8) of 192: a third in the second.
+    peft_model(
+        pair, ShiraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    ).save_pretrained(tmp_path)
+    adapter = load_peft(tmp_path, pair.model, pair.params)
+    assert adapter.method == Sparse(
+        density=64 / 192,
+        where=("^layers/attention/query/kernel$", "^layers/attention/value/kernel$"),
+    )
+    assert adapter.support["layers/attention/query/kernel"].shape == (2, 128)
+    base = np.asarray(pair.params["layers"]["attention"]["query"]["kernel"])
+    old = np.take_along_axis(
+        base.reshape(2, -1), adapter.support["layers/attention/query/kernel"], -1
+    )
+    same = adapter.values["layers/attention/query/kernel"] == old
+    assert same.sum(axis=1).tolist() == [48, 48]
+
+
+def test_ranks_and_scales_that_differ_are_one_method(pairs, tmp_path):
+    from peft import LoraConfig
+
+    pair = pairs("bert")
+    config = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["query", "value"],
+        rank_pattern={"layer.0.attention.self.query": 5},
+        alpha_pattern={"layer.0.attention.self.query": 2},
+    )  # fmt: skip
+    peft_model(pair, config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    adapter = load_peft(tmp_path, pair.model)
+    # Scales: 4 / 2 three times, and once 2 / 5.
+    assert (adapter.method.rank, adapter.method.scale) == (5, 2.0)
+    value, query = adapter.added["attention/value"], adapter.added["attention/query"]
+    assert not value["a"][:, :, 2:].any() and not value["b"][:, 2:].any()
+    name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight"
+    np.testing.assert_allclose(query["b"][0], tensors[name].T * 0.2, rtol=1e-6)
+
+
+# What is done to a folder of LoRA on query and value -> the message
+def options(**changed):
+    return lambda folder: rewrite(folder, **changed)
+
+
+def tensors(change):
+    return lambda folder: rewrite(folder, change)
+
+
+A0 = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+
+
+def pickled(folder):
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def truncated(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def moved(name):
+    return tensors(lambda found: found.update({name: found.pop(A0)}))
+
+
+def more(name):
+    return tensors(lambda found: found.update({name: found[A0].copy()}))
+
+
+REFUSED = {
+    "another type": (options(peft_type="ADALORA"), "`peft_type` .* 'ADALORA'"),
+    "no type": (options(peft_type=None), "`peft_type` .* None"),
+    "lora_bias": (options(lora_bias=True), "`lora_bias` .* left out"),
+    "an option to come": (options(warp_factor=9), "`warp_factor` .* left out"),
+    "tokens": (options(trainable_token_indices=[1]), "`trainable_token_indices`"),
+    "replicated layers": (options(layer_replication=[[0, 2]]), "`layer_replication`"),
+    "pissa": (options(init_lora_weights="pissa"), "`init_lora_weights` .* 'pissa'"),
+    "a bias": (options(bias="some"), "`bias` .* none, all or lora_only, got 'some'"),
+    "a rank of text": (options(r="4"), "`r` .* a number, got '4'"),
+    "another rank": (options(r=4), r"query` must have an array of shape \[4, 16\]"),
+    "alpha": (options(lora_alpha=-1), "`lora_alpha` .* must be positive, got -1"),
+    "a pattern": (options(rank_pattern={"(": 2}), "`rank_pattern` .* regular expr"),
+    "dora without lengths": (options(use_dora=True), "lora_magnitude_vector"),
+    "a target": (options(target_modules=["query", "key"]), r"tensors of .*self\.key"),
+    "a module": (moved("base_model.model.h.0.c.lora_A.weight"), "no such module"),
+    "a table": (more("base_model.model.x.lora_embedding_A"), "what is understood"),
+    "a half": (tensors(lambda found: found.pop(A0)), "must have .*lora_A.weight"),
+    "a tensor": (more("base_model.model.more.weight"), "understood here, got more"),
+    "numbers": (tensors(lambda found: found[A0].fill(np.nan)), "must be finite"),
+    "a pickle": (pickled, "only the pickle adapter_model.bin; loading a pickle runs"),
+    "a truncated file": (truncated, "must be a complete safetensors file"),
+    "no object": (
+        lambda folder: (folder / "adapter_config.json").write_text("[]"),
+        "must be a JSON object: got list",
+    ),
+    "no folder": (lambda folder: (folder / "adapter_config.json").unlink(), "`folder`"),
+}
+
+
+@pytest.fixture(scope="module")
+def lora_folder(pairs, tmp_path_factory):
+    from peft import LoraConfig
+
+    folder = tmp_path_factory.mktemp("lora")
+    config = LoraConfig(r=2, target_modules=["query", "value"])
+    peft_model(pairs("bert"), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_understood_is_refused_by_name(case, pairs, lora_folder, tmp_path):
+    damage, message = REFUSED[case]
+    folder = tmp_path / "folder"
+    shutil.copytree(lora_folder, folder)
+    load_peft(folder, pairs("bert").model)
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        load_peft(folder, pairs("bert").model)
+
+
+def repeated(found):
+    found[f"{Q0}.shira_indices"][:, 1] = found[f"{Q0}.shira_indices"][:, 0]
+
+
+def outside(found):
+    found[f"{Q0}.shira_indices"][0, 0] = 16
+
+
+def fewer(found):
+    found[f"{Q0}.shira_indices"] = found[f"{Q0}.shira_indices"][:, 1:].copy()
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+INDICES = {
+    "repeated": (repeated, "must name every entry once, got row"),
+    "outside": (outside, r"must lie in the weight \[16, 24\], got row 16"),
+    "fewer": (fewer, "as many as `shira_weight` has"),
+    "absent": (lambda found: found.pop(f"{Q0}.shira_indices"), "shira_indices"),
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_indices_that_are_wrong_are_refused(case, pairs, tmp_path):
+    from peft import ShiraConfig
+
+    pair, (change, message) = pairs("llama"), INDICES[case]
+    theirs = peft_model(pair, ShiraConfig(r=1, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="`params` must be the parameters of the base"):
+        load_peft(tmp_path, pair.model)
+    rewrite(tmp_path, change)
+    with pytest.raises(InputError, match=message):
+        load_peft(tmp_path, pair.model, pair.params)
+
+
+UNWRITTEN = {
+    "no base": ("llama", Sparse(density=0.1, where="up"), {"params": None}, "`params`"),
+    "a table": ("llama", Sparse(density=0.1, where="word|up"), {}, "`embeddings/word"),
+    "Conv1D": ("gpt2", Sparse(density=0.1, where="mlp/up/kernel"), {}, "`layers/mlp"),
+    "fused": ("gpt2", Sparse(density=0.1, where="query/kernel"), {}, "attention/query"),
+    "a norm alone": ("llama", Sparse(density=0.5, where="norm"), {}, "a linear map"),
+    "most of a kernel": (
+        "llama", Sparse(density=0.9, where="attention/(query|key)"), {}, "'supertuning'"
+    ),
+    "a prefix and positions": ("gpt2", Prefix(length=3), {}, "rotary positions"),
+    "a prefix of an encoder": ("bert", Prefix(length=3), {}, "rotary positions"),
+    "a format": ("llama", Sparse(density=0.1, where="up"), {"sparse": "x"}, "`sparse`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNWRITTEN)
+def test_what_peft_has_no_place_for_is_refused_by_name(case, pairs, tmp_path):
+    name, method, options, message = UNWRITTEN[case]
+    pair = pairs(name)
+    options = {"params": pair.params, **options}
+    with pytest.raises(InputError, match=message):
+        save_peft(tmp_path / "new", trained(method, pair.params), pair.model, **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_head_that_is_tied_is_not_trained_alone(pairs, tmp_path):
+    from peft import LoraConfig
+
+    pair = pairs("llama")
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft_model(pair, config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="`modules_to_save` .* as they are one"):
+        load_peft(tmp_path, pair.model)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """Returns a folder with a base, data, and an adapter here and in PEFT."""
+    folder = tmp_path_factory.mktemp("task")
+    write_model(folder / "base")
+    write_data(folder / "data")
+    labels = ("negative", "positive")
+    model, params = from_pretrained(
+        folder / "base", labels=labels, key=jax.random.key(0)
+    )
+    method = LoRA(rank=2, where=MAPS, dense=("^classifier", "^pooler"))
+    about = {
+        "base_model": str(folder / "base"),
+        "base_hash": base_hash(folder / "base"),
+    }
+    adapter = replace(
+        trained(method, params), **about, labels=labels, task="sst2",
+        settings={"dtype": "float32", "max_length": 16},
+    )  # fmt: skip
+    save_adapter(folder / "adapter.safetensors", adapter)
+    save_peft(folder / "peft", adapter, model)
+    save_peft(folder / "foreign", replace(adapter, labels=(), task=""), model)
+    return folder
+
+
+def test_a_folder_of_peft_is_evaluated_as_an_adapter(task):
+    options = {"data": str(task / "data"), "max_length": 16}
+    expected = evaluate_adapter(task / "adapter.safetensors", **options)
+    assert evaluate_adapter(task / "peft", **options) == expected
+
+
+def test_labels_that_peft_does_not_name_are_those_of_the_task(
+    task, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("sparse_jax"), "propagate", True)
+    options = {"data": str(task / "data"), "max_length": 16}
+    expected = evaluate_adapter(task / "adapter.safetensors", **options)
+    base = str(task / "base")
+    found = evaluate_adapter(task / "foreign", model=base, task="sst2", **options)
+    assert found == expected
+    assert "the adapter does not name its labels" in caplog.text
+    assert "are taken as negative, positive" in caplog.text
+    with pytest.raises(InputError, match="`task` .* got entailment, neutral"):
+        evaluate_adapter(task / "foreign", model=base, task="mnli", **options)
+    with pytest.raises(InputError, match="`task` must be one of .* got ''"):
+        evaluate_adapter(task / "foreign", model=base, **options)
+
+
+def test_a_folder_of_peft_writes_texts(tmp_path):
+    write_decoder(tmp_path / "base")
+    model, params = from_pretrained(tmp_path / "base", head=CausalLM)
+    adapter = trained(LoRA(rank=2, where="attention"), params)
+    about = {"base_model": str(tmp_path / "base")}
+    digest = base_hash(tmp_path / "base")
+    save_adapter(tmp_path / "a", replace(adapter, **about, base_hash=digest))
+    save_peft(tmp_path / "peft", replace(adapter, **about), model)
+    texts = []
+    for path in ("a", "peft"):
+        writer = load_writer(None, tmp_path / path)
+        prompt = [text_tokens("a good", writer.tokenizer)]
+        texts += writer.write(prompt, choice=Greedy(), max_new_tokens=6)
+    assert texts[0] == texts[1]

@@ -53,7 +53,7 @@ def flag(name: str, text: str, default: bool = False) -> Any:
     return Option(default, name, help=text)
 
 
-ADAPTER = "Adapter file, or the folder of a run."
+ADAPTER = "Adapter file, or the folder of a run or of a PEFT adapter."
 BASE = option(
     None,
     "Folder of the base model, or its id on the Hugging Face Hub.",

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.adapter.adapter import Adapter
-from sparse_jax.adapter.file import load_adapter
 from sparse_jax.adapter.use import apply_adapter, base_folder
 from sparse_jax.data.chat import render_prompt
 from sparse_jax.data.chat_template import warn_of_template
@@ -27,6 +26,7 @@ from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.generation.choice import Choice
 from sparse_jax.generation.ends import ends_of_model, require_ends
 from sparse_jax.generation.generate import generate
+from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
@@ -197,14 +197,14 @@ def load_writer(
 
     Args:
       model: folder or id; None is where the adapter was trained.
-      adapter: adapter file or run directory; None is none.
+      adapter: adapter file, run directory, or folder of PEFT; None is none.
       mesh: devices to share the weights, such as "tensor=2"; None is one device.
 
     Raises:
       InputError: if neither is given, the model is no decoder, or the adapter cannot
         be read, is for a classification or belongs to another base.
     """
-    found = None if adapter is None else _causal_adapter(adapter)
+    found = None if adapter is None else _causal_adapter(adapter, model)
     folder = _base(model, found)
     _require_decoder(folder)
     settings = found.settings if found is not None else {}
@@ -253,9 +253,9 @@ def _trained_ends(value: object, vocab_size: int) -> list[int]:
     return ends
 
 
-def _causal_adapter(path: str | Path) -> Adapter:
+def _causal_adapter(path: str | Path, model: str | Path | None) -> Adapter:
     """Reads an adapter of a model that writes."""
-    adapter = load_adapter(path)
+    adapter = open_adapter(path, model)
     if adapter.labels or adapter.task in TASKS:
         raise InputError(
             f"`adapter` must be one of a causal language model, got one for the task "

@@ -108,7 +108,9 @@ def write_delta(source: Source, folder: Path) -> None:
 
 def write_peft(source: Source, folder: Path) -> None:
     """Writes an adapter as PEFT reads it."""
-    save_peft(folder, source.adapter, source.model)
+    # PEFT stores sparse entries as differences to the base.
+    params = source.params() if source.adapter.support else None
+    save_peft(folder, source.adapter, source.model, params=params)
 
 
 def write_patch(source: Source, folder: Path) -> None:

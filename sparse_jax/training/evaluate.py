@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparse_jax.adapter.adapter import Adapter
-from sparse_jax.adapter.file import load_adapter
 from sparse_jax.adapter.use import apply_adapter, base_folder
 from sparse_jax.data.glue import TASKS
 from sparse_jax.errors import InputError, brief, listed
+from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.models.hf.labels import label_leaves, use_of_head
 from sparse_jax.training.objective import Objective, flattened
 from sparse_jax.training.settings import Settings
@@ -37,7 +37,7 @@ def evaluate_adapter(
     """Returns the metrics of an adapter, those that its run reported.
 
     Args:
-      adapter: adapter file or run directory.
+      adapter: adapter file, run directory, or folder of PEFT.
       model: the base, folder or id; None is where the adapter was trained, if that is
         a folder or in the cache of the Hub: nothing is fetched that a file names.
       task: None is the task of the adapter.
@@ -53,7 +53,7 @@ def evaluate_adapter(
       InputError: if the adapter cannot be read, the base is another one, or the data
         are wrong or have other labels.
     """
-    found = load_adapter(adapter)
+    found = open_adapter(adapter, model, task)
     kept = {name: found.settings.get(name) for name in _KEPT}
     passed = {"max_length": max_length, "batch_size": batch_size}
     passed["drop_unlabeled"] = drop_unlabeled or None

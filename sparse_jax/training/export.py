@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from sparse_jax.adapter.file import load_adapter
 from sparse_jax.errors import InputError, brief, first_line, reason_of
 from sparse_jax.interchange.card import Results, write_card
+from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.interchange.source import open_source
 from sparse_jax.interchange.targets import TARGETS
 from sparse_jax.models.hf.model_files import hub_id
@@ -45,7 +45,7 @@ def export(
     The folder is written whole or not at all, and the base is only read.
 
     Args:
-      run: run directory or adapter file.
+      run: run directory, adapter file, or folder of PEFT.
       to: `merged`, a folder that transformers loads; `peft`; or `delta`, the adapter
         file.
       output: folder to write, a new or an empty one.
@@ -84,7 +84,7 @@ def export(
     if push is not None:
         _require_repository(push)
     _require_empty(path)
-    adapter = load_adapter(run)
+    adapter = open_adapter(run, model)
     if license is not None:
         adapter = replace(adapter, license=license)
     facts = _facts(Path(run))

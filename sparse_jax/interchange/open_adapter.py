@@ -1,0 +1,162 @@
+"""Open an adapter by its path, whoever wrote it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.file import load_adapter
+from sparse_jax.data.glue import CAUSAL, TASKS, find_task
+from sparse_jax.errors import InputError, listed
+from sparse_jax.interchange.peft_folder import PeftFolder, find_peft, open_peft
+from sparse_jax.interchange.peft_load import read_adapter
+from sparse_jax.interchange.peft_source import Base
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.functional import Model
+from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.hf.labels import label_leaves, use_of_head
+from sparse_jax.models.hf.model_files import cached_folder, local_folder
+from sparse_jax.models.hf.pretrained import base_hash
+from sparse_jax.models.hf.read_config import read_config
+from sparse_jax.models.hf.tensor_names import tensor_name, with_full_names
+from sparse_jax.models.hf.weights import Weights, open_weights
+from sparse_jax.params.names import map_named
+
+__all__ = ["open_adapter"]
+
+_log = logging.getLogger(__name__)
+
+_HEADS = {"SEQ_CLS": SequenceClassifier, "CAUSAL_LM": CausalLM}
+_HEADLESS = (None, "", "FEATURE_EXTRACTION")
+
+
+def open_adapter(
+    path: str | Path, model: str | Path | None = None, task: str | None = None
+) -> Adapter:
+    """Reads an adapter of sparse_jax or of PEFT.
+
+    What a folder of PEFT does not say is taken from its base: the dtype is that of the
+    weights, and labels are those of its `config.json`, or of the task in their order.
+    Lines are logged that say so.
+
+    Args:
+      path: adapter file, run directory, or folder of PEFT.
+      model: folder or id of the base, needed for PEFT if the one that it names is not
+        here. Nothing is fetched that a file names.
+      task: whose labels a classifier of PEFT predicts.
+
+    Raises:
+      InputError: as `load_adapter` or `load_peft`; or if the base has no such head, or
+        its labels are others than those of the task.
+    """
+    place = find_peft(path)
+    if place is None:
+        return load_adapter(path)
+    found = open_peft(place)
+    named = str(found.config.get("base_model_name_or_path") or "")
+    folder = local_folder(model) if model is not None else cached_folder(named)
+    weights = _weights(found, folder)
+    built = weights.model
+    base = _base(found, weights)
+    adapter = read_adapter(found, built, base)
+    digest = adapter.base_hash or base_hash(folder)
+    adapter = replace(
+        adapter,
+        base_model=str(folder),
+        base_hash=digest,
+        settings={**adapter.settings, "dtype": base.dtype.name},
+    )
+    if built.head is CausalLM:
+        return replace(adapter, task=CAUSAL)
+    word = task or adapter.task
+    if word and word != CAUSAL and not (adapter.labels and adapter.task):
+        adapter = _for_task(replace(adapter, task=find_task(word).name), built)
+    return adapter
+
+
+def _weights(found: PeftFolder, folder: Path) -> Weights:
+    """Returns the weights of a base with the head that was trained."""
+    family, config = read_config(folder)
+    task_type = found.config.get("task_type")
+    if task_type not in _HEADS and task_type not in _HEADLESS:
+        raise found.refused("task_type", f"one of {', '.join(_HEADS)} or null")
+    able = [head for head in _HEADS.values() if head.__name__ in family.architectures]
+    head = able[0] if task_type in _HEADLESS else _HEADS[str(task_type)]
+    if head not in able:
+        raise InputError(
+            f"`model` must have the head of `task_type` {task_type!r}, got model type "
+            f"{family.name!r} in `{folder}`. Pass the base that was adapted."
+        )
+    model = Model(head, family, config)
+    if head is SequenceClassifier:
+        # As many labels as the head in the file has.
+        tensors = with_full_names(family, found.tensors)
+        for leaf in label_leaves(model):
+            tensor = found.tensors.get(tensors.get(tensor_name(family, leaf), ""))
+            if tensor is not None and tensor.ndim:
+                _, config = read_config(folder, num_labels=len(tensor))
+    return open_weights(folder, Model(head, family, config))
+
+
+def _base(found: PeftFolder, weights: Weights) -> Base:
+    """Returns the parameters in a folder, each read when it is asked for."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    map_named(
+        lambda leaf, like: shapes.setdefault(leaf, like.shape), weights.model.abstract()
+    )
+    name = found.about.get("dtype")
+    if not name:
+        first, file = next(iter(weights.files.items()))
+        is_half = file.get_slice(first).get_dtype() == "BF16"
+        name = "bfloat16" if is_half else "float32"
+        _log.warning(
+            "`%s` does not say in which dtype it was trained: taken as %s, that of "
+            "the base",
+            found.path, name,
+        )  # fmt: skip
+    dtype = jnp.dtype(str(name))
+
+    def read(leaf: str) -> np.ndarray:
+        if leaf in weights.missing_head:
+            raise InputError(
+                f"`model` must have `{leaf}`, which the adapter was trained on, and "
+                f"`{weights.folder}` has none. Pass the base that was adapted."
+            )
+        whole = tuple(slice(0, size) for size in shapes[leaf])
+        return weights.read(leaf, shapes[leaf], whole, dtype)
+
+    return Base(read, dtype)
+
+
+def _for_task(adapter: Adapter, model: Model) -> Adapter:
+    """Returns an adapter whose outputs are those of a task's labels, in their order."""
+    config, task = model.config, TASKS[adapter.task]
+    labels = task.labels
+    if labels is None:
+        names = config.label_names or tuple(map(str, range(config.num_labels)))
+        labels = () if task.is_regression else names
+    use = use_of_head(config, labels)
+    if use.order is None:
+        raise InputError(
+            f"`task` must have the labels of the adapter's base, "
+            f"{listed(config.label_names or ()) or config.num_labels}, got "
+            f"{listed(labels) or 'numbers'} of {task.name}. Pass the task that it was "
+            "trained on, or name its labels in the `id2label` of the base's "
+            "`config.json`."
+        )
+    if not use.is_certain:
+        _log.warning("the adapter does not name its labels: %s", use.remark)
+    dense = {
+        leaf: _ordered(array, use.order) if leaf in label_leaves(model) else array
+        for leaf, array in adapter.dense.items()
+    }
+    return replace(adapter, dense=dense, labels=tuple(labels))
+
+
+def _ordered(array: np.ndarray, order: Sequence[int]) -> np.ndarray:
+    """Returns a leaf of the head with its outputs in another order."""
+    return np.ascontiguousarray(array[..., list(order)])
