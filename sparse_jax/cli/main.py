@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from sparse_jax.cli.combine import combine, compare
 from sparse_jax.cli.evaluate import evaluate
 from sparse_jax.cli.export import export
 from sparse_jax.cli.finetune import finetune
@@ -30,6 +31,8 @@ app.command()(finetune)
 app.command()(evaluate)
 app.command()(generate)
 app.command()(export)
+app.command()(combine)
+app.command()(compare)
 app.command()(plan)
 
 

@@ -1,16 +1,19 @@
 """An adapter and its base, which together can leave in any format."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
 from sparse_jax.adapter.adapter import Adapter
-from sparse_jax.adapter.file import ADAPTER, save_adapter
+from sparse_jax.adapter.calculus import combine_adapters
+from sparse_jax.adapter.file import ADAPTER, load_adapter, save_adapter
 from sparse_jax.adapter.switch import AdapterSwitch
 from sparse_jax.adapter.use import base_folder, merge_adapter, require_base
 from sparse_jax.adapter.whole import require_whole
+from sparse_jax.errors import InputError, brief
 from sparse_jax.interchange.patches import save_patches
 from sparse_jax.interchange.peft_save import save_peft
 from sparse_jax.models.causal_lm import CausalLM
@@ -24,7 +27,14 @@ from sparse_jax.models.hf.pretrained import (
 )
 from sparse_jax.models.hf.read_config import read_config
 
-__all__ = ["Source", "open_source", "write_delta", "write_patch", "write_peft"]
+__all__ = [
+    "Source",
+    "combine_files",
+    "open_source",
+    "write_delta",
+    "write_patch",
+    "write_peft",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +109,35 @@ def open_source(adapter: Adapter, model: str | Path | None) -> Source:
     source = Source(adapter, folder, base_hash(folder) if adapter.base_hash else None)
     require_base(adapter, source.hash)
     return source
+
+
+def combine_files(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    weights: Sequence[float] | None = None,
+    *,
+    head: int = 0,
+    model: str | Path | None = None,
+) -> int:
+    """Writes the weighted sum of adapter files as one, and returns its entries.
+
+    The arguments and errors are those of `combine_adapters`; `model` is the base, if
+    it is not where the adapters say.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors" or output.exists():
+        raise InputError(
+            f"`output` must be a new file that ends with .safetensors, got "
+            f"{brief(str(output))}."
+        )
+    adapters = [load_adapter(path) for path in paths]
+    sources = [open_source(adapter, model) for adapter in adapters]
+    source = sources[head]
+    new = new_leaves(source.model, source.folder, source.labels)
+    total = combine_adapters(source.params(), adapters, weights, new=new, head=head)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_adapter(output, total)
+    return total.entries
 
 
 def write_delta(source: Source, folder: Path) -> None:
