@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from sparse_jax.data.batches import bucket_lengths, eval_batches, train_batches
+from sparse_jax.data.batches import Encoded, bucket_lengths, eval_batches, train_batches
 from sparse_jax.data.examples import Examples
-from sparse_jax.data.tokenizer import Encoded, encode, load_tokenizer
+from sparse_jax.data.tokenizer import encode, load_tokenizer
 from sparse_jax.errors import InputError
 
 grouped_or_not = pytest.mark.parametrize("grouped", [True, False])

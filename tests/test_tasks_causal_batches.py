@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_jax.data.batches import bucket_lengths, eval_batches, train_batches
-from sparse_jax.data.causal_tokens import TokenSequences
+from sparse_jax.data.batches import (
+    TokenSequences,
+    bucket_lengths,
+    eval_batches,
+    train_batches,
+)
 from sparse_jax.data.packing import pack_rows, segment_arrays
 from sparse_jax.errors import InputError
 

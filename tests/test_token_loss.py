@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tiny_text import CONFIG, tiny_decoder
 
-from sparse_jax.data.batches import eval_batches
-from sparse_jax.data.causal_tokens import TokenSequences
+from sparse_jax.data.batches import TokenSequences, eval_batches
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.next_token import summed_token_loss
 from sparse_jax.training.objective import make_token_loss

@@ -2,22 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 
-from sparse_jax.data.packing import pack_rows
+from sparse_jax.data.packing import pack_rows, segment_arrays
 from sparse_jax.errors import InputError
 
 __all__ = [
     "Batch",
     "Batches",
+    "Encoded",
+    "TokenSequences",
     "Tokenized",
     "bucket_lengths",
     "eval_batches",
-    "padded",
     "random_of",
-    "stack",
     "train_batches",
 ]
 
@@ -27,29 +27,6 @@ Batch = dict[str, np.ndarray]
 # would pad less and mix less: the same examples would meet again in every epoch.
 _WINDOW = 50
 _PACKING = 1  # a purpose of random numbers
-
-
-class Tokenized(Protocol):
-    """Examples as token ids, which know what a batch of them has."""
-
-    @property
-    def input_ids(self) -> list[np.ndarray]:
-        """Token ids of each example."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens of a row."""
-        ...
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether a row holds as many examples as fit; otherwise it holds one."""
-        ...
-
-    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
-        """Returns rows as arrays, `weights` among them."""
-        ...
 
 
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
@@ -66,32 +43,110 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
     return (*(length for length in lengths if length < max_length), max_length)
 
 
-def stack(rows: Sequence[np.ndarray], length: int, filler: int = 0) -> np.ndarray:
-    """Returns rows as one int32 array `[B, length]`, filled up on the right.
-
-    Example:
-      >>> stack([np.array([7, 8])], 4).tolist()
-      [[7, 8, 0, 0]]
-    """
+def _stack(rows: Sequence[np.ndarray], length: int, filler: int = 0) -> np.ndarray:
+    """Returns rows as one int32 array `[B, length]`, filled up on the right."""
     stacked = np.full((len(rows), length), filler, np.int32)
     for target, row in zip(stacked, rows, strict=True):
         target[: len(row)] = row
     return stacked
 
 
-def padded(
+def _padded(
     ids: Sequence[np.ndarray], pad_id: int, max_length: int, *, is_packed: bool = False
 ) -> Batch:
-    """Returns `input_ids` and `attention_mask` of rows, int32 `[B, T]`.
-
-    `T` is the least of `bucket_lengths(max_length)` that holds every row, so a compiled
-    step meets few shapes, or `max_length` if the rows are packed. The mask is 1 at
-    tokens and 0 at padding.
-    """
+    """Returns `input_ids` and `attention_mask` of rows."""
     longest = max_length if is_packed else max(map(len, ids))
     length = min(n for n in bucket_lengths(max_length) if n >= longest)
-    mask = stack([np.ones_like(row) for row in ids], length)
-    return {"input_ids": stack(ids, length, pad_id), "attention_mask": mask}
+    mask = _stack([np.ones_like(row) for row in ids], length)
+    return {"input_ids": _stack(ids, length, pad_id), "attention_mask": mask}
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Examples as token ids, not padded yet."""
+
+    input_ids: list[np.ndarray]  # N arrays, shape=(tokens,), int32
+    token_type_ids: list[np.ndarray] | None  # the same, if the tokenizer gives them
+    labels: np.ndarray  # shape=(N,), int32 classes or float32 values
+    max_length: int  # no example has more tokens
+    pad_id: int
+    num_cut: int = 0  # examples that lost tokens
+    is_packed: Literal[False] = False  # a row holds one
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Returns examples as arrays of `B` rows of `T` tokens.
+
+        - `input_ids`, `attention_mask`, and `token_type_ids` if the tokenizer gives
+          them: int32 `[B, T]`. The mask is 1 at tokens and 0 at padding.
+        - `labels`: int32 or float32 `[B]`.
+        - `weights`: float32 `[B]`, 1 for an example; a filler has 0.
+
+        With `l` the losses of the rows, the loss of a batch is
+
+            sum(weights * l) / sum(weights),
+
+        both sums over all rows, also over all parts: a part may hold fillers only.
+        """
+        numbers = np.concatenate(rows)
+        ids = [self.input_ids[i] for i in numbers]
+        arrays = _padded(ids, self.pad_id, self.max_length)
+        arrays["labels"] = self.labels[numbers]
+        if self.token_type_ids is not None:
+            types = [self.token_type_ids[i] for i in numbers]
+            arrays["token_type_ids"] = _stack(types, arrays["input_ids"].shape[1])
+        return arrays | {"weights": np.ones(len(numbers), np.float32)}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequences:
+    """Token ids with marks on those that are predicted, not padded yet."""
+
+    input_ids: list[np.ndarray]  # N arrays, shape=(tokens,), int32
+    is_target: list[np.ndarray]  # the same, bool; never the first token
+    max_length: int  # no sequence has more tokens
+    pad_id: int
+    num_cut: int = 0  # conversations that lost tokens at their end
+    num_dropped: int = 0  # conversations that lost every target
+    end_ids: tuple[int, ...] = ()  # tokens that end the responses
+    is_packed: bool = False  # whether a row holds as many sequences as fit
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted in one pass."""
+        return sum(int(marks.sum()) for marks in self.is_target)
+
+    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        """Returns sequences as arrays of `B` rows of `T` tokens.
+
+        - `input_ids`, `attention_mask`: int32 `[B, T]`. The mask is 1 at tokens and 0
+          at padding.
+        - `weights`: float32 `[B, T]`, 1 at a token that is predicted from those before
+          it, and 0 elsewhere: never 1 at the first token of a sequence.
+        - `segment_ids`, `positions`, if packed: int32 `[B, T]`, see `segment_arrays`.
+
+        With `l_t` the cross-entropy of token t given the tokens before it in its
+        sequence, that is of the logits at t - 1, the loss of a batch is
+
+            sum(weights[:, 1:] * l[:, 1:]) / sum(weights),
+
+        both sums over all rows, also over all parts: a part may have no weight.
+        """
+        parts = [[self.input_ids[i] for i in row] for row in rows]
+        marks = [np.concatenate([self.is_target[i] for i in row]) for row in rows]
+        ids = [np.concatenate(row) for row in parts]
+        arrays = _padded(ids, self.pad_id, self.max_length, is_packed=self.is_packed)
+        length = arrays["input_ids"].shape[1]
+        arrays["weights"] = _stack(marks, length).astype(np.float32)
+        return arrays | (segment_arrays(parts, length) if self.is_packed else {})
+
+
+Tokenized = Encoded | TokenSequences
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +154,10 @@ class Batches:
     """Batches of one pass over examples; iterating again yields the same ones.
 
     A batch has the arrays of `examples.batch` with `B = batch_size` rows, or with
-    shapes `[A, B / A, ...]` if `A = accumulate` is more than 1. The last batch is
-    filled up by repeating its first row with weight 0.
+    shapes `[A, B / A, ...]` if `A = accumulate` is more than 1. Rows have `T` tokens,
+    the least of `bucket_lengths(max_length)` that holds them all, so a compiled step
+    meets few shapes, or `max_length` if they are packed. The last batch is filled up by
+    repeating its first row with weight 0.
     """
 
     examples: Tokenized

@@ -1,69 +1,22 @@
 """Token sequences for causal language models, and which tokens are trained on."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
-from sparse_jax.data.batches import Batch, padded, stack
+from sparse_jax.data.batches import TokenSequences
 from sparse_jax.data.conversations import Conversation
-from sparse_jax.data.packing import segment_arrays
 from sparse_jax.data.tokenizer import Tokenizer, tokenizing
 from sparse_jax.errors import InputError
 
-__all__ = ["Loss", "TokenSequences", "tokenize"]
+__all__ = ["Loss", "tokenize"]
 
 Loss = Literal["response", "all"]
 
 # Conversations that are tokenized at once, to bound the memory.
 _CHUNK = 1024
-
-
-@dataclass(frozen=True, eq=False)
-class TokenSequences:
-    """Token ids with marks on those that are predicted, not padded yet."""
-
-    input_ids: list[np.ndarray]  # N arrays, shape=(tokens,), int32
-    is_target: list[np.ndarray]  # the same, bool; never the first token
-    max_length: int  # no sequence has more tokens
-    pad_id: int
-    num_cut: int = 0  # conversations that lost tokens at their end
-    num_dropped: int = 0  # conversations that lost every target
-    end_ids: tuple[int, ...] = ()  # tokens that end the responses
-    is_packed: bool = False  # whether a row holds as many sequences as fit
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens that are predicted in one pass."""
-        return sum(int(marks.sum()) for marks in self.is_target)
-
-    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
-        """Returns sequences as arrays of `B` rows of `T` tokens.
-
-        - `input_ids`, `attention_mask`: int32 `[B, T]`, of `padded`.
-        - `weights`: float32 `[B, T]`, 1 at a token that is predicted from those before
-          it, and 0 elsewhere: never 1 at the first token of a sequence.
-        - `segment_ids`, `positions`, if packed: int32 `[B, T]`, see `segment_arrays`.
-
-        With `l_t` the cross-entropy of token t given the tokens before it in its
-        sequence, that is of the logits at t - 1, the loss of a batch is
-
-            sum(weights[:, 1:] * l[:, 1:]) / sum(weights),
-
-        both sums over all rows, also over all parts: a part may have no weight.
-        """
-        parts = [[self.input_ids[i] for i in row] for row in rows]
-        marks = [np.concatenate([self.is_target[i] for i in row]) for row in rows]
-        ids = [np.concatenate(row) for row in parts]
-        arrays = padded(ids, self.pad_id, self.max_length, is_packed=self.is_packed)
-        length = arrays["input_ids"].shape[1]
-        arrays["weights"] = stack(marks, length).astype(np.float32)
-        return arrays | (segment_arrays(parts, length) if self.is_packed else {})
 
 
 class _Ends(NamedTuple):

@@ -6,15 +6,14 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from sparse_jax.data.batches import Batch, padded, stack
+from sparse_jax.data.batches import Encoded
 from sparse_jax.data.examples import Examples
 from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.models.hf.model_files import local_folder
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "Encoded",
     "Tokenizer",
     "encode",
     "load_tokenizer",
@@ -49,45 +47,6 @@ _SAMPLE = "Sphinx of BLACK quartz,\n judge  my vow: 1234567890 (don't) {x}[y] <z
 # A fast tokenizer also keeps the offset and the spelling of every token until its
 # result is dropped: a gigabyte for the 400 thousand pairs of MNLI at once.
 _CHUNK = 4096
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Examples as token ids, not padded yet."""
-
-    input_ids: list[np.ndarray]  # N arrays, shape=(tokens,), int32
-    token_type_ids: list[np.ndarray] | None  # the same, if the tokenizer gives them
-    labels: np.ndarray  # shape=(N,), int32 classes or float32 values
-    max_length: int  # no example has more tokens
-    pad_id: int
-    num_cut: int = 0  # examples that lost tokens
-    is_packed: Literal[False] = False  # a row holds one
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
-        """Returns examples as arrays of `B` rows of `T` tokens.
-
-        - `input_ids`, `attention_mask` of `padded`, and `token_type_ids` if the
-          tokenizer gives them: int32 `[B, T]`.
-        - `labels`: int32 or float32 `[B]`.
-        - `weights`: float32 `[B]`, 1 for an example; a filler has 0.
-
-        With `l` the losses of the rows, the loss of a batch is
-
-            sum(weights * l) / sum(weights),
-
-        both sums over all rows, also over all parts: a part may hold fillers only.
-        """
-        numbers = np.concatenate(rows)
-        ids = [self.input_ids[i] for i in numbers]
-        arrays = padded(ids, self.pad_id, self.max_length)
-        arrays["labels"] = self.labels[numbers]
-        if self.token_type_ids is not None:
-            types = [self.token_type_ids[i] for i in numbers]
-            arrays["token_type_ids"] = stack(types, arrays["input_ids"].shape[1])
-        return arrays | {"weights": np.ones(len(numbers), np.float32)}
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.data.batches import eval_batches
-from sparse_jax.data.causal_tokens import TokenSequences, tokenize
+from sparse_jax.data.batches import TokenSequences, eval_batches
+from sparse_jax.data.causal_tokens import tokenize
 from sparse_jax.data.conversations import ALPACA, PromptTemplate
 from sparse_jax.data.llm_adapters import Question
 from sparse_jax.data.tokenizer import Tokenizer

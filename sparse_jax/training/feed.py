@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from sparse_jax.data.batches import Batches, eval_batches, train_batches
-from sparse_jax.data.causal_tokens import TokenSequences, tokenize
+from sparse_jax.data.batches import (
+    Batches,
+    Encoded,
+    TokenSequences,
+    eval_batches,
+    train_batches,
+)
+from sparse_jax.data.causal_tokens import tokenize
 from sparse_jax.data.conversations import Conversation
 from sparse_jax.data.examples import Splits
-from sparse_jax.data.tokenizer import Encoded, encode
+from sparse_jax.data.tokenizer import encode
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Model
 from sparse_jax.training.settings import Settings
