@@ -72,7 +72,7 @@ DEVICES = option(
 
 
 def takes_settings(
-    *names: str, defaults: Mapping[str, Any] | None = None
+    *names: str, defaults: Mapping[str, object] | None = None
 ) -> Callable[[Command], Command]:
     """Gives a command the options of fields of `Settings`: type, default and help.
 
@@ -101,7 +101,7 @@ def takes_settings(
     return decorate
 
 
-def _parameter(name: str, defaults: Mapping[str, Any]) -> inspect.Parameter:
+def _parameter(name: str, defaults: Mapping[str, object]) -> inspect.Parameter:
     """Returns the option of a field."""
     one = _FIELDS[name]
     default = defaults.get(name, one.default)

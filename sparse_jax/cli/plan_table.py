@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from sparse_jax.planning.plan import SECONDS_PER_ENTRY, UTILIZATION, Plan
 from sparse_jax.planning.target import Target
@@ -57,7 +56,7 @@ def write_plans(
     plans: Sequence[Plan],
     target: Target,
     shape: MeshShape,
-    asked: Mapping[str, Any],
+    asked: Mapping[str, object],
 ) -> None:
     """Writes plans as JSON: sizes in bytes, times in seconds."""
     chip = None if target.chip is None else target.chip._asdict()

@@ -17,7 +17,9 @@ def print_summary(settings: Settings, metrics: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=_title(settings), show_header=False)
+    sampler = "" if settings.sampler is None else f" + {settings.sampler_word}"
+    title = f"{settings.method_word}{sampler} on {settings.task}"
+    table = Table(title=title, show_header=False)
     table.add_column("what", style="bold")
     table.add_column("value", justify="right")
     for what, value in _lines(metrics):
@@ -32,45 +34,36 @@ def print_summary(settings: Settings, metrics: Mapping[str, Any]) -> None:
     console.print(f"metrics.jsonl (every update), {pictures}, config.json.")
 
 
-def _title(settings: Settings) -> str:
-    """Returns what was run."""
-    sampler = "" if settings.sampler is None else f" + {settings.sampler_word}"
-    return f"{settings.method_word}{sampler} on {settings.task}"
-
-
 def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the lines of the table."""
     trained, total = metrics["trained_parameters"], metrics["total_parameters"]
     without_head = metrics["trained_parameters_without_head"]
-    scores = [(name, _score(value)) for name, value in metrics["eval"].items()]
     # A run of an earlier version lacks some of these.
-    examples = [
-        f"{use['used']:,} {split}" for split, use in metrics.get("examples", {}).items()
-    ]
+    examples = metrics.get("examples", {}).items()
     seconds, warnings = metrics.get("selection_seconds"), metrics.get("warnings")
-    selection = [] if seconds is None else [("selection", f"{seconds:.3g} s")]
-    noted = [("warnings", f"{len(warnings)}, in metrics.json")] if warnings else []
     # Their loss or gradient was not finite.
-    skipped = [("skipped batches", f"{metrics['skipped_batches']:,}")]
-    if not metrics["skipped_batches"]:
-        skipped = []
-    head = [("without the head", f"{without_head:,} ({without_head / total:.3%})")]
-    if without_head == trained:
-        head = []
-    return [
-        *scores,
-        *([("examples", ", ".join(examples))] if examples else []),
-        ("trained parameters", f"{trained:,} ({trained / total:.3%})"),
-        *head,
+    skipped = metrics["skipped_batches"]
+    head = "" if without_head == trained else _share(without_head, total)
+    lines = [
+        *((name, _score(value)) for name, value in metrics["eval"].items()),
+        ("examples", ", ".join(f"{use['used']:,} {split}" for split, use in examples)),
+        ("trained parameters", _share(trained, total)),
+        ("without the head", head),
         ("optimizer state", bytes_shown(metrics["optimizer_bytes"])),
         ("adapter file", bytes_shown(metrics["adapter_bytes"])),
         ("peak memory", bytes_shown(metrics["peak_memory_bytes"])),
-        *selection,
+        ("selection", "" if seconds is None else f"{seconds:.3g} s"),
         ("time per update", f"{metrics['seconds_per_step']:.3g} s"),
         ("updates", f"{metrics['steps']:,}"),
-        *skipped,
-        *noted,
+        ("skipped batches", f"{skipped:,}" if skipped else ""),
+        ("warnings", f"{len(warnings)}, in metrics.json" if warnings else ""),
     ]
+    return [(what, value) for what, value in lines if value]
+
+
+def _share(part: int, total: int) -> str:
+    """Returns a number of parameters, and its share of all of them."""
+    return f"{part:,} ({part / total:.3%})"
 
 
 def _score(value: float | None) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import config_folder
 from sparse_jax.models.hf.read_config import read_config
+from sparse_jax.params.names import map_named
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner
@@ -29,6 +31,8 @@ from sparse_jax.training.settings import Settings
 
 __all__ = ["AbstractRun", "abstract_run", "held_bytes", "read_model"]
 
+_Dtypes = dict[str, np.dtype]
+
 
 @dataclass(frozen=True, eq=False)
 class AbstractRun:
@@ -39,8 +43,8 @@ class AbstractRun:
     runner: MeshRunner
     placement: Placement
     state: CompactState
-    batch: Any
-    key: Any
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    key: jax.Array
     schedule: Schedule
     head: Sequence[str]  # rules of the leaves that counts leave out
 
@@ -110,24 +114,23 @@ def _loss(model: Model, settings: Settings) -> Loss:
     return make(model, checkpointing=settings.checkpointing, unroll=1)
 
 
-def _batch(model: Model, settings: Settings, length: int, placement: Placement) -> Any:
+def _batch(
+    model: Model, settings: Settings, length: int, placement: Placement
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a batch on the mesh."""
-    accumulate = settings.accumulate
-    rows: tuple[int, ...] = (settings.batch_size // accumulate,)
+    accumulate, sharding = settings.accumulate, placement.batch(settings.accumulate)
+    rows = (settings.batch_size // accumulate,)
     rows = (accumulate, *rows) if accumulate > 1 else rows
     tokens = (*rows, length)
-    shapes: dict[str, Any] = {
-        "input_ids": (tokens, np.int32),
-        "attention_mask": (tokens, np.int32),
-        "weights": (tokens if model.head is CausalLM else rows, np.float32),
+    array = lambda *args: jax.ShapeDtypeStruct(*args, sharding=sharding)
+    batch = {
+        "input_ids": array(tokens, np.int32),
+        "attention_mask": array(tokens, np.int32),
+        "weights": array(tokens if model.head is CausalLM else rows, np.float32),
     }
     if model.head is SequenceClassifier:
-        shapes["labels"] = (rows, np.int32)
-    sharding = placement.batch(accumulate)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype) in shapes.items()
-    }
+        batch["labels"] = array(rows, np.int32)
+    return batch
 
 
 def held_bytes(run: AbstractRun) -> Mapping[str, int]:
@@ -154,33 +157,32 @@ def _gradients(run: AbstractRun) -> int:
     """Returns the bytes of the gradients of what is trained."""
     roles = run.tuner.roles(run.state.params)
 
-    def values(state: Any) -> Any:
+    def values(state: CompactState) -> CompactState:
         leaves = current_values(roles, state.support, state.masters, state.params)
         return state._replace(params=leaves, masters=(), opt_state=())
 
     with jax.set_mesh(run.placement.mesh):
         shapes = jax.eval_shape(values, run.state)
     placed = run.placement.trained(roles, shapes)
-    trees = (
-        (shapes.params, placed.params, _gradient_dtypes(run)),
-        (shapes.added, placed.added, {}),
-    )
-    total = 0
-    for tree, where, dtypes in trees:
-        for shape, sharding in zip(*map(_with_names, (tree, where)), strict=True):
-            share = _active(run) if shape[0].startswith("layers/") else 1.0
-            dtype = dtypes.get(shape[0], np.float32)
-            total += int(share * _size(shape[1].shape, dtype, sharding[1]))
-    return total
-
-
-def _gradient_dtypes(run: AbstractRun) -> dict[str, Any]:
-    """Returns the dtypes of the gradients of leaves that are not float32."""
     # What is added up, over micro-batches or replicas, and rows of layers are float32.
     sums = run.tuner.accumulate > 1 or run.tuner.data_axes
-    if sums or isinstance(run.tuner, Layerwise):
-        return {}
-    return {name: leaf.dtype for name, leaf in _with_names(run.state.params)}
+    of_leaves = {} if sums or isinstance(run.tuner, Layerwise) else _dtypes(run)
+    sizes = []
+
+    def add(name: str, leaf: jax.Array, at: jax.NamedSharding, dtypes: _Dtypes) -> None:
+        share = _active(run) if name.startswith("layers/") else 1.0
+        sizes.append(int(share * _size(leaf.shape, dtypes.get(name, np.float32), at)))
+
+    map_named(partial(add, dtypes=of_leaves), shapes.params, placed.params)
+    map_named(partial(add, dtypes={}), shapes.added, placed.added)
+    return sum(sizes)
+
+
+def _dtypes(run: AbstractRun) -> _Dtypes:
+    """Returns the dtypes of the parameters."""
+    found: _Dtypes = {}
+    map_named(lambda name, leaf: found.update({name: leaf.dtype}), run.state.params)
+    return found
 
 
 def _active(run: AbstractRun) -> float:
@@ -191,21 +193,18 @@ def _active(run: AbstractRun) -> float:
     return sampler.num_active / sampler.num_layers
 
 
-def _with_names(tree: Any) -> list[tuple[str, Any]]:
-    """Returns the leaves of a tree with their names."""
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return [(name(path), leaf) for path, leaf in paths]
-
-
-def _bytes(tree: Any) -> int:
+def _bytes(tree: object) -> int:
     """Returns the bytes of the parts of arrays that lie on one device."""
     return sum(
         _size(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(tree)
     )
 
 
-def _size(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> int:
+def _size(
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
+    sharding: jax.sharding.Sharding,
+) -> int:
     """Returns the bytes of the part of an array that lies on one device."""
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return 8

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn
 
 __all__ = ["Instruction", "Traffic", "collectives_of", "count_flops", "instructions"]
 
@@ -196,7 +197,7 @@ def collectives_of(text: str) -> Mapping[str, Traffic]:
       >>> collectives_of(text)
       {'all-gather': Traffic(count=1, bytes=32)}
     """
-    channels: dict[Any, list[Instruction]] = {}
+    channels: dict[tuple[str, int | str], list[Instruction]] = {}
     for number, one in enumerate(instructions(text)):
         kind = one.operation.removesuffix("-start")
         if kind in _KINDS:
@@ -248,7 +249,7 @@ def _size(dtype: str, dimensions: str) -> int:
     return 0 if bits is None else int(np.ceil(count * int(bits[0]) / 8))
 
 
-def count_flops(function: Callable[..., Any], *args: Any) -> int:
+def count_flops(function: Callable[..., object], *args: object) -> int:
     """Returns the multiplications and additions in the matrix products of a function.
 
     Loops count as often as they run, which compilers' own counts leave out. A loop
@@ -266,12 +267,12 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     return _in_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _in_jaxpr(jaxpr: Any) -> int:
+def _in_jaxpr(jaxpr: Jaxpr) -> int:
     """Returns the operations of a traced function."""
     return sum(_in_equation(equation) for equation in jaxpr.eqns)
 
 
-def _in_equation(equation: Any) -> int:
+def _in_equation(equation: JaxprEqn) -> int:
     """Returns the operations of one equation, and of the functions it calls."""
     if equation.primitive.name == "dot_general":
         return _in_product(equation)

@@ -78,7 +78,7 @@ class Plan:
         """Bytes that stay between two updates."""
         return sum(self.held.values()) - self.held["gradients"] - self.held["batch"]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Mapping[str, object]:
         """Returns the plan as plain values, for JSON."""
         told = asdict(self) | {"state": self.state}
         if self.collectives is not None:
