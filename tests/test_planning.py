@@ -279,7 +279,7 @@ def test_without_the_compiler_the_state_is_exact_all_the_same(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(topologies, "get_topology_desc", absent)
-        patch.setattr(targets, "_has_compiler", lambda: False)
+        patch.setattr(targets, "find_spec", lambda name: None)
         target = find_target("v5e:2x4", 8)
     plan = plan_of(target=target)
     assert plan.held == held_of()

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -141,7 +142,7 @@ def _tpu(chip: str, name: str, count: int) -> Target:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # the compiler's own, and JAX's if there is none
         reason = first_line(error)
-        if _has_compiler():
+        if find_spec("libtpu") is not None:
             raise InputError(
                 f"`target` must be a topology that {chip} has, got {name!r}: {reason}."
             ) from error
@@ -163,13 +164,6 @@ def _require_box(name: str, devices: Sequence[Any]) -> None:
             f"`target` must have a box of the {len(devices)} devices of the mesh, got "
             f"{name!r}. Plan for a mesh of all its devices, or another topology."
         )
-
-
-def _has_compiler() -> bool:
-    """Returns whether the compiler of TPUs is installed."""
-    from importlib.util import find_spec
-
-    return find_spec("libtpu") is not None
 
 
 def _require_enough(name: str, found: int, count: int) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "join_processes",
     "leave",
     "lost_processes",
+    "of_all_processes",
     "on_first_process",
     "require_agreement",
     "watch_processes",
@@ -176,6 +177,16 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
+def of_all_processes(mine: np.ndarray) -> np.ndarray:
+    """Returns an array of every process, shape=(processes, ...), to each of them."""
+    if jax.process_count() == 1:
+        return mine[None]
+    # Loads the communication between processes, which one of them does not need.
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(mine))
+
+
 def on_first_process(act: Callable[[], None]) -> None:
     """Has the first process do something, and the others wait for it.
 
@@ -185,9 +196,6 @@ def on_first_process(act: Callable[[], None]) -> None:
     if jax.process_count() == 1:
         act()
         return
-    # Loads the communication between processes, which one of them does not need.
-    from jax.experimental import multihost_utils
-
     message = np.zeros(_LONGEST, np.uint8)
     if is_first_process():
         try:
@@ -195,7 +203,7 @@ def on_first_process(act: Callable[[], None]) -> None:
         except InputError as error:
             text = str(error).encode(errors="backslashreplace")[:_LONGEST]
             message[: len(text)] = np.frombuffer(text, np.uint8)
-    words = bytes(np.asarray(multihost_utils.process_allgather(message))[0])
+    words = bytes(of_all_processes(message)[0])
     if text := words.rstrip(b"\0").decode(errors="ignore"):
         raise InputError(text)
 
@@ -212,13 +220,9 @@ def require_agreement(name: str, value: object) -> None:
     """
     if jax.process_count() == 1:
         return
-    # Loads the communication between processes, which one of them does not need.
-    from jax.experimental import multihost_utils
-
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
-    mine = np.frombuffer(digest, np.int32)
-    all_of_them = np.asarray(multihost_utils.process_allgather(mine))
-    others = np.flatnonzero((all_of_them != all_of_them[0]).any(axis=1))
+    digests = of_all_processes(np.frombuffer(digest, np.int32))
+    others = np.flatnonzero((digests != digests[0]).any(axis=1))
     if len(others):
         raise InputError(
             f"`{name}` must be the same on every process, got another one on process "

@@ -29,12 +29,7 @@ def draw_curve(
       loss: which loss, and its unit.
       metric: name of the metric to draw.
     """
-    # Matplotlib takes seconds to import. A figure of its own needs no backend.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 3.8), dpi=130, layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = _panels(title, 2)
     _draw_loss(left, updates_of(rows), loss)
     _draw_metric(right, evaluations_of(rows), metric)
     last = max((row["step"] for row in rows), default=1)
@@ -45,6 +40,16 @@ def draw_curve(
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _panels(title: str, count: int) -> Any:
+    """Returns a figure and its panels, side by side."""
+    # Matplotlib takes seconds to import. A figure of its own needs no backend.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.8), dpi=130, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
 def _draw_loss(axes: "Axes", rows: MetricRows, loss: str) -> None:
@@ -99,14 +104,9 @@ def draw_layers(
       num_layers: layers of the model.
       title: what was run.
     """
-    # Matplotlib takes seconds to import. A figure of its own needs no backend.
-    from matplotlib.figure import Figure
-
     updates = updates_of(rows)
     importance = _filled(updates, "importance", num_layers)
-    figure = Figure(figsize=(9.0, 3.8), dpi=130, layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    panels = figure.subplots(1, 1 if importance is None else 2, squeeze=False)[0]
+    figure, panels = _panels(title, 1 if importance is None else 2)
     shares = _shares(_filled(updates, "active", None), num_layers)
     _draw(figure, panels[0], shares, len(updates), "share of updates", vmin=0)
     panels[0].set_title("layers updated", fontsize=10)

@@ -20,6 +20,7 @@ from sparse_jax.data.batches import Batch
 from sparse_jax.errors import InputError
 from sparse_jax.models.modules import Inputs
 from sparse_jax.params.fields import Json
+from sparse_jax.sharding.processes import of_all_processes
 from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.build import Job
 from sparse_jax.training.checkpoint import Checkpoints, Position
@@ -55,14 +56,8 @@ class StopSignals:
 
     def requested(self) -> int:
         """Returns the signal that any of the processes received, or 0."""
-        if jax.process_count() == 1:
-            return self._received
-        # Loads the communication between processes, which one of them does not need.
-        from jax.experimental import multihost_utils
-
         # All of them save the same step: signals reach hosts at different times.
-        mine = np.asarray(self._received, np.int32)
-        return int(np.max(multihost_utils.process_allgather(mine)))
+        return int(of_all_processes(np.asarray(self._received, np.int32)).max())
 
     def stop_if_requested(self) -> None:
         """Leaves the run if it was asked to stop; all it has is saved by now.

@@ -69,19 +69,14 @@ def make_optimizer() -> optax.GradientTransformationExtraArgs:
 
     Its `update` takes the `schedule` as an extra argument.
     """
+    start = lambda params: optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
     scale: Any = _scale
     return optax.chain(
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
         # Decays nothing; checkpoints have its place in the state.
         optax.add_decayed_weights(0.0),
-        optax.GradientTransformationExtraArgs(_start, scale),
+        optax.GradientTransformationExtraArgs(start, scale),
     )
-
-
-def _start(params: optax.Params) -> optax.ScaleByScheduleState:
-    """Returns the state of `_scale`."""
-    del params
-    return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
 
 
 def _scale(

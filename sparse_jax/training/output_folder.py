@@ -173,8 +173,13 @@ def require_usable(settings: Settings) -> None:
         )
     for name in ("model", "data"):
         source = getattr(settings, name)
-        if source and Path(source).is_dir() and path.is_dir():
-            _require_apart(path, name, Path(source))
+        is_read = source and Path(source).is_dir() and path.is_dir()
+        # The run would be written among the files that it reads.
+        if is_read and path.samefile(source):
+            raise InputError(
+                f"`output` must not be the folder of `{name}`, got `{path}`. Choose "
+                "another one."
+            )
     if settings.resume:
         _require_same(path, settings)
     elif path.is_dir() and any(place.name != LOCK for place in path.iterdir()):
@@ -194,15 +199,6 @@ def _existing_part(output: str) -> Path:
     except OSError as error:
         reason = reason_of(error)
     raise InputError(f"`output` must name a folder, got {brief(output)}: {reason}.")
-
-
-def _require_apart(path: Path, name: str, source: Path) -> None:
-    """Raises if the run would be written among the files that it reads."""
-    if path.samefile(source):
-        raise InputError(
-            f"`output` must not be the folder of `{name}`, got `{path}`. Choose "
-            "another one."
-        )
 
 
 def _require_replaceable(path: Path, settings: Settings) -> None:

@@ -138,7 +138,11 @@ def count_trained(
 
     def add(role: Role, leaf: jax.Array) -> None:
         is_head = first_match({"head": head}, role.name, "") == "head"
-        sizes[is_head] += _trained_size(method, role, leaf)
+        if role.kind == SPARSE:
+            shape = role.packed_shape(leaf.shape, method.support_size(role))
+            sizes[is_head] += math.prod(shape)
+        elif role.kind != FROZEN:
+            sizes[is_head] += leaf.size
 
     map_roles(add, method.roles(params), params)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -204,12 +208,3 @@ def _speed(rows: MetricRows) -> dict[str, float]:
         "seconds_per_step": statistics.median(row["seconds"] for row in timed),
         "tokens_per_second": sum(row["tokens"] for row in timed) / seconds,
     }
-
-
-def _trained_size(method: Method, role: Role, leaf: jax.Array) -> int:
-    """Returns the trained entries of a leaf."""
-    if role.kind == FROZEN:
-        return 0
-    if role.kind == SPARSE:
-        return math.prod(role.packed_shape(leaf.shape, method.support_size(role)))
-    return leaf.size
