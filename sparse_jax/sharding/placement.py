@@ -21,7 +21,7 @@ from sparse_jax.params.names import leaf_names, map_named
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.sharding.rules import RULES, Rules, shards_of, specs_of
 from sparse_jax.supports.layout import Shards
-from sparse_jax.supports.roles import SPARSE, Role, map_roles
+from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
 
 __all__ = ["Placement", "load_placed", "moved"]
 
@@ -151,12 +151,12 @@ class Placement:
             sharding = self.replicated
         return {name: _put(array, sharding) for name, array in batch.items()}
 
-    def supports(self, roles: object, support: object) -> Any:
+    def supports(self, roles: Roles, support: object) -> Any:
         """Returns the shardings of supports, as their layouts say."""
         one = lambda role, support: self.at(role.layout.spec(role.stacked))
         return map_roles(one, roles, support, only=(SPARSE,))
 
-    def state(self, roles: object, state: CompactState) -> CompactState:
+    def state(self, roles: Roles, state: CompactState) -> CompactState:
         """Returns the shardings of a state, from the state or its shapes.
 
         What belongs to a leaf, wherever it is, lies where the leaf lies; the rest is
@@ -165,7 +165,7 @@ class Placement:
         rest = self.trained(roles, state._replace(params=()))
         return rest._replace(params=self.params)
 
-    def trained(self, roles: object, state: CompactState) -> CompactState:
+    def trained(self, roles: Roles, state: CompactState) -> CompactState:
         """Returns the shardings of a state that has packed values for parameters."""
         packed: dict[str, jax.P] = {}
 
@@ -184,7 +184,7 @@ class Placement:
         rest = map_named(owned, state._replace(support=()))
         return rest._replace(support=self.supports(roles, state.support))
 
-    def hold(self, roles: object, state: CompactState) -> CompactState:
+    def hold(self, roles: Roles, state: CompactState) -> CompactState:
         """Puts such a state from the host, the same on every process, on the mesh."""
         return jax.tree.map(_put, state, self.trained(roles, state))
 
@@ -212,7 +212,7 @@ def load_placed(
 
 def moved(
     state: CompactState,
-    roles: object,
+    roles: Roles,
     params: optax.Params,
     old: Mapping[str, Shards],
     new: Mapping[str, Shards],

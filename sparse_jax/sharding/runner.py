@@ -10,8 +10,9 @@ import optax
 from jax.sharding import AxisType
 
 from sparse_jax.compact.compact import CompactState, Tuner
+from sparse_jax.methods.sites import Added
 from sparse_jax.sharding.placement import Placement
-from sparse_jax.supports.roles import SPARSE, Role, map_roles
+from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
 
 __all__ = ["MeshRunner"]
 
@@ -130,7 +131,7 @@ class MeshRunner:
         self,
         params: optax.Params,
         support: object,
-        added: object,
+        added: Added,
         capacity: Mapping[str, int],
     ) -> CompactState:
         """Returns the state with supports shortened to some length."""
@@ -151,7 +152,7 @@ class MeshRunner:
         return self._capacity(self.tuner.roles(params), share, params)
 
     def _capacity(
-        self, roles: object, most: Callable[[Role, jax.Array], float], tree: object
+        self, roles: Roles, most: Callable[[Role, jax.Array], float], tree: object
     ) -> dict[str, int]:
         """Returns the length of supports, of the leaves whose shards differ in it.
 
