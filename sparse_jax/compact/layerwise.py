@@ -321,12 +321,8 @@ class Layerwise(Tuner):
                 if role.kind not in TRAINED:
                     return leaf
                 start = origin.astype(jnp.float32)
-                sparse = role.kind == SPARSE
-                now = role.layout.gather(leaf, support) if sparse else leaf
-                values = start + layer.factor * (now.astype(jnp.float32) - start)
-                if sparse:
-                    return role.layout.scatter(leaf, support, values)
-                return values.astype(leaf.dtype)
+                now = role.read(leaf, support).astype(jnp.float32)
+                return role.write(leaf, support, start + layer.factor * (now - start))
 
             trees = (layer_params, layer.support, layer.leaves)
             return map_roles(damp, inside, *trees)

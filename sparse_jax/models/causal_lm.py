@@ -1,6 +1,6 @@
 """A decoder that scores the next word."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,12 @@ from sparse_jax.models.config import ClassicConfig, DecoderConfig
 from sparse_jax.models.decoder import Cached
 from sparse_jax.models.family import DecoderFamily
 from sparse_jax.models.modules import Inputs, linear
-from sparse_jax.models.stack import run_cached_layers, run_layers, stack_layers
+from sparse_jax.models.stack import (
+    LayerOptions,
+    run_cached_layers,
+    run_layers,
+    stack_layers,
+)
 
 __all__ = ["Cache", "CausalLM"]
 
@@ -55,18 +60,22 @@ class CausalLM(nnx.Module):
         head = lambda: linear(config, *sizes, rngs, use_bias=parts.has_head_bias)
         self.lm_head = None if config.tied else head()
 
-    def __call__(self, batch: Inputs, **options: Any) -> jax.Array:
+    def __call__(
+        self,
+        batch: Inputs,
+        *,
+        key: jax.Array | None = None,
+        **options: Unpack[LayerOptions],
+    ) -> jax.Array:
         """Returns float32 logits `[B, T, V]`; the arguments are those of `hidden`."""
-        return self.logits(self.hidden(batch, **options))
+        return self.logits(self.hidden(batch, key=key, **options))
 
     def hidden(
         self,
         batch: Inputs,
         *,
         key: jax.Array | None = None,
-        attachment: Attachment = _NOTHING,
-        unroll: int | None = None,
-        checkpoint: bool = False,
+        **options: Unpack[LayerOptions],
     ) -> jax.Array:
         """Returns the last hidden states, normed, `[B, T, D]`.
 
@@ -75,9 +84,7 @@ class CausalLM(nnx.Module):
             padding on either side) and, optionally, `positions` (from the mask if
             absent) and `segment_ids` (attention never crosses from one to another).
           key: source of the dropout; None turns it off.
-          attachment: what a method adds to the layers.
-          unroll: layers in one pass of the loop; None chooses by backend.
-          checkpoint: whether the backward pass computes each layer again.
+          **options: the others of `run_layers`.
         """
         is_token = batch["attention_mask"].astype(bool)
         positions = batch.get("positions", _positions(is_token))
@@ -87,9 +94,7 @@ class CausalLM(nnx.Module):
             self.family.parts.position_info(self.config, positions, positions),
             self._mask(is_token, batch.get("segment_ids")),
             key=key,
-            attachment=attachment,
-            unroll=unroll,
-            checkpoint=checkpoint,
+            **options,
         )
         return self.norm(x)
 

@@ -1,11 +1,13 @@
 """The encoder: self-attention over a padded batch, layer by layer."""
 
+from typing import Unpack
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.attachment import Attachment, Respond
+from sparse_jax.models.attachment import Respond
 from sparse_jax.models.attend import attend, memory_of, remember, split_heads
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.family import Family
@@ -17,7 +19,7 @@ from sparse_jax.models.modules import (
     linear,
     split_key,
 )
-from sparse_jax.models.stack import run_layers, stack_layers
+from sparse_jax.models.stack import LayerOptions, run_layers, stack_layers
 
 __all__ = ["Attention", "Embeddings", "Encoder", "EncoderConfig", "EncoderLayer", "Mlp"]
 
@@ -133,10 +135,8 @@ class Encoder(nnx.Module):
         self,
         batch: Inputs,
         *,
-        key: jax.Array | None,
-        attachment: Attachment,
-        unroll: int | None,
-        checkpoint: bool,
+        key: jax.Array | None = None,
+        **options: Unpack[LayerOptions],
     ) -> jax.Array:
         """Returns the last hidden states `[B, T, D]` of a batch.
 
@@ -147,9 +147,7 @@ class Encoder(nnx.Module):
           batch: int32 `[B, T]` arrays `input_ids`, `attention_mask` (1 at tokens, 0
             at padding) and, optionally, `token_type_ids` (zeros if absent).
           key: source of the dropout; None turns it off.
-          attachment: what a method adds to the layers.
-          unroll: layers in one pass of the loop; None chooses by backend.
-          checkpoint: whether the backward pass computes each layer again.
+          **options: the others of `run_layers`.
         """
         input_ids = batch["input_ids"]
         token_type_ids = batch.get("token_type_ids", jnp.zeros_like(input_ids))
@@ -157,12 +155,4 @@ class Encoder(nnx.Module):
         mask = batch["attention_mask"][:, None, None, :].astype(bool)
         table_key, layers_key = split_key(key, 2)
         x = self.embeddings(input_ids, position_ids, token_type_ids, table_key)
-        return run_layers(
-            self.layers,
-            x,
-            mask,
-            key=layers_key,
-            attachment=attachment,
-            unroll=unroll,
-            checkpoint=checkpoint,
-        )
+        return run_layers(self.layers, x, mask, key=layers_key, **options)

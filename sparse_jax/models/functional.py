@@ -69,7 +69,7 @@ class Model:
           batch: int32 `[B, T]` arrays `input_ids`, `attention_mask` and, optionally,
             `token_type_ids`.
           **options: `key=`, `attachment=`, `unroll=` and `checkpoint=` of
-            `Encoder.encode`; `positions=` of `MaskedLM`.
+            `run_layers`; `positions=` of `MaskedLM`.
 
         Returns:
           Logits, `[B, num_labels]` of a `SequenceClassifier`, `[B, T, V]` of a

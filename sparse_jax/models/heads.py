@@ -1,19 +1,19 @@
 """The public models: an encoder and a head."""
 
+from typing import Unpack
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.encoder import Encoder
 from sparse_jax.models.family import Family
 from sparse_jax.models.modules import Inputs, layer_norm, linear, split_key
+from sparse_jax.models.stack import LayerOptions
 
 __all__ = ["MaskedLM", "SequenceClassifier"]
-
-_NOTHING = Attachment()
 
 
 class SequenceClassifier(Encoder):
@@ -32,22 +32,14 @@ class SequenceClassifier(Encoder):
         batch: Inputs,
         *,
         key: jax.Array | None = None,
-        attachment: Attachment = _NOTHING,
-        unroll: int | None = None,
-        checkpoint: bool = False,
+        **options: Unpack[LayerOptions],
     ) -> jax.Array:
         """Returns float32 logits `[B, num_labels]`; one label is a regression.
 
         The arguments are those of `Encoder.encode`.
         """
         body_key, head_key = split_key(key, 2)
-        hidden = self.encode(
-            batch,
-            key=body_key,
-            attachment=attachment,
-            unroll=unroll,
-            checkpoint=checkpoint,
-        )
+        hidden = self.encode(batch, key=body_key, **options)
         logits = self.classifier(self.pool(hidden), key=head_key)
         return logits.astype(jnp.float32)
 
@@ -89,22 +81,14 @@ class MaskedLM(Encoder):
         *,
         positions: jax.Array | None = None,
         key: jax.Array | None = None,
-        attachment: Attachment = _NOTHING,
-        unroll: int | None = None,
-        checkpoint: bool = False,
+        **options: Unpack[LayerOptions],
     ) -> jax.Array:
         """Returns float32 logits `[B, T, V]`, or `[B, M, V]` at chosen positions.
 
         `positions` are int32 columns of the batch, `[B, M]`. The other
         arguments are those of `Encoder.encode`.
         """
-        hidden = self.encode(
-            batch,
-            key=key,
-            attachment=attachment,
-            unroll=unroll,
-            checkpoint=checkpoint,
-        )
+        hidden = self.encode(batch, key=key, **options)
         if positions is not None:
             hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
         return self.lm_head(hidden, self.embeddings.word.embedding[...])

@@ -102,9 +102,7 @@ class _Stack:
         )  # fmt: skip
         num_layers = jax.tree.leaves(stacked)[0].shape[0]
         num_active = active.shape[0]
-        slot_of = jnp.full(num_layers, num_active).at[active].set(
-            jnp.arange(num_active), unique_indices=True
-        )  # fmt: skip
+        slot_of = _slot_of(num_layers, active)
         shapes = jax.eval_shape(
             lambda x, one: self._run(x, one, context)[1:],
             x, jax.tree.map(lambda leaf: leaf[0], stacked),
@@ -135,9 +133,7 @@ class _Stack:
         """Goes back through the layers, down to the lowest that matters."""
         num_layers = jax.tree.leaves(kept.stacked)[0].shape[0]
         num_active = kept.active.shape[0]
-        slot_of = jnp.full(num_layers, num_active).at[kept.active].set(
-            jnp.arange(num_active), unique_indices=True
-        )  # fmt: skip
+        slot_of = _slot_of(num_layers, kept.active)
         rows = self.rows_of(kept.stacked)
         grads = jax.tree.map(
             lambda leaf: jnp.zeros((num_active, *leaf.shape[1:]), leaf.dtype), rows
@@ -218,6 +214,13 @@ class _Stack:
         """Returns the output of a layer and its pullback."""
         run = lambda x, row: self.layer(x, one, row, context)
         return jax.vjp(run, x, self.rows_of(one))
+
+
+def _slot_of(num_layers: int, active: jax.Array) -> jax.Array:
+    """Returns the slot of every layer, shape=(L,); frozen ones have the last."""
+    num_active = active.shape[0]
+    slots = jnp.full(num_layers, num_active)
+    return slots.at[active].set(jnp.arange(num_active), unique_indices=True)
 
 
 class _Pullback:

@@ -1,7 +1,7 @@
 """A stack of equal layers: created at once, run by one scan."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import jax
 from flax import nnx
@@ -11,11 +11,26 @@ from sparse_jax.models.decoder import Cached
 from sparse_jax.models.slots import run_slots
 from sparse_jax.params.axes import keep_batch_sharded
 
+_NOTHING = Attachment()
 _METHOD = 0x6D  # any number; the layer splits its key and folds nothing in
 
-__all__ = ["default_unroll", "run_cached_layers", "run_layers", "stack_layers"]
+__all__ = [
+    "LayerOptions",
+    "default_unroll",
+    "run_cached_layers",
+    "run_layers",
+    "stack_layers",
+]
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+class LayerOptions(TypedDict, total=False):
+    """How a model runs its layers: the options of `run_layers` beside the key."""
+
+    attachment: Attachment
+    unroll: int | None
+    checkpoint: bool
 
 
 def stack_layers(
@@ -30,10 +45,10 @@ def run_layers(
     layers: nnx.Module,
     x: jax.Array,
     *context: object,
-    key: jax.Array | None,
-    attachment: Attachment,
-    unroll: int | None,
-    checkpoint: bool,
+    key: jax.Array | None = None,
+    attachment: Attachment = _NOTHING,
+    unroll: int | None = None,
+    checkpoint: bool = False,
 ) -> jax.Array:
     """Runs `x` through a stack of layers.
 

@@ -40,30 +40,18 @@ def value_dtype(leaf: jax.Array) -> np.dtype:
 
 def pack(roles: Roles, support: optax.Params, tree: optax.Params) -> optax.Params:
     """Returns the trained values of a tree shaped like the parameters."""
-
-    def pack_leaf(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
-        values = role.layout.gather(leaf, support) if role.kind == SPARSE else leaf
-        return values.astype(value_dtype(leaf))
-
-    return map_roles(pack_leaf, roles, tree, support, only=TRAINED)
+    read = lambda role, leaf, support: role.read(leaf, support).astype(
+        value_dtype(leaf)
+    )
+    return map_roles(read, roles, tree, support, only=TRAINED)
 
 
 def unpack(
     roles: Roles, support: optax.Params, like: optax.Params, packed: optax.Params
 ) -> optax.Params:
     """Returns packed values in the shapes and dtypes of `like`, zero elsewhere."""
-
-    def unpack_leaf(
-        role: Role, leaf: jax.Array, support: jax.Array, values: jax.Array
-    ) -> jax.Array:
-        if role.kind == DENSE:
-            return values.astype(leaf.dtype)
-        zeros = _zeros(leaf)
-        if role.kind == SPARSE:
-            return role.layout.scatter(zeros, support, values)
-        return zeros
-
-    return map_roles(unpack_leaf, roles, like, support, packed)
+    blank = lambda role, leaf: leaf if role.kind == DENSE else _zeros(leaf)
+    return write_back(roles, map_roles(blank, roles, like), support, packed)
 
 
 def keep_masters(
@@ -84,14 +72,9 @@ def current_values(
     roles: Roles, support: optax.Params, masters: optax.Params, params: optax.Params
 ) -> optax.Params:
     """Returns the packed values: masters where there are any, else the parameters."""
-
-    def current(
-        role: Role, leaf: jax.Array, support: jax.Array, master: jax.Array
-    ) -> jax.Array:
-        if below_float32(leaf):
-            return master
-        return role.layout.gather(leaf, support) if role.kind == SPARSE else leaf
-
+    current = lambda role, leaf, support, master: (
+        master if below_float32(leaf) else role.read(leaf, support)
+    )
     return map_roles(current, roles, params, support, masters, only=TRAINED)
 
 
@@ -125,15 +108,7 @@ def write_back(
     roles: Roles, params: optax.Params, support: optax.Params, leaves: optax.Params
 ) -> optax.Params:
     """Writes the trained values into the parameters, in place if these are donated."""
-
-    def write(
-        role: Role, leaf: jax.Array, support: jax.Array, values: jax.Array
-    ) -> jax.Array:
-        if role.kind == SPARSE:
-            return role.layout.scatter(leaf, support, values)
-        return values.astype(leaf.dtype) if role.kind in TRAINED else leaf
-
-    return map_roles(write, roles, params, support, leaves)
+    return map_roles(Role.write, roles, params, support, leaves)
 
 
 def rounded_step(

@@ -55,6 +55,18 @@ class Role(NamedTuple):
         """Returns (k,), or (L, k) for a stack of L layers."""
         return (shape[0], k) if self.stacked else (k,)
 
+    def read(self, leaf: jax.Array, support: jax.Array) -> jax.Array:
+        """Returns what is trained of a leaf: the entries at its support, or all."""
+        return self.layout.gather(leaf, support) if self.kind == SPARSE else leaf
+
+    def write(
+        self, leaf: jax.Array, support: jax.Array, values: jax.Array
+    ) -> jax.Array:
+        """Returns a leaf with what is trained of it replaced, in its own dtype."""
+        if self.kind == SPARSE:
+            return self.layout.scatter(leaf, support, values)
+        return values.astype(leaf.dtype) if self.kind == DENSE else leaf
+
 
 Roles: TypeAlias = Tree[Role]
 

@@ -118,15 +118,12 @@ def torch_sift(
             count == 0, lambda: _select(roles, updates, density), lambda: state.support
         )
 
-        def read(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
-            return ENTRY.gather(leaf, support) if role.kind == SPARSE else leaf
-
         # The original's parameter is the increment, which is zero when the optimizer
         # looks at it: this is why its weight decay does nothing.
         def value(role: Role, update: jax.Array, param: jax.Array) -> jax.Array:
             return jnp.zeros_like(update) if role.kind == SPARSE else param
 
-        grads = map_roles(read, roles, updates, support, only=TRAINED)
+        grads = map_roles(Role.read, roles, updates, support, only=TRAINED)
         if params is None:
             params = updates
         values = map_roles(value, roles, grads, params, only=TRAINED)

@@ -3,12 +3,10 @@
 XLM-RoBERTa and CamemBERT are the same architecture with other words.
 
 References:
+  Devlin et al., 2018. https://arxiv.org/abs/1810.04805
   Liu et al., 2019. https://arxiv.org/abs/1907.11692
   Conneau et al., 2020. https://arxiv.org/abs/1911.02116
   Martin et al., 2020. https://arxiv.org/abs/1911.03894
-
-References:
-  Devlin et al., 2018. https://arxiv.org/abs/1810.04805
 """
 
 from types import MappingProxyType
@@ -23,20 +21,29 @@ from sparse_jax.models.modules import dropout, linear, split_key
 
 __all__ = ["BERT", "BERT_NAMES", "CAMEMBERT", "ROBERTA", "ROBERTA_NAMES", "XLM_ROBERTA"]
 
+
+def _names(prefix: str) -> dict[str, str]:
+    """Returns the modules that both have, below the prefix of the family."""
+    layer = f"{prefix}.encoder.layer.{{}}"
+    return {
+        "embeddings/word": f"{prefix}.embeddings.word_embeddings",
+        "embeddings/position": f"{prefix}.embeddings.position_embeddings",
+        "embeddings/token_type": f"{prefix}.embeddings.token_type_embeddings",
+        "embeddings/norm": f"{prefix}.embeddings.LayerNorm",
+        "layers/attention/query": f"{layer}.attention.self.query",
+        "layers/attention/key": f"{layer}.attention.self.key",
+        "layers/attention/value": f"{layer}.attention.self.value",
+        "layers/attention/output": f"{layer}.attention.output.dense",
+        "layers/attention/norm": f"{layer}.attention.output.LayerNorm",
+        "layers/mlp/up": f"{layer}.intermediate.dense",
+        "layers/mlp/down": f"{layer}.output.dense",
+        "layers/mlp/norm": f"{layer}.output.LayerNorm",
+    }
+
+
 BERT_NAMES = MappingProxyType(
     {
-        "embeddings/word": "bert.embeddings.word_embeddings",
-        "embeddings/position": "bert.embeddings.position_embeddings",
-        "embeddings/token_type": "bert.embeddings.token_type_embeddings",
-        "embeddings/norm": "bert.embeddings.LayerNorm",
-        "layers/attention/query": "bert.encoder.layer.{}.attention.self.query",
-        "layers/attention/key": "bert.encoder.layer.{}.attention.self.key",
-        "layers/attention/value": "bert.encoder.layer.{}.attention.self.value",
-        "layers/attention/output": "bert.encoder.layer.{}.attention.output.dense",
-        "layers/attention/norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
-        "layers/mlp/up": "bert.encoder.layer.{}.intermediate.dense",
-        "layers/mlp/down": "bert.encoder.layer.{}.output.dense",
-        "layers/mlp/norm": "bert.encoder.layer.{}.output.LayerNorm",
+        **_names("bert"),
         "pooler": "bert.pooler.dense",
         "classifier": "classifier",
         "lm_head": "cls.predictions",
@@ -93,18 +100,7 @@ BERT = Family(
 
 ROBERTA_NAMES = MappingProxyType(
     {
-        "embeddings/word": "roberta.embeddings.word_embeddings",
-        "embeddings/position": "roberta.embeddings.position_embeddings",
-        "embeddings/token_type": "roberta.embeddings.token_type_embeddings",
-        "embeddings/norm": "roberta.embeddings.LayerNorm",
-        "layers/attention/query": "roberta.encoder.layer.{}.attention.self.query",
-        "layers/attention/key": "roberta.encoder.layer.{}.attention.self.key",
-        "layers/attention/value": "roberta.encoder.layer.{}.attention.self.value",
-        "layers/attention/output": "roberta.encoder.layer.{}.attention.output.dense",
-        "layers/attention/norm": "roberta.encoder.layer.{}.attention.output.LayerNorm",
-        "layers/mlp/up": "roberta.encoder.layer.{}.intermediate.dense",
-        "layers/mlp/down": "roberta.encoder.layer.{}.output.dense",
-        "layers/mlp/norm": "roberta.encoder.layer.{}.output.LayerNorm",
+        **_names("roberta"),
         "classifier/dense": "classifier.dense",
         "classifier/out_proj": "classifier.out_proj",
         "lm_head": "lm_head",
