@@ -23,7 +23,7 @@ from sparse_jax import (
     save_adapter,
 )
 from sparse_jax.adapter.use import swap
-from sparse_jax.models.hf.tensors import Stored, write_tensors
+from sparse_jax.models.hf.tensors import LazyTensor, write_tensors
 
 
 def make_params(dtype=jnp.bfloat16):
@@ -94,7 +94,7 @@ def test_whoever_may_read_other_new_files_may_read_what_is_written(tmp_path):
     before = os.umask(0o027)
     try:
         save_adapter(tmp_path / "a.safetensors", make_adapter(make_params()))
-        zeros = Stored((2,), np.dtype(np.float32), lambda: np.zeros(2, np.float32))
+        zeros = LazyTensor((2,), np.dtype(np.float32), lambda: np.zeros(2, np.float32))
         write_tensors({"w": zeros}, tmp_path)
     finally:
         os.umask(before)

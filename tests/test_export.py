@@ -282,12 +282,15 @@ def code_of(card):
     [
         ("encoder, sift", "merged"),
         ("encoder, lora", "peft"),
+        ("encoder, sift", "peft"),
+        ("llama, sift", "peft"),
         ("llama, sift", "patch"),
         ("llama, sift", "delta"),
         ("encoder, sift", "delta"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_the_code_of_a_card_loads_the_folder(name, to, made, tmp_path, monkeypatch):
     one = made(name)
     export(one.path, to=to, output=tmp_path / "out")
@@ -437,7 +440,14 @@ def foreign(folder, one):
 
 
 def bottleneck(folder, one):
-    method = Series(size=2, where="attention/output")
+    put(folder, one, Series(size=2, where="attention/output"))
+
+
+def lora(folder, one):
+    put(folder, one, LoRA(rank=2, where="query"))
+
+
+def put(folder, one, method):
     kept = ("base_model", "base_hash", "task", "settings")
     about = {name: getattr(one.adapter, name) for name in kept}
     adapter = random_adapter(one.params, method, **about)
@@ -450,17 +460,23 @@ def nothing(folder, one):
 
 MERGED, DELTA = ("--to", "merged"), ("--to", "delta")
 BAD = {
-    "target folder with files": (full, MERGED, "`output` must be a new or an empty"),
+    "target folder with files": (full, MERGED, "`--output` must be a new or an empty"),
     "truncated file": (cut, MERGED, "must be a complete safetensors file"),
     "foreign file": (foreign, DELTA, "must be a complete safetensors file"),
     "missing tokenizer": (no_tokenizer, MERGED, "must hold a tokenizer"),
-    "another base": (other_base, DELTA, "`model` must be the base of the adapter"),
-    "unknown target": (nothing, ("--to", "gguf"), "`to` must be one of merged, peft"),
+    "another base": (other_base, DELTA, "must be the base of the adapter"),
+    "unknown target": (nothing, ("--to", "gguf"), "must be one of merged, peft"),
     "option of another": (nothing, (*DELTA, "--dtype", "float32"), "left out for"),
-    "unknown dtype": (nothing, (*MERGED, "--dtype", "int8"), "`dtype` must be one of"),
-    "no size": (nothing, (*MERGED, "--shard-size", "big"), "`shard_size` must be"),
-    "no license": (nothing, (*DELTA, "--license", "My own"), "`license` must be the"),
-    "no repository": (nothing, (*DELTA, "--push", "a/b/c"), "`push` must be the id of"),
+    "unknown dtype": (nothing, (*MERGED, "--dtype", "int8"), "must be one of float32"),
+    "no size": (nothing, (*MERGED, "--shard-size", "big"), "`--shard-size` must be"),
+    "one form in PEFT": (
+        lora, ("--to", "peft", "--peft-type", "shira"), "left out for",
+    ),
+    "no form of PEFT": (
+        nothing, ("--to", "peft", "--peft-type", "x"), "must be one of shira",
+    ),
+    "no license": (nothing, (*DELTA, "--license", "My own"), "`--license` must be the"),
+    "no repository": (nothing, (*DELTA, "--push", "a/b/c"), "must be the id of"),
     "no such form": (bottleneck, MERGED, "merge"),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ __all__ = ["export"]
 
 
 def export(
-    run: str = typer.Argument(help="Folder of a run, or an adapter file."),
+    run: str = typer.Argument(help="Folder of a run or of PEFT, or an adapter file."),
     to: str = option(
         ..., "; ".join(f"{word}: {one.help}" for word, one in TARGETS.items()) + "."
     ),
@@ -22,6 +22,9 @@ def export(
     ),
     shard_size: str | None = option(
         None, "Most bytes of a file of a merged model, such as 500MB.", "5GB"
+    ),
+    peft_type: str | None = option(
+        None, "Of a sparse adapter for PEFT: shira or supertuning.", "shira"
     ),
     license: str | None = option(
         None, "License of what was trained, as the Hub names it, such as mit.", "none"
@@ -37,7 +40,7 @@ def export(
     # JAX takes seconds to import, and `--help` has to be quick.
     from sparse_jax.training.export import export as write
 
-    options = {"dtype": dtype, "shard_size": shard_size}
+    options = {"dtype": dtype, "shard_size": shard_size, "peft_type": peft_type}
     folder = write(
         run, to=to, output=output, model=model, license=license, push=push, **options
     )

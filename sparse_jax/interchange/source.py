@@ -16,6 +16,7 @@ from sparse_jax.adapter.whole import require_whole
 from sparse_jax.errors import InputError, brief
 from sparse_jax.interchange.patches import save_patches
 from sparse_jax.interchange.peft_save import save_peft
+from sparse_jax.interchange.peft_sparse import SPARSE
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import SequenceClassifier
@@ -26,6 +27,7 @@ from sparse_jax.models.hf.pretrained import (
     read_model,
 )
 from sparse_jax.models.hf.read_config import read_config
+from sparse_jax.params.fields import require_word
 
 __all__ = [
     "Source",
@@ -145,11 +147,29 @@ def write_delta(source: Source, folder: Path) -> None:
     save_adapter(folder / ADAPTER, source.adapter)
 
 
-def write_peft(source: Source, folder: Path) -> None:
-    """Writes an adapter as PEFT reads it."""
+def write_peft(source: Source, folder: Path, *, peft_type: str | None = None) -> None:
+    """Writes an adapter as PEFT reads it.
+
+    Args:
+      source: adapter and base.
+      folder: that exists.
+      peft_type: format of sparse entries; None is that of `save_peft`.
+
+    Raises:
+      InputError: as `save_peft`, or if the format is for another kind of adapter.
+    """
+    adapter = source.adapter
+    if peft_type is not None:
+        require_word("peft_type", peft_type, SPARSE)
+        if not adapter.support:
+            raise InputError(
+                f"`peft_type` must be left out for {adapter.word!r}, which has one "
+                f"form in PEFT, got {peft_type!r}."
+            )
     # PEFT stores sparse entries as differences to the base.
-    params = source.params() if source.adapter.support else None
-    save_peft(folder, source.adapter, source.model, params=params)
+    params = source.params() if adapter.support else None
+    form = {} if peft_type is None else {"sparse": peft_type}
+    save_peft(folder, adapter, source.model, params=params, **form)
 
 
 def write_patch(source: Source, folder: Path) -> None:

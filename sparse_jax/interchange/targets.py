@@ -56,6 +56,7 @@ tokenizer = AutoTokenizer.from_pretrained("{repo}")
             help="an adapter of Hugging Face PEFT",
             path="sparse_jax.interchange.source:write_peft",
             library="peft",
+            options=("peft_type",),
             load="""\
 from peft import PeftModel
 from transformers import {auto}

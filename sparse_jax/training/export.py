@@ -35,6 +35,7 @@ def export(
     model: str | Path | None = None,
     dtype: str | None = None,
     shard_size: str | int | None = None,
+    peft_type: str | None = None,
     license: str | None = None,
     push: str | None = None,
 ) -> Path:
@@ -46,13 +47,15 @@ def export(
 
     Args:
       run: run directory, adapter file, or folder of PEFT.
-      to: `merged`, a folder that transformers loads; `peft`; or `delta`, the adapter
+      to: `merged`, a folder that transformers loads; `peft`, an adapter of PEFT;
+        `patch`, new values of weights, as vLLM takes them; or `delta`, the adapter
         file.
       output: folder to write, a new or an empty one.
       model: the base, folder or id; None is what the adapter names, if it is here.
       dtype: of a merged model: float32, bfloat16 or float16; None is that of the
         training, and gives equal logits.
       shard_size: most bytes of a file of a merged model; None is "5GB".
+      peft_type: of a sparse adapter for PEFT: shira or supertuning; None is shira.
       license: of what was trained, as the Hub names it; None is what the adapter says.
       push: id of a repository on the Hub to upload the folder to. It is made, private,
         if there is none. The login is that of `hf auth login`, or HF_TOKEN.
@@ -67,7 +70,7 @@ def export(
     """
     require_word("to", to, TARGETS)
     target, path = TARGETS[to], Path(output)
-    options = {"dtype": dtype, "shard_size": shard_size}
+    options = {"dtype": dtype, "shard_size": shard_size, "peft_type": peft_type}
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         if name not in target.options:

@@ -19,7 +19,7 @@ from sparse_jax.models.hf.labels import HeadUse, label_leaves, use_of_head
 from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.read_config import read_config, write_config
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
-from sparse_jax.models.hf.tensors import Stored, base_hash, bytes_of, write_tensors
+from sparse_jax.models.hf.tensors import LazyTensor, base_hash, bytes_of, write_tensors
 from sparse_jax.models.hf.weights import Index, Weights, is_finite, open_weights
 from sparse_jax.params.names import leaf_names, map_named
 
@@ -272,7 +272,7 @@ class _Part(NamedTuple):
 
 def _tensors(
     model: Model, params: Params, dtype: jax.typing.DTypeLike | None
-) -> dict[str, Stored]:
+) -> dict[str, LazyTensor]:
     """Returns the tensors of a checkpoint, those fused that are one there."""
     layout, parts = model.family.layout, {}
 
@@ -284,13 +284,13 @@ def _tensors(
 
     map_named(collect, params)
 
-    def stored(found: list[_Part]) -> Stored:
+    def stored(found: list[_Part]) -> LazyTensor:
         found.sort(key=lambda part: part.place)
         leaf, array = found[0].leaf, found[0].array
         one = array.shape[1:] if is_stacked(leaf) else array.shape
         of_file = np.dtype(array.dtype if dtype is None else dtype)
         make = lambda: _tensor(model, found, of_file)
-        return Stored(layout.tensor_shape(leaf, one), of_file, make)
+        return LazyTensor(layout.tensor_shape(leaf, one), of_file, make)
 
     return {name: stored(found) for name, found in parts.items()}
 

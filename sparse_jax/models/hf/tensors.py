@@ -18,7 +18,7 @@ from sparse_jax.errors import InputError, brief, reason_of
 
 __all__ = [
     "INDEX",
-    "Stored",
+    "LazyTensor",
     "WEIGHTS",
     "base_hash",
     "bytes_of",
@@ -75,7 +75,7 @@ def shards_of(index: Path) -> list[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class LazyTensor:
     """A tensor to write, which is made when its turn comes."""
 
     shape: tuple[int, ...]
@@ -89,7 +89,7 @@ class Stored:
 
 
 def write_tensors(
-    tensors: Mapping[str, Stored], folder: Path, shard_size: int | None = None
+    tensors: Mapping[str, LazyTensor], folder: Path, shard_size: int | None = None
 ) -> None:
     """Writes tensors, marked as PyTorch's layout for transformers.
 
@@ -100,7 +100,7 @@ def write_tensors(
       folder: that gets `model.safetensors`, or shards of it and their index.
       shard_size: most bytes of a file, if no tensor is larger; None is one file.
     """
-    shards: list[dict[str, Stored]] = [{}]
+    shards: list[dict[str, LazyTensor]] = [{}]
     room = shard_size
     for name, tensor in tensors.items():
         if room is not None and tensor.size > room and shards[-1]:
@@ -147,7 +147,7 @@ def bytes_of(size: int | str) -> int:
     return number
 
 
-def _write_file(path: Path, tensors: Mapping[str, Stored]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Writes a safetensors file, one tensor at a time.
 
     The library's writer wants all of them in memory, and copies them once more.
