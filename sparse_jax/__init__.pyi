@@ -7,6 +7,7 @@ from .adapter.switch import AdapterSwitch as AdapterSwitch
 from .adapter.use import apply_adapter as apply_adapter
 from .adapter.use import merge_adapter as merge_adapter
 from .adapter.use import swap as swap
+from .compact.avoid import entries_to_avoid as entries_to_avoid
 from .compact.compact import Compact as Compact
 from .compact.compact import CompactState as CompactState
 from .compact.layerwise import Layerwise as Layerwise

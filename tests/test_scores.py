@@ -20,7 +20,13 @@ from sparse_jax import (
     scatter,
     sift,
 )
-from sparse_jax.compact.tap import Wanted, empty_selection, selecting_tap, support_of
+from sparse_jax.compact.tap import (
+    Draw,
+    Wanted,
+    empty_selection,
+    selecting_tap,
+    support_of,
+)
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.supports.scores import SCORES, score_named
 
@@ -99,7 +105,7 @@ def test_a_score_without_a_hash_is_static_under_jit():
     def select(method, w):
         traces.append(1)
         wanted = Wanted(method.ranking, 2)
-        loss = lambda s: jnp.sum(selecting_tap(wanted, w, s, KEY) ** 3)
+        loss = lambda s: jnp.sum(selecting_tap(wanted, w, s, Draw(KEY)) ** 3)
         return support_of(jax.grad(loss)(empty_selection((2,))))
 
     for _ in range(2):

@@ -136,7 +136,11 @@ class Tuner(ABC):
         return UnselectedState(*state._replace(count=jnp.full([], -1, jnp.int32)))
 
     def select(
-        self, state: CompactState, batch: object, key: jax.Array
+        self,
+        state: CompactState,
+        batch: object,
+        key: jax.Array,
+        avoid: Mapping[str, jax.Array] | None = None,
     ) -> tuple[CompactState, jax.Array]:
         """Chooses the supports and resets the state of the optimizer.
 
@@ -145,12 +149,13 @@ class Tuner(ABC):
           batch: the batch whose gradient decides; with accumulation its first
             micro-batch does, as in the released code.
           key: as for `step`, so that both see the same dropout.
+          avoid: supports of entries that are not chosen, as of `entries_to_avoid`.
 
         Returns:
           The new state, and whether the gradient was finite. If it was not, the
           state is as before: try another batch. Without a selection every step skips.
         """
-        support, finite, _ = self.choose(state, batch, key)
+        support, finite, _ = self.choose(state, batch, key, avoid)
         chosen = self.begin(state.params, support, state.added)
         # The parameters are the same in both, and must not be copied.
         pick = lambda new, old: jnp.where(finite, new, old)
@@ -159,7 +164,11 @@ class Tuner(ABC):
         return small._replace(params=state.params), finite
 
     def choose(
-        self, state: CompactState, batch: object, key: jax.Array
+        self,
+        state: CompactState,
+        batch: object,
+        key: jax.Array,
+        avoid: Mapping[str, jax.Array] | None = None,
     ) -> tuple[optax.Params, jax.Array, optax.Params]:
         """Returns supports, as `select` chooses them, without starting anything.
 
@@ -171,18 +180,18 @@ class Tuner(ABC):
         """
         roles = self.roles(state.params)
         require_groups(batch, self.accumulate)
-        score, method = self.method.ranking, self.method
+        score, method, avoid = self.method.ranking, self.method, avoid or {}
         if score is None:
             return state.support, jnp.array(True), state.support
         if not score.needs_gradient:
             trees = (roles, state.params, state.support)
-            return choose_by_weight(method, score, *trees, key)
+            return choose_by_weight(method, score, *trees, key, avoid)
         first = self._first(batch), key
         if self.accumulate > 1:
             first = first[0], jax.random.split(key, self.accumulate)[0]
         sums = lambda params, attachment: self._sums(params, attachment, *first)
         trees = (roles, state.params, state.support, state.added)
-        return choose_by_gradient(method, score, *trees, key, sums)
+        return choose_by_gradient(method, score, *trees, key, sums, avoid)
 
     @abstractmethod
     def step(

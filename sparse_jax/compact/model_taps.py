@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sparse_jax.compact.tap import (
+    Draw,
     Selection,
     Wanted,
     empty_selection,
@@ -81,6 +82,7 @@ def choose_by_gradient(
     added: Added,
     key: jax.Array,
     sums: Sums,
+    avoid: Mapping[str, jax.Array],
 ) -> tuple[optax.Params, jax.Array, optax.Params]:
     """Returns the supports, found layer by layer in one backward pass.
 
@@ -93,26 +95,28 @@ def choose_by_gradient(
       added: arrays that the method adds.
       key: for scores that draw.
       sums: the loss.
+      avoid: supports of entries that are not chosen, by the name of the leaf.
 
     Returns:
       Supports, whether the gradient was finite, and counts as of `Layout.choose`.
     """
 
-    def draw(role: Role, leaf: jax.Array) -> jax.Array:
+    def draw(role: Role, leaf: jax.Array) -> Draw:
         own = leaf_key(key, role.name)
         fold = jax.vmap(lambda layer: jax.random.fold_in(own, layer))
-        return fold(jnp.arange(len(leaf))) if role.stacked else own
+        keys = fold(jnp.arange(len(leaf))) if role.stacked else own
+        return Draw(keys, avoid.get(role.name))
 
     def select_leaf(
-        role: Role, leaf: jax.Array, selection: Selection, key: jax.Array
+        role: Role, leaf: jax.Array, selection: Selection, draw: Draw
     ) -> jax.Array:
         wanted = Wanted(score, method.support_size(role), role.layout)
-        return selecting_tap(wanted, leaf, selection, key)
+        return selecting_tap(wanted, leaf, selection, draw)
 
     def mean(selections: Tree[Selection]) -> jax.Array:
-        tapped, (inside, keys) = route(roles, params, select_leaf, selections, draws)
-        # A selection needs keys where an update has supports.
-        values = LayerValues(added, inside, keys)
+        tapped, (inside, drawn) = route(roles, params, select_leaf, selections, draws)
+        # A selection needs draws where an update has supports.
+        values = LayerValues(added, inside, drawn)
         total, weight = sums(tapped, _attach_taps(method, roles, select_leaf, values))
         return total / weight
 
@@ -136,6 +140,7 @@ def choose_by_weight(
     params: optax.Params,
     support: optax.Params,
     key: jax.Array,
+    avoid: Mapping[str, jax.Array],
 ) -> tuple[optax.Params, jax.Array, optax.Params]:
     """Returns the supports of a score that looks at no gradient.
 
@@ -147,8 +152,13 @@ def choose_by_weight(
     ) -> tuple[jax.Array, jax.Array]:
         # Nothing reads the gradient.
         args = (score, leaf, leaf, method.support_size(role))
-        options = {"stacked": role.stacked, "capacity": support.shape[-1]}
-        return role.layout.choose(*args, leaf_key(key, role.name), **options)
+        return role.layout.choose(
+            *args,
+            leaf_key(key, role.name),
+            avoid=avoid.get(role.name),
+            stacked=role.stacked,
+            capacity=support.shape[-1],
+        )
 
     both = _map_sparse(choose, roles, params, support)
     pick = lambda i: _map_sparse(lambda role, pair: pair[i], roles, both)

@@ -99,6 +99,13 @@ def support_of(selection: Selection, layout: Layout = ENTRY) -> jax.Array:
     return numbers.astype(layout.dtype)
 
 
+class Draw(NamedTuple):
+    """What a selection depends on beside the gradient, as arrays."""
+
+    key: jax.Array  # for scores that draw
+    avoid: jax.Array | None = None  # support of entries that are not chosen
+
+
 class Wanted(NamedTuple):
     """What to select in an array."""
 
@@ -109,7 +116,7 @@ class Wanted(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def selecting_tap(
-    wanted: Wanted, param: jax.Array, selection: Selection, key: jax.Array
+    wanted: Wanted, param: jax.Array, selection: Selection, draw: Draw
 ) -> jax.Array:
     """Returns `param`; the "gradient" of `selection` is the support of its gradient.
 
@@ -120,31 +127,32 @@ def selecting_tap(
       wanted: what to select.
       param: weight of any shape, of one layer.
       selection: `empty_selection` in the shape of the support.
-      key: for scores that draw.
+      draw: for scores that draw, and what is not to be chosen.
 
     Example:
       >>> from sparse_jax.supports.scores import SCORES
-      >>> w, key = jnp.array([1.0, -3.0, 2.0]), jax.random.key(0)
+      >>> w, draw = jnp.array([1.0, -3.0, 2.0]), Draw(jax.random.key(0))
       >>> wanted = Wanted(SCORES["gradient"], 2)
-      >>> loss = lambda s: jnp.sum(selecting_tap(wanted, w, s, key) ** 2)
+      >>> loss = lambda s: jnp.sum(selecting_tap(wanted, w, s, draw) ** 2)
       >>> support_of(jax.grad(loss)(empty_selection((2,))))
       Array([1, 2], dtype=int32)
     """
-    del wanted, selection, key
+    del wanted, selection, draw
     return param
 
 
-def _select_forward(wanted, param, selection, key):
+def _select_forward(wanted, param, selection, draw):
     """Keeps what the score may want to see."""
     del wanted
-    return param, (param, selection.high, key)
+    return param, (param, selection.high, draw)
 
 
 def _select_backward(wanted, kept, cotangent):
     """Selects from the dense gradient."""
-    param, high, key = kept
+    param, high, draw = kept
+    options = {"avoid": draw.avoid, "capacity": high.shape[-1]}
     support, count = wanted.layout.choose(
-        wanted.score, cotangent, param, wanted.k, key, capacity=high.shape[-1]
+        wanted.score, cotangent, param, wanted.k, draw.key, **options
     )
     numbers = support.astype(jnp.int32)
     bad = jnp.broadcast_to(~jnp.isfinite(cotangent).all(), count.shape)

@@ -46,7 +46,11 @@ class MeshRunner:
         return self._init(params, key, capacity=self._first_capacity(params))
 
     def select(
-        self, state: CompactState, batch: object, key: jax.Array
+        self,
+        state: CompactState,
+        batch: object,
+        key: jax.Array,
+        avoid: Mapping[str, jax.Array] | None = None,
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; also returns whether the gradient was finite.
 
@@ -56,10 +60,10 @@ class MeshRunner:
         """
         if not self.tuner.shards:
             # No support has a length to find: one program does all.
-            state, finite = self._select(state, batch, key)
+            state, finite = self._select(state, batch, key, avoid or {})
             return state, bool(finite)
         roles = self.tuner.roles(state.params)
-        support, finite, counts = self._choose(state, batch, key)
+        support, finite, counts = self._choose(state, batch, key, avoid or {})
         if not bool(finite):
             return state, False
         most = lambda role, counts: float(jnp.max(counts))
@@ -69,7 +73,8 @@ class MeshRunner:
         map_roles(note, roles, support, only=(SPARSE,))
         if any(length > found[name] for name, length in needed.items()):
             longer = self._init(state.params, key, capacity=needed)
-            return self.select(longer._replace(added=state.added), batch, key)
+            longer = longer._replace(added=state.added)
+            return self.select(longer, batch, key, avoid)
         begun = self._begin(state.params, support, state.added, capacity=needed)
         return begun, True
 

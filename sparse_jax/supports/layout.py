@@ -153,6 +153,7 @@ class Layout(ABC):
         k: int,
         key: jax.Array,
         *,
+        avoid: jax.Array | None = None,
         stacked: bool = False,
         capacity: int | None = None,
     ) -> tuple[jax.Array, jax.Array]:
@@ -164,6 +165,7 @@ class Layout(ABC):
           param: the array that the gradient belongs to, in the same shape.
           k: entries of the array, or of one layer.
           key: for scores that draw; layer l uses `fold_in(key, l)`.
+          avoid: support of entries that are not chosen while there are k others.
           stacked: whether the first axis counts layers.
           capacity: as from `capacity`.
 
@@ -176,17 +178,25 @@ class Layout(ABC):
         if self.shards is None:
             gradient, param = replicated(gradient), replicated(param)
         if not stacked:
-            return self._best(score(gradient, param, key), k, capacity)
+            scores = score(gradient, param, key)
+            if avoid is not None:
+                # What is not finite ranks below zero.
+                nothing = jnp.full(avoid.shape, jnp.nan, scores.dtype)
+                scores = self.scatter(scores, avoid, nothing)
+            return self._best(scores, k, capacity)
 
         def choose_layer(
-            layer: tuple[jax.Array, jax.Array, jax.Array],
+            layer: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
         ) -> tuple[jax.Array, jax.Array]:
-            index, gradient, param = layer
+            index, gradient, param, avoid = layer
             own = jax.random.fold_in(key, index)
-            return self.choose(score, gradient, param, k, own, capacity=capacity)
+            return self.choose(
+                score, gradient, param, k, own, avoid=avoid, capacity=capacity
+            )
 
         # One layer after the other, so that scores exist for one layer at a time.
-        return lax.map(choose_layer, (jnp.arange(param.shape[0]), gradient, param))
+        layers = jnp.arange(param.shape[0])
+        return lax.map(choose_layer, (layers, gradient, param, avoid))
 
     @abstractmethod
     def _best(

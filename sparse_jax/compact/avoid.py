@@ -1,0 +1,109 @@
+"""Entries that belong to earlier adapters, which a new one leaves alone."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.use import require_fit
+from sparse_jax.compact.compact import Tuner
+from sparse_jax.errors import InputError
+from sparse_jax.models.functional import Params
+from sparse_jax.models.hf.weights import HEADS
+from sparse_jax.supports.lanes import Lanes
+from sparse_jax.supports.positions import place_entries
+from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
+
+__all__ = ["entries_to_avoid"]
+
+
+def entries_to_avoid(
+    tuner: Tuner, params: Params, adapters: Sequence[Adapter]
+) -> dict[str, jax.Array]:
+    """Returns the supports of all entries that adapters train, for `Compact.select`.
+
+        state, finite = tuner.select(state, batch, key, avoid)
+
+    A new adapter without these entries can be put on and taken off beside the others,
+    in any order, bit for bit.
+
+    Args:
+      tuner: that trains the new one.
+      params: parameters of the base.
+      adapters: of this base. A head that they train, such as the classifier of their
+        task, belongs to each adapter, and is not avoided.
+
+    Raises:
+      InputError: naming the leaf, if the tuner would train it in full, or too few of
+        its entries are left; or if the method does not choose single entries.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from sparse_jax import Compact, Sparse
+      >>> def loss(params, x, key, attachment):
+      ...     return jnp.sum(params["w"] * x), 1.0
+      >>> tuner = Compact(loss, Sparse(density=0.25), optax.sgd(0.1))
+      >>> params, x = {"w": jnp.ones(4)}, jnp.array([1.0, 4.0, 2.0, 3.0])
+      >>> mine = Adapter({"w": np.array([1], np.int32)}, {"w": np.ones(1, np.float32)})
+      >>> avoid, key = entries_to_avoid(tuner, params, [mine]), jax.random.key(0)
+      >>> state, _ = tuner.select(tuner.init(params, key), x, key, avoid)
+      >>> state.support["w"]
+      Array([3], dtype=int32)
+    """
+    method = tuner.method
+    for adapter in adapters:
+        require_fit(params, adapter)
+    found: dict[str, jax.Array] = {}
+
+    def collect(role: Role, leaf: jax.Array) -> None:
+        owners = [one for one in adapters if role.name in {*one.dense, *one.support}]
+        if not owners or role.name.startswith(HEADS):
+            return
+        if role.kind == DENSE:
+            raise InputError(
+                f"`avoid` must be of adapters without `{role.name}`, which this run "
+                "trains in full, got one that trains some of it. Leave it out by "
+                "--dense, or train it sparsely."
+            )
+        if role.kind != SPARSE:
+            return
+        if isinstance(role.layout, Lanes):
+            raise InputError(
+                "`granularity` must be 'entry' to avoid entries, got 'lane', which "
+                "takes some of every 128 rows. Leave it out."
+            )
+        positions = _union(owners, role, leaf.shape)
+        free, k = role.size - positions.shape[-1], method.support_size(role)
+        if free < k:
+            raise InputError(
+                f"`density` must leave enough entries of `{role.name}`, got {k:,} "
+                f"to choose, and {free:,} of {role.size:,} that no adapter of `avoid` "
+                "trains. Lower --density, or choose other leaves by --where."
+            )
+        found[role.name] = place_entries(leaf, positions).support
+
+    map_roles(collect, tuner.roles(params), params)
+    return found
+
+
+def _union(
+    adapters: Sequence[Adapter], role: Role, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Returns the positions that adapters train, as many in every layer of a stack."""
+    rows = shape[0] if role.stacked else 1
+    taken = np.zeros((rows, role.size), bool)
+    for adapter in adapters:
+        if role.name in adapter.dense:
+            taken[:] = True
+        else:
+            support = adapter.support[role.name].reshape(rows, -1)
+            np.put_along_axis(taken, support.astype(np.int64), True, axis=1)
+    most = taken.sum(axis=1).max()
+    # A layer with fewer takes entries that nobody trains, from the end: avoiding a few
+    # more than asked for does no harm.
+    for row in taken:
+        row[np.flatnonzero(~row)[::-1][: most - row.sum()]] = True
+    positions = np.nonzero(taken)[1].reshape(rows, -1).astype(np.int32)
+    return positions if role.stacked else positions[0]
