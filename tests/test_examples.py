@@ -14,7 +14,10 @@ from experiments import examples
 EXAMPLES = {path.stem for path in Path(examples.__file__).parent.glob("[a-z]*.py")}
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES - {"tunix_trainer"}))
+OTHERS = {"tunix_trainer", "serve_with_peft"}  # with tests of their own
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES - OTHERS))
 def test_the_loss_of_an_example_falls(name, capsys):
     before, after = importlib.import_module(f"experiments.examples.{name}").main()
     assert after < before / 2
@@ -33,3 +36,14 @@ def test_the_trainer_of_tunix_takes_sift():
     assert found, run.stderr
     before, after, state, full = (float(n.replace(",", "")) for n in found.groups())
     assert after < before / 2 and state < full / 8
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_peft_gives_the_logits_of_a_sift_adapter(capsys):
+    for library in ("peft", "torch"):
+        pytest.importorskip(library)
+    from experiments.examples import serve_with_peft
+
+    assert serve_with_peft.main() < 1e-5
+    assert capsys.readouterr().out.startswith("largest difference of the logits ")

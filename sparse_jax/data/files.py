@@ -24,9 +24,9 @@ from sparse_jax.data.read_rows import SUFFIXES, Record, Rows, Source, read_rows
 from sparse_jax.errors import InputError, brief, first_line, listed, reason_of
 from sparse_jax.models.hf.labels import order_of
 
-__all__ = ["fetch_rows", "find_file", "is_folder", "is_hub_name", "load"]
+__all__ = ["GLUE", "fetch_rows", "find_file", "is_folder", "is_hub_name", "load"]
 
-_GLUE = "nyu-mll/glue"
+GLUE = "nyu-mll/glue"  # on the Hub
 
 
 def is_hub_name(name: str) -> bool:
@@ -49,17 +49,17 @@ def fetch_rows(task: Task, name: str | None) -> dict[str, Callable[[], Rows]]:
     Raises:
       InputError: if the data set cannot be fetched or has no split "train".
     """
-    splits = _fetch(task, name or _GLUE)
+    splits = _fetch(task, name or GLUE)
     readers = {}
     for split in ("train", *task.evaluation):
         # The Hub calls the main evaluation of MNLI "validation_matched".
         for theirs in (split, f"{split}_matched"):
             if theirs in splits and split not in readers:
-                source = Source(f"`{name or _GLUE}` {theirs}", "row")
+                source = Source(f"`{name or GLUE}` {theirs}", "row")
                 readers[split] = partial(_rows, source, splits[theirs], task)
     if "train" not in readers:
         raise InputError(
-            f"`{name or _GLUE}` must have a split `train`, got {listed(splits)}."
+            f"`{name or GLUE}` must have a split `train`, got {listed(splits)}."
         )
     return readers
 
@@ -69,7 +69,7 @@ def _fetch(task: Task, name: str) -> Mapping[str, Iterable[Record]]:
     # datasets takes seconds to import, so it is imported where it is used.
     from datasets import load_dataset
 
-    configuration = task.name if name == _GLUE else None
+    configuration = task.name if name == GLUE else None
     try:
         found = load_dataset(name, configuration)
     except (OSError, ValueError) as error:

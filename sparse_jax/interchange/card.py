@@ -1,9 +1,11 @@
 """The model card: what a folder is, how to load it, and how it was trained."""
 
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from sparse_jax.data.files import GLUE, is_hub_name
 from sparse_jax.data.glue import TASKS
 from sparse_jax.errors import printable
 from sparse_jax.interchange.source import Source
@@ -57,10 +59,9 @@ def write_card(
       settings: of the run.
     """
     base = base or hub_id(source.adapter.base_model)
-    task = source.adapter.task
-    is_glue = task in TASKS and task not in _OWN_TASKS and _is_of_hub(settings)
+    data = _data_set(source.adapter.task, settings)
     parts = [
-        f"---\n{_metadata(target, source, name, base, results, is_glue)}\n---",
+        f"---\n{_metadata(target, source, name, base, results, data)}\n---",
         f"# {name}",
         _summary(source, base),
         f"## Load\n\n{_load(target, source, name, repo, base)}",
@@ -76,9 +77,9 @@ def _metadata(
     name: str,
     base: str | None,
     results: Results,
-    is_glue: bool,
+    data: str | None,
 ) -> str:
-    """Returns the metadata as YAML; `is_glue` says that the examples are the Hub's."""
+    """Returns the metadata as YAML; `data` is the data set on the Hub, if it is one."""
     # huggingface_hub is slow to import, so it is imported where it is used.
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -87,9 +88,11 @@ def _metadata(
     found = [
         EvalResult(
             task_type=kind,
-            dataset_type="nyu-mll/glue" if is_glue else "custom",
-            dataset_name=f"GLUE {adapter.task}" if is_glue else "own examples",
-            dataset_config=adapter.task if is_glue else None,
+            dataset_type=data or "custom",
+            dataset_name=f"GLUE {adapter.task}"
+            if data == GLUE
+            else data or "own files",
+            dataset_config=adapter.task if data == GLUE else None,
             dataset_split=split,
             metric_type=_METRICS.get(metric, metric),
             metric_name=metric,
@@ -100,24 +103,28 @@ def _metadata(
         # Null stands for a number that JSON does not have.
         if value is not None
     ]
-    data = ModelCardData(
+    made = ModelCardData(
         library_name=target.library,
         license=adapter.license or None,
         base_model=base,
         base_model_relation=None if base is None else target.relation,
         pipeline_tag=kind,
-        datasets=["nyu-mll/glue"] if is_glue else None,
+        datasets=None if data is None else [data],
         metrics=list(dict.fromkeys(one.metric_type for one in found)) or None,
         tags=list(filter(None, ["sparse_jax", adapter.word])),
         model_name=name,
         eval_results=found or None,
     )
-    return data.to_yaml()
+    return made.to_yaml()
 
 
-def _is_of_hub(settings: Mapping[str, Json]) -> bool:
-    """Returns whether a run had its examples from the Hub."""
-    return "data" in settings and settings["data"] is None
+def _data_set(task: str, settings: Mapping[str, Json]) -> str | None:
+    """Returns the data set on the Hub that a run learned from, None for files."""
+    data = settings.get("data", "")
+    if data is None and task in TASKS and task not in _OWN_TASKS:
+        return GLUE
+    is_named = isinstance(data, str) and is_hub_name(data)
+    return data if is_named and not os.path.exists(data) else None
 
 
 def _summary(source: Source, base: str | None) -> str:
