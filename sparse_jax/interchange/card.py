@@ -123,8 +123,9 @@ def _data_set(task: str, settings: Mapping[str, Json]) -> str | None:
     data = settings.get("data", "")
     if data is None and task in TASKS and task not in _OWN_TASKS:
         return GLUE
-    is_named = isinstance(data, str) and is_hub_name(data)
-    return data if is_named and not os.path.exists(data) else None
+    if isinstance(data, str) and is_hub_name(data) and not os.path.exists(data):
+        return data
+    return None
 
 
 def _summary(source: Source, base: str | None) -> str:
