@@ -11,7 +11,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.interchange.peft_prefix import prefix_arrays
 from sparse_jax.interchange.peft_save import WEIGHTS
 from sparse_jax.interchange.peft_source import Source, Trained, require_shape, site_of
-from sparse_jax.interchange.peft_sparse import SparseForm, Stored
+from sparse_jax.interchange.peft_sparse import SparseForm, Stored, free_positions
 from sparse_jax.methods.ia3 import IA3
 from sparse_jax.methods.prefix import Prefix
 from sparse_jax.methods.sparse import Sparse
@@ -118,7 +118,7 @@ def _padded(
     """Returns positions and values of a kernel, filled with the base's to a count."""
     nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
     at, deltas = nothing if entries is None else entries
-    extra = np.setdiff1d(np.arange(min(count, row.size)), at)[: count - len(at)]
+    extra = free_positions(at, count)
     everything = np.concatenate([at, extra])
     order = np.argsort(everything)
     deltas = np.concatenate([deltas, np.zeros(len(extra), np.float32)])

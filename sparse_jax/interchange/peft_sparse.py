@@ -14,7 +14,7 @@ import numpy as np
 from sparse_jax.errors import InputError, brief
 from sparse_jax.params.fields import Json
 
-__all__ = ["SPARSE", "SparseForm", "Stored"]
+__all__ = ["SPARSE", "SparseForm", "Stored", "free_positions"]
 
 Shape = tuple[int, int]  # of a kernel of ours, (in, out)
 
@@ -80,13 +80,11 @@ class SparseForm:
           >>> stored.indices.tolist(), stored.values.tolist()
           ([0, 2, 5], [0.0, 3.0, 4.0])
         """
-        extra = count - len(positions)
-        # So many of the first positions are free.
-        free = np.setdiff1d(np.arange(min(count, math.prod(shape))), positions)[:extra]
+        free = free_positions(positions, count)
         deltas = new.astype(np.float32) - old.astype(np.float32)
         columns, rows = np.divmod(np.concatenate([positions, free]), shape[1])
-        order = np.lexsort((columns, rows))
-        deltas = np.concatenate([deltas, np.zeros(extra, np.float32)])
+        order = np.argsort(rows * np.int64(shape[0]) + columns)
+        deltas = np.concatenate([deltas, np.zeros(len(free), np.float32)])
         indices = self.pack(rows[order], columns[order], shape[0])
         return Stored(np.ascontiguousarray(indices, np.int32), deltas[order])
 
@@ -146,6 +144,18 @@ class SparseForm:
                 f"and column {column} twice. Copy the folder again."
             )
         return flat, values.astype(np.float32)[order]
+
+
+def free_positions(taken: np.ndarray, count: int) -> np.ndarray:
+    """Returns the first positions that are free, so many that there are `count` in all.
+
+    Example:
+      >>> free_positions(np.array([0, 2, 9]), 5).tolist()
+      [1, 3]
+    """
+    is_free = np.ones(count, bool)
+    is_free[taken[taken < count]] = False
+    return np.flatnonzero(is_free)[: count - len(taken)]
 
 
 def _shira_size(

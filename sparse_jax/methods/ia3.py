@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import optax
 
 from sparse_jax.errors import InputError
-from sparse_jax.methods.method import Method, PeftForm, PeftPart
+from sparse_jax.methods.method import Join, Method, PeftForm, PeftPart
 from sparse_jax.methods.sites import (
     Added,
     Parts,
@@ -110,7 +109,7 @@ class IA3(Method):
         return map_sites(change, params, added, self.stack)
 
 
-def _with_ones(arrays: Sequence[np.ndarray | None], join: Any) -> np.ndarray:
+def _with_ones(arrays: Sequence[np.ndarray | None], join: Join) -> np.ndarray:
     """Returns the factors of all parts of a module."""
     size = next(len(one) for one in arrays if one is not None)
     return join([np.ones(size, np.float32) if one is None else one for one in arrays])

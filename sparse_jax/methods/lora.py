@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from sparse_jax.errors import InputError
-from sparse_jax.methods.method import Method, PeftForm, PeftPart
+from sparse_jax.methods.method import Join, Method, PeftForm, PeftPart
 from sparse_jax.methods.sites import (
     Added,
     Parts,
@@ -269,13 +269,13 @@ class DoRA(LowRank):
         return form._replace(config=config, parts={**form.parts, "m": length})
 
 
-def _side_by_side(arrays: Sequence[np.ndarray | None], join: Any) -> np.ndarray:
+def _side_by_side(arrays: Sequence[np.ndarray | None], join: Join) -> np.ndarray:
     """Returns the ranks of all parts, (in, ranks)."""
     del join
     return np.concatenate([one for one in arrays if one is not None], axis=-1)
 
 
-def _block_diagonal(arrays: Sequence[np.ndarray | None], join: Any) -> np.ndarray:
+def _block_diagonal(arrays: Sequence[np.ndarray | None], join: Join) -> np.ndarray:
     """Returns a map whose ranks each reach the outputs of one part, (ranks, out)."""
     found = [one for one in arrays if one is not None]
     rows = iter(
@@ -285,7 +285,7 @@ def _block_diagonal(arrays: Sequence[np.ndarray | None], join: Any) -> np.ndarra
     return join([zeros if one is None else next(rows).T @ one for one in arrays])
 
 
-def _joined(arrays: Sequence[np.ndarray | None], join: Any) -> np.ndarray:
+def _joined(arrays: Sequence[np.ndarray | None], join: Join) -> np.ndarray:
     """Returns the lengths of all columns.
 
     Raises:

@@ -19,15 +19,13 @@ from sparse_jax.supports.layout import Layout
 from sparse_jax.supports.roles import Role, Roles, roles_of
 from sparse_jax.supports.scores import Score
 
-__all__ = ["Method", "PeftForm", "PeftPart", "refuse_to_merge"]
+__all__ = ["Join", "Method", "PeftForm", "PeftPart", "refuse_to_merge"]
 
 
+# Puts arrays beside each other along their last axis, as the outputs of a module lie.
+Join = Callable[[Sequence[np.ndarray]], np.ndarray]
 # Arrays of the parts of a module, None where nothing is added -> that of the module.
-# The second argument joins arrays along their last axis, as the outputs lie.
-Fuse = Callable[
-    [Sequence[np.ndarray | None], Callable[[Sequence[np.ndarray]], np.ndarray]],
-    np.ndarray,
-]
+Fuse = Callable[[Sequence[np.ndarray | None], Join], np.ndarray]
 
 
 class PeftPart(NamedTuple):

@@ -114,9 +114,9 @@ def require_no_peft(argument: str, folder: Path) -> None:
     if (folder / PEFT_CONFIG).is_file():
         raise InputError(
             f"`{argument}` must be of sparse_jax or a whole model, got the PEFT "
-            f"adapter in `{folder}`, which has an `{PEFT_CONFIG}`. Merge it into its "
-            "base with PEFT's `merge_and_unload`, save that with its tokenizer, and "
-            "pass the folder as `model`."
+            f"adapter in `{folder}`, which has an `{PEFT_CONFIG}`. Read it with "
+            "`open_adapter`, or pass it as the adapter of a base where adapters of "
+            "PEFT are taken: to evaluate, generate or export."
         )
 
 
