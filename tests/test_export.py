@@ -22,9 +22,11 @@ from sparse_jax import (
     LoRA,
     Series,
     Sparse,
+    apply_patches,
     export,
     from_pretrained,
     load_adapter,
+    load_patches,
     merge_adapter,
     save_adapter,
     save_pretrained,
@@ -253,6 +255,17 @@ def test_a_config_says_what_kind_of_labels(
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.problem_type, config.num_labels) == (kind, count)
     assert model.config.num_labels == count
+
+
+def test_patches_of_another_dtype_give_the_merged_weights(llama, tmp_path):
+    for to in ("patch", "merged"):
+        export(llama.path, to=to, output=tmp_path / to, dtype="bfloat16")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    tensors = load_file(llama.base / "model.safetensors")
+    tensors = {k: x.astype(jnp.bfloat16) for k, x in tensors.items() if k in merged}
+    apply_patches(tensors, load_patches(tmp_path / "patch"))
+    for name, tensor in merged.items():
+        np.testing.assert_array_equal(tensors[name], tensor)
 
 
 def test_texts_end_where_those_of_the_training_did(llama, tmp_path):

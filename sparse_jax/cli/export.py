@@ -17,7 +17,7 @@ def export(
     model: str | None = BASE,
     dtype: str | None = option(
         None,
-        "Of a merged model: float32, bfloat16 or float16.",
+        "Of a merged model or a patch: float32, bfloat16 or float16.",
         "that of the training",
     ),
     shard_size: str | None = option(

@@ -8,14 +8,13 @@ from sparse_jax.data.chat_template import warn_of_template
 from sparse_jax.data.glue import TASKS
 from sparse_jax.data.tokenizer import load_tokenizer, warn_of_tokenizer
 from sparse_jax.errors import InputError, brief, reason_of
-from sparse_jax.interchange.source import Source
+from sparse_jax.interchange.source import DTYPES, Source
 from sparse_jax.models.hf.model_files import TOKENIZER_FILES
 from sparse_jax.models.hf.pretrained import save_pretrained
 from sparse_jax.params.fields import Json, require_word
 
-__all__ = ["DTYPES", "write_merged"]
+__all__ = ["write_merged"]
 
-DTYPES = ("float32", "bfloat16", "float16")
 SHARD_SIZE = "5GB"
 
 CONFIG, GENERATION = "config.json", "generation_config.json"

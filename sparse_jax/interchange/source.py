@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.calculus import combine_adapters
@@ -27,9 +28,11 @@ from sparse_jax.models.hf.pretrained import (
     read_model,
 )
 from sparse_jax.models.hf.read_config import read_config
+from sparse_jax.models.hf.weights import rounded
 from sparse_jax.params.fields import require_word
 
 __all__ = [
+    "DTYPES",
     "Source",
     "combine_files",
     "open_source",
@@ -37,6 +40,8 @@ __all__ = [
     "write_patch",
     "write_peft",
 ]
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +177,24 @@ def write_peft(source: Source, folder: Path, *, peft_type: str | None = None) ->
     save_peft(folder, adapter, source.model, params=params, **form)
 
 
-def write_patch(source: Source, folder: Path) -> None:
-    """Writes the patches that turn the base into the adapted model."""
-    save_patches(folder, source.adapter, source.model)
+def write_patch(source: Source, folder: Path, *, dtype: str | None = None) -> None:
+    """Writes the patches that turn the base into the adapted model.
+
+    Args:
+      source: adapter and base.
+      folder: that exists.
+      dtype: of the weights that are served; None is that of the training.
+
+    Raises:
+      InputError: as `save_patches`, or if a value is too large for `dtype`.
+    """
+    adapter = source.adapter
+    if dtype is not None:
+        require_word("dtype", dtype, DTYPES)
+        cast = lambda arrays: {
+            leaf: rounded(leaf, array, np.dtype(dtype))
+            for leaf, array in arrays.items()
+        }
+        values, dense = cast(adapter.values), cast(adapter.dense)
+        adapter = replace(adapter, values=values, dense=dense)
+    save_patches(folder, adapter, source.model)

@@ -69,12 +69,14 @@ model = PeftModel.from_pretrained(base, "{repo}")
             help="new values of weights, as inference servers such as vLLM take them",
             path="sparse_jax.interchange.source:write_patch",
             library="sparse_jax",
+            options=("dtype",),
             load="""\
 import sparse_jax as sj
 from safetensors.numpy import load_file
 
+patches = sj.load_patches("{name}")
 tensors = load_file("{base}/model.safetensors")
-sj.apply_patches(tensors, sj.load_patches("{name}"))
+sj.apply_patches(tensors, patches)
 """,
         ),
         "delta": Target(

@@ -52,8 +52,8 @@ def export(
         file.
       output: folder to write, a new or an empty one.
       model: the base, folder or id; None is what the adapter names, if it is here.
-      dtype: of a merged model: float32, bfloat16 or float16; None is that of the
-        training, and gives equal logits.
+      dtype: of a merged model or a patch: float32, bfloat16 or float16; None is that
+        of the training, and gives equal logits.
       shard_size: most bytes of a file of a merged model; None is "5GB".
       peft_type: of a sparse adapter for PEFT: shira or supertuning; None is shira.
       license: of what was trained, as the Hub names it; None is what the adapter says.

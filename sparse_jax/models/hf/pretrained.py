@@ -20,7 +20,7 @@ from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.read_config import read_config, write_config
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
 from sparse_jax.models.hf.tensors import LazyTensor, base_hash, bytes_of, write_tensors
-from sparse_jax.models.hf.weights import Index, Weights, is_finite, open_weights
+from sparse_jax.models.hf.weights import Index, Weights, open_weights, rounded
 from sparse_jax.params.names import leaf_names, map_named
 
 __all__ = [
@@ -306,16 +306,7 @@ def _tensor(model: Model, parts: Sequence[_Part], dtype: np.dtype) -> np.ndarray
     if is_stacked(leaf):
         whole = [array[part.layer] for array, part in zip(whole, parts, strict=True)]
     tensor = model.family.layout.fuse(leaf, whole, model.config.num_heads)
-    if tensor.dtype == dtype:
-        return tensor
-    with np.errstate(over="ignore"):
-        rounded = tensor.astype(dtype)
-    if not is_finite(rounded) and is_finite(tensor):
-        raise InputError(
-            f"`dtype` must hold every value of the model, got {dtype}, which `{leaf}` "
-            "has too large ones for. Pass bfloat16 or float32."
-        )
-    return rounded
+    return rounded(leaf, tensor, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -19,7 +19,7 @@ from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, with_full
 from sparse_jax.models.hf.tensors import open_tensors
 from sparse_jax.params.names import leaf_names, map_named
 
-__all__ = ["Index", "HEADS", "Weights", "is_finite", "open_weights"]
+__all__ = ["Index", "HEADS", "Weights", "is_finite", "open_weights", "rounded"]
 
 Index = tuple[slice, ...]  # of a part of an array
 
@@ -249,3 +249,21 @@ def is_finite(array: np.ndarray) -> bool:
     return not array.size or bool(
         np.bitwise_and(array.view(np.uint16), top).max() < top
     )
+
+
+def rounded(leaf: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns the values of a leaf in another dtype.
+
+    Raises:
+      InputError: naming the leaf, if one is too large for it.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        made = array.astype(dtype)
+    if not is_finite(made) and is_finite(array):
+        raise InputError(
+            f"`dtype` must hold every value of the model, got {dtype}, which `{leaf}` "
+            "has too large ones for. Pass bfloat16 or float32."
+        )
+    return made
