@@ -1,6 +1,7 @@
 """Entries that belong to earlier adapters, which a new one leaves alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -54,7 +55,7 @@ def entries_to_avoid(
     """
     method = tuner.method
     for adapter in adapters:
-        require_fit(params, adapter)
+        require_fit(params, _without_head(adapter))
     found: dict[str, jax.Array] = {}
 
     def collect(role: Role, leaf: jax.Array) -> None:
@@ -86,6 +87,16 @@ def entries_to_avoid(
 
     map_roles(collect, tuner.roles(params), params)
     return found
+
+
+def _without_head(adapter: Adapter) -> Adapter:
+    """Returns what an adapter trains of the base; its head may be for other labels."""
+    parts = adapter.support, adapter.values, adapter.dense
+    support, values, dense = (
+        {name: array for name, array in part.items() if not name.startswith(HEADS)}
+        for part in parts
+    )
+    return replace(adapter, support=support, values=values, dense=dense)
 
 
 def _union(

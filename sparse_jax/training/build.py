@@ -1,5 +1,6 @@
 """From settings to a run that can start: its method, its sampler, its tuner."""
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,6 +9,10 @@ from typing import cast
 import jax
 import optax
 
+from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.file import load_adapter
+from sparse_jax.adapter.use import require_base
+from sparse_jax.compact.avoid import entries_to_avoid
 from sparse_jax.compact.compact import Compact, Loss, Tuner
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError
@@ -44,6 +49,12 @@ class Job:
     sampler: Sampler | None  # of the layers; None trains all
     head: tuple[str, ...]  # rules of the leaves that counts leave out
     feed: Feed
+    earlier: tuple[Adapter, ...] = ()  # whose entries are left alone
+
+    @functools.cached_property
+    def avoid(self) -> dict[str, jax.Array]:
+        """Supports of the entries that are left alone."""
+        return entries_to_avoid(self.tuner(), self.base.params, self.earlier)
 
     @property
     def total(self) -> int:
@@ -84,7 +95,14 @@ def make_job(settings: Settings) -> Job:
     # What the adapter file cannot hold is found before the training.
     method.to_settings()
     sampler = sampler_of(settings, base.model.config.num_layers)
-    return Job(settings, objective, base, method, sampler, head, feed)
+    earlier = tuple(load_adapter(path) for path in settings.avoid or ())
+    for adapter in earlier:
+        require_base(adapter, base.hash, base.model)
+    job = Job(settings, objective, base, method, sampler, head, feed, earlier)
+    # Before the parameters are donated, and before anything is written.
+    with base.placement.active():
+        _ = job.avoid
+    return job
 
 
 def _translation(settings: Settings, base: Base) -> str:

@@ -236,10 +236,10 @@ class Loop:
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; also returns whether the gradient was finite."""
         if not jax.tree.leaves(state.support):
-            return self.runner.select(state, batch, key)
+            return self.runner.select(state, batch, key, self.job.avoid)
         self.progress.note("selecting the entries to train")
         began = time.perf_counter()
-        state, finite = self.runner.select(state, batch, key)
+        state, finite = self.runner.select(state, batch, key, self.job.avoid)
         jax.block_until_ready(state.support)
         seconds = time.perf_counter() - began
         self.directory.add_row({"step": step, "is_selection": True, "seconds": seconds})

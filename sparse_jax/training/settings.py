@@ -110,6 +110,12 @@ class Settings(MethodOptions, SamplerOptions):
         "Regular expression of parameters trained in full; may be repeated.",
         "the head",
     )
+    avoid: tuple[str, ...] | None = setting(
+        None,
+        "Adapter file, or folder of a run, whose entries are left alone, so that both "
+        "can be used at once; may be repeated.",
+        "none",
+    )
     sampler: "str | Sampler | None" = setting(
         None,
         "Train a few layers at a time, drawn "
