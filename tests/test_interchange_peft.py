@@ -73,6 +73,11 @@ MODELS = {
     "bert": ("bert", ENCODER),
     "llama": ("llama", LLAMA),
     "gpt2": ("gpt2", GPT2),
+    # A head and biases of its own.
+    "untied": (
+        "llama",
+        {**LLAMA, "tie_word_embeddings": False, "attention_bias": True},
+    ),
 }
 
 
@@ -201,6 +206,7 @@ GIVEN = {
     "llama prefix": ("llama", Prefix(length=5)),
     "llama shira": ("llama", Sparse(density=0.1, where="attention/.*kernel|mlp/down")),
     "llama supertuning": ("llama", Sparse(density=0.05, where="kernel$")),
+    "untied supertuning": ("untied", Sparse(density=0.1, where="lm_head|attention")),
     "gpt2 lora": ("gpt2", LoRA(rank=2, where="attention|mlp/up")),
     "gpt2 part": ("gpt2", LoRA(rank=2, where=MAPS, rslora=True, alpha=5.0)),
     "gpt2 dora": ("gpt2", DoRA(rank=2, where="attention/(query|key|value)")),
@@ -208,7 +214,13 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("case", GIVEN)
+def quick(cases, *others):
+    """Returns cases, of which those that say little beside the others are slow."""
+    slow = lambda case: [pytest.mark.slow] if case in others else []
+    return [pytest.param(case, marks=slow(case)) for case in cases]
+
+
+@pytest.mark.parametrize("case", quick(GIVEN, "gpt2 part", "gpt2 ia3", "llama lora"))
 def test_what_was_trained_here_gives_the_same_logits_in_peft(case, pairs, tmp_path):
     from peft import PeftModel
 
@@ -280,6 +292,11 @@ TAKEN = {
     "llama prefix": taken(
         "llama", "PrefixTuningConfig", "CAUSAL_LM", num_virtual_tokens=4
     ),
+    "untied shira": taken("untied", "ShiraConfig", r=1, target_modules=["lm_head"]),
+    "untied lora": taken(
+        "untied", "LoraConfig", "CAUSAL_LM", r=2, target_modules=["lm_head", "q_proj"],
+        bias="all", modules_to_save=["embed_tokens"],
+    ),
     "gpt2 lora": taken(
         "gpt2", "LoraConfig", "CAUSAL_LM", r=2, target_modules=["c_attn", "c_fc"],
         fan_in_fan_out=True,
@@ -292,7 +309,7 @@ TAKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", TAKEN)
+@pytest.mark.parametrize("case", quick(TAKEN, "bert rslora", "gpt2 dora", "bert dora"))
 def test_what_peft_trained_gives_the_same_logits_here(case, pairs, tmp_path):
     import peft
 
@@ -529,6 +546,7 @@ INDICES = {
     "outside": (outside, r"must lie in the weight \[16, 24\], got row 16"),
     "fewer": (fewer, "as many as `shira_weight` has"),
     "absent": (lambda found: found.pop(f"{Q0}.shira_indices"), "shira_indices"),
+    "numbers": (lambda found: found[f"{Q0}.shira_weight"].fill(np.inf), "be finite"),
 }
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -234,7 +234,7 @@ def modules_and_rest(
 
 
 def _require_targets(
-    found: PeftFolder, modules: list[ModuleParts], places: Collection[str]
+    found: PeftFolder, modules: list[ModuleParts], places: Mapping[str, Sequence[Place]]
 ) -> None:
     """Raises if a module that the configuration lists has no tensors."""
     if not modules:
@@ -247,14 +247,15 @@ def _require_targets(
         return
     have = {one.name for one in modules}
     others = [*_texts(found, "modules_to_save"), *_texts(found, "exclude_modules")]
-    for weight in places:
+    for weight, (first, *_) in places.items():
         name = weight.removesuffix(".weight")
         matches = lambda words, name=name: any(
             f".{name}".endswith(f".{word}") for word in words
         )
         part = any(word in name.split(".") for word in others) or matches(others)
         is_here = any(name.endswith(one) for one in have)
-        if name != weight and matches(targets) and not part and not is_here:
+        is_linear = first.leaf.endswith("/kernel")
+        if is_linear and matches(targets) and not part and not is_here:
             raise InputError(
                 f"`{found.path / WEIGHTS}` must have tensors of `{name}`, which "
                 "`target_modules` names, and has none. Copy it again."

@@ -86,7 +86,7 @@ def read_adapter(found: PeftFolder, model: Model, base: Base | None) -> Adapter:
         rest.pop("prompt_embeddings", None)
     source = Source(found, model, base, modules, shapes)
     trained = kind.read(source)
-    dense = {**_dense(source, rest), **trained.dense}
+    dense = {**_own(source, trained, _dense(source, rest)), **trained.dense}
     rules = tuple(f"^{re.escape(leaf)}$" for leaf in sorted(dense))
     about = found.about
     dtype = about.get("dtype")
@@ -103,6 +103,23 @@ def read_adapter(found: PeftFolder, model: Model, base: Base | None) -> Adapter:
         task=str(about.get("task", "")),
         labels=tuple(about.get("labels", ())),  # type: ignore[arg-type]
     )
+
+
+def _own(source: Source, trained: Trained, dense: Arrays) -> Arrays:
+    """Returns leaves that were saved whole, without those that something is added to.
+
+    Of a table or a head that it adds to, PEFT saves the base as well.
+    """
+    twice = {*dense} & {*trained.dense, *trained.support}
+    for leaf in sorted(twice):
+        base = source.need_base(f"it adds to `{leaf}`")
+        if not np.array_equal(dense[leaf], base.read(leaf)):
+            raise InputError(
+                f"`{leaf}` must be that of the base, as entries or ranks are added to "
+                f"it, got another one in `{source.found.path}`. Pass the base that the "
+                "adapter was trained on."
+            )
+    return {leaf: array for leaf, array in dense.items() if leaf not in twice}
 
 
 def _dense(source: Source, rest: Arrays) -> Arrays:

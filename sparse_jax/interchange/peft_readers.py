@@ -58,6 +58,10 @@ def sparse_reader(form: SparseForm) -> Callable[[Source], Trained]:
     """Returns the reader of a sparse type."""
 
     def read(source: Source) -> Trained:
+        if source.found.config.get("save_precomputed_indices") is False:
+            raise source.found.refused(
+                "save_precomputed_indices", "true, as indices are not found again here"
+            )
         base = source.need_base("it stores differences to them")
         leaves: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
         for module in source.modules:
