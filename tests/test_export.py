@@ -281,6 +281,9 @@ def test_a_delta_is_the_adapter_with_a_license(llama, tmp_path):
     assert files == ["README.md", "adapter.safetensors"]
     loaded = load_adapter(tmp_path / "out")
     assert loaded.license == "mit"
+    # Without results there is no model index.
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card and "model" not in card.split("---")[1]
     for name, array in llama.adapter.values.items():
         np.testing.assert_array_equal(loaded.values[name], array)
 

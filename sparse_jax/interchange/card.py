@@ -112,7 +112,7 @@ def _metadata(
         datasets=None if data is None else [data],
         metrics=list(dict.fromkeys(one.metric_type for one in found)) or None,
         tags=list(filter(None, ["sparse_jax", adapter.word])),
-        model_name=name,
+        model_name=name if found else None,
         eval_results=found or None,
     )
     return made.to_yaml()
