@@ -22,6 +22,7 @@ from .interchange.open_adapter import open_adapter as open_adapter
 from .interchange.patches import WeightPatch as WeightPatch
 from .interchange.patches import apply_patches as apply_patches
 from .interchange.patches import load_patches as load_patches
+from .interchange.patches import patch_updates as patch_updates
 from .interchange.patches import save_patches as save_patches
 from .interchange.peft_load import load_peft as load_peft
 from .interchange.peft_save import save_peft as save_peft
