@@ -40,7 +40,16 @@ def command(monkeypatch, *words):
     return stop.value.code or 0
 
 
-@pytest.mark.parametrize("method", RUNS)
+SECOND = {"parallel", "ia3", "prefix", "dora"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SECOND else [])
+        for name in RUNS
+    ],
+)
 def test_a_run_and_the_evaluation_of_its_adapter(
     place, monkeypatch, capsys, caplog, method
 ):

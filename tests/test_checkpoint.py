@@ -85,7 +85,7 @@ def same_bytes(one, other):
     return (one / name).read_bytes() == (other / name).read_bytes()
 
 
-@pytest.mark.parametrize("batches", [0, 1, 3])
+@pytest.mark.parametrize("batches", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
     batches, files, whole, tmp_path, monkeypatch
 ):
@@ -108,7 +108,7 @@ def test_a_run_goes_on_with_its_own_optimizer_only(files, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("number", "error", "batches", "saved"),
     [
-        (signal.SIGTERM, SystemExit, 1, [2]),
+        pytest.param(signal.SIGTERM, SystemExit, 1, [2], marks=pytest.mark.slow),
         (signal.SIGINT, KeyboardInterrupt, 2, [3]),
         # The last update: the end of the epoch is saved, its evaluation is not begun.
         (signal.SIGTERM, SystemExit, 3, [4]),

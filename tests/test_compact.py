@@ -89,9 +89,9 @@ def assert_close(a, b, atol):
     ("score", "dtype"),
     [
         ("gradient", jnp.float32),
-        ("gradient", jnp.bfloat16),
+        pytest.param("gradient", jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param("gradient/magnitude", jnp.float32, marks=pytest.mark.slow),
-        ("magnitude", jnp.float32),
+        pytest.param("magnitude", jnp.float32, marks=pytest.mark.slow),
     ],
 )
 def test_both_tiers_select_the_same_and_train_alike(score, dtype):

@@ -61,11 +61,15 @@ def rows_of(output):
     [
         ({"method": "head"}, 0),
         ({"method": "bitfit"}, BIASES),
-        ({"method": "lora", "dtype": "bfloat16"}, LORA),
+        pytest.param(
+            {"method": "lora", "dtype": "bfloat16"}, LORA, marks=pytest.mark.slow
+        ),
         ({"method": "sift", "dtype": "bfloat16", "accumulate": 2}, SPARSE),
         ({"method": "random", "checkpointing": True}, SPARSE),
-        ({"method": "magnitude", "density": 1.0}, MAPS),
-        ({"method": "full"}, None),
+        pytest.param(
+            {"method": "magnitude", "density": 1.0}, MAPS, marks=pytest.mark.slow
+        ),
+        pytest.param({"method": "full"}, None, marks=pytest.mark.slow),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )

@@ -41,7 +41,16 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+SECOND = {"lora", "full", "lora, ist", "lora, everything"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SECOND else [])
+        for name in CASES
+    ],
+)
 def test_a_run_learns_and_is_evaluated_again_to_the_last_bit(name, files, tmp_path):
     settings = text_settings(*files, tmp_path / "run", rank=8, epochs=4)
     metrics = finetune(replace(settings, **CASES[name]))

@@ -294,7 +294,9 @@ def test_the_checkpoint_must_have_the_tensor():
         apply_patches({}, [patch])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_a_run_writes_patches_while_it_trains(dtype, tmp_path):
     base, output = write_decoder(tmp_path / "base"), tmp_path / "run"
     data = write_chats(tmp_path / "chats.jsonl")

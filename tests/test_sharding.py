@@ -136,7 +136,7 @@ def assert_same(one, other, tolerance=1e-5):
         pytest.param("fsdp", AxisType.Auto, marks=pytest.mark.slow),
         pytest.param("fsdp, tensor", AxisType.Auto, marks=pytest.mark.slow),
         ("all", AxisType.Auto),
-        ("all", AxisType.Explicit),
+        pytest.param("all", AxisType.Explicit, marks=pytest.mark.slow),
     ],
 )
 def test_sift_on_a_mesh_has_the_numbers_of_one_device(mesh, kind):
