@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.hf.model_files import cached_folder, local_folder
 from sparse_jax.models.hf.pretrained import base_config, changed_field
+from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.names import leaf_names, map_named
 from sparse_jax.supports.positions import fetch, read_entries, write_entries
 
@@ -27,6 +29,7 @@ __all__ = [
     "require_base",
     "require_fit",
     "swap",
+    "without_head",
 ]
 
 _log = logging.getLogger(__name__)
@@ -113,6 +116,16 @@ def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
 
     changed = map_named(exchange, params)
     return changed, Adapter(dict(adapter.support), old_values, old_dense)
+
+
+def without_head(adapter: Adapter) -> Adapter:
+    """Returns what an adapter trains of the base, without the head of its task."""
+    parts = adapter.support, adapter.values, adapter.dense
+    support, values, dense = (
+        {name: array for name, array in part.items() if not name.startswith(HEADS)}
+        for part in parts
+    )
+    return replace(adapter, support=support, values=values, dense=dense)
 
 
 def base_folder(adapter: Adapter, model: str | Path | None) -> Path:

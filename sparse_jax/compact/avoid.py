@@ -1,13 +1,12 @@
 """Entries that belong to earlier adapters, which a new one leaves alone."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import jax
 import numpy as np
 
 from sparse_jax.adapter.adapter import Adapter
-from sparse_jax.adapter.use import require_fit
+from sparse_jax.adapter.use import require_fit, without_head
 from sparse_jax.compact.compact import Tuner
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Params
@@ -55,7 +54,7 @@ def entries_to_avoid(
     """
     method = tuner.method
     for adapter in adapters:
-        require_fit(params, _without_head(adapter))
+        require_fit(params, without_head(adapter))
     found: dict[str, jax.Array] = {}
 
     def collect(role: Role, leaf: jax.Array) -> None:
@@ -87,16 +86,6 @@ def entries_to_avoid(
 
     map_roles(collect, tuner.roles(params), params)
     return found
-
-
-def _without_head(adapter: Adapter) -> Adapter:
-    """Returns what an adapter trains of the base; its head may be for other labels."""
-    parts = adapter.support, adapter.values, adapter.dense
-    support, values, dense = (
-        {name: array for name, array in part.items() if not name.startswith(HEADS)}
-        for part in parts
-    )
-    return replace(adapter, support=support, values=values, dense=dense)
 
 
 def _union(

@@ -45,6 +45,12 @@ class MeshRunner:
         """Returns the state before the selection; parameters are placed already."""
         return self._init(params, key, capacity=self._first_capacity(params))
 
+    def start(self, state: CompactState, added: Mapping[str, object]) -> CompactState:
+        """Returns a state before any update, whose method starts from these arrays."""
+        like = jax.tree.map(lambda leaf: leaf.sharding, state.added)
+        placed = jax.device_put(added, like)
+        return self._begin(state.params, state.support, placed, capacity={})
+
     def select(
         self,
         state: CompactState,

@@ -16,6 +16,7 @@ from sparse_jax.compact.avoid import entries_to_avoid
 from sparse_jax.compact.compact import Compact, Loss, Tuner
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError
+from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.attachment import Recompute
@@ -34,6 +35,7 @@ from sparse_jax.training.optimizer import (
 )
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.setup import Base, load_model_and_data
+from sparse_jax.training.start import start_from
 
 __all__ = ["Job", "head_rules", "make_job", "make_tuner", "method_of", "sampler_of"]
 
@@ -50,6 +52,7 @@ class Job:
     head: tuple[str, ...]  # rules of the leaves that counts leave out
     feed: Feed
     earlier: tuple[Adapter, ...] = ()  # whose entries are left alone
+    start: Adapter | None = None  # that the run goes on from; `base` has its entries
 
     @functools.cached_property
     def avoid(self) -> dict[str, jax.Array]:
@@ -95,10 +98,14 @@ def make_job(settings: Settings) -> Job:
     # What the adapter file cannot hold is found before the training.
     method.to_settings()
     sampler = sampler_of(settings, base.model.config.num_layers)
+    start = None
+    if settings.adapter is not None:
+        start = open_adapter(settings.adapter, settings.model, settings.task)
+        base, start = start_from(start, base, method, objective.name)
     earlier = tuple(load_adapter(path) for path in settings.avoid or ())
     for adapter in earlier:
         require_base(adapter, base.hash, base.model)
-    job = Job(settings, objective, base, method, sampler, head, feed, earlier)
+    job = Job(settings, objective, base, method, sampler, head, feed, earlier, start)
     # Before the parameters are donated, and before anything is written.
     with base.placement.active():
         _ = job.avoid

@@ -120,6 +120,8 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
         )
 
     state = runner.init(job.base.params, jax.random.key(job.settings.seed))
+    if job.start is not None and job.start.added:
+        state = runner.start(state, job.start.added)
     counts = count_trained(job.method, state.params, state.added, job.head)
     _announce(job, counts, optimizer_bytes(state))
     # A run that is stopped still writes the checkpoint it has begun.

@@ -33,6 +33,7 @@ from sparse_jax.training.run_files import (
     selection_seconds,
     updates_of,
 )
+from sparse_jax.training.start import with_start
 
 __all__ = [
     "Counts",
@@ -74,7 +75,7 @@ def adapter_of(job: Job, tuner: Tuner, state: CompactState) -> Adapter:
     """Returns the trained values of a run, with all that an evaluation needs."""
     kept = ("learning_rate", "batch_size", "dtype", "seed")
     settings = {name: getattr(job.settings, name) for name in kept}
-    return tuner.adapter(
+    trained = tuner.adapter(
         state,
         new=job.base.new,
         word=job.settings.method_word,
@@ -85,6 +86,9 @@ def adapter_of(job: Job, tuner: Tuner, state: CompactState) -> Adapter:
         task=job.objective.name,
         labels=job.objective.labels,
     )
+    if job.start is None:
+        return trained
+    return with_start(job.start, trained, state.params)
 
 
 def require_finite(adapter: Adapter) -> None:

@@ -45,7 +45,7 @@ _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
     "max_steps", "max_length", "learning_rate",
 )  # fmt: skip
-_PATHS = ("model", "output", "data")
+_PATHS = ("model", "output", "data", "adapter")
 # Words for objects: the check of the words says which there are.
 _WORDS = ("method", "sampler", "score", "granularity", "activation")
 # Options of the task causal, with their defaults.
@@ -109,6 +109,12 @@ class Settings(MethodOptions, SamplerOptions):
         None,
         "Regular expression of parameters trained in full; may be repeated.",
         "the head",
+    )
+    adapter: str | None = setting(
+        None,
+        "Adapter to go on from: a file, the folder of a run, or one of PEFT. The new "
+        "adapter holds both.",
+        "none",
     )
     avoid: tuple[str, ...] | None = setting(
         None,

@@ -1,0 +1,165 @@
+"""Runs that go on from an adapter: where they start, and what they write."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import tiny_settings, write_data, write_model
+
+from sparse_jax import (
+    InputError,
+    apply_adapter,
+    evaluate_adapter,
+    finetune,
+    from_pretrained,
+    load_adapter,
+    save_adapter,
+)
+
+QUERY = "layers/attention/query/kernel"
+SIFT = {"method": "sift", "density": 0.1, "where": ("attention/query/kernel",)}
+LORA = {"method": "lora", "rank": 2}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        "model": write_model(folder / "model"),
+        "data": write_data(folder / "data"),
+    }
+
+
+def train(files, output, **options):
+    finetune(tiny_settings(**files, output=output, **options))
+    return str(output)
+
+
+@pytest.fixture(scope="module")
+def old(files, tmp_path_factory):
+    """A run of SIFT, and one of LoRA."""
+    folder = tmp_path_factory.mktemp("old")
+    sift = train(files, folder / "sift", **SIFT, max_steps=3)
+    return {"sift": sift, "lora": train(files, folder / "lora", **LORA, max_steps=3)}
+
+
+def merged(files, run):
+    adapter = load_adapter(run)
+    model, params = from_pretrained(
+        files["model"], labels=adapter.labels, key=jax.random.key(0)
+    )
+    return apply_adapter(params, adapter, model=model)[0]
+
+
+def reports(run):
+    return json.loads(Path(run, "metrics.json").read_text())["eval"]
+
+
+def first_loss(run):
+    lines = Path(run, "metrics.jsonl").read_text().splitlines()
+    return next(row["loss"] for row in map(json.loads, lines) if "loss" in row)
+
+
+def test_sift_on_sift_holds_both(files, old, tmp_path):
+    more = {**SIFT, "score": "magnitude", "where": ("attention/(query|key)/kernel",)}
+    run = train(files, tmp_path / "run", **more, adapter=old["sift"], max_steps=2)
+    before, after = load_adapter(old["sift"]), load_adapter(run)
+    assert (before.word, after.word) == ("sift", "combined")
+    for first, both in zip(before.support[QUERY], after.support[QUERY], strict=True):
+        assert np.isin(first, both).all() and first.size < both.size
+    assert "layers/attention/key/kernel" in after.support
+    # Entries that the second run did not choose are as the first left them.
+    rows = [np.asarray(merged(files, r)["layers"]["attention"]["query"]["kernel"])
+            for r in (old["sift"], run)]  # fmt: skip
+    was, now = (row.reshape(2, -1) for row in rows)
+    base = from_pretrained(files["model"], num_labels=2, key=jax.random.key(0))[1]
+    start = np.asarray(base["layers"]["attention"]["query"]["kernel"]).reshape(2, -1)
+    kept = (was != start) & (was == now)
+    assert kept.any() and ((now != start) & (was == start)).any()
+    assert evaluate_adapter(run, data=str(files["data"])) == reports(run)
+
+
+def test_an_adapter_without_updates_to_come_is_where_the_run_starts(
+    files, old, tmp_path
+):
+    options = {**SIFT, "learning_rate": 1e-30, "max_steps": 1}
+    run = train(files, tmp_path / "run", **options, adapter=old["sift"])
+    for one, other in zip(
+        jax.tree.leaves(merged(files, old["sift"])),
+        jax.tree.leaves(merged(files, run)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-7)
+    assert first_loss(run) < first_loss(old["sift"])
+
+
+def test_lora_goes_on_from_its_arrays(files, old, tmp_path):
+    options = {**LORA, "learning_rate": 1e-30, "max_steps": 1}
+    run = train(files, tmp_path / "run", **options, adapter=old["lora"])
+    before, after = load_adapter(old["lora"]), load_adapter(run)
+    assert after.word == "lora" and after.method == before.method
+    for site, pair in before.added.items():
+        for part, array in pair.items():
+            np.testing.assert_allclose(after.added[site][part], array, rtol=1e-6)
+    assert evaluate_adapter(run, data=str(files["data"])) == reports(run)
+
+
+def test_a_run_that_goes_on_is_resumed(files, old, tmp_path, monkeypatch):
+    options = {**SIFT, "score": "random", "adapter": old["sift"], "save_every": 1}
+    whole = train(files, tmp_path / "whole", **options, max_steps=3)
+    settings = tiny_settings(**files, output=tmp_path / "run", **options, max_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("sparse_jax.training.loop.StopSignals.requested", stop_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings)
+    finetune(settings, resume=True)
+    name = "adapter.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == Path(whole, name).read_bytes()
+
+
+def stop_after(number):
+    """Returns a `requested` that asks for a stop in one of its calls."""
+    calls = []
+
+    def requested(self):
+        calls.append(self)
+        return 2 if len(calls) >= number else 0
+
+    return requested
+
+
+REFUSED = {
+    "lora on sift": (
+        "sift",
+        LORA,
+        "`method` must train entries of the base",
+    ),
+    "sift on lora": (
+        "lora",
+        SIFT,
+        "`method` must be that of the ad.* LoRA, got S",
+    ),
+    "another rank": (
+        "lora",
+        {**LORA, "rank": 3},
+        "`rank` of `method` must be.* 2, got 3",
+    ),
+    "another dtype": ("sift", {**SIFT, "dtype": "bfloat16"}, "must be bfloat16"),
+    "another base": ("other", SIFT, "`model` must be the base of the adapter"),
+    "no adapter": ("none", SIFT, "`adapter` must be a file or a run directory"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_run_cannot_go_on_from_is_refused(name, files, old, tmp_path):
+    word, options, message = REFUSED[name]
+    path = old.get(word, str(tmp_path / "other.safetensors"))
+    if word == "other":
+        adapter = replace(load_adapter(old["sift"]), base_hash="ab" * 32)
+        save_adapter(path, adapter)
+    with pytest.raises(InputError, match=message):
+        train(files, tmp_path / "run", **options, adapter=path)
+    assert not (tmp_path / "run").exists()
