@@ -40,7 +40,7 @@ def combine(
 
 
 def compare(
-    first: str = typer.Argument(help="Adapter file, or folder of a run."),
+    first: str = typer.Argument(help="Adapter file, or folder of a run or of PEFT."),
     second: str = typer.Argument(help="The other one."),
 ) -> None:
     """Print how many entries two adapters have in common."""
@@ -49,9 +49,9 @@ def compare(
     from rich.table import Table
 
     from sparse_jax.adapter.calculus import LeafOverlap, compare_supports
-    from sparse_jax.adapter.file import load_adapter
+    from sparse_jax.interchange.open_adapter import open_adapter
 
-    found = compare_supports(load_adapter(first), load_adapter(second))
+    found = compare_supports(open_adapter(first), open_adapter(second))
     counts = np.array([*found.values()]).reshape(-1, 3).sum(axis=0)
     total = LeafOverlap(*counts.tolist())
     table = Table("leaf", title="Entries that two adapters train")

@@ -112,7 +112,12 @@ def _parameter(name: str, defaults: Mapping[str, object]) -> inspect.Parameter:
         made = flag(f"--{name.replace('_', '-')}", one.help)
     else:
         shown = one.shown if default is None else ""
-        made = option(default, one.help, shown, metavar=_METAVARS.get(one.type))
+        made = option(
+            default,
+            one.help,
+            shown,
+            metavar=_METAVARS.get(name, _METAVARS.get(one.type)),
+        )
     # What may be repeated is a list.
     items = get_args(one.type)
     kind: Any = list[items[0]] if items else one.type
@@ -123,6 +128,7 @@ def _parameter(name: str, defaults: Mapping[str, object]) -> inspect.Parameter:
 
 # Typer would show the type of every list as that of texts.
 _METAVARS: dict[object, str] = {
+    "avoid": "<str>",
     tuple[str, ...]: "<regex>",
     tuple[int, ...]: "<int>",
     tuple[float, ...]: "<float>",

@@ -10,11 +10,12 @@ import numpy as np
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.calculus import combine_adapters
-from sparse_jax.adapter.file import ADAPTER, load_adapter, save_adapter
+from sparse_jax.adapter.file import ADAPTER, save_adapter
 from sparse_jax.adapter.switch import AdapterSwitch
 from sparse_jax.adapter.use import base_folder, merge_adapter, require_base
 from sparse_jax.adapter.whole import require_whole
 from sparse_jax.errors import InputError, brief
+from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.interchange.patches import save_patches
 from sparse_jax.interchange.peft_save import save_peft
 from sparse_jax.interchange.peft_sparse import SPARSE
@@ -137,7 +138,7 @@ def combine_files(
             f"`output` must be a new file that ends with .safetensors, got "
             f"{brief(str(output))}."
         )
-    adapters = [load_adapter(path) for path in paths]
+    adapters = [open_adapter(path, model) for path in paths]
     sources = [open_source(adapter, model) for adapter in adapters]
     source = sources[head]
     new = new_leaves(source.model, source.folder, source.labels)
