@@ -22,6 +22,7 @@ __all__ = [
     "make_trial",
     "measure_of",
     "run_folder",
+    "run_once",
     "show",
     "trial_parser",
 ]
@@ -114,7 +115,7 @@ def make_trial(
 
     def run(rate: float, seed: int) -> dict[str, Any]:
         output = str(run_folder(folder, name, rate, seed))
-        return _result(replace(settings, learning_rate=rate, seed=seed, output=output))
+        return run_once(replace(settings, learning_rate=rate, seed=seed, output=output))
 
     def value(metrics: dict[str, Any]) -> float:
         return metrics["eval"][measure.key]
@@ -125,7 +126,7 @@ def make_trial(
     return Trial(best, runs[0]["trained_parameters_without_head"], values)
 
 
-def _result(settings: Settings) -> dict[str, Any]:
+def run_once(settings: Settings) -> dict[str, Any]:
     """Returns the metrics of a run, from its directory if it has been made."""
     output = Path(settings.output)
     stored = output / "metrics.json"
