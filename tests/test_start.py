@@ -107,6 +107,31 @@ def test_lora_goes_on_from_its_arrays(files, old, tmp_path):
     assert evaluate_adapter(run, data=str(files["data"])) == reports(run)
 
 
+def test_lora_keeps_its_settings(files, old, tmp_path, caplog):
+    options = {**LORA, "rank": 3, "max_steps": 1}
+    run = train(files, tmp_path / "run", **options, adapter=old["lora"])
+    assert load_adapter(run).method == load_adapter(old["lora"]).method
+    assert "the settings of the adapter are used: LoRA(" in caplog.text
+
+
+def test_a_head_for_other_labels_is_left_out(files, old, tmp_path, caplog):
+    adapter = replace(load_adapter(old["sift"]), labels=("neg", "pos"))
+    save_adapter(tmp_path / "other.safetensors", adapter)
+    options = {**SIFT, "learning_rate": 1e-30, "max_steps": 1}
+    run = train(
+        files, tmp_path / "run", **options, adapter=str(tmp_path / "other.safetensors")
+    )
+    head = [one.dense["classifier/kernel"] for one in (load_adapter(run), adapter)]
+    assert not np.allclose(*head)
+    assert "the head of the adapter is left out" in caplog.text
+    assert "newly initialized" in caplog.text
+
+
+def test_a_head_that_goes_on_is_not_called_new(files, old, tmp_path, caplog):
+    train(files, tmp_path / "run", **SIFT, adapter=old["sift"], max_steps=1)
+    assert "newly initialized" not in caplog.text
+
+
 def test_a_run_that_goes_on_is_resumed(files, old, tmp_path, monkeypatch):
     options = {**SIFT, "score": "random", "adapter": old["sift"], "save_every": 1}
     whole = train(files, tmp_path / "whole", **options, max_steps=3)
@@ -141,11 +166,6 @@ REFUSED = {
         "lora",
         SIFT,
         "`method` must be that of the ad.* LoRA, got S",
-    ),
-    "another rank": (
-        "lora",
-        {**LORA, "rank": 3},
-        "`rank` of `method` must be.* 2, got 3",
     ),
     "another dtype": ("sift", {**SIFT, "dtype": "bfloat16"}, "must be bfloat16"),
     "another base": ("other", SIFT, "`model` must be the base of the adapter"),

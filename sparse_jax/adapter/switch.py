@@ -12,6 +12,7 @@ from sparse_jax.adapter.calculus import shared_leaves
 from sparse_jax.adapter.use import require_fit
 from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.models.functional import Params
+from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.names import leaf_names
 from sparse_jax.supports.positions import (
     PlacedEntries,
@@ -89,7 +90,8 @@ class AdapterSwitch:
 
         Args:
           *names: names, or mappings from names to strengths; a name alone has strength
-            1. None at all leaves the base.
+            1. None at all leaves the base. Of heads that several have, such as the
+            classifiers of their tasks, that of the first is on.
 
         Raises:
           InputError: if there is no such adapter, or two train an entry in common.
@@ -106,7 +108,8 @@ class AdapterSwitch:
             self._require_apart(first, second)
         for name in self.active:
             self._write(name, 0.0)
-        for name, strength in wanted.items():
+        # Of heads the first stays, as it is written last.
+        for name, strength in reversed(wanted.items()):
             self._write(name, strength)
         self.active = wanted
         return self.params
@@ -140,7 +143,8 @@ class AdapterSwitch:
     def _require_apart(self, first: str, second: str) -> None:
         """Raises if two adapters train an entry in common."""
         pair = self._adapters[first], self._adapters[second]
-        if leaves := shared_leaves(*pair):
+        leaves = shared_leaves(*pair)
+        if leaves := [leaf for leaf in leaves if not leaf.startswith(HEADS)]:
             raise InputError(
                 f"`names` must be adapters without entries in common, got {first!r} "
                 f"and {second!r}, which share some of `{leaves[0]}`. Add them with "

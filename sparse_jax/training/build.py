@@ -10,7 +10,6 @@ import jax
 import optax
 
 from sparse_jax.adapter.adapter import Adapter
-from sparse_jax.adapter.file import load_adapter
 from sparse_jax.adapter.use import require_base
 from sparse_jax.compact.avoid import entries_to_avoid
 from sparse_jax.compact.compact import Compact, Loss, Tuner
@@ -101,8 +100,11 @@ def make_job(settings: Settings) -> Job:
     start = None
     if settings.adapter is not None:
         start = open_adapter(settings.adapter, settings.model, settings.task)
-        base, start = start_from(start, base, method, objective.name)
-    earlier = tuple(load_adapter(path) for path in settings.avoid or ())
+        base, method, start = start_from(start, base, method, objective)
+    earlier = tuple(
+        open_adapter(path, settings.model, settings.task)
+        for path in settings.avoid or ()
+    )
     for adapter in earlier:
         require_base(adapter, base.hash, base.model)
     job = Job(settings, objective, base, method, sampler, head, feed, earlier, start)

@@ -92,8 +92,10 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Json]:
     about = provenance(job)
     same = [about["base_hash"], about["base_config"], about["examples_hash"]]
     require_agreement("model and data", same)
-    if job.base.new and is_first_process():
-        folder, new = job.base.folder, listed(job.base.new)
+    started = () if job.start is None else job.start.dense
+    fresh = [leaf for leaf in job.base.new if leaf not in started]
+    if fresh and is_first_process():
+        folder, new = job.base.folder, listed(fresh)
         _log.warning(
             "newly initialized, as `%s` has none for this task: %s", folder, new
         )

@@ -1,5 +1,6 @@
 """Where a run starts that goes on from an adapter, and what its own adapter holds."""
 
+import logging
 from dataclasses import fields, replace
 
 import jax
@@ -8,24 +9,27 @@ import optax
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.use import require_base, require_fit, swap, without_head
-from sparse_jax.errors import InputError, brief
+from sparse_jax.errors import InputError, listed
 from sparse_jax.methods.method import Method
 from sparse_jax.params.names import leaf_names
 from sparse_jax.supports.positions import fetch, read_entries
+from sparse_jax.training.objective import Objective
 from sparse_jax.training.setup import Base
 
 __all__ = ["start_from", "with_start"]
+
+_log = logging.getLogger(__name__)
 
 _MERGE = "Export the adapter with `--to merged`, and train on that folder"
 
 
 def start_from(
-    adapter: Adapter, base: Base, method: Method, task: str
-) -> tuple[Base, Adapter]:
-    """Returns the base with an adapter on it, and the part of the adapter that is.
+    adapter: Adapter, base: Base, method: Method, objective: Objective
+) -> tuple[Base, Method, Adapter]:
+    """Returns the base with an adapter on it, the method, and the adapter as it is on.
 
-    The head of another task is left out. A method that adds arrays goes on from those
-    of the adapter, which has to be of the same method.
+    The head of another task, or for other labels, is left out, and a line says so. A
+    method that adds arrays goes on from those of the adapter, with its settings.
 
     Raises:
       InputError: if the adapter is of another base, or of a method that this one cannot
@@ -34,18 +38,26 @@ def start_from(
     require_base(adapter, base.hash, base.model)
     adds = bool(jax.eval_shape(method.added, base.params, jax.random.key(0)))
     if adapter.added:
-        _require_same(adapter, method)
+        method = _going_on(adapter, method)
     elif adds:
         raise InputError(
             f"`method` must train entries of the base to go on from an adapter of "
             f"{adapter.word!r}, got {type(method).__name__}, which adds arrays. "
             f"{_MERGE}."
         )
-    if adapter.task != task:
-        adapter = without_head(adapter)
+    theirs, ours = (adapter.task, adapter.labels), (objective.name, objective.labels)
+    base_part = without_head(adapter)
+    if theirs != ours and base_part.entries != adapter.entries:
+        _log.warning(
+            "the head of the adapter is left out: it is for %s with %s, and this run "
+            "for %s with %s",
+            theirs[0] or "no task", listed(theirs[1]) or "no labels",
+            ours[0], listed(ours[1]) or "no labels",
+        )  # fmt: skip
+        adapter = base_part
     require_fit(base.params, adapter)
     params, _ = swap(base.params, adapter)
-    return replace(base, params=params), adapter
+    return replace(base, params=params), method, adapter
 
 
 def with_start(start: Adapter, trained: Adapter, params: optax.Params) -> Adapter:
@@ -84,23 +96,20 @@ def with_start(start: Adapter, trained: Adapter, params: optax.Params) -> Adapte
     return found if same else replace(found, method=Method(), word="combined")
 
 
-def _require_same(adapter: Adapter, method: Method) -> None:
-    """Raises unless a method adds the arrays that an adapter has."""
+def _going_on(adapter: Adapter, method: Method) -> Method:
+    """Returns the method of an adapter, with what this run says of the training."""
     theirs = adapter.method
-    what, expected, got = "", type(theirs).__name__, type(method).__name__
-    if type(theirs) is type(method):
-        # What is trained in full may differ.
-        own = {one.name for one in fields(theirs)} - {"dense", "dropout", "stack"}
-        differ = sorted(n for n in own if getattr(theirs, n) != getattr(method, n))
-        if not differ:
-            return
-        what = f"`{differ[0]}` of "
-        expected, got = (brief(getattr(one, differ[0])) for one in (theirs, method))
-    raise InputError(
-        f"{what}`method` must be that of the adapter to go on from, {expected}, got "
-        f"{got}. Pass the same, or train another method: {_MERGE[0].lower()}"
-        f"{_MERGE[1:]}."
-    )
+    if type(theirs) is not type(method):
+        raise InputError(
+            f"`method` must be that of the adapter to go on from, "
+            f"{type(theirs).__name__}, got {type(method).__name__}. Pass the same, or "
+            f"train another method: {_MERGE[0].lower()}{_MERGE[1:]}."
+        )
+    of_training = {one.name for one in fields(method)} & {"dense", "dropout", "stack"}
+    found = replace(theirs, **{name: getattr(method, name) for name in of_training})
+    if found != method:
+        _log.warning("the settings of the adapter are used: %s", found)
+    return found
 
 
 def _union(first: np.ndarray, second: np.ndarray, leaf: jax.Array) -> np.ndarray:
