@@ -191,3 +191,16 @@ def test_what_cannot_be_avoided_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         finetune(tiny_settings(**files, output=tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_head_of_the_base_is_avoided():
+    def loss(params, x, key, attachment):
+        del key, attachment
+        return jnp.sum(params["lm_head"]["kernel"] * x), 1.0
+
+    name, places = "lm_head/kernel", np.array([3], np.int32)
+    tuner = Compact(loss, Sparse(density=0.25, stack=None), optax.sgd(0.1))
+    mine = Adapter({name: places}, {name: np.ones(1, np.float32)})
+    params = {"lm_head": {"kernel": jnp.ones(4)}}
+    assert entries_to_avoid(tuner, params, [mine])[name].tolist() == [3]
+    assert not entries_to_avoid(tuner, params, [mine], new=(name,))

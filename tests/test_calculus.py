@@ -301,3 +301,21 @@ def test_a_switch_that_is_refused_changes_nothing(name):
 def test_what_cannot_be_switched_is_refused(adapter, message):
     with pytest.raises(InputError, match=message):
         AdapterSwitch(base_params(), {"a": adapter})
+
+
+def test_heads_in_full_are_those_of_the_first_and_not_scaled():
+    first, second = (adapter_at([n], [n], seed=n, head=True) for n in (0, 1))
+    switch = AdapterSwitch(base_params(), {"a": first, "b": second})
+    for names in (("a", "b"), ({"a": 0.5, "b": 1.0},)):
+        head = switch.to(*names)["classifier"]["kernel"]
+        assert bits(head) == bits(first.dense[HEAD])
+    assert bits(switch.to()) == bits(base_params())
+
+
+def test_shared_entries_of_a_head_are_refused():
+    part = lambda seed: Adapter(
+        {"lm_head": np.array([1], np.int32)}, {"lm_head": np.ones(1, np.float32)}
+    )
+    params = {"lm_head": jnp.zeros(4)}
+    with pytest.raises(InputError, match="which share some of `lm_head`"):
+        AdapterSwitch(params, {"a": part(0), "b": part(1)}).to("a", "b")

@@ -65,8 +65,8 @@ class AdapterSwitch:
 
     def __init__(self, params: Params, adapters: Mapping[str, Adapter]):
         self._leaves, self._tree = jax.tree.flatten(params)
-        names = jax.tree.leaves(leaf_names(params))
-        self._index = {name: i for i, name in enumerate(names)}
+        self._names = jax.tree.leaves(leaf_names(params))
+        self._index = {name: i for i, name in enumerate(self._names)}
         self._adapters = dict(adapters)
         self._placed: dict[str, dict[int, PlacedEntries | _Whole]] = {}
         self.active: dict[str, float] = {}
@@ -90,8 +90,8 @@ class AdapterSwitch:
 
         Args:
           *names: names, or mappings from names to strengths; a name alone has strength
-            1. None at all leaves the base. Of heads that several have, such as the
-            classifiers of their tasks, that of the first is on.
+            1. None at all leaves the base. Of heads that several train in full, such as
+            the classifiers of their tasks, that of the first is on, at strength 1.
 
         Raises:
           InputError: if there is no such adapter, or two train an entry in common.
@@ -130,10 +130,11 @@ class AdapterSwitch:
         """Writes the values of an adapter, at strength 0 those of the base."""
         for i, change in self._placed[name].items():
             if isinstance(change, _Whole):
+                # Half of a new head would be half of random numbers.
+                is_head = self._names[i].startswith(HEADS) and strength != 0
+                new = _between(change.base, change.values, 1.0 if is_head else strength)
                 # A copy, since what is in the parameters is used up.
-                self._leaves[i] = jnp.copy(
-                    _between(change.base, change.values, strength)
-                )
+                self._leaves[i] = jnp.copy(new)
             else:
                 base, values = change.packed
                 new = _between(base, values, strength)
@@ -143,8 +144,10 @@ class AdapterSwitch:
     def _require_apart(self, first: str, second: str) -> None:
         """Raises if two adapters train an entry in common."""
         pair = self._adapters[first], self._adapters[second]
-        leaves = shared_leaves(*pair)
-        if leaves := [leaf for leaf in leaves if not leaf.startswith(HEADS)]:
+        is_head = lambda leaf: (
+            leaf.startswith(HEADS) and all(leaf in adapter.dense for adapter in pair)
+        )
+        if leaves := [leaf for leaf in shared_leaves(*pair) if not is_head(leaf)]:
             raise InputError(
                 f"`names` must be adapters without entries in common, got {first!r} "
                 f"and {second!r}, which share some of `{leaves[0]}`. Add them with "

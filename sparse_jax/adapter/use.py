@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.hf.model_files import cached_folder, local_folder
 from sparse_jax.models.hf.pretrained import base_config, changed_field
-from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.names import leaf_names, map_named
 from sparse_jax.supports.positions import fetch, read_entries, write_entries
 
@@ -29,7 +28,7 @@ __all__ = [
     "require_base",
     "require_fit",
     "swap",
-    "without_head",
+    "without_leaves",
 ]
 
 _log = logging.getLogger(__name__)
@@ -118,11 +117,11 @@ def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
     return changed, Adapter(dict(adapter.support), old_values, old_dense)
 
 
-def without_head(adapter: Adapter) -> Adapter:
-    """Returns what an adapter trains of the base, without the head of its task."""
+def without_leaves(adapter: Adapter, leaves_out: Callable[[str], bool]) -> Adapter:
+    """Returns an adapter without what it trains of some leaves."""
     parts = adapter.support, adapter.values, adapter.dense
     support, values, dense = (
-        {name: array for name, array in part.items() if not name.startswith(HEADS)}
+        {name: array for name, array in part.items() if not leaves_out(name)}
         for part in parts
     )
     return replace(adapter, support=support, values=values, dense=dense)

@@ -6,11 +6,10 @@ import jax
 import numpy as np
 
 from sparse_jax.adapter.adapter import Adapter
-from sparse_jax.adapter.use import require_fit, without_head
+from sparse_jax.adapter.use import require_fit, without_leaves
 from sparse_jax.compact.compact import Tuner
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Params
-from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.supports.lanes import Lanes
 from sparse_jax.supports.positions import place_entries
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
@@ -19,7 +18,11 @@ __all__ = ["entries_to_avoid"]
 
 
 def entries_to_avoid(
-    tuner: Tuner, params: Params, adapters: Sequence[Adapter]
+    tuner: Tuner,
+    params: Params,
+    adapters: Sequence[Adapter],
+    *,
+    new: Sequence[str] = (),
 ) -> dict[str, jax.Array]:
     """Returns the supports of all entries that adapters train, for `Compact.select`.
 
@@ -31,8 +34,9 @@ def entries_to_avoid(
     Args:
       tuner: that trains the new one.
       params: parameters of the base.
-      adapters: of this base. A head that they train, such as the classifier of their
-        task, belongs to each adapter, and is not avoided.
+      adapters: of this base. The classifier of their task belongs to each adapter, and
+        is not avoided.
+      new: other leaves that the checkpoint of the base lacks, such as its pooler.
 
     Raises:
       InputError: naming the leaf, if the tuner would train it in full, or too few of
@@ -53,13 +57,14 @@ def entries_to_avoid(
       Array([3], dtype=int32)
     """
     method = tuner.method
+    is_new = lambda name: name.startswith("classifier/") or name in new
     for adapter in adapters:
-        require_fit(params, without_head(adapter))
+        require_fit(params, without_leaves(adapter, is_new))
     found: dict[str, jax.Array] = {}
 
     def collect(role: Role, leaf: jax.Array) -> None:
         owners = [one for one in adapters if role.name in {*one.dense, *one.support}]
-        if not owners or role.name.startswith(HEADS):
+        if not owners or is_new(role.name):
             return
         if role.kind == DENSE:
             raise InputError(

@@ -56,7 +56,9 @@ class Job:
     @functools.cached_property
     def avoid(self) -> dict[str, jax.Array]:
         """Supports of the entries that are left alone."""
-        return entries_to_avoid(self.tuner(), self.base.params, self.earlier)
+        return entries_to_avoid(
+            self.tuner(), self.base.params, self.earlier, new=self.base.new
+        )
 
     @property
     def total(self) -> int:

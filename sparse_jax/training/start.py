@@ -8,9 +8,10 @@ import numpy as np
 import optax
 
 from sparse_jax.adapter.adapter import Adapter
-from sparse_jax.adapter.use import require_base, require_fit, swap, without_head
+from sparse_jax.adapter.use import require_base, require_fit, swap, without_leaves
 from sparse_jax.errors import InputError, listed
 from sparse_jax.methods.method import Method
+from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.names import leaf_names
 from sparse_jax.supports.positions import fetch, read_entries
 from sparse_jax.training.objective import Objective
@@ -46,7 +47,7 @@ def start_from(
             f"{_MERGE}."
         )
     theirs, ours = (adapter.task, adapter.labels), (objective.name, objective.labels)
-    base_part = without_head(adapter)
+    base_part = without_leaves(adapter, lambda name: name.startswith(HEADS))
     if theirs != ours and base_part.entries != adapter.entries:
         _log.warning(
             "the head of the adapter is left out: it is for %s with %s, and this run "
