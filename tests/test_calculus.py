@@ -242,7 +242,7 @@ def test_supports_are_compared():
 
 
 REFUSED_SUMS = {
-    "no adapter": ([], {}, "`weights` must be one for each of at least one adapter"),
+    "no adapter": ([], {}, "`weights` must be as many as adapters, at least one"),
     "a weight too few": ([0, 1], {"weights": [1.0]}, "got 1 for 2"),
     "NaN": ([0], {"weights": [float("nan")]}, "`weights` must be finite"),
     "no such head": ([0], {"head": 1}, r"`head` must be in \[0, 1\), got 1"),

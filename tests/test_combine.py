@@ -55,7 +55,7 @@ def command(monkeypatch, capsys):
 def test_two_adapters_become_one(place, command):
     code, out, _ = command(
         "combine", "0.safetensors", "1.safetensors", "--output", "new/sum.safetensors",
-        "--weight", "1", "--weight", "-1",
+        "--weights", "1", "--weights", "-1",
     )  # fmt: skip
     assert (code, out) == (0, "new/sum.safetensors: 14 entries\n")
     model, params = from_pretrained("base", head=CausalLM)
@@ -101,7 +101,7 @@ REFUSED = {
     "another base": (another_base, (), "`model` must be the base of the adapter"),
     "out of range": (out_of_range, (), r"`norm/scale` must fit float32\[16\] of `para"),
     "truncated": (truncated, (), "must be a complete safetensors file"),
-    "a weight too few": (None, ("--weight", "1"), "`weights` must be one for each"),
+    "a weight too few": (None, ("--weights", "1"), "must be as many as adapters"),
     "no such head": (None, ("--head", "3"), r"`--head` must be in \[1, 2\], got 3"),
     "another file": (None, ("--output", "a.bin"), "must be a new file that ends with"),
 }

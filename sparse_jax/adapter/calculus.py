@@ -14,7 +14,7 @@ from sparse_jax.methods.lora import LoRA
 from sparse_jax.methods.method import Method
 from sparse_jax.models.functional import Params
 from sparse_jax.params.names import leaf_names
-from sparse_jax.supports.positions import fetch
+from sparse_jax.supports.positions import fetch, union_of
 
 __all__ = ["LeafOverlap", "combine_adapters", "compare_supports", "shared_leaves"]
 
@@ -120,7 +120,9 @@ def combine_adapters(
         parts = list(zip(adapters, weights, strict=True))
         if leaf in new:
             parts = [(chosen, 1.0)]
-        parts = [(one, weight) for one, weight in parts if leaf in {*_leaves(one)}]
+        parts = [
+            (one, weight) for one, weight in parts if weight and leaf in _leaves(one)
+        ]
         if not parts:
             continue
         found = _sum_of(leaf, base[leaf], parts)
@@ -143,8 +145,8 @@ def _require_sum(
     """Raises unless adapters have a sum."""
     if not adapters or len(weights) != len(adapters):
         raise InputError(
-            f"`weights` must be one for each of at least one adapter, got "
-            f"{len(weights)} for {len(adapters)}."
+            f"`weights` must be as many as adapters, at least one, got {len(weights)} "
+            f"for {len(adapters)}. Pass one for each, or none."
         )
     if not np.isfinite(weights).all():
         raise InputError(f"`weights` must be finite, got {brief(weights)}.")
@@ -199,36 +201,27 @@ def _sum_of(
         ]
         rows.append(_sum_of_row(fetch(base[row]).reshape(-1), changes))
     if whole:
-        return np.stack([values for _, values in rows]).reshape(base.shape)
-    # The layers of a stack have as many positions each. A layer with fewer takes
-    # entries that no adapter changed, with the value of the base.
-    most = max(int(is_changed.sum()) for is_changed, _ in rows)
-    support = np.stack([_first(is_changed, most) for is_changed, _ in rows])
-    values = np.stack([new[row] for row, (_, new) in zip(support, rows, strict=True)])
-    return (support, values) if stacked else (support[0], values[0])
+        return np.stack(rows).reshape(base.shape)
+    supports = [one.support[leaf] for one, _ in parts]
+    support = union_of(supports, math.prod(base.shape[int(stacked) :]))
+    values = np.stack(
+        [new[row] for row, new in zip(np.atleast_2d(support), rows, strict=True)]
+    )
+    return (support, values) if stacked else (support, values[0])
 
 
 def _sum_of_row(
     old: np.ndarray, changes: Sequence[tuple[Any, np.ndarray, float]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which entries change, and all values, shape=(n,) both."""
+) -> np.ndarray:
+    """Returns all values of a row, shape=(n,)."""
     base = old.astype(np.float32)
     total, last, count = base.copy(), old.copy(), np.zeros(old.shape, np.uint8)
     for places, values, weight in changes:
-        if weight == 0:
-            continue
         total[places] += np.float32(weight) * (values.astype(np.float32) - base[places])
         last[places] = values
         # One change of weight 1 keeps its bits, as b + (v - b) is not always v.
         count[places] = np.minimum(count[places] + (1 if weight == 1 else 2), 2)
-    return count > 0, np.where(count == 2, total.astype(old.dtype), last)
-
-
-def _first(is_changed: np.ndarray, count: int) -> np.ndarray:
-    """Returns the positions that change, and the first others up to a count."""
-    found = np.flatnonzero(is_changed)
-    others = np.flatnonzero(~is_changed)[: count - found.size]
-    return np.sort(np.concatenate([found, others])).astype(np.int32)
+    return np.where(count == 2, total.astype(old.dtype), last)
 
 
 def _low_rank_sum(

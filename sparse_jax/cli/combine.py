@@ -15,7 +15,7 @@ def combine(
         list[str], typer.Argument(help="Adapter files or folders of runs, on one base.")
     ],
     output: str = option(..., "Adapter file to write."),
-    weight: list[float] | None = option(
+    weights: list[float] | None = option(
         None,
         "Weight of an adapter; repeated, one for each. -1 subtracts.",
         "1 for each",
@@ -35,7 +35,7 @@ def combine(
     # JAX takes seconds to import, and `--help` has to be quick.
     from sparse_jax.interchange.source import combine_files
 
-    entries = combine_files(adapters, output, weight, head=head - 1, model=model)
+    entries = combine_files(adapters, output, weights, head=head - 1, model=model)
     print(f"{output}: {entries:,} entries")
 
 

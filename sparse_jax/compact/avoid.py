@@ -11,7 +11,7 @@ from sparse_jax.compact.compact import Tuner
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Params
 from sparse_jax.supports.lanes import Lanes
-from sparse_jax.supports.positions import place_entries
+from sparse_jax.supports.positions import place_entries, union_of
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
 __all__ = ["entries_to_avoid"]
@@ -96,19 +96,9 @@ def entries_to_avoid(
 def _union(
     adapters: Sequence[Adapter], role: Role, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Returns the positions that adapters train, as many in every layer of a stack."""
-    rows = shape[0] if role.stacked else 1
-    taken = np.zeros((rows, role.size), bool)
-    for adapter in adapters:
-        if role.name in adapter.dense:
-            taken[:] = True
-        else:
-            support = adapter.support[role.name].reshape(rows, -1)
-            np.put_along_axis(taken, support.astype(np.int64), True, axis=1)
-    most = taken.sum(axis=1).max()
-    # A layer with fewer takes entries that nobody trains, from the end: avoiding a few
-    # more than asked for does no harm.
-    for row in taken:
-        row[np.flatnonzero(~row)[::-1][: most - row.sum()]] = True
-    positions = np.nonzero(taken)[1].reshape(rows, -1).astype(np.int32)
-    return positions if role.stacked else positions[0]
+    """Returns the positions that adapters train."""
+    whole = np.arange(role.size, dtype=np.int32)
+    if role.stacked:
+        whole = np.broadcast_to(whole, (shape[0], role.size))
+    # Avoiding a few more than asked for, where layers differ, does no harm.
+    return union_of([one.support.get(role.name, whole) for one in adapters], role.size)

@@ -134,9 +134,10 @@ def combine_files(
     """
     output = Path(output)
     if output.suffix != ".safetensors" or output.exists():
+        reason = "which exists" if output.exists() else "which does not"
         raise InputError(
             f"`output` must be a new file that ends with .safetensors, got "
-            f"{brief(str(output))}."
+            f"{brief(str(output))}, {reason}. Choose another name."
         )
     adapters = [open_adapter(path, model) for path in paths]
     sources = [open_source(adapter, model) for adapter in adapters]

@@ -6,6 +6,7 @@ meet arrays that are sharded over one.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ __all__ = [
     "place_entries",
     "read_entries",
     "shards_of",
+    "union_of",
     "write_entries",
     "write_in_place",
 ]
@@ -71,16 +73,9 @@ def read_entries(x: jax.Array, positions: np.ndarray) -> np.ndarray:
       x: array, or a stack of layers; sharded over a mesh or not.
       positions: shape=(k,), or (L, k) for a stack.
     """
-    stacked = positions.ndim == 2
-    shards = shards_of(x, stacked)
-    if shards is None:
-        return fetch(_gather(ENTRY, x, jnp.asarray(positions)))
-    layout = ShardedEntries(shards)
-    (support,) = layout.from_positions(positions, x.shape)
-    there = _put(support, jax.NamedSharding(_mesh(x), layout.spec(stacked)))
-    with jax.set_mesh(_mesh(x)):
-        packed = _gather(layout, x, there)
-    return layout.to_positions(support, x.shape, fetch(packed))[1]
+    layout, support, _ = place_entries(x, positions)
+    packed = fetch(_on_mesh(_gather, layout, x, support))
+    return layout.to_positions(fetch(support), x.shape, packed)[1]
 
 
 def write_entries(x: jax.Array, positions: np.ndarray, values: np.ndarray) -> jax.Array:
@@ -91,15 +86,8 @@ def write_entries(x: jax.Array, positions: np.ndarray, values: np.ndarray) -> ja
       positions: shape=(k,), or (L, k) for a stack.
       values: what to write, in the shape of `positions`.
     """
-    stacked = positions.ndim == 2
-    shards = shards_of(x, stacked)
-    if shards is None:
-        return _scatter(ENTRY, x, jnp.asarray(positions), jnp.asarray(values))
-    layout = ShardedEntries(shards)
-    sharding = jax.NamedSharding(_mesh(x), layout.spec(stacked))
-    made = layout.from_positions(positions, x.shape, values)
-    with jax.set_mesh(_mesh(x)):
-        return _scatter(layout, x, *(_put(array, sharding) for array in made))
+    layout, support, packed = place_entries(x, positions, values)
+    return _on_mesh(_scatter, layout, x, support, *packed)
 
 
 def place_entries(
@@ -115,9 +103,8 @@ def place_entries(
     stacked = positions.ndim == 2
     shards = shards_of(x, stacked)
     if shards is None:
-        return PlacedEntries(
-            ENTRY, jnp.asarray(positions), tuple(map(jnp.asarray, values))
-        )
+        packed = tuple(map(jnp.asarray, values))
+        return PlacedEntries(ENTRY, jnp.asarray(positions), packed)
     layout = ShardedEntries(shards)
     sharding = jax.NamedSharding(_mesh(x), layout.spec(stacked))
     made = layout.from_positions(positions, x.shape, *values)
@@ -132,10 +119,33 @@ def write_in_place(
 
     The array is used up.
     """
-    if layout == ENTRY:
-        return _overwrite(layout, x, support, packed)
-    with jax.set_mesh(_mesh(x)):
-        return _overwrite(layout, x, support, packed)
+    return _on_mesh(_overwrite, layout, x, support, packed)
+
+
+def union_of(supports: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """Returns the positions of several supports, as many in every layer of a stack.
+
+    A layer with fewer takes the first entries that none of them has.
+
+    Args:
+      supports: at least one; all of shape=(k,), or (L, k), with a k of its own.
+      size: entries of the array, or of one layer.
+
+    Example:
+      >>> union_of([np.array([[0, 3], [1, 2]]), np.array([[4], [1]])], 5).tolist()
+      [[0, 3, 4], [0, 1, 2]]
+    """
+    if supports[0].ndim == 1:
+        return np.unique(np.concatenate(supports)).astype(np.int32)
+    rows = [np.unique(np.concatenate(row)) for row in zip(*supports, strict=True)]
+    most = max(row.size for row in rows)
+    others = (np.setdiff1d(np.arange(min(size, most + row.size)), row) for row in rows)
+    return np.stack(
+        [
+            np.union1d(row, other[: most - row.size])
+            for row, other in zip(rows, others, strict=True)
+        ]
+    ).astype(np.int32)
 
 
 # What is donated is written in place.
@@ -153,6 +163,16 @@ def _overwrite(
     bits = [lax.bitcast_convert_type(array, jnp.uint16) for array in (x, packed)]
     written = layout.scatter(bits[0], support, bits[1])
     return lax.bitcast_convert_type(written, x.dtype)
+
+
+def _on_mesh(
+    program: Callable[..., jax.Array], layout: Layout, x: jax.Array, *args: jax.Array
+) -> jax.Array:
+    """Calls a program of a layout, on the mesh of an array that is sharded."""
+    if layout == ENTRY:
+        return program(layout, x, *args)
+    with jax.set_mesh(_mesh(x)):
+        return program(layout, x, *args)
 
 
 def _mesh(x: jax.Array) -> jax.sharding.Mesh:

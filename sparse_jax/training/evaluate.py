@@ -54,6 +54,11 @@ def evaluate_adapter(
         are wrong or have other labels.
     """
     found = open_adapter(adapter, model, task)
+    if not (task or found.task):
+        raise InputError(
+            "`task` must be given for an adapter that names none, got none. Pass the "
+            "task whose data it is evaluated on."
+        )
     kept = {name: found.settings.get(name) for name in _KEPT}
     passed = {"max_length": max_length, "batch_size": batch_size}
     passed["drop_unlabeled"] = drop_unlabeled or None

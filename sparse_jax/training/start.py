@@ -1,6 +1,7 @@
 """Where a run starts that goes on from an adapter, and what its own adapter holds."""
 
 import logging
+import math
 from dataclasses import fields, replace
 
 import jax
@@ -13,7 +14,7 @@ from sparse_jax.errors import InputError, listed
 from sparse_jax.methods.method import Method
 from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.names import leaf_names
-from sparse_jax.supports.positions import fetch, read_entries
+from sparse_jax.supports.positions import fetch, read_entries, union_of
 from sparse_jax.training.objective import Objective
 from sparse_jax.training.setup import Base
 
@@ -87,7 +88,9 @@ def with_start(start: Adapter, trained: Adapter, params: optax.Params) -> Adapte
             continue
         union = positions
         if name in support:
-            union = _union(positions, support[name], leaves[name])
+            stacked = positions.ndim - 1
+            size = math.prod(leaves[name].shape[stacked:])
+            union = union_of([positions, support[name]], size)
         support[name], values[name] = union, read_entries(leaves[name], union)
     same = {*dense} == {*trained.dense} and all(
         name in trained.support and np.array_equal(array, trained.support[name])
@@ -111,17 +114,3 @@ def _going_on(adapter: Adapter, method: Method) -> Method:
     if found != method:
         _log.warning("the settings of the adapter are used: %s", found)
     return found
-
-
-def _union(first: np.ndarray, second: np.ndarray, leaf: jax.Array) -> np.ndarray:
-    """Returns the positions of two supports, as many in every layer of a stack."""
-    if first.ndim == 1:
-        return np.union1d(first, second).astype(np.int32)
-    rows = [np.union1d(*pair) for pair in zip(first, second, strict=True)]
-    most, size = max(row.size for row in rows), int(np.prod(leaf.shape[1:]))
-    # A layer with fewer takes entries that nothing trained, which have their values.
-    filled = [
-        np.union1d(row, np.setdiff1d(np.arange(size), row)[: most - row.size])
-        for row in rows
-    ]
-    return np.stack(filled).astype(np.int32)
