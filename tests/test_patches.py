@@ -200,6 +200,31 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     assert not (tmp_path / "patch").exists()
 
 
+OUTSIDE = {
+    # Of 16 rows and 24 columns; the tensor has 24 rows and 16 columns.
+    "a position": (
+        {"layers/mlp/up/kernel": np.array([[384]] * 4, np.int32)},
+        {},
+        "must hold positions below 384",
+    ),
+    "a shape": (
+        {},
+        {"norm/scale": np.ones((4, 4), np.float32)},
+        r"`norm/scale` must have shape \[16\] as in the model, got \[4, 4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_does_not_fit_the_model_is_refused(name, tmp_path):
+    support, dense, message = OUTSIDE[name]
+    values = {leaf: np.ones(x.shape, np.float32) for leaf, x in support.items()}
+    adapter = Adapter(support, values, dense)
+    with pytest.raises(InputError, match=message):
+        save_patches(tmp_path / "patch", adapter, tiny_decoder()[0])
+    assert not (tmp_path / "patch").exists()
+
+
 def rewritten(folder, file, change):
     tensors = load_file(folder / file)
     change(tensors)

@@ -27,6 +27,7 @@ __all__ = [
     "merge_adapter",
     "require_base",
     "require_fit",
+    "require_inside",
     "swap",
     "without_leaves",
 ]
@@ -217,10 +218,10 @@ def require_fit(params: Params, adapter: Adapter) -> None:
                 "the dtype and with the labels that were trained."
             )
         if is_sparse:
-            _require_inside(name, adapter.support[name], leaf)
+            require_inside(name, adapter.support[name], leaf)
 
 
-def _require_inside(name: str, support: np.ndarray, leaf: jax.Array) -> None:
+def require_inside(name: str, support: np.ndarray, leaf: jax.Array) -> None:
     """Raises unless the positions of a support lie in the leaf."""
     layers = () if support.ndim == 1 else support.shape[:1]
     size = math.prod(leaf.shape[len(layers) :])
