@@ -210,7 +210,7 @@ OUTSIDE = {
     "a shape": (
         {},
         {"norm/scale": np.ones((4, 4), np.float32)},
-        r"`norm/scale` must have shape \[16\] as in the model, got \[4, 4\]",
+        r"`norm/scale` must be float32\[16\] as in the model, got float32\[4, 4\]",
     ),
 }
 

@@ -1,7 +1,6 @@
 """Put an adapter on its base model, and take it off again."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparse_jax.adapter.adapter import Adapter
-from sparse_jax.adapter.whole import require_whole
+from sparse_jax.adapter.whole import require_inside, require_whole
 from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model, Params
@@ -27,7 +25,6 @@ __all__ = [
     "merge_adapter",
     "require_base",
     "require_fit",
-    "require_inside",
     "swap",
     "without_leaves",
 ]
@@ -219,16 +216,3 @@ def require_fit(params: Params, adapter: Adapter) -> None:
             )
         if is_sparse:
             require_inside(name, adapter.support[name], leaf)
-
-
-def require_inside(name: str, support: np.ndarray, leaf: jax.Array) -> None:
-    """Raises unless the positions of a support lie in the leaf."""
-    layers = () if support.ndim == 1 else support.shape[:1]
-    size = math.prod(leaf.shape[len(layers) :])
-    most = support.max(initial=-1)
-    if leaf.shape[: len(layers)] != layers or most >= size:
-        raise InputError(
-            f"`{name}.support` must hold positions below {size} for "
-            f"{leaf.dtype}{list(leaf.shape)}, got {list(support.shape)} up to {most}. "
-            "Load the base that the adapter was trained on."
-        )

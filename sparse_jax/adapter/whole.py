@@ -1,5 +1,6 @@
 """The check that an adapter has exactly what its method trains."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -11,9 +12,10 @@ from sparse_jax.methods.method import Method
 from sparse_jax.methods.sites import Added
 from sparse_jax.models.functional import Params
 from sparse_jax.models.hf.weights import HEADS
+from sparse_jax.params.names import map_named
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
-__all__ = ["require_whole"]
+__all__ = ["require_inside", "require_whole"]
 
 
 def require_whole(params: Params, adapter: Adapter, *, new: Sequence[str] = ()) -> None:
@@ -43,6 +45,7 @@ def require_whole(params: Params, adapter: Adapter, *, new: Sequence[str] = ()) 
             "Pass it with the settings of the training, or take `tuner.adapter(state)`."
         )
     _require_sites(expected, adapter.added)
+    map_named(lambda name, leaf: _require_shape(name, leaf, adapter), params)
     if not says_nothing:
         _require_leaves(method, params, adapter, new)
     for leaf in new:
@@ -76,6 +79,32 @@ def _require_sites(expected: Added, added: Mapping[str, Arrays]) -> None:
                     f"{array.dtype}{list(array.shape)}. Copy it again, or load the "
                     "base that it was trained on."
                 )
+
+
+def _require_shape(name: str, leaf: jax.Array, adapter: Adapter) -> None:
+    """Raises unless what an adapter has of a leaf lies in it."""
+    if name in adapter.support:
+        require_inside(name, adapter.support[name], leaf)
+    array = adapter.dense.get(name)
+    if array is not None and array.shape != leaf.shape:
+        raise InputError(
+            f"`{name}` must be {leaf.dtype}{list(leaf.shape)} as in the model, got "
+            f"{array.dtype}{list(array.shape)} in the adapter. Load the base in the "
+            "dtype and with the labels that were trained."
+        )
+
+
+def require_inside(name: str, support: np.ndarray, leaf: jax.Array) -> None:
+    """Raises unless the positions of a support lie in the leaf."""
+    layers = () if support.ndim == 1 else support.shape[:1]
+    size = math.prod(leaf.shape[len(layers) :])
+    most = support.max(initial=-1)
+    if leaf.shape[: len(layers)] != layers or most >= size:
+        raise InputError(
+            f"`{name}.support` must hold positions below {size} for "
+            f"{leaf.dtype}{list(leaf.shape)}, got {list(support.shape)} up to {most}. "
+            "Load the base that the adapter was trained on."
+        )
 
 
 def _require_leaves(

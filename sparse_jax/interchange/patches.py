@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.file import replacing
-from sparse_jax.adapter.use import require_inside
 from sparse_jax.adapter.whole import require_whole
 from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.models.functional import Model
@@ -97,17 +96,7 @@ def patches_of(adapter: Adapter, model: Model) -> list[WeightPatch]:
                 f"`adapter` must have leaves of the model, got `{leaf}`, which it "
                 "lacks. Load the base with the head that was trained."
             )
-        like = by_name[leaf]
-        if leaf in adapter.support:
-            # Turned as a tensor lies, a position outside may come to lie inside.
-            require_inside(leaf, adapter.support[leaf], like)
-        elif adapter.dense[leaf].shape != like.shape:
-            raise InputError(
-                f"`{leaf}` must have shape {list(like.shape)} as in the model, got "
-                f"{list(adapter.dense[leaf].shape)} in the adapter. Load the base with "
-                "the labels that were trained."
-            )
-        shape = like.shape[int(is_stacked(leaf)) :]
+        shape = by_name[leaf].shape[int(is_stacked(leaf)) :]
         for layer, (flat, new) in enumerate(zip(positions, values, strict=True)):
             name = tensor_name(model.family, leaf, layer)
             there = layout.tensor_positions(leaf, shape, flat, heads)
