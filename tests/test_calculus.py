@@ -273,6 +273,8 @@ def test_what_has_no_sum_is_refused(name):
 
 
 REFUSED_SWITCHES = {
+    "NaN": (({"a": float("nan")},), "must have finite strengths, got nan for 'a'"),
+    "infinity": (("a", {"b": float("inf")}), "finite strengths, got inf for 'b'"),
     "no such adapter": (("c",), "`names` must be of a, b, got 'c'"),
     "shared entries": (("a", "b"), "got 'a' and 'b', which share some of `layers/up/"),
 }
@@ -310,6 +312,16 @@ def test_heads_in_full_are_those_of_the_first_and_not_scaled():
         head = switch.to(*names)["classifier"]["kernel"]
         assert bits(head) == bits(first.dense[HEAD])
     assert bits(switch.to()) == bits(base_params())
+
+
+def test_an_adapter_at_strength_0_is_off():
+    first, second = (adapter_at([n], [n], seed=n, head=True) for n in (0, 1))
+    switch = AdapterSwitch(
+        base_params(), {"a": first, "b": second, "same as b": second}
+    )
+    head = switch.to({"a": 0.0, "same as b": 0, "b": 1.0})["classifier"]["kernel"]
+    assert bits(head) == bits(second.dense[HEAD])
+    assert switch.active == {"b": 1.0}
 
 
 def test_shared_entries_of_a_head_are_refused():

@@ -1,6 +1,7 @@
 """Adapters of one base that are put on and taken off in place."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -90,20 +91,28 @@ class AdapterSwitch:
 
         Args:
           *names: names, or mappings from names to strengths; a name alone has strength
-            1. None at all leaves the base. Of heads that several train in full, such as
-            the classifiers of their tasks, that of the first is on, at strength 1.
+            1, and one of strength 0 is off. None at all leaves the base. Of heads that
+            several train in full, such as the classifiers of their tasks, that of the
+            first is on, at strength 1.
 
         Raises:
-          InputError: if there is no such adapter, or two train an entry in common.
+          InputError: if there is no such adapter, two train an entry in common, or a
+            strength is not a finite number.
         """
         wanted: dict[str, float] = {}
         for one in names:
             wanted |= {one: 1.0} if isinstance(one, str) else one
-        for name in wanted:
+        for name, strength in wanted.items():
             if name not in self._placed:
                 raise InputError(
                     f"`names` must be of {listed([*self._placed])}, got {brief(name)}."
                 )
+            if not math.isfinite(strength):
+                raise InputError(
+                    f"`names` must have finite strengths, got {strength!r} for "
+                    f"{name!r}. Leave it out, or pass 1.0 to have it on in full."
+                )
+        wanted = {name: strength for name, strength in wanted.items() if strength}
         for first, second in itertools.combinations(sorted(wanted), 2):
             self._require_apart(first, second)
         for name in self.active:
