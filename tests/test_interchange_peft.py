@@ -30,8 +30,10 @@ from sparse_jax import (
     from_pretrained,
     load_peft,
     merge_adapter,
+    open_adapter,
     save_adapter,
     save_peft,
+    save_pretrained,
 )
 from sparse_jax.generation.writer import load_writer, text_tokens
 from sparse_jax.models.heads import SequenceClassifier
@@ -647,6 +649,29 @@ def test_labels_that_peft_does_not_name_are_those_of_the_task(
         InputError, match="`task` must be given for an adapter that names"
     ):
         evaluate_adapter(task / "foreign", model=base, **options)
+
+
+def test_entries_of_a_head_go_to_the_labels_of_the_task(task, tmp_path):
+    from peft import ShiraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    key, tokens = jax.random.key(0), jnp.array([[2, 5, 6, 3]])
+    batch = {"input_ids": tokens, "attention_mask": jnp.ones_like(tokens)}
+    names = ("positive", "negative")
+    model, params = from_pretrained(task / "base", labels=names, key=key)
+    save_pretrained(model, params, tmp_path / "base")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    theirs = get_peft_model(theirs, ShiraConfig(r=1, target_modules=["classifier"]))
+    for name, leaf in theirs.named_parameters():
+        if "shira" in name:
+            leaf.data += 0.1 + leaf.new_tensor(range(leaf.numel()))
+    theirs.save_pretrained(tmp_path / "peft")
+    found = load_peft(tmp_path / "peft", model, params)
+    expected = model(merge_adapter(params, found), batch)
+    adapter = open_adapter(tmp_path / "peft", tmp_path / "base", "sst2")
+    model, params = from_pretrained(tmp_path / "base", labels=adapter.labels)
+    ours = model(merge_adapter(params, adapter), batch)
+    np.testing.assert_allclose(ours, expected[:, ::-1], rtol=0, atol=1e-5)
 
 
 def test_a_folder_of_peft_writes_texts(tmp_path):

@@ -150,13 +150,25 @@ def _for_task(adapter: Adapter, model: Model) -> Adapter:
         )
     if not use.is_certain:
         _log.warning("the adapter does not name its labels: %s", use.remark)
-    dense = {
-        leaf: _ordered(array, use.order) if leaf in label_leaves(model) else array
-        for leaf, array in adapter.dense.items()
-    }
-    return replace(adapter, dense=dense, labels=tuple(labels))
+    support, values, dense = {**adapter.support}, {**adapter.values}, {**adapter.dense}
+    for leaf in label_leaves(model):
+        if leaf in dense:
+            dense[leaf] = np.ascontiguousarray(dense[leaf][..., list(use.order)])
+        if leaf in support:
+            moved = _moved(support[leaf], use.order)
+            by_place = np.argsort(moved)
+            support[leaf], values[leaf] = moved[by_place], values[leaf][by_place]
+    return replace(
+        adapter, support=support, values=values, dense=dense, labels=tuple(labels)
+    )
 
 
-def _ordered(array: np.ndarray, order: Sequence[int]) -> np.ndarray:
-    """Returns a leaf of the head with its outputs in another order."""
-    return np.ascontiguousarray(array[..., list(order)])
+def _moved(support: np.ndarray, order: Sequence[int]) -> np.ndarray:
+    """Returns positions in a leaf of the head whose outputs are in another order.
+
+    Example:
+      >>> _moved(np.array([0, 4, 5]), (2, 0, 1))  # rows of three outputs
+      array([1, 5, 3], dtype=int32)
+    """
+    rows, outputs = np.divmod(support, len(order))
+    return (rows * len(order) + np.argsort(order)[outputs]).astype(np.int32)
