@@ -135,6 +135,15 @@ def test_the_best_of_what_is_left_is_chosen(score, stacked):
         np.testing.assert_array_equal(np.asarray(chosen).reshape(best.shape), best)
 
 
+@pytest.mark.parametrize("stack", ["w", None])
+def test_positions_must_be_in_what_the_run_chooses_from(stack):
+    positions = np.zeros((1,) if stack else (3, 1), np.int32)
+    mine = Adapter({"w/k": positions}, {"w/k": np.ones(positions.shape, np.float32)})
+    tuner = Compact(make_loss, Sparse(density=0.1, stack=stack), optax.sgd(0.1))
+    with pytest.raises(InputError, match="`w/k`, as this run has, got"):
+        entries_to_avoid(tuner, {"w": {"k": jnp.ones((3, 10))}}, [mine])
+
+
 def test_lanes_avoid_nothing():
     method = Sparse(density=0.1, granularity="lane", stack=None)
     tuner = Compact(make_loss, method, optax.sgd(0.1))

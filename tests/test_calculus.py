@@ -1,5 +1,6 @@
 """Adapters are added, subtracted, compared, and put on and taken off exactly."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -52,6 +53,11 @@ def adapter_at(stack, table, dtype="float32", seed=1, head=False):
     dense = {HEAD: draw(D, 2)} if head else {}
     task = f"task {seed}"
     return Adapter(support, values, dense, base_hash="ab", word="sift", task=task)
+
+
+def in_the_whole():
+    """Returns an adapter with a position in the second layer, by the whole stack."""
+    return Adapter({STACK: np.array([D * D], np.int32)}, {STACK: np.ones(1, "float32")})
 
 
 def bits(tree):
@@ -241,7 +247,19 @@ def test_supports_are_compared():
     assert compare_supports(first, whole)[TABLE] == (1, 20, 1)
 
 
+LAYERS_AND_WHOLE = "same layers of `layers/up/kernel`, got the whole and 3 layers"
+
+
+def test_positions_in_layers_and_in_the_whole_are_not_compared():
+    layers, whole = adapter_at([0], [1]), in_the_whole()
+    for pair in itertools.permutations((layers, whole)):
+        with pytest.raises(InputError, match=LAYERS_AND_WHOLE):
+            compare_supports(*pair)
+
+
 REFUSED_SUMS = {
+    "layers and whole": ([0, 8, 9], {}, LAYERS_AND_WHOLE),
+    "whole and layers": ([8, 0], {}, LAYERS_AND_WHOLE),
     "no adapter": ([], {}, "`weights` must be as many as adapters, at least one"),
     "a weight too few": ([0, 1], {"weights": [1.0]}, "got 1 for 2"),
     "NaN": ([0], {"weights": [float("nan")]}, "`weights` must be finite"),
@@ -267,6 +285,8 @@ def test_what_has_no_sum_is_refused(name):
         Adapter(dense={"other": np.zeros(2, np.float32)}),
         adapter_at([1], [2], "bfloat16"),
         adapter_at([1], [20]),
+        in_the_whole(),
+        Adapter(dense={STACK: np.zeros((L, D, D), np.float32)}),
     ]
     with pytest.raises(InputError, match=message):
         combine_adapters(base_params(), [adapters[n] for n in numbers], **options)

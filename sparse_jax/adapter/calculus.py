@@ -37,6 +37,10 @@ def compare_supports(first: Adapter, second: Adapter) -> dict[str, LeafOverlap]:
 
     A leaf trained in full counts with all its entries.
 
+    Raises:
+      InputError: naming the leaf, if one adapter has positions in its layers and the
+        other in the whole of it.
+
     Example:
       >>> adapters = [
       ...     Adapter({"w": np.array(support)}, {"w": np.ones(len(support))})
@@ -45,14 +49,16 @@ def compare_supports(first: Adapter, second: Adapter) -> dict[str, LeafOverlap]:
       >>> compare_supports(*adapters)
       {'w': LeafOverlap(first=2, second=1, shared=1)}
     """
-    found = {}
+    found, pair = {}, (first, second)
     for leaf in sorted({*_leaves(first)} | {*_leaves(second)}):
-        sizes = [_trained_size(adapter, leaf) for adapter in (first, second)]
-        whole = [leaf in adapter.dense for adapter in (first, second)]
+        sizes = [_trained_size(adapter, leaf) for adapter in pair]
+        whole = [leaf in adapter.dense for adapter in pair]
         if any(whole):
             shared = sizes[1 - whole.index(True)]
         else:
-            shared = _shared(first.support.get(leaf), second.support.get(leaf))
+            supports = [one.support[leaf] for one in pair if leaf in one.support]
+            _require_alike(leaf, supports)
+            shared = _shared(*supports) if len(supports) == 2 else 0
         found[leaf] = LeafOverlap(sizes[0], sizes[1], shared)
     return found
 
@@ -190,6 +196,8 @@ def _sum_of(
             fits = rows and one.support[leaf].max(initial=-1) < size
         if not fits:
             raise _misfit(leaf, base, array)
+    supports = [one.support[leaf] for one, _ in parts if leaf in one.support]
+    _require_alike(leaf, supports)
     rows = []
     # A layer at a time, so that a float32 copy of one is all that is made.
     for row in range(base.shape[0]) if stacked else [...]:
@@ -202,7 +210,6 @@ def _sum_of(
         rows.append(_sum_of_row(fetch(base[row]).reshape(-1), changes))
     if whole:
         return np.stack(rows).reshape(base.shape)
-    supports = [one.support[leaf] for one, _ in parts]
     support = union_of(supports, math.prod(base.shape[int(stacked) :]))
     values = np.stack(
         [new[row] for row, new in zip(np.atleast_2d(support), rows, strict=True)]
@@ -254,13 +261,22 @@ def _low_rank_sum(
     return LoRA(rank=rank, alpha=float(rank), where=where, dense=exact or None), added
 
 
-def _shared(first: np.ndarray | None, second: np.ndarray | None) -> int:
+def _shared(first: np.ndarray, second: np.ndarray) -> int:
     """Returns how many positions two supports have in common."""
-    if first is None or second is None:
-        return 0
     if first.ndim == 1:
         return np.intersect1d(first, second, assume_unique=True).size
     return sum(map(_shared, first, second))
+
+
+def _require_alike(leaf: str, supports: Sequence[np.ndarray]) -> None:
+    """Raises unless supports of a leaf count positions in the same layers."""
+    shapes = sorted({one.shape[:-1] for one in supports})
+    if len(shapes) > 1:
+        words = [f"{shape[0]} layers" if shape else "the whole" for shape in shapes]
+        raise InputError(
+            f"`adapters` must have positions in the same layers of `{leaf}`, got "
+            f"{' and '.join(words)}. Train them with the same `stack`."
+        )
 
 
 def _trained_size(adapter: Adapter, leaf: str) -> int:

@@ -40,7 +40,8 @@ def entries_to_avoid(
 
     Raises:
       InputError: naming the leaf, if the tuner would train it in full, or too few of
-        its entries are left; or if the method does not choose single entries.
+        its entries are left; if the method does not choose single entries; or if it
+        chooses them in layers and an adapter has them in the whole, or the reverse.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,6 +79,15 @@ def entries_to_avoid(
             raise InputError(
                 "`granularity` must be 'entry' to avoid entries, got 'lane', which "
                 "takes some of every 128 rows. Leave it out."
+            )
+        theirs = [one.support[role.name] for one in owners if role.name in one.support]
+        if any(support.ndim != 1 + role.stacked for support in theirs):
+            wanted, got = "layers", "the whole"
+            if not role.stacked:
+                wanted, got = got, wanted
+            raise InputError(
+                f"`avoid` must be of adapters with positions in {wanted} of "
+                f"`{role.name}`, as this run has, got {got}. Train with their `stack`."
             )
         positions = _union(owners, role, leaf.shape)
         free, k = role.size - positions.shape[-1], method.support_size(role)
