@@ -14,7 +14,8 @@ from experiments import examples
 EXAMPLES = {path.stem for path in Path(examples.__file__).parent.glob("[a-z]*.py")}
 
 
-OTHERS = {"tunix_trainer", "serve_with_peft"}  # with tests of their own
+PEFT = {"serve_with_peft", "continue_from_peft"}
+OTHERS = {"tunix_trainer", *PEFT}  # with tests of their own
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES - OTHERS))
@@ -40,10 +41,9 @@ def test_the_trainer_of_tunix_takes_sift():
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
-def test_peft_gives_the_logits_of_a_sift_adapter(capsys):
+@pytest.mark.parametrize("name", sorted(PEFT))
+def test_peft_gives_our_logits(name, capsys):
     for library in ("peft", "torch"):
         pytest.importorskip(library)
-    from experiments.examples import serve_with_peft
-
-    assert serve_with_peft.main() < 1e-5
+    assert importlib.import_module(f"experiments.examples.{name}").main() < 1e-5
     assert capsys.readouterr().out.startswith("largest difference of the logits ")
