@@ -204,6 +204,15 @@ def test_the_head_is_that_of_one_adapter():
     assert total.task == "task 2"
 
 
+def test_classifiers_of_other_labels_are_not_summed():
+    head = lambda *labels: replace(adapter_at([0], [1], head=True), labels=labels)
+    pair = [head("no", "yes"), head("yes", "no")]
+    with pytest.raises(InputError, match="got no, yes and yes, no. Train"):
+        combine_adapters(base_params(), pair)
+    total = combine_adapters(base_params(), pair, new=(HEAD,), head=1)
+    assert total.labels == ("yes", "no")
+
+
 def test_a_sum_is_saved_and_loaded(tmp_path):
     params = base_params()
     adapters = [adapter_at([0, 5], [1], seed=1), adapter_at([5, 6], [2], seed=2)]
@@ -222,18 +231,18 @@ def low_rank(rank, sites, seed, kind: type[LowRank] = LoRA, **options):
 
 
 def test_lora_is_summed_by_its_ranks():
-    params = {"layers": {n: {"kernel": jnp.zeros((L, D, D))} for n in ("up", "down")}}
-    first = low_rank(2, ["up", "down"], 1, alpha=1.0)
-    second = low_rank(3, ["up"], 2, rslora=True)
+    params = {"blocks": {n: {"kernel": jnp.zeros((L, D, D))} for n in ("up", "down")}}
+    first = low_rank(2, ["up", "down"], 1, alpha=1.0, stack="blocks")
+    second = low_rank(3, ["up"], 2, rslora=True, stack="blocks")
     total = combine_adapters(params, [first, second], [2.0, -0.5])
     assert isinstance(total.method, LoRA)
     assert (total.method.rank, total.method.scale) == (5, 1.0)
     found = merge_adapter(params, total)
     one, two = merge_adapter(params, first), merge_adapter(params, second)
     for site in ("up", "down"):
-        w = 2.0 * one["layers"][site]["kernel"] - 0.5 * two["layers"][site]["kernel"]
+        w = 2.0 * one["blocks"][site]["kernel"] - 0.5 * two["blocks"][site]["kernel"]
         np.testing.assert_allclose(
-            found["layers"][site]["kernel"], w, rtol=0, atol=1e-5
+            found["blocks"][site]["kernel"], w, rtol=0, atol=1e-5
         )
     assert isinstance(apply_adapter(params, total)[1], Attachment)
 
@@ -263,6 +272,7 @@ REFUSED_SUMS = {
     "no adapter": ([], {}, "`weights` must be as many as adapters, at least one"),
     "a weight too few": ([0, 1], {"weights": [1.0]}, "got 1 for 2"),
     "NaN": ([0], {"weights": [float("nan")]}, "`weights` must be finite"),
+    "no such leaf": ([0], {"new": ["classifier"]}, "`new` must name leaves .*'classif"),
     "no such head": ([0], {"head": 1}, r"`head` must be in \[0, 1\), got 1"),
     "another base": ([0, 2], {}, r"must be of one base, got  \(ab\), other \(cd\)"),
     "LoRA and sparse": ([0, 3], {}, "must be all LoRA, or all without .* lora, sift"),

@@ -16,7 +16,7 @@ from sparse_jax.params.names import leaf_names
 from sparse_jax.supports.positions import fetch, read_entries
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
-__all__ = ["Adapter", "Arrays", "adapter_of", "require_no_settings"]
+__all__ = ["Adapter", "Arrays", "adapter_of", "require_named", "require_no_settings"]
 
 Arrays = dict[str, np.ndarray]
 
@@ -104,11 +104,7 @@ def adapter_of(
         however much of them was trained: the base alone does not define them.
       **about: other fields of `Adapter`.
     """
-    names = jax.tree.leaves(leaf_names(params))
-    if unknown := sorted({*new} - {*names}):
-        raise InputError(
-            f"`new` must name leaves of the parameters, got {brief(unknown[0])}."
-        )
+    require_named(jax.tree.leaves(leaf_names(params)), new)
     supports, values, dense = {}, {}, {}
 
     def collect(role: Role, leaf: jax.Array, entries: jax.Array) -> None:
@@ -122,6 +118,14 @@ def adapter_of(
     map_roles(collect, roles, params, support)
     arrays = jax.tree.map(fetch, added)
     return Adapter(supports, values, dense, arrays, method, **about)
+
+
+def require_named(names: Sequence[str], new: Sequence[str]) -> None:
+    """Raises if new leaves are not of these names."""
+    if unknown := sorted({*new} - {*names}):
+        raise InputError(
+            f"`new` must name leaves of the parameters, got {brief(unknown[0])}."
+        )
 
 
 def require_no_settings(word: str, has_added: bool) -> None:

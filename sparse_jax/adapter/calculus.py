@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sparse_jax.adapter.adapter import Adapter, Arrays
-from sparse_jax.errors import InputError, brief
+from sparse_jax.adapter.adapter import Adapter, Arrays, require_named
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.methods.lora import LoRA
 from sparse_jax.methods.method import Method
 from sparse_jax.models.functional import Params
@@ -95,7 +95,8 @@ def combine_adapters(
 
     Raises:
       InputError: if the adapters are of different bases, or of methods that have no
-        sum; if a leaf is missing; or naming a leaf of another shape or dtype.
+        sum; if a leaf is missing; if `new` names others, or lacks a classifier that
+        has other labels; or naming a leaf of another shape or dtype.
 
     Source:
       `add_weighted_adapter` of PEFT, with `combination_type="cat"` for LoRA.
@@ -120,6 +121,7 @@ def combine_adapters(
             f"`params` must have the leaf `{missing[0]}` of the adapters, but has "
             "none. Load the base model with the head that was trained."
         )
+    require_named(named, new)
     chosen = adapters[head]
     support, values, dense = {}, {}, {}
     for leaf in leaves:
@@ -131,6 +133,7 @@ def combine_adapters(
         ]
         if not parts:
             continue
+        _require_labels(leaf, [chosen, *(one for one, _ in parts)])
         found = _sum_of(leaf, base[leaf], parts)
         if isinstance(found, tuple):
             support[leaf], values[leaf] = found
@@ -174,6 +177,18 @@ def _require_sum(
         raise InputError(
             f"`adapters` must be all LoRA, or all without added arrays, got {words}. "
             "Merge them into models of their own."
+        )
+
+
+def _require_labels(leaf: str, adapters: Sequence[Adapter]) -> None:
+    """Raises if a leaf has an output for each label, and labels differ."""
+    labels = {one.labels: None for one in adapters if one.labels}
+    if leaf.startswith("classifier/") and len(labels) > 1:
+        first, second, *_ = map(listed, labels)
+        raise InputError(
+            f"`adapters` must have the same labels to have their `{leaf}` summed, got "
+            f"{first} and {second}. Train them with the same, or name it in `new` to "
+            "have that of one."
         )
 
 
@@ -258,7 +273,8 @@ def _low_rank_sum(
     where = tuple(f"^{site}$" for site in sites)
     dense = tuple(sorted({leaf for one in adapters for leaf in one.dense}))
     exact = tuple(f"^{leaf}$" for leaf in dense)
-    return LoRA(rank=rank, alpha=float(rank), where=where, dense=exact or None), added
+    about = {"dense": exact or None, "stack": lora[0].stack}
+    return LoRA(rank=rank, alpha=float(rank), where=where, **about), added
 
 
 def _shared(first: np.ndarray, second: np.ndarray) -> int:
