@@ -328,6 +328,37 @@ def test_the_code_of_a_card_loads_the_folder(name, to, made, tmp_path, monkeypat
         require_equal_logits(found["model"].eval(), one.model, ours)
 
 
+# What is trained of the head of a base whose labels are in another order.
+@pytest.mark.parametrize("trained", ["nothing", "bias", "entries", "all"])
+@pytest.mark.parametrize("to", ["merged", "patch", "peft"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_outputs_are_those_of_the_labels_of_the_adapter(trained, to, tmp_path):
+    base, rules = tmp_path / "base", {"bias": "^classifier/bias", "all": "^classifier"}
+    write_model(base)
+    key = jax.random.key(3)
+    save_pretrained(*from_pretrained(base, labels=LABELS[::-1], key=key), base)
+    model, params = from_pretrained(base, labels=LABELS)
+    where = ("query/kernel", *(["^classifier/kernel"] * (trained == "entries")))
+    method = Sparse(density=0.1, where=where, dense=rules.get(trained, "^pooler"))
+    adapter = random_adapter(
+        params, method, base_model=str(base), base_hash=base_hash(base),
+        base_config=base_config(model), labels=LABELS, task="classification",
+    )  # fmt: skip
+    save_adapter(tmp_path / "a.safetensors", adapter)
+    out = export(tmp_path / "a.safetensors", to=to, output=tmp_path / "out")
+    theirs = load_theirs(out if to == "merged" else base, model)
+    if to == "peft":
+        theirs = pytest.importorskip("peft").PeftModel.from_pretrained(theirs, out)
+    elif to == "patch":
+        torch, tensors = pytest.importorskip("torch"), theirs.state_dict()
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        apply_patches(arrays, load_patches(out))
+        found = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        theirs.load_state_dict(found)
+    ours = jax.jit(model)(merge_adapter(params, adapter), batch_of(*tokens(model)))
+    require_equal_logits(theirs.eval(), model, ours)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, made):
     """The folder of a run on SST-2 of the Hub, with its results and settings."""

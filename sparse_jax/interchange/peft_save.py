@@ -31,7 +31,7 @@ from sparse_jax.models.hf.model_files import PEFT_CONFIG
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
 from sparse_jax.models.hf.tensors import save_tensors
 from sparse_jax.params.fields import Json, require_word
-from sparse_jax.params.names import leaf_names
+from sparse_jax.params.names import leaf_names, leaves_by_name
 from sparse_jax.supports.positions import fetch
 
 __all__ = ["ABOUT", "PREFIX", "WEIGHTS", "WORDS", "save_peft"]
@@ -83,7 +83,7 @@ def save_peft(
         of a leaf; or if `params` is needed and not given.
     """
     require_word("sparse", sparse, SPARSE)
-    base = None if params is None else _leaves(params)
+    base = None if params is None else leaves_by_name(params)
     form = adapter.method.to_peft(adapter.added)
     if adapter.support and not adapter.added:
         part = sparse_part(adapter, model, base, SPARSE[sparse])
@@ -246,9 +246,3 @@ def _require_own_tensors(wholes: Iterable[str], model: Model) -> None:
     for leaf in wholes:
         if model.family.layout.part_of(leaf) is not None:
             raise no_place(leaf, model)
-
-
-def _leaves(params: Params) -> dict[str, jax.Array]:
-    """Returns the leaves of parameters by their names."""
-    names = jax.tree.leaves(leaf_names(params))
-    return dict(zip(names, jax.tree.leaves(params), strict=True))

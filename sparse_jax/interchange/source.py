@@ -12,7 +12,13 @@ from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.calculus import combine_adapters
 from sparse_jax.adapter.file import ADAPTER, save_adapter
 from sparse_jax.adapter.switch import AdapterSwitch
-from sparse_jax.adapter.use import base_folder, merge_adapter, require_base
+from sparse_jax.adapter.use import (
+    base_folder,
+    merge_adapter,
+    require_base,
+    swap,
+    without_leaves,
+)
 from sparse_jax.adapter.whole import require_whole
 from sparse_jax.errors import InputError, brief
 from sparse_jax.interchange.open_adapter import open_adapter
@@ -22,6 +28,7 @@ from sparse_jax.interchange.peft_sparse import SPARSE
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.hf.labels import label_leaves, use_of_head
 from sparse_jax.models.hf.pretrained import (
     base_hash,
     from_pretrained,
@@ -31,6 +38,8 @@ from sparse_jax.models.hf.pretrained import (
 from sparse_jax.models.hf.read_config import read_config
 from sparse_jax.models.hf.weights import rounded
 from sparse_jax.params.fields import require_word
+from sparse_jax.params.names import leaves_by_name
+from sparse_jax.supports.positions import fetch
 
 __all__ = [
     "DTYPES",
@@ -173,8 +182,10 @@ def write_peft(source: Source, folder: Path, *, peft_type: str | None = None) ->
                 f"`peft_type` must be left out for {adapter.word!r}, which has one "
                 f"form in PEFT, got {peft_type!r}."
             )
-    # PEFT stores sparse entries as differences to the base.
-    params = source.params() if adapter.support else None
+    adapter = _with_whole_head(source)
+    # PEFT stores sparse entries as differences to the base, and the whole head.
+    has_more = len(adapter.dense) > len(source.adapter.dense)
+    params = source.params() if adapter.support or has_more else None
     form = {} if peft_type is None else {"sparse": peft_type}
     save_peft(folder, adapter, source.model, params=params, **form)
 
@@ -190,7 +201,7 @@ def write_patch(source: Source, folder: Path, *, dtype: str | None = None) -> No
     Raises:
       InputError: as `save_patches`, or if a value is too large for `dtype`.
     """
-    adapter = source.adapter
+    adapter = _with_whole_head(source)
     if dtype is not None:
         require_word("dtype", dtype, DTYPES)
         cast = lambda arrays: {
@@ -200,3 +211,24 @@ def write_patch(source: Source, folder: Path, *, dtype: str | None = None) -> No
         values, dense = cast(adapter.values), cast(adapter.dense)
         adapter = replace(adapter, values=values, dense=dense)
     save_patches(folder, adapter, source.model)
+
+
+def _with_whole_head(source: Source) -> Adapter:
+    """Returns an adapter with its whole head, if that of the base is another one.
+
+    For the training its outputs were put in the order of the labels, or replaced.
+    """
+    adapter, labels = source.adapter, source.labels
+    if labels is None:
+        return adapter
+    base = replace(source.model, config=read_config(source.folder)[1])
+    order = use_of_head(base.config, labels).order
+    head = {*label_leaves(source.model)} - {*adapter.dense}
+    if not head or order == tuple(range(len(labels) or 1)):
+        return adapter
+    of_head = without_leaves(adapter, lambda leaf: leaf not in head)
+    params, _ = swap(source.params(), of_head)
+    leaves = leaves_by_name(params)
+    whole = {leaf: fetch(leaves[leaf]) for leaf in sorted(head)}
+    others = without_leaves(adapter, head.__contains__)
+    return replace(others, dense={**others.dense, **whole})

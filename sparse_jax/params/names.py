@@ -15,6 +15,7 @@ __all__ = [
     "Tree",
     "first_match",
     "leaf_names",
+    "leaves_by_name",
     "map_named",
     "patterns",
     "require_match",
@@ -40,6 +41,17 @@ def leaf_names(tree: object) -> Tree[str]:
       {'query': {'bias': 'query/bias', 'kernel': 'query/kernel'}}
     """
     return map_named(lambda name, leaf: name, tree)
+
+
+def leaves_by_name(tree: object) -> dict[str, Any]:
+    """Returns the leaves of a tree by their names.
+
+    Example:
+      >>> leaves_by_name({"query": {"kernel": 1, "bias": 2}})
+      {'query/bias': 2, 'query/kernel': 1}
+    """
+    names = jax.tree.leaves(leaf_names(tree))
+    return dict(zip(names, jax.tree.leaves(tree), strict=True))
 
 
 def map_named(
