@@ -36,7 +36,7 @@ def main() -> float:
         r=4, target_modules=["query", "value"], task_type="SEQ_CLS",
         init_lora_weights=False,
     )  # fmt: skip
-    get_peft_model(base(), config).save_pretrained(folder / "theirs")
+    get_peft_model(base(), config).save_pretrained(str(folder / "theirs"))
 
     rows = [json.dumps({"text": k, "label": v}) for k, v in TEXTS.items()]
     for split in ("train", "validation"):
