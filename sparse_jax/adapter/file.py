@@ -23,7 +23,14 @@ from sparse_jax.models.hf.tensors import save_tensors
 from sparse_jax.models.hf.weights import is_finite
 from sparse_jax.params.fields import JSON_RULES, TEXTS
 
-__all__ = ["ADAPTER", "FORMAT", "load_adapter", "replacing", "save_adapter"]
+__all__ = [
+    "ADAPTER",
+    "FORMAT",
+    "adapter_digest",
+    "load_adapter",
+    "replacing",
+    "save_adapter",
+]
 
 ADAPTER = "adapter.safetensors"
 FORMAT = "sparse_jax adapter 2"
@@ -204,6 +211,11 @@ def _to_metadata(adapter: Adapter, tensors: Arrays) -> dict[str, str]:
         ) from error
     words["digest"] = _digest(words, tensors)
     return {_KEY: json.dumps(words, sort_keys=True)}
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """Returns the SHA-256 of the arrays of an adapter and what its method does."""
+    return _digest(adapter.method.to_settings(), dict(_to_tensors(adapter)))
 
 
 def _digest(words: Mapping[str, object], tensors: Arrays) -> str:

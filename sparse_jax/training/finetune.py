@@ -25,7 +25,7 @@ from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.feed import usage_text
 from sparse_jax.training.loop import Loop, stop_signals
 from sparse_jax.training.objective import Results
-from sparse_jax.training.output_folder import require_unlocked, require_usable
+from sparse_jax.training.output_folder import NAMED, require_unlocked, require_usable
 from sparse_jax.training.progress import (
     bytes_shown,
     peak_bytes,
@@ -90,8 +90,8 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Json]:
     on_first_process(lambda: require_unlocked(Path(settings.output)))
     job = make_job(settings)
     about = provenance(job)
-    same = [about["base_hash"], about["base_config"], about["examples_hash"]]
-    require_agreement("model and data", same)
+    same = [about[name] for name in (*NAMED, "base_config")]
+    require_agreement("model, data and adapters", same)
     started = () if job.start is None else job.start.dense
     fresh = [leaf for leaf in job.base.new if leaf not in started]
     if fresh and is_first_process():

@@ -27,6 +27,7 @@ __all__ = [
     "LAYERS",
     "LOCK",
     "METRICS",
+    "NAMED",
     "PATCHES",
     "ROWS",
     "require_same_files",
@@ -152,7 +153,12 @@ FREE = (
 # What earlier versions did, which had no such setting.
 _WITHOUT = {"group_by_length": True}
 # What the settings only name, and has to be the same: key -> what it is.
-_NAMED = {"base_hash": "model", "examples_hash": "data"}
+NAMED = {
+    "base_hash": "model",
+    "examples_hash": "data",
+    "adapter_hash": "adapter",
+    "avoid_hash": "avoid",
+}
 
 
 def require_usable(settings: Settings) -> None:
@@ -272,9 +278,9 @@ def _require_same(path: Path, settings: Settings) -> None:
 def require_same_files(path: Path, config: Mapping[str, Any]) -> None:
     """Raises unless the files that the settings name are those of the run."""
     before = read_json(path / CONFIG)
-    for key, name in _NAMED.items():
+    for key, name in NAMED.items():
         # Earlier versions did not record it.
-        if before.get(key, config[key]) != config[key]:
+        if before.get(key, config.get(key)) != config.get(key):
             raise InputError(
                 f"`{name}` must be what it was in the run to resume, got other "
                 f"content under the same name. Put the files back, or pass "

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.file import adapter_digest
 from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
@@ -61,6 +62,8 @@ def provenance(job: Job) -> dict[str, Json]:
         "labels": list(job.objective.labels),
         "examples": job.feed.sizes,
         "examples_hash": job.feed.digest,
+        "adapter_hash": None if job.start is None else adapter_digest(job.start),
+        "avoid_hash": [adapter_digest(one) for one in job.earlier],
         "max_length": job.feed.max_length,
         "new_parameters": list(job.base.new),
         "dense": list(patterns(job.method.dense)),
