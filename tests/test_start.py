@@ -145,6 +145,46 @@ def test_a_run_that_goes_on_is_resumed(files, old, tmp_path, monkeypatch):
     assert (tmp_path / "run" / name).read_bytes() == Path(whole, name).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["adapter", "avoid"])
+def test_a_run_is_not_resumed_with_another_adapter(
+    name, files, old, tmp_path, monkeypatch
+):
+    path = tmp_path / "start.safetensors"
+    adapter = load_adapter(old["sift"])
+    save_adapter(path, adapter)
+    given = {name: str(path) if name == "adapter" else (str(path),)}
+    settings = tiny_settings(**files, output=tmp_path / "run", **SIFT, **given)
+    with monkeypatch.context() as patch:
+        patch.setattr("sparse_jax.training.loop.StopSignals.requested", stop_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings)
+    values = {leaf: values + 1 for leaf, values in adapter.values.items()}
+    save_adapter(path, replace(adapter, values=values))
+    with pytest.raises(InputError, match=f"`{name}` must be what it was in the run"):
+        finetune(settings, resume=True)
+
+
+def test_lora_keeps_what_else_its_adapter_trained(files, old, tmp_path):
+    adapter, leaf = load_adapter(old["lora"]), "layers/attention/query/bias"
+    dense = {**adapter.dense, leaf: np.full((2, 16), 0.5, np.float32)}
+    method = replace(adapter.method, dense=(*adapter.method.dense, "query/bias$"))
+    path = tmp_path / "start.safetensors"
+    save_adapter(path, replace(adapter, dense=dense, method=method))
+    run = train(files, tmp_path / "run", **LORA, adapter=str(path), max_steps=1)
+    after = load_adapter(run)
+    assert after.word == "lora" and (after.dense[leaf] == 0.5).all()
+    assert evaluate_adapter(run, data=str(files["data"])) == reports(run)
+
+
+def test_another_dtype_under_lora_is_reported(files, old, tmp_path, caplog):
+    adapter = load_adapter(old["lora"])
+    adapter = replace(adapter, settings={**adapter.settings, "dtype": "bfloat16"})
+    save_adapter(tmp_path / "half.safetensors", adapter)
+    path = str(tmp_path / "half.safetensors")
+    train(files, tmp_path / "run", **LORA, adapter=path, max_steps=1)
+    assert "was trained on parameters in bfloat16, and these are in" in caplog.text
+
+
 def stop_after(number):
     """Returns a `requested` that asks for a stop in one of its calls."""
     calls = []
@@ -169,6 +209,7 @@ REFUSED = {
     ),
     "another dtype": ("sift", {**SIFT, "dtype": "bfloat16"}, "must be bfloat16"),
     "another base": ("other", SIFT, "`model` must be the base of the adapter"),
+    "no arrays at a site": ("torn", LORA, "must have arrays at the site `attention/"),
     "no adapter": ("none", SIFT, "`adapter` must be a file or a run directory"),
 }
 
@@ -180,6 +221,11 @@ def test_what_a_run_cannot_go_on_from_is_refused(name, files, old, tmp_path):
     if word == "other":
         adapter = replace(load_adapter(old["sift"]), base_hash="ab" * 32)
         save_adapter(path, adapter)
+    if word == "torn":
+        adapter = load_adapter(old["lora"])
+        _, *sites = adapter.added
+        added = {site: adapter.added[site] for site in sites}
+        save_adapter(path, replace(adapter, added=added))
     with pytest.raises(InputError, match=message):
         train(files, tmp_path / "run", **options, adapter=path)
     assert not (tmp_path / "run").exists()

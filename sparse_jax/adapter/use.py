@@ -26,6 +26,7 @@ __all__ = [
     "require_base",
     "require_fit",
     "swap",
+    "warn_of_dtype",
     "without_leaves",
 ]
 
@@ -63,7 +64,7 @@ def apply_adapter(
     require_base(adapter, base_hash, model)
     _require_labels(adapter, model)
     require_whole(params, adapter, new=new)
-    _warn_of_dtype(params, adapter)
+    warn_of_dtype(params, adapter)
     params, _ = swap(params, adapter)
     added = jax.tree.map(jnp.asarray, adapter.added)
     return params, Attachment(LayerValues(added), response=adapter.method.respond)
@@ -181,7 +182,7 @@ def _require_labels(adapter: Adapter, model: Model | None) -> None:
         )
 
 
-def _warn_of_dtype(params: Any, adapter: Adapter) -> None:
+def warn_of_dtype(params: Any, adapter: Adapter) -> None:
     """Warns if the parameters are not of the dtype that an adapter was trained in."""
     trained, found = adapter.settings.get("dtype"), jax.tree.leaves(params)[0].dtype
     if trained is not None and trained != found:

@@ -1,12 +1,12 @@
 """The check that an adapter has exactly what its method trains."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 
-from sparse_jax.adapter.adapter import Adapter, Arrays
+from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.sites import Added
@@ -15,7 +15,7 @@ from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.names import map_named
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
-__all__ = ["require_inside", "require_whole"]
+__all__ = ["require_inside", "require_sites", "require_whole"]
 
 
 def require_whole(params: Params, adapter: Adapter, *, new: Sequence[str] = ()) -> None:
@@ -32,22 +32,10 @@ def require_whole(params: Params, adapter: Adapter, *, new: Sequence[str] = ()) 
     Raises:
       InputError: naming what is missing, does not belong there, or does not fit.
     """
-    method, says_nothing = adapter.method, adapter.method == Method()
-    expected: Added = jax.eval_shape(method.added, params, jax.random.key(0))
-    if expected and not adapter.added:
-        raise InputError(
-            f"`adapter` must have the arrays that {adapter.word} adds, and has none. "
-            "Copy it again."
-        )
-    if adapter.added and says_nothing:
-        raise InputError(
-            "`method` of the adapter must be the one that added its arrays, got none. "
-            "Pass it with the settings of the training, or take `tuner.adapter(state)`."
-        )
-    _require_sites(expected, adapter.added)
+    require_sites(params, adapter)
     map_named(lambda name, leaf: _require_shape(name, leaf, adapter), params)
-    if not says_nothing:
-        _require_leaves(method, params, adapter, new)
+    if adapter.method != Method():
+        _require_leaves(adapter.method, params, adapter, new)
     for leaf in new:
         if leaf not in adapter.dense and leaf not in adapter.support:
             raise InputError(
@@ -56,8 +44,20 @@ def require_whole(params: Params, adapter: Adapter, *, new: Sequence[str] = ()) 
             )
 
 
-def _require_sites(expected: Added, added: Mapping[str, Arrays]) -> None:
-    """Raises unless the added arrays are those that a method adds."""
+def require_sites(params: Params, adapter: Adapter) -> None:
+    """Raises `InputError` unless an adapter has the arrays that its method adds."""
+    method, added = adapter.method, adapter.added
+    expected: Added = jax.eval_shape(method.added, params, jax.random.key(0))
+    if expected and not added:
+        raise InputError(
+            f"`adapter` must have the arrays that {adapter.word} adds, and has none. "
+            "Copy it again."
+        )
+    if added and method == Method():
+        raise InputError(
+            "`method` of the adapter must be the one that added its arrays, got none. "
+            "Pass it with the settings of the training, or take `tuner.adapter(state)`."
+        )
     for site in sorted({*expected} | {*added}):
         if site not in added:
             raise InputError(

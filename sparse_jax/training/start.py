@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from dataclasses import fields, replace
 
 import jax
@@ -9,11 +10,18 @@ import numpy as np
 import optax
 
 from sparse_jax.adapter.adapter import Adapter
-from sparse_jax.adapter.use import require_base, require_fit, swap, without_leaves
+from sparse_jax.adapter.use import (
+    require_base,
+    require_fit,
+    swap,
+    warn_of_dtype,
+    without_leaves,
+)
+from sparse_jax.adapter.whole import require_sites
 from sparse_jax.errors import InputError, listed
 from sparse_jax.methods.method import Method
 from sparse_jax.models.hf.weights import HEADS
-from sparse_jax.params.names import leaf_names
+from sparse_jax.params.names import leaf_names, patterns
 from sparse_jax.supports.positions import fetch, read_entries, union_of
 from sparse_jax.training.objective import Objective
 from sparse_jax.training.setup import Base
@@ -58,6 +66,8 @@ def start_from(
         )  # fmt: skip
         adapter = base_part
     require_fit(base.params, adapter)
+    require_sites(base.params, adapter)
+    warn_of_dtype(base.params, adapter)
     params, _ = swap(base.params, adapter)
     return replace(base, params=params), method, adapter
 
@@ -66,7 +76,8 @@ def with_start(start: Adapter, trained: Adapter, params: optax.Params) -> Adapte
     """Returns what a run trained and what it started from, as one adapter of the base.
 
     Where a leaf is in both, the support is the union. If there is more than the method
-    of the run trains, the adapter is of no method: its entries say all.
+    of the run trains, the adapter is of no method: its entries say all. One that adds
+    arrays stays, with rules for what else there is.
 
     Args:
       start: the adapter that the run started from.
@@ -97,7 +108,14 @@ def with_start(start: Adapter, trained: Adapter, params: optax.Params) -> Adapte
         for name, array in support.items()
     )
     found = replace(trained, support=support, values=values, dense=dense)
-    return found if same else replace(found, method=Method(), word="combined")
+    if same:
+        return found
+    if not trained.added:
+        return replace(found, method=Method(), word="combined")
+    # The arrays need the method that added them: its rules name the other leaves, too.
+    more = (f"^{re.escape(name)}$" for name in dense if name not in trained.dense)
+    rules = (*patterns(trained.method.dense), *more)
+    return replace(found, method=replace(trained.method, dense=rules))
 
 
 def _going_on(adapter: Adapter, method: Method) -> Method:
