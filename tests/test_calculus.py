@@ -278,8 +278,8 @@ REFUSED_SUMS = {
     "LoRA and sparse": ([0, 3], {}, "must be all LoRA, or all without .* lora, sift"),
     "DoRA": ([4, 4], {}, "must be all LoRA, or all without added arrays, got dora"),
     "another leaf": ([5], {}, "`params` must have the leaf `other`"),
-    "another dtype": ([6], {}, r"must fit float32\[3, 8, 8\] .*, got bfloat16"),
-    "out of range": ([7], {}, r"`word` must fit float32\[20\] of `params`"),
+    "another dtype": ([6], {}, r"must be float32\[3, 8, 8\] .*, got bfloat16"),
+    "out of range": ([7], {}, r"`word.support` must hold positions below 20"),
 }
 
 
@@ -326,13 +326,31 @@ def test_a_switch_that_is_refused_changes_nothing(name):
     [
         (low_rank(2, ["up"], 1), "to be put on in place, got 'lora' for 'a'"),
         (adapter_at([0], [20]), "must hold positions below 20"),
+        (adapter_at([0], [-1]), r"must hold positions below 20 .* \[1\] down to -1"),
+        (replace(adapter_at([0], [1]), values={}), "as many positions as values"),
+        (replace(adapter_at([0], [1]), support={}), "as many positions as values"),
+        (
+            replace(adapter_at([0], [1]), dense={TABLE: np.zeros(20, "float32")}),
+            "`word` in `adapter` must be there as a whole or as some .* got both",
+        ),
         (adapter_at([0], [1], "bfloat16"), "must be float32.* as in the model, got bf"),
     ],
-    ids=["adds arrays", "out of range", "another dtype"],
+    ids=[
+        "adds arrays",
+        "out of range",
+        "negative",
+        "no values",
+        "no positions",
+        "whole and sparse",
+        "another dtype",
+    ],
 )
 def test_what_cannot_be_switched_is_refused(adapter, message):
     with pytest.raises(InputError, match=message):
         AdapterSwitch(base_params(), {"a": adapter})
+    if not adapter.added:
+        with pytest.raises(InputError, match=message):
+            combine_adapters(base_params(), [adapter])
 
 
 def test_heads_in_full_are_those_of_the_first_and_not_scaled():

@@ -99,7 +99,11 @@ def truncated(place):
 
 REFUSED = {
     "another base": (another_base, (), "`model` must be the base of the adapter"),
-    "out of range": (out_of_range, (), r"`norm/scale` must fit float32\[16\] of `para"),
+    "out of range": (
+        out_of_range,
+        (),
+        "`norm/scale.support` must hold positions below 16",
+    ),
     "truncated": (truncated, (), "must be a complete safetensors file"),
     "a weight too few": (None, ("--weights", "1"), "must be as many as adapters"),
     "no such head": (None, ("--head", "3"), r"`--head` must be in \[1, 2\], got 3"),

@@ -16,7 +16,14 @@ from sparse_jax.params.names import leaf_names
 from sparse_jax.supports.positions import fetch, read_entries
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
-__all__ = ["Adapter", "Arrays", "adapter_of", "require_named", "require_no_settings"]
+__all__ = [
+    "Adapter",
+    "Arrays",
+    "adapter_of",
+    "require_named",
+    "require_no_settings",
+    "require_pair",
+]
 
 Arrays = dict[str, np.ndarray]
 
@@ -125,6 +132,20 @@ def require_named(names: Sequence[str], new: Sequence[str]) -> None:
     if unknown := sorted({*new} - {*names}):
         raise InputError(
             f"`new` must name leaves of the parameters, got {brief(unknown[0])}."
+        )
+
+
+def require_pair(place: str, name: str, adapter: Adapter, remedy: str) -> None:
+    """Raises unless a leaf has as many positions as values, and nothing else."""
+    support, values = adapter.support.get(name), adapter.values.get(name)
+    if support is None or values is None or support.shape != values.shape:
+        raise InputError(
+            f"`{name}` in {place} must have as many positions as values. {remedy}"
+        )
+    if name in adapter.dense:
+        raise InputError(
+            f"`{name}` in {place} must be there as a whole or as some of its entries, "
+            f"got both. {remedy}"
         )
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from sparse_jax.adapter.adapter import Adapter, Arrays, require_named
+from sparse_jax.adapter.use import require_fit, without_leaves
 from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.methods.lora import LoRA
 from sparse_jax.methods.method import Method
@@ -116,13 +117,11 @@ def combine_adapters(
     named = jax.tree.leaves(leaf_names(params))
     base = dict(zip(named, jax.tree.leaves(params), strict=True))
     leaves = sorted({leaf for adapter in adapters for leaf in _leaves(adapter)})
-    if missing := [leaf for leaf in leaves if leaf not in base]:
-        raise InputError(
-            f"`params` must have the leaf `{missing[0]}` of the adapters, but has "
-            "none. Load the base model with the head that was trained."
-        )
     require_named(named, new)
     chosen = adapters[head]
+    for one in adapters:
+        summed = one if one is chosen else without_leaves(one, lambda leaf: leaf in new)
+        require_fit(params, summed)
     support, values, dense = {}, {}, {}
     for leaf in leaves:
         parts = list(zip(adapters, weights, strict=True))
@@ -196,23 +195,9 @@ def _sum_of(
     leaf: str, base: jax.Array, parts: Sequence[tuple[Adapter, float]]
 ) -> tuple[np.ndarray, np.ndarray] | np.ndarray:
     """Returns the support and values of a sum, or the whole leaf if one part has it."""
-    stacked, whole = False, False
-    for one, _ in parts:
-        array = one.dense.get(leaf, one.values.get(leaf))
-        if array is None or array.dtype != base.dtype:
-            raise _misfit(leaf, base, array)
-        if leaf in one.dense:
-            whole = True
-            fits = array.shape == base.shape
-        else:
-            stacked = array.ndim == 2
-            size = math.prod(base.shape[int(stacked) :])
-            rows = array.shape[:-1] in ((), base.shape[:1])
-            fits = rows and one.support[leaf].max(initial=-1) < size
-        if not fits:
-            raise _misfit(leaf, base, array)
     supports = [one.support[leaf] for one, _ in parts if leaf in one.support]
     _require_alike(leaf, supports)
+    stacked = any(one.ndim == 2 for one in supports)
     rows = []
     # A layer at a time, so that a float32 copy of one is all that is made.
     for row in range(base.shape[0]) if stacked else [...]:
@@ -223,7 +208,7 @@ def _sum_of(
             for one, weight in parts
         ]
         rows.append(_sum_of_row(fetch(base[row]).reshape(-1), changes))
-    if whole:
+    if len(supports) < len(parts):
         return np.stack(rows).reshape(base.shape)
     support = union_of(supports, math.prod(base.shape[int(stacked) :]))
     values = np.stack(
@@ -304,12 +289,3 @@ def _trained_size(adapter: Adapter, leaf: str) -> int:
 def _leaves(adapter: Adapter) -> Mapping[str, np.ndarray]:
     """Returns the leaves of the base that an adapter changes."""
     return {**adapter.support, **adapter.dense}
-
-
-def _misfit(leaf: str, base: jax.Array, found: np.ndarray | None) -> InputError:
-    """Returns the error for an array that does not fit a leaf."""
-    got = "none" if found is None else f"{found.dtype}{list(found.shape)}"
-    return InputError(
-        f"`{leaf}` must fit {base.dtype}{list(base.shape)} of `params`, got {got} in "
-        "an adapter. Load the base in the dtype and with the labels that were trained."
-    )

@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from sparse_jax.adapter.adapter import Adapter, Arrays, require_no_settings
+from sparse_jax.adapter.adapter import (
+    Adapter,
+    Arrays,
+    require_no_settings,
+    require_pair,
+)
 from sparse_jax.adapter.format_1 import FORMAT_1, method_of_format_1
 from sparse_jax.errors import InputError, brief, printable, reason_of
 from sparse_jax.methods.method import Method
@@ -354,11 +359,8 @@ def _require_support(
 
     Without `verify` the positions themselves are not read.
     """
-    support, values = adapter.support.get(name), adapter.values.get(name)
-    if support is None or values is None or support.shape != values.shape:
-        raise InputError(
-            f"`{name}` in {place} must have as many positions as values. {remedy}"
-        )
+    require_pair(place, name, adapter, remedy)
+    support = adapter.support[name]
     is_sorted = support.dtype == np.int32 and support.ndim in (1, 2)
     if verify and is_sorted:
         is_sorted = (support[..., :1] >= 0).all() and (np.diff(support) > 0).all()
@@ -366,11 +368,6 @@ def _require_support(
         raise InputError(
             f"`{name}{_POSITIONS}` in {place} must hold ascending int32 positions. "
             f"{remedy}"
-        )
-    if name in adapter.dense:
-        raise InputError(
-            f"`{name}` in {place} must be there as a whole or as some of its entries, "
-            f"got both. {remedy}"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.adapter import Adapter, require_pair
 from sparse_jax.adapter.whole import require_inside, require_whole
 from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.models.attachment import Attachment, LayerValues
@@ -198,6 +198,8 @@ def require_fit(params: Params, adapter: Adapter) -> None:
     Raises:
       InputError: naming a leaf that is missing, or of another shape or dtype.
     """
+    for name in sorted({*adapter.support, *adapter.values}):
+        require_pair("`adapter`", name, adapter, "Take it from a tuner.")
     names, leaves = jax.tree.leaves(leaf_names(params)), jax.tree.leaves(params)
     known = dict(zip(names, leaves, strict=True))
     changed = {**adapter.values, **adapter.dense}

@@ -98,11 +98,12 @@ def require_inside(name: str, support: np.ndarray, leaf: jax.Array) -> None:
     """Raises unless the positions of a support lie in the leaf."""
     layers = () if support.ndim == 1 else support.shape[:1]
     size = math.prod(leaf.shape[len(layers) :])
-    most = support.max(initial=-1)
-    if leaf.shape[: len(layers)] != layers or most >= size:
+    least, most = support.min(initial=0), support.max(initial=-1)
+    if leaf.shape[: len(layers)] != layers or least < 0 or most >= size:
+        got = f"down to {least}" if least < 0 else f"up to {most}"
         raise InputError(
             f"`{name}.support` must hold positions below {size} for "
-            f"{leaf.dtype}{list(leaf.shape)}, got {list(support.shape)} up to {most}. "
+            f"{leaf.dtype}{list(leaf.shape)}, got {list(support.shape)} {got}. "
             "Load the base that the adapter was trained on."
         )
 
