@@ -29,6 +29,7 @@ from sparse_jax import (
     load_patches,
     merge_adapter,
     save_adapter,
+    save_peft,
     save_pretrained,
 )
 from sparse_jax.cli.main import main
@@ -326,6 +327,28 @@ def test_the_code_of_a_card_loads_the_folder(name, to, made, tmp_path, monkeypat
             np.testing.assert_array_equal(found["tensors"][key], tensor)
     else:
         require_equal_logits(found["model"].eval(), one.model, ours)
+
+
+@pytest.mark.parametrize("to", ["merged", "delta"])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_head_of_peft_says_how_many_labels_there_are(encoder, to, tmp_path):
+    nameless = replace(encoder.adapter, labels=(), task="", base_hash="")
+    lora = random_adapter(encoder.params, LoRA(rank=2, where="query", dense=HEAD))
+    lora = replace(nameless, added=lora.added, dense=lora.dense, method=lora.method,
+                   support={}, values={})  # fmt: skip
+    save_peft(tmp_path / "peft", lora, encoder.model)
+    out = export(tmp_path / "peft", to=to, output=tmp_path / "out", model=encoder.base)
+    merged = merge_adapter(encoder.params, lora, new=encoder.new)
+    batch = batch_of(*tokens(encoder.model))
+    ours = jax.jit(encoder.model)(merged, batch)
+    if to == "merged":
+        require_equal_logits(load_theirs(out, encoder.model), encoder.model, ours)
+        return
+    code, found = code_of((out / "README.md").read_text()), {}
+    code = code.replace("FOLDER_OF_THE_BASE", str(encoder.base))
+    exec(code.replace('load_adapter("out")', f'load_adapter("{out}")'), found)
+    given = found["model"](found["params"], batch, attachment=found["attachment"])
+    np.testing.assert_allclose(given, ours, rtol=0, atol=1e-5)
 
 
 # What is trained of the head of a base whose labels are in another order.

@@ -155,8 +155,9 @@ def _load(
     """Returns how to load what was exported."""
     is_causal, settings = source.is_causal, source.adapter.settings
     kind = "CausalLM" if is_causal else "SequenceClassification"
-    count = 0 if source.labels is None else len(source.labels) or 1
-    options = "head=sj.CausalLM" if is_causal else "labels=adapter.labels"
+    count = 0 if is_causal else source.model.config.num_labels
+    options = "head=sj.CausalLM" if is_causal else f"num_labels={count}"
+    options = options if source.labels is None else "labels=adapter.labels"
     if (dtype := settings.get("dtype") or "float32") != "float32":
         options += f', dtype="{dtype}"'
     code = target.load.format(

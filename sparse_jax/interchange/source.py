@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from sparse_jax.interchange.patches import save_patches
 from sparse_jax.interchange.peft_save import save_peft
 from sparse_jax.interchange.peft_sparse import SPARSE
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.functional import Model, Params
+from sparse_jax.models.functional import Head, Model, Params
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.labels import label_leaves, use_of_head
 from sparse_jax.models.hf.pretrained import (
@@ -54,6 +55,14 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class _Outputs(TypedDict):
+    """Arguments of `from_pretrained` that say what the outputs are."""
+
+    head: Head
+    num_labels: int | None
+    labels: tuple[str, ...] | None
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """An adapter, and the folder of its base, whose weights are not read yet."""
@@ -78,7 +87,7 @@ class Source:
     @functools.cached_property
     def model(self) -> Model:
         """The model that was trained, without its parameters."""
-        model = read_model(self.folder, head=self._head, labels=self.labels)
+        model = read_model(self.folder, **self._outputs)
         require_base(self.adapter, self.hash, model)
         return model
 
@@ -88,8 +97,7 @@ class Source:
         # A head that the folder lacks is created here, and replaced by the adapter's.
         _, params = from_pretrained(
             self.folder,
-            head=self._head,
-            labels=self.labels,
+            **self._outputs,
             dtype=settings.get("dtype") or "float32",
             key=jax.random.key(settings.get("seed") or 0),
         )
@@ -107,9 +115,16 @@ class Source:
         return AdapterSwitch(params, {"": adapter}).to("")
 
     @property
-    def _head(self) -> type[SequenceClassifier] | type[CausalLM]:
+    def _outputs(self) -> _Outputs:
         """The head that was trained."""
-        return CausalLM if self.is_causal else SequenceClassifier
+        if self.is_causal:
+            return {"head": CausalLM, "num_labels": None, "labels": None}
+        made, count = Model(SequenceClassifier, *read_config(self.folder)), None
+        if self.labels is None:
+            # Of an adapter that names no labels, a head of its own says how many.
+            heads = (self.adapter.dense.get(leaf) for leaf in label_leaves(made))
+            count = next((head.shape[-1] for head in heads if head is not None), None)
+        return {"head": made.head, "num_labels": count, "labels": self.labels}
 
 
 def open_source(adapter: Adapter, model: str | Path | None) -> Source:

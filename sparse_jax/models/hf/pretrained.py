@@ -125,13 +125,17 @@ def from_pretrained(
 
 
 def read_model(
-    folder: Path, *, head: Head, labels: Sequence[str] | None = None
+    folder: Path,
+    *,
+    head: Head,
+    num_labels: int | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Model:
     """Returns the model that `from_pretrained` loads, without reading its weights.
 
     The arguments and errors are those of `from_pretrained`.
     """
-    return _open(folder, head, None, labels)[0].model
+    return _open(folder, head, num_labels, labels)[0].model
 
 
 def _open(
