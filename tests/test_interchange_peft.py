@@ -651,6 +651,14 @@ def test_labels_that_peft_does_not_name_are_those_of_the_task(
         evaluate_adapter(task / "foreign", model=base, **options)
 
 
+def test_a_base_from_the_hub_keeps_its_id(task, tmp_path, monkeypatch):
+    shutil.copytree(task / "peft", tmp_path / "peft")
+    rewrite(tmp_path / "peft", base_model_name_or_path="me/base")
+    place = "sparse_jax.interchange.open_adapter.cached_folder"
+    monkeypatch.setattr(place, {"me/base": task / "base"}.__getitem__)
+    assert open_adapter(tmp_path / "peft").base_model == "me/base"
+
+
 def test_entries_of_a_head_go_to_the_labels_of_the_task(task, tmp_path):
     from peft import ShiraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification

@@ -66,7 +66,7 @@ def open_adapter(
     digest = adapter.base_hash or base_hash(folder)
     adapter = replace(
         adapter,
-        base_model=str(folder),
+        base_model=named if model is None else str(model),
         base_hash=digest,
         settings={**adapter.settings, "dtype": base.dtype.name},
     )
