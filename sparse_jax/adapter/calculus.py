@@ -1,6 +1,5 @@
 """Sums of adapters on one base, and what two of them have in common."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -210,7 +209,7 @@ def _sum_of(
         rows.append(_sum_of_row(fetch(base[row]).reshape(-1), changes))
     if len(supports) < len(parts):
         return np.stack(rows).reshape(base.shape)
-    support = union_of(supports, math.prod(base.shape[int(stacked) :]))
+    support = union_of(supports)
     values = np.stack(
         [new[row] for row, new in zip(np.atleast_2d(support), rows, strict=True)]
     )

@@ -111,4 +111,4 @@ def _union(
     if role.stacked:
         whole = np.broadcast_to(whole, (shape[0], role.size))
     # Avoiding a few more than asked for, where layers differ, does no harm.
-    return union_of([one.support.get(role.name, whole) for one in adapters], role.size)
+    return union_of([one.support.get(role.name, whole) for one in adapters])

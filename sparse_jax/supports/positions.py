@@ -122,24 +122,23 @@ def write_in_place(
     return _on_mesh(_overwrite, layout, x, support, packed)
 
 
-def union_of(supports: Sequence[np.ndarray], size: int) -> np.ndarray:
+def union_of(supports: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the positions of several supports, as many in every layer of a stack.
 
     A layer with fewer takes the first entries that none of them has.
 
     Args:
       supports: at least one; all of shape=(k,), or (L, k), with a k of its own.
-      size: entries of the array, or of one layer.
 
     Example:
-      >>> union_of([np.array([[0, 3], [1, 2]]), np.array([[4], [1]])], 5).tolist()
+      >>> union_of([np.array([[0, 3], [1, 2]]), np.array([[4], [1]])]).tolist()
       [[0, 3, 4], [0, 1, 2]]
     """
     if supports[0].ndim == 1:
         return np.unique(np.concatenate(supports)).astype(np.int32)
     rows = [np.unique(np.concatenate(row)) for row in zip(*supports, strict=True)]
     most = max(row.size for row in rows)
-    others = (np.setdiff1d(np.arange(min(size, most + row.size)), row) for row in rows)
+    others = (np.setdiff1d(np.arange(most), row) for row in rows)
     return np.stack(
         [
             np.union1d(row, other[: most - row.size])

@@ -1,7 +1,6 @@
 """Where a run starts that goes on from an adapter, and what its own adapter holds."""
 
 import logging
-import math
 import re
 from dataclasses import fields, replace
 
@@ -99,9 +98,7 @@ def with_start(start: Adapter, trained: Adapter, params: optax.Params) -> Adapte
             continue
         union = positions
         if name in support:
-            stacked = positions.ndim - 1
-            size = math.prod(leaves[name].shape[stacked:])
-            union = union_of([positions, support[name]], size)
+            union = union_of([positions, support[name]])
         support[name], values[name] = union, read_entries(leaves[name], union)
     same = {*dense} == {*trained.dense} and all(
         name in trained.support and np.array_equal(array, trained.support[name])
