@@ -210,6 +210,7 @@ REFUSED = {
     "another dtype": ("sift", {**SIFT, "dtype": "bfloat16"}, "must be bfloat16"),
     "another base": ("other", SIFT, "`model` must be the base of the adapter"),
     "no arrays at a site": ("torn", LORA, "must have arrays at the site `attention/"),
+    "avoided": ("avoided", SIFT, "must train no entry of those to avoid, got some of"),
     "no adapter": ("none", SIFT, "`adapter` must be a file or a run directory"),
 }
 
@@ -221,6 +222,9 @@ def test_what_a_run_cannot_go_on_from_is_refused(name, files, old, tmp_path):
     if word == "other":
         adapter = replace(load_adapter(old["sift"]), base_hash="ab" * 32)
         save_adapter(path, adapter)
+    if word == "avoided":
+        path = old["sift"]
+        options = {**options, "avoid": (path,)}
     if word == "torn":
         adapter = load_adapter(old["lora"])
         _, *sites = adapter.added

@@ -14,7 +14,7 @@ from sparse_jax.supports.lanes import Lanes
 from sparse_jax.supports.positions import place_entries, union_of
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
-__all__ = ["entries_to_avoid"]
+__all__ = ["entries_to_avoid", "is_own"]
 
 
 def entries_to_avoid(
@@ -58,7 +58,7 @@ def entries_to_avoid(
       Array([3], dtype=int32)
     """
     method = tuner.method
-    is_new = lambda name: name.startswith("classifier/") or name in new
+    is_new = lambda name: is_own(name, new)
     for adapter in adapters:
         require_fit(params, without_leaves(adapter, is_new))
     found: dict[str, jax.Array] = {}
@@ -101,6 +101,11 @@ def entries_to_avoid(
 
     map_roles(collect, tuner.roles(params), params)
     return found
+
+
+def is_own(name: str, new: Sequence[str]) -> bool:
+    """Returns whether a leaf belongs to each adapter, and need not be left alone."""
+    return name.startswith("classifier/") or name in new
 
 
 def _union(

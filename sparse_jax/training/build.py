@@ -10,8 +10,9 @@ import jax
 import optax
 
 from sparse_jax.adapter.adapter import Adapter
+from sparse_jax.adapter.calculus import shared_leaves
 from sparse_jax.adapter.use import require_base
-from sparse_jax.compact.avoid import entries_to_avoid
+from sparse_jax.compact.avoid import entries_to_avoid, is_own
 from sparse_jax.compact.compact import Compact, Loss, Tuner
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError
@@ -109,11 +110,24 @@ def make_job(settings: Settings) -> Job:
     )
     for adapter in earlier:
         require_base(adapter, base.hash, base.model)
+        if start is not None:
+            _require_apart(start, adapter, base)
     job = Job(settings, objective, base, method, sampler, head, feed, earlier, start)
     # Before the parameters are donated, and before anything is written.
     with base.placement.active():
         _ = job.avoid
     return job
+
+
+def _require_apart(start: Adapter, earlier: Adapter, base: Base) -> None:
+    """Raises if what a run goes on from has an entry that it is to leave alone."""
+    for leaf in shared_leaves(start, earlier):
+        if not is_own(leaf, base.new):
+            raise InputError(
+                f"`adapter` must train no entry of those to avoid, got some of "
+                f"`{leaf}` in both. The new adapter would hold them too, and the two "
+                "could not be used at once. Leave out one of the options."
+            )
 
 
 def _translation(settings: Settings, base: Base) -> str:
