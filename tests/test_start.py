@@ -10,6 +10,7 @@ import pytest
 from tiny_run import tiny_settings, write_data, write_model
 
 from sparse_jax import (
+    Adapter,
     InputError,
     apply_adapter,
     evaluate_adapter,
@@ -18,6 +19,7 @@ from sparse_jax import (
     load_adapter,
     save_adapter,
 )
+from sparse_jax.training.start import with_start
 
 QUERY = "layers/attention/query/kernel"
 SIFT = {"method": "sift", "density": 0.1, "where": ("attention/query/kernel",)}
@@ -183,6 +185,21 @@ def test_another_dtype_under_lora_is_reported(files, old, tmp_path, caplog):
     path = str(tmp_path / "half.safetensors")
     train(files, tmp_path / "run", **LORA, adapter=path, max_steps=1)
     assert "was trained on parameters in bfloat16, and these are in" in caplog.text
+
+
+def test_layers_with_fewer_entries_take_none_to_avoid():
+    positions = lambda *rows: {"w": np.array(rows, np.int32)}
+    one, two, earlier = (
+        Adapter(support, {"w": np.zeros(support["w"].shape, np.float32)})
+        for support in (
+            positions([4, 5], [4, 5]),
+            positions([4, 5], [6, 7]),
+            positions([0, 1], [2, 3]),
+        )
+    )
+    params = {"w": jax.numpy.zeros((2, 8))}
+    both = with_start(one, two, params, [earlier]).support["w"]
+    assert both.tolist() == [[2, 3, 4, 5], [4, 5, 6, 7]]
 
 
 def stop_after(number):

@@ -122,13 +122,17 @@ def write_in_place(
     return _on_mesh(_overwrite, layout, x, support, packed)
 
 
-def union_of(supports: Sequence[np.ndarray]) -> np.ndarray:
+def union_of(
+    supports: Sequence[np.ndarray], avoid: np.ndarray | None = None, size: int = 0
+) -> np.ndarray:
     """Returns the positions of several supports, as many in every layer of a stack.
 
     A layer with fewer takes the first entries that none of them has.
 
     Args:
       supports: at least one; all of shape=(k,), or (L, k), with a k of its own.
+      avoid: positions that layers with fewer take last, of such a shape.
+      size: entries of one layer, needed to avoid some.
 
     Example:
       >>> union_of([np.array([[0, 3], [1, 2]]), np.array([[4], [1]])]).tolist()
@@ -138,13 +142,15 @@ def union_of(supports: Sequence[np.ndarray]) -> np.ndarray:
         return np.unique(np.concatenate(supports)).astype(np.int32)
     rows = [np.unique(np.concatenate(row)) for row in zip(*supports, strict=True)]
     most = max(row.size for row in rows)
-    others = (np.setdiff1d(np.arange(most), row) for row in rows)
-    return np.stack(
-        [
-            np.union1d(row, other[: most - row.size])
-            for row, other in zip(rows, others, strict=True)
-        ]
-    ).astype(np.int32)
+    last = np.zeros((len(rows), 0), np.int32) if avoid is None else avoid
+
+    def filled(row: np.ndarray, last: np.ndarray) -> np.ndarray:
+        others = np.setdiff1d(np.arange(max(most, min(size, most + last.size))), row)
+        is_last = np.isin(others, last)
+        others = np.concatenate([others[~is_last], others[is_last]])
+        return np.union1d(row, others[: most - row.size])
+
+    return np.stack(list(map(filled, rows, last))).astype(np.int32)
 
 
 # What is donated is written in place.

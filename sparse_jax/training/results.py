@@ -91,7 +91,7 @@ def adapter_of(job: Job, tuner: Tuner, state: CompactState) -> Adapter:
     )
     if job.start is None:
         return trained
-    return with_start(job.start, trained, state.params)
+    return with_start(job.start, trained, state.params, job.earlier)
 
 
 def require_finite(adapter: Adapter) -> None:

@@ -1,7 +1,9 @@
 """Where a run starts that goes on from an adapter, and what its own adapter holds."""
 
 import logging
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import jax
@@ -71,7 +73,12 @@ def start_from(
     return replace(base, params=params), method, adapter
 
 
-def with_start(start: Adapter, trained: Adapter, params: optax.Params) -> Adapter:
+def with_start(
+    start: Adapter,
+    trained: Adapter,
+    params: optax.Params,
+    earlier: Sequence[Adapter] = (),
+) -> Adapter:
     """Returns what a run trained and what it started from, as one adapter of the base.
 
     Where a leaf is in both, the support is the union. If there is more than the method
@@ -82,6 +89,7 @@ def with_start(start: Adapter, trained: Adapter, params: optax.Params) -> Adapte
       start: the adapter that the run started from.
       trained: what the run trained.
       params: the parameters at the end.
+      earlier: adapters whose entries are left alone.
     """
     names = jax.tree.leaves(leaf_names(params))
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
@@ -98,7 +106,10 @@ def with_start(start: Adapter, trained: Adapter, params: optax.Params) -> Adapte
             continue
         union = positions
         if name in support:
-            union = union_of([positions, support[name]])
+            theirs = [one.support[name] for one in earlier if name in one.support]
+            avoid = np.concatenate(theirs, axis=-1) if theirs else None
+            size = math.prod(leaves[name].shape[positions.ndim - 1 :])
+            union = union_of([positions, support[name]], avoid, size)
         support[name], values[name] = union, read_entries(leaves[name], union)
     same = {*dense} == {*trained.dense} and all(
         name in trained.support and np.array_equal(array, trained.support[name])
