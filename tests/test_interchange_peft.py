@@ -498,6 +498,10 @@ REFUSED = {
     "a table": (more("base_model.model.x.lora_embedding_A"), "what is understood"),
     "a half": (tensors(lambda found: found.pop(A0)), "must have .*lora_A.weight"),
     "a tensor": (more("base_model.model.more.weight"), "understood here, got more"),
+    "a copy alone": (
+        more("base_model.model.bert.pooler.modules_to_save.default.dense.weight"),
+        "understood here, got bert.pooler.modules_to_save",
+    ),
     "numbers": (tensors(lambda found: found[A0].fill(np.nan)), "must be finite"),
     "a pickle": (pickled, "only the pickle adapter_model.bin; loading a pickle runs"),
     "a truncated file": (truncated, "must be a complete safetensors file"),
@@ -657,6 +661,21 @@ def test_a_base_from_the_hub_keeps_its_id(task, tmp_path, monkeypatch):
     place = "sparse_jax.interchange.open_adapter.cached_folder"
     monkeypatch.setattr(place, {"me/base": task / "base"}.__getitem__)
     assert open_adapter(tmp_path / "peft").base_model == "me/base"
+
+
+@pytest.mark.parametrize("word", ["sst2", "classification"])
+def test_labels_without_a_task_are_those_of_the_head(word, task, tmp_path):
+    model, params = from_pretrained(
+        task / "base", labels=("positive", "negative"), key=jax.random.key(0)
+    )
+    save_pretrained(model, params, tmp_path / "base")
+    adapter = trained(LoRA(rank=2, where=MAPS, dense="^classifier"), params)
+    adapter = replace(adapter, labels=("negative", "positive"))
+    save_peft(tmp_path / "peft", adapter, model)
+    found = open_adapter(tmp_path / "peft", tmp_path / "base", word)
+    assert found.labels == adapter.labels
+    for leaf, array in adapter.dense.items():
+        np.testing.assert_array_equal(found.dense[leaf], array)
 
 
 def test_entries_of_a_head_go_to_the_labels_of_the_task(task, tmp_path):

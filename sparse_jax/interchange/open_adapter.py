@@ -135,6 +135,8 @@ def _base(found: PeftFolder, weights: Weights) -> Base:
 def _for_task(adapter: Adapter, model: Model) -> Adapter:
     """Returns an adapter whose outputs are those of a task's labels, in their order."""
     config, task = model.config, TASKS[adapter.task]
+    if known := adapter.labels:
+        config = replace(config, num_labels=len(known), label_names=known)
     labels = task.labels
     if labels is None:
         names = config.label_names or tuple(map(str, range(config.num_labels)))

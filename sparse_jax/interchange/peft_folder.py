@@ -39,7 +39,7 @@ _COMMON = (
     "task_type",
 )  # fmt: skip
 # Copies that PEFT keeps of a module that it saves.
-_COPIES = re.compile(r"\.(original_module|modules_to_save)\.")
+_COPIES = re.compile(r"\.(original_module|modules_to_save)(\.default)?\.")
 
 
 class PeftFolder(NamedTuple):
@@ -215,7 +215,8 @@ def modules_and_rest(
                 parts.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = array
                 break
         else:
-            if not _COPIES.search(name):
+            plain = _COPIES.sub(".", name)
+            if plain == name or plain not in found.tensors:
                 rest[name.replace(".base_layer.", ".")] = array
     full = with_full_names(model.family, [f"{name}.weight" for name in parts])
     modules = []
