@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_run import tiny_settings, write_data, write_model
+from tiny_run import tiny_settings, write_files
 
 from sparse_jax import (
     Adapter,
@@ -37,11 +37,7 @@ SIFT = {"method": "sift", "density": 0.2, "where": WHERE, "max_steps": 2}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        "model": write_model(folder / "model"),
-        "data": write_data(folder / "data"),
-    }
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")

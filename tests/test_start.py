@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import tiny_settings, write_data, write_model
+from tiny_run import tiny_settings, write_files
 
 from sparse_jax import (
     Adapter,
@@ -28,11 +28,7 @@ LORA = {"method": "lora", "rank": 2}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        "model": write_model(folder / "model"),
-        "data": write_data(folder / "data"),
-    }
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 def train(files, output, **options):

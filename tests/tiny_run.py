@@ -69,6 +69,14 @@ def write_data(folder):
     return folder
 
 
+def write_files(folder):
+    """Returns the model and the data of a run, as its settings name them."""
+    return {
+        "model": write_model(folder / "model"),
+        "data": write_data(folder / "data"),
+    }
+
+
 def tiny_settings(model, data, output, **changes):
     """Returns settings of a run that takes seconds."""
     fields = {
