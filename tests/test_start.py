@@ -224,6 +224,7 @@ REFUSED = {
     "another base": ("other", SIFT, "`model` must be the base of the adapter"),
     "no arrays at a site": ("torn", LORA, "must have arrays at the site `attention/"),
     "avoided": ("avoided", SIFT, "must train no entry of those to avoid, got some of"),
+    "another stack": ("whole", SIFT, "must have positions in layers of `layers/att"),
     "no adapter": ("none", SIFT, "`adapter` must be a file or a run directory"),
 }
 
@@ -238,6 +239,11 @@ def test_what_a_run_cannot_go_on_from_is_refused(name, files, old, tmp_path):
     if word == "avoided":
         path = old["sift"]
         options = {**options, "avoid": (path,)}
+    if word == "whole":
+        positions = {QUERY: np.array([3], np.int32)}
+        values = {QUERY: np.ones(1, np.float32)}
+        adapter = replace(load_adapter(old["sift"]), method="")
+        save_adapter(path, replace(adapter, support=positions, values=values))
     if word == "torn":
         adapter = load_adapter(old["lora"])
         _, *sites = adapter.added
