@@ -16,7 +16,7 @@ from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.hf.model_files import cached_folder, local_folder
 from sparse_jax.models.hf.pretrained import base_config, changed_field
-from sparse_jax.params.names import leaf_names, map_named
+from sparse_jax.params.names import leaves_by_name, map_named
 from sparse_jax.supports.positions import fetch, read_entries, write_entries
 
 __all__ = [
@@ -200,8 +200,7 @@ def require_fit(params: Params, adapter: Adapter) -> None:
     """
     for name in sorted({*adapter.support, *adapter.values}):
         require_pair("`adapter`", name, adapter, "Take it from a tuner.")
-    names, leaves = jax.tree.leaves(leaf_names(params)), jax.tree.leaves(params)
-    known = dict(zip(names, leaves, strict=True))
+    known = leaves_by_name(params)
     changed = {**adapter.values, **adapter.dense}
     if unknown := sorted({*changed} - {*known}):
         raise InputError(

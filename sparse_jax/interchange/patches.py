@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -18,7 +17,7 @@ from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
 from sparse_jax.models.hf.tensors import save_tensors
-from sparse_jax.params.names import leaf_names
+from sparse_jax.params.names import leaves_by_name
 
 __all__ = [
     "WeightPatch",
@@ -85,8 +84,7 @@ def patches_of(adapter: Adapter, model: Model) -> list[WeightPatch]:
         )
     shapes = model.abstract()
     require_whole(shapes, adapter)
-    names = jax.tree.leaves(leaf_names(shapes))
-    by_name = dict(zip(names, jax.tree.leaves(shapes), strict=True))
+    by_name = leaves_by_name(shapes)
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     full: dict[str, tuple[int, ...]] = {}
     layout, heads = model.family.layout, model.config.num_heads

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from sparse_jax.adapter.adapter import Adapter, Arrays
@@ -28,7 +27,7 @@ from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.hf.pretrained import base_config
 from sparse_jax.models.hf.tensor_names import is_stacked
-from sparse_jax.params.names import leaf_names
+from sparse_jax.params.names import leaves_by_name
 from sparse_jax.supports.positions import fetch
 
 __all__ = ["load_peft", "read_adapter"]
@@ -60,8 +59,7 @@ def load_peft(
     """
     base = None
     if params is not None:
-        names = jax.tree.leaves(leaf_names(params))
-        leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
+        leaves = leaves_by_name(params)
         first = next(iter(leaves.values()))
         base = Base(lambda leaf: fetch(leaves[leaf]), np.dtype(first.dtype))
     return read_adapter(open_peft(folder), model, base)
@@ -74,11 +72,8 @@ def read_adapter(found: PeftFolder, model: Model, base: Base | None) -> Adapter:
         raise found.refused("peft_type", f"one of {', '.join(_TYPES)}")
     kind = _TYPES[name]
     require_options(found, kind.options, kind.harmless)
-    abstract = model.abstract()
-    leaves = zip(
-        jax.tree.leaves(leaf_names(abstract)), jax.tree.leaves(abstract), strict=True
-    )
-    shapes = {leaf: like.shape for leaf, like in leaves}
+    leaves = leaves_by_name(model.abstract())
+    shapes = {leaf: like.shape for leaf, like in leaves.items()}
     modules, rest = [], dict(found.tensors)
     if kind.suffixes:
         modules, rest = modules_and_rest(found, kind.suffixes, model)

@@ -22,7 +22,7 @@ from sparse_jax.adapter.whole import require_sites
 from sparse_jax.errors import InputError, listed
 from sparse_jax.methods.method import Method
 from sparse_jax.models.hf.weights import HEADS
-from sparse_jax.params.names import leaf_names, patterns
+from sparse_jax.params.names import leaves_by_name, patterns
 from sparse_jax.supports.positions import fetch, read_entries, union_of
 from sparse_jax.supports.roles import SPARSE, Role, map_roles
 from sparse_jax.training.objective import Objective
@@ -93,8 +93,7 @@ def with_start(
       params: the parameters at the end.
       earlier: adapters whose entries are left alone.
     """
-    names = jax.tree.leaves(leaf_names(params))
-    leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
+    leaves = leaves_by_name(params)
     support, values, dense = (
         dict(part) for part in (trained.support, trained.values, trained.dense)
     )

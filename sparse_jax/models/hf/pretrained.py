@@ -21,7 +21,7 @@ from sparse_jax.models.hf.read_config import read_config, write_config
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
 from sparse_jax.models.hf.tensors import LazyTensor, base_hash, bytes_of, write_tensors
 from sparse_jax.models.hf.weights import Index, Weights, open_weights, rounded
-from sparse_jax.params.names import leaf_names, map_named
+from sparse_jax.params.names import leaves_by_name, map_named
 
 __all__ = [
     "base_config",
@@ -318,7 +318,5 @@ def _new_leaves(
     model: Model, leaves: tuple[str, ...], dtype: np.dtype, key: jax.Array
 ) -> dict[str, jax.Array]:
     """Creates some leaves as `model.init` does; the compiler drops the others."""
-    params = model.init(key, dtype)
-    names = jax.tree.leaves(leaf_names(params))
-    created = dict(zip(names, jax.tree.leaves(params), strict=True))
+    created = leaves_by_name(model.init(key, dtype))
     return {leaf: created[leaf] for leaf in leaves}
