@@ -92,6 +92,7 @@ def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
       InputError: if a leaf is missing or does not fit.
 
     Example:
+      >>> import numpy as np
       >>> params = {"w": jnp.array([1.0, 2.0, 3.0])}
       >>> support = {"w": np.array([0, 2], np.int32)}
       >>> other = Adapter(support, {"w": np.array([8.0, 9.0], np.float32)})
