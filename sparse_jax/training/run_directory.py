@@ -204,7 +204,7 @@ class RunDirectory:
         def write() -> None:
             try:
                 save(self.path / PATCHES)
-            except OSError as error:
+            except (OSError, InputError) as error:
                 folder, reason = self.path / PATCHES, reason_of(error)
                 _log.warning("%s lacks a patch (%s)", folder, reason)
 
