@@ -7,9 +7,8 @@ from pathlib import Path
 from sparse_jax.data.chat_template import warn_of_template
 from sparse_jax.data.glue import TASKS
 from sparse_jax.data.tokenizer import load_tokenizer, warn_of_tokenizer
-from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.interchange.source import DTYPES, Source
-from sparse_jax.models.hf.model_files import TOKENIZER_FILES
+from sparse_jax.models.hf.model_files import TOKENIZER_FILES, read_object
 from sparse_jax.models.hf.pretrained import save_pretrained
 from sparse_jax.params.fields import Json, require_word
 
@@ -65,7 +64,7 @@ def write_merged(
 
 def _complete_config(source: Source, folder: Path) -> None:
     """Adds what the configuration of the base says and ours does not."""
-    base, written = _read(source.folder / CONFIG), _read(folder / CONFIG)
+    base, written = read_object(source.folder / CONFIG), read_object(folder / CONFIG)
     fields = {name: base[name] for name in base if name not in _OLD}
     config = source.model.config
     if source.is_causal:
@@ -93,7 +92,7 @@ def _problem_type(source: Source) -> str | None:
 def _write_generation_config(source: Source, folder: Path) -> None:
     """Writes how texts are generated: as by the base, to the end that was trained."""
     if (source.folder / GENERATION).is_file():
-        fields = _read(source.folder / GENERATION)
+        fields = read_object(source.folder / GENERATION)
     else:
         from transformers import AutoConfig, GenerationConfig
 
@@ -110,19 +109,6 @@ def _write_generation_config(source: Source, folder: Path) -> None:
     if more := [end for end in ends if end not in known]:
         fields["eos_token_id"] = [*known, *more]
     _write(folder / GENERATION, fields)
-
-
-def _read(path: Path) -> dict[str, Json]:
-    """Returns the object in a file."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"`{path}` must be a JSON object: {reason_of(error)}. Copy it again."
-        ) from error
-    if not isinstance(fields, dict):
-        raise InputError(f"`{path}` must be a JSON object, got {brief(fields)}.")
-    return fields
 
 
 def _write(path: Path, fields: dict[str, Json]) -> None:

@@ -15,7 +15,7 @@ from sparse_jax.adapter.file import ADAPTER
 from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.interchange.peft_save import ABOUT, PREFIX, WEIGHTS
 from sparse_jax.models.functional import Model
-from sparse_jax.models.hf.model_files import PEFT_CONFIG
+from sparse_jax.models.hf.model_files import PEFT_CONFIG, read_object
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, with_full_names
 from sparse_jax.params.fields import JSON_RULES, TEXTS, Json
 from sparse_jax.params.names import leaf_names
@@ -134,7 +134,7 @@ def open_peft(folder: str | Path) -> PeftFolder:
             f"`folder` must be a folder with an `{PEFT_CONFIG}` that PEFT wrote, got "
             f"`{folder}`. Pass what `save_pretrained` of a `PeftModel` wrote."
         )
-    config = _json(path / PEFT_CONFIG)
+    config = read_object(path / PEFT_CONFIG)
     weights = path / WEIGHTS
     if not weights.is_file():
         rule = f"`folder` must have an `{WEIGHTS}`, got `{path}`, which has"
@@ -270,20 +270,6 @@ def _texts(found: PeftFolder, name: str) -> Iterator[str]:
         yield value
     elif isinstance(value, list):
         yield from (word for word in value if isinstance(word, str))
-
-
-def _json(path: Path) -> dict[str, Json]:
-    """Returns the object in a file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        reason = f"got {type(found).__name__}"
-    except (OSError, ValueError, RecursionError) as error:
-        found, reason = None, reason_of(error)
-    if not isinstance(found, dict):
-        raise InputError(
-            f"`{path}` must be a JSON object: {reason}. Copy the folder again."
-        )
-    return found
 
 
 def _require_about(path: Path, about: Mapping[str, Json]) -> None:

@@ -21,7 +21,7 @@ from sparse_jax.interchange.peft_folder import (
 from sparse_jax.interchange.peft_lora import read_lora
 from sparse_jax.interchange.peft_readers import read_ia3, read_prefix, sparse_reader
 from sparse_jax.interchange.peft_save import WEIGHTS, WORDS
-from sparse_jax.interchange.peft_source import Base, Source, Trained, require_shape
+from sparse_jax.interchange.peft_source import Base, PeftSource, Trained, require_shape
 from sparse_jax.interchange.peft_sparse import SPARSE
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
@@ -79,7 +79,7 @@ def read_adapter(found: PeftFolder, model: Model, base: Base | None) -> Adapter:
         modules, rest = modules_and_rest(found, kind.suffixes, model)
     else:
         rest.pop("prompt_embeddings", None)
-    source = Source(found, model, base, modules, shapes)
+    source = PeftSource(found, model, base, modules, shapes)
     trained = kind.read(source)
     dense = {**_own(source, trained, _dense(source, rest)), **trained.dense}
     rules = tuple(f"^{re.escape(leaf)}$" for leaf in sorted(dense))
@@ -100,7 +100,7 @@ def read_adapter(found: PeftFolder, model: Model, base: Base | None) -> Adapter:
     )
 
 
-def _own(source: Source, trained: Trained, dense: Arrays) -> Arrays:
+def _own(source: PeftSource, trained: Trained, dense: Arrays) -> Arrays:
     """Returns leaves that were saved whole, without those that something is added to.
 
     Of a table or a head that it adds to, PEFT saves the base as well.
@@ -117,7 +117,7 @@ def _own(source: Source, trained: Trained, dense: Arrays) -> Arrays:
     return {leaf: array for leaf, array in dense.items() if leaf not in twice}
 
 
-def _dense(source: Source, rest: Arrays) -> Arrays:
+def _dense(source: PeftSource, rest: Arrays) -> Arrays:
     """Returns the leaves that were saved whole, stacked over the layers."""
     model, layout = source.model, source.model.family.layout
     rest = _without_tied_head(source, rest)
@@ -148,7 +148,7 @@ def _dense(source: Source, rest: Arrays) -> Arrays:
     return found
 
 
-def _without_tied_head(source: Source, rest: Arrays) -> Arrays:
+def _without_tied_head(source: PeftSource, rest: Arrays) -> Arrays:
     """Returns the tensors without the copy of a word table that is the head as well."""
     names = source.model.family.names
     if source.model.head is not CausalLM or not source.model.config.tied:
@@ -174,7 +174,7 @@ class _Type(NamedTuple):
     suffixes: tuple[str, ...]  # ends of the names of its tensors
     options: tuple[str, ...]  # that are followed
     harmless: tuple[str, ...]  # that start a training, or belong to what is refused
-    read: Callable[[Source], Trained]
+    read: Callable[[PeftSource], Trained]
 
 
 _TYPES: Mapping[str, _Type] = MappingProxyType(

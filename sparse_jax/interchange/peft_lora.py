@@ -11,7 +11,12 @@ import numpy as np
 from sparse_jax.adapter.adapter import Arrays
 from sparse_jax.errors import InputError, brief
 from sparse_jax.interchange.peft_folder import PeftFolder
-from sparse_jax.interchange.peft_source import Source, Trained, require_shape, site_of
+from sparse_jax.interchange.peft_source import (
+    PeftSource,
+    Trained,
+    require_shape,
+    site_of,
+)
 from sparse_jax.methods.lora import DoRA, LoRA
 from sparse_jax.models.hf.tensor_names import is_stacked
 from sparse_jax.params.fields import Json
@@ -28,7 +33,7 @@ class _Low(NamedTuple):
     scale: float
 
 
-def read_lora(source: Source) -> Trained:
+def read_lora(source: PeftSource) -> Trained:
     """Returns LoRA or DoRA."""
     found, layout = source.found, source.model.family.layout
     _require_plain_lora(found)
@@ -93,7 +98,7 @@ def read_lora(source: Source) -> Trained:
     return Trained(method, added, dense=dense)
 
 
-def _with_low(source: Source, leaf: str, low: _Low) -> np.ndarray:
+def _with_low(source: PeftSource, leaf: str, low: _Low) -> np.ndarray:
     """Returns the kernel of a linear map that is in no layer, with LoRA added."""
     base = source.need_base(f"`{leaf}` is in no layer, so that LoRA is added to it")
     kernel = base.read(leaf)
@@ -102,7 +107,7 @@ def _with_low(source: Source, leaf: str, low: _Low) -> np.ndarray:
 
 
 def _stacked(
-    source: Source,
+    source: PeftSource,
     leaf: str,
     stack: Mapping[int, _Low],
     rank: int,

@@ -10,7 +10,12 @@ from sparse_jax.adapter.adapter import Arrays
 from sparse_jax.errors import InputError
 from sparse_jax.interchange.peft_prefix import prefix_arrays
 from sparse_jax.interchange.peft_save import WEIGHTS
-from sparse_jax.interchange.peft_source import Source, Trained, require_shape, site_of
+from sparse_jax.interchange.peft_source import (
+    PeftSource,
+    Trained,
+    require_shape,
+    site_of,
+)
 from sparse_jax.interchange.peft_sparse import SparseForm, Stored, free_positions
 from sparse_jax.methods.ia3 import IA3
 from sparse_jax.methods.prefix import Prefix
@@ -22,7 +27,7 @@ from sparse_jax.supports.entries import ENTRY
 __all__ = ["read_ia3", "read_prefix", "sparse_reader"]
 
 
-def read_ia3(source: Source) -> Trained:
+def read_ia3(source: PeftSource) -> Trained:
     """Returns (IA)3, whose vectors are rows at inputs and columns at outputs."""
     layout, heads = source.model.family.layout, source.model.config.num_heads
     sites: dict[str, Arrays] = {}
@@ -54,10 +59,10 @@ def read_ia3(source: Source) -> Trained:
     return Trained(IA3(where=rule("output"), feedforward=rule("input")), sites)
 
 
-def sparse_reader(form: SparseForm) -> Callable[[Source], Trained]:
+def sparse_reader(form: SparseForm) -> Callable[[PeftSource], Trained]:
     """Returns the reader of a sparse type."""
 
-    def read(source: Source) -> Trained:
+    def read(source: PeftSource) -> Trained:
         if source.found.config.get("save_precomputed_indices") is False:
             raise source.found.refused(
                 "save_precomputed_indices", "true, as indices are not found again here"
@@ -132,7 +137,7 @@ def _padded(
     return everything[order].astype(np.int32), new[order]
 
 
-def read_prefix(source: Source) -> Trained:
+def read_prefix(source: PeftSource) -> Trained:
     """Returns a prefix."""
     tensor = source.found.tensors.get("prompt_embeddings")
     if tensor is None:

@@ -13,7 +13,7 @@ from sparse_jax.methods.method import Method
 from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.tensor_names import is_stacked
 
-__all__ = ["Base", "Source", "Trained", "require_shape", "site_of"]
+__all__ = ["Base", "PeftSource", "Trained", "require_shape", "site_of"]
 
 
 class Base(NamedTuple):
@@ -34,7 +34,7 @@ class Trained:
     dense: Arrays = field(default_factory=dict)
 
 
-class Source(NamedTuple):
+class PeftSource(NamedTuple):
     """What the readers of a type see."""
 
     found: PeftFolder

@@ -1,12 +1,14 @@
 """Where the files of a model are."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_jax.errors import InputError, brief, first_line
+from sparse_jax.errors import InputError, brief, first_line, reason_of
 from sparse_jax.models.hf.tensors import INDEX, WEIGHTS, shards_of
+from sparse_jax.params.fields import Json
 
 __all__ = [
     "PEFT_CONFIG",
@@ -15,6 +17,7 @@ __all__ = [
     "config_folder",
     "hub_id",
     "local_folder",
+    "read_object",
     "require_no_peft",
 ]
 
@@ -145,3 +148,19 @@ def _folder(
             f"Hub, got {brief(str(model))}, which is no folder and cannot be fetched: "
             f"{reason}. Check the spelling and the connection."
         ) from error
+
+
+def read_object(path: Path) -> dict[str, Json]:
+    """Returns the JSON object in a file.
+
+    Raises:
+      InputError: if there is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        reason = f"got {type(found).__name__}"
+    except (OSError, ValueError, RecursionError) as error:
+        found, reason = None, reason_of(error)
+    if not isinstance(found, dict):
+        raise InputError(f"`{path}` must be a JSON object: {reason}. Copy it again.")
+    return found

@@ -1,6 +1,5 @@
 """Hugging Face `config.json`, in and out."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from sparse_jax.models.families.gptj import GPTJ
 from sparse_jax.models.families.llama import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
 from sparse_jax.models.family import ClassicFamily, DecoderFamily, Family
 from sparse_jax.models.functional import Model
-from sparse_jax.models.hf.model_files import require_no_peft
+from sparse_jax.models.hf.model_files import read_object, require_no_peft
 from sparse_jax.models.hf.read_decoder_config import (
     classic_config,
     decoder_config,
@@ -149,14 +148,7 @@ def _fields_in(path: Path) -> dict[str, object]:
             f"`model` must be a folder with a `config.json`, got `{path.parent}`. "
             "Save a model there with `save_pretrained`."
         )
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"`{path}` must be a JSON object: {reason_of(error)}."
-        ) from error
-    if not isinstance(fields, dict):
-        raise InputError(f"`{path}` must be a JSON object, got {brief(fields)}.")
+    fields = read_object(path)
     quantized = next((name for name in _QUANTIZED if fields.get(name)), None)
     if quantized is not None:
         raise InputError(
