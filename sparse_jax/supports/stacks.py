@@ -23,9 +23,13 @@ class SetOptions(TypedDict, total=False):
     indices_are_sorted: bool
 
 
-class GetOptions(SetOptions, total=False):
+# Not a subclass: pdoc does not find where the keys of one come from.
+class GetOptions(TypedDict, total=False):
     """What is known of positions, as `.at[].get()` takes it."""
 
+    mode: str
+    unique_indices: bool
+    indices_are_sorted: bool
     fill_value: int
 
 
