@@ -156,8 +156,9 @@ def test_sift_on_a_mesh_has_the_numbers_of_one_device(mesh, kind):
     ],
 )
 def test_every_method_on_a_mesh_has_the_numbers_of_one_device(name):
-    # Trained words amplify rounding: after 44 updates it reaches the fourth digit.
-    steps = 20 if name == "sift with words" else 50
+    # Trained words amplify rounding, from 1e-7 by a factor of ten in ten updates: after
+    # 25 (jax 0.12) or 44 (jax 0.10) of them it reaches the fourth digit.
+    steps = 20 if name in ("sift with words", "full") else 50
     method = METHODS[name]
     assert_same(on_one(method, steps), on_mesh(method, steps, MESHES["all"]))
 
