@@ -238,6 +238,20 @@ def test_the_rate_rises_for_six_percent_and_falls_to_the_end():
     assert rates[-1] == pytest.approx(1 / 95)
 
 
+@pytest.mark.parametrize(("warmup", "peak_at"), [(0, 0), (0.1, 1), (1, 0), (5, 4)])
+def test_the_warmup_is_a_fraction_of_the_updates_or_their_number(warmup, peak_at):
+    schedule = schedule_of(1.0, 20, warmup)
+    rates = [float(learning_rate_at(count, schedule)) for count in range(20)]
+    assert (np.argmax(rates), max(rates)) == (peak_at, 1.0)
+    assert min(rates) > 0
+
+
+def test_a_warmup_longer_than_the_run_is_refused_before_it(model, data, tmp_path):
+    settings = tiny_settings(model, data, tmp_path / "run", warmup=4)
+    with pytest.raises(InputError, match="`warmup` must be at most 3, the updates"):
+        make_job(settings)
+
+
 def test_the_norm_of_the_gradient_is_clipped_to_one(model, data, tmp_path):
     def make(**more):
         settings = tiny_settings(model, data, tmp_path / "run", **more)

@@ -213,6 +213,9 @@ def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
         ),
         ({"optimizer": optax.sgd}, "`optimizer` must be an Optax transformation"),
         ({"optimizer": optax.sgd(1.0), "learning_rate": 1.0}, "`learning_rate` must"),
+        ({"optimizer": optax.sgd(1.0), "warmup": 0.1}, "`warmup` must be left out"),
+        ({"warmup": 1.5}, r"`warmup` must be a fraction of the updates in \[0, 1\)"),
+        ({"warmup": float("nan")}, "`warmup` must be .*, got nan"),
         ({"optimizer": optax.lbfgs()}, "`optimizer` must make updates .*'value_fn'"),
         (
             {"optimizer": optax.contrib.reduce_on_plateau()},

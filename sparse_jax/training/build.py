@@ -70,8 +70,8 @@ class Job:
     @property
     def schedule(self) -> Schedule | None:
         """Of the learning rate; None if the optimizer has its own."""
-        peak = self.settings.resolved_learning_rate
-        return None if peak is None else schedule_of(peak, self.total)
+        peak, warmup = self.settings.resolved_learning_rate, self.settings.warmup
+        return None if peak is None else schedule_of(peak, self.total, warmup)
 
     def tuner(self) -> Tuner:
         """Returns what makes the updates."""
@@ -114,6 +114,7 @@ def make_job(settings: Settings) -> Job:
             _require_apart(start, adapter, base)
     job = Job(settings, objective, base, method, sampler, head, feed, earlier, start)
     # Before the parameters are donated, and before anything is written.
+    _ = job.schedule
     with base.placement.active():
         _ = job.avoid
     return job

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparse_jax.errors import InputError
+from sparse_jax.training.settings import WARM_UP
+
 __all__ = ["MAX_NORM", "Schedule", "learning_rate_at", "make_optimizer", "schedule_of"]
 
-WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 MAX_NORM = 1.0  # global norm of the gradient of the trained values
 
 
@@ -25,14 +27,23 @@ class Schedule(NamedTuple):
     fall: jax.typing.ArrayLike  # 1 / (updates after it + 1)
 
 
-def schedule_of(peak: float, updates: int) -> Schedule:
+def schedule_of(peak: float, updates: int, warmup: float = WARM_UP) -> Schedule:
     """Returns the schedule of a run.
 
     Args:
-      peak: the largest rate, reached after 6 % of the updates.
+      peak: the largest rate, reached after the warm-up.
       updates: updates of the whole run.
+      warmup: a fraction of the updates, or from 1 on their number; the least is one.
+
+    Raises:
+      InputError: if the warm-up is longer than the run.
     """
-    warm_up = max(1, round(WARM_UP * updates))
+    warm_up = max(1, round(warmup * updates if warmup < 1 else warmup))
+    if warm_up > updates:
+        raise InputError(
+            f"`warmup` must be at most {updates}, the updates of the run, got "
+            f"{warm_up}. A fraction, such as {WARM_UP}, fits every run."
+        )
     one = np.float32(1)
     return Schedule(
         peak=np.float32(peak),

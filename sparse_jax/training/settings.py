@@ -41,6 +41,7 @@ OWN = "own"  # recorded for an optimizer, which a file cannot hold
 DTYPES = ("float32", "bfloat16")
 LOSSES = ("response", "all")
 HELD_OUT, TEMPLATE = 0.05, "alpaca"
+WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
     "max_steps", "max_length", "learning_rate",
@@ -131,9 +132,14 @@ class Settings(MethodOptions, SamplerOptions):
     )
     learning_rate: float | None = setting(
         None,
-        "Peak learning rate, reached after a warm-up of 6 % of the updates; from "
-        "there it decays linearly to 0.",
+        "Peak learning rate, reached after the warm-up; from there it decays linearly "
+        "to 0.",
         learning_rates(),
+    )
+    warmup: float = setting(
+        WARM_UP,
+        "Warm-up of the learning rate: below 1 a fraction of the updates, else their "
+        "number.",
     )
     # None is AdamW with a clipped norm and the schedule of `learning_rate`. Another one
     # brings its own schedule, and gets gradients that are not clipped.
@@ -186,6 +192,11 @@ class Settings(MethodOptions, SamplerOptions):
                 object.__setattr__(self, name, checked(one, value))
         require_word("method", self.method_word, METHODS)
         require_word("dtype", self.dtype, DTYPES)
+        if not self.warmup >= 0 or (self.warmup > 1 and self.warmup % 1):
+            raise InputError(
+                "`warmup` must be a fraction of the updates in [0, 1), or a number, "
+                f"got {self.warmup}. Commonly it is {WARM_UP}."
+            )
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -338,11 +349,12 @@ class Settings(MethodOptions, SamplerOptions):
 
         require_transformation("optimizer", self.optimizer)
         require_plain_update("optimizer", self.optimizer)
-        if self.learning_rate is not None:
-            raise InputError(
-                "`learning_rate` must be left out with an optimizer, which has its "
-                f"own, got {self.learning_rate}."
-            )
+        for name, left_out in (("learning_rate", None), ("warmup", WARM_UP)):
+            if getattr(self, name) != left_out:
+                raise InputError(
+                    f"`{name}` must be left out with an optimizer, which has its own, "
+                    f"got {getattr(self, name)}."
+                )
 
 
 def setting_options() -> dict[str, Option]:
