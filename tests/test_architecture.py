@@ -31,7 +31,7 @@ ROOMS = (
 LEVEL = {name: level for level, room in enumerate(ROOMS) for name in room}
 FILES = sorted(PACKAGE.rglob("*.py"))
 FILES.remove(PACKAGE / "__init__.py")
-SLOW = {"torch", "datasets", "matplotlib", "transformers", "huggingface_hub"}
+SLOW = {"torch", "datasets", "matplotlib", "transformers", "huggingface_hub", "scipy"}
 
 
 def room(parts):
