@@ -140,6 +140,11 @@ def rename_format(path):
     save_file({"w": np.zeros(1)}, path, metadata={"format": "pt"})
 
 
+def other_format(path):
+    metadata = {"sparse_jax": '{"format": "3"}'}
+    save_file({"w": np.zeros(1)}, path, metadata=metadata)
+
+
 def forget_metadata(path):
     save_file({"w": np.zeros(1)}, path)
 
@@ -157,8 +162,9 @@ def forget_method(path):
     [
         (cut, "must be a complete safetensors file"),
         (scribble, "must be a complete safetensors file"),
-        (rename_format, "must be an adapter of format"),
-        (forget_metadata, "must be an adapter of format"),
+        (rename_format, "must be an adapter of sparse_jax, .* of something else"),
+        (forget_metadata, "must be an adapter of sparse_jax, .* passed as --model"),
+        (other_format, "must be an adapter of format 'sparse_jax adapter 2', got '3'"),
         (forget_method, "must name its method"),
         (lambda path: path.unlink(), "does not exist"),
     ],
@@ -169,6 +175,12 @@ def test_a_file_that_is_no_adapter_is_an_error(tmp_path, spoil, message):
     spoil(path)
     with pytest.raises(InputError, match=message):
         load_adapter(path)
+
+
+def test_a_folder_without_an_adapter_says_what_it_lacks(tmp_path):
+    message = "neither `adapter.safetensors` nor `adapter_config.json`. A run writes"
+    with pytest.raises(InputError, match=message):
+        load_adapter(tmp_path)
 
 
 def test_arrays_stay_in_the_file_until_they_are_used(tmp_path):

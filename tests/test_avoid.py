@@ -136,8 +136,15 @@ def test_positions_must_be_in_what_the_run_chooses_from(stack):
     positions = np.zeros((1,) if stack else (3, 1), np.int32)
     mine = Adapter({"w/k": positions}, {"w/k": np.ones(positions.shape, np.float32)})
     tuner = Compact(make_loss, Sparse(density=0.1, stack=stack), optax.sgd(0.1))
-    with pytest.raises(InputError, match="`w/k`, as this run has, got"):
+    with pytest.raises(InputError, match="as this run has, got .*the same `stack`"):
         entries_to_avoid(tuner, {"w": {"k": jnp.ones((3, 10))}}, [mine])
+
+
+def test_arrays_of_numpy_are_avoided():
+    tuner = Compact(make_loss, Sparse(density=0.25, stack=None), optax.sgd(0.1))
+    mine = Adapter({"w": np.array([3], np.int32)}, {"w": np.ones(1, np.float32)})
+    params = {"w": np.ones(4, np.float32)}
+    assert entries_to_avoid(tuner, params, [mine])["w"].tolist() == [3]
 
 
 def test_lanes_avoid_nothing():
@@ -177,7 +184,7 @@ REFUSED = {
     "in full": (query([0]), {"method": "full", "density": 0.02}, "which this run trai"),
     "out of range": (query([10**6]), {}, "must hold positions below"),
     "another base": (Adapter(base_hash="ab"), {}, "`model` must be the base of the"),
-    "no adapter": (None, {}, "must be a file or a run directory"),
+    "no adapter": (None, {}, "must be an adapter file, or the folder"),
 }
 
 

@@ -109,6 +109,29 @@ def test_a_switch_leaves_the_bits_of_the_base(dtype):
     assert bits(switch.to()) == before and bits(switch.params) == before
 
 
+def test_arrays_of_numpy_are_adapted_and_kept():
+    params, adapter = base_params(), adapter_at([0, 5], [1], head=True)
+    numpy = jax.tree.map(np.array, params)
+    changed, undo = swap(numpy, adapter)
+    assert bits(changed) == bits(on(params, adapter))
+    assert bits(swap(changed, undo)[0]) == bits(params)
+    switch = AdapterSwitch(numpy, {"a": adapter})
+    assert bits(switch.to("a")) == bits(changed) and bits(switch.to()) == bits(params)
+    assert bits(numpy) == bits(params)
+
+
+def test_leaves_that_are_one_array_are_switched_apart():
+    table = jnp.arange(4.0)
+    adapter = Adapter({"word": np.array([1])}, {"word": np.ones(1, np.float32)})
+    more = Adapter(dense={"head": np.zeros(4, np.float32)})
+    switch = AdapterSwitch({"head": table, "word": table}, {"a": adapter, "b": more})
+    for names in (("a",), ("a", "b"), ("b",)):
+        found = switch.to(*names)
+        assert found["word"].tolist() == [0, 1.0, 2, 3]
+        assert found["head"].tolist() == ([0] * 4 if "b" in names else [0, 1, 2, 3])
+    assert bits(switch.to()) == bits([np.arange(4, dtype=np.float32)] * 2)
+
+
 def test_a_switch_compiles_nothing_after_the_first_use():
     adapters = {n: adapter_at([0, n + 1], [n], seed=n, head=True) for n in range(3)}
     adapters = {str(n): adapter for n, adapter in adapters.items()}
@@ -277,6 +300,7 @@ REFUSED_SUMS = {
     "another base": ([0, 2], {}, r"must be of one base, got  \(ab\), other \(cd\)"),
     "LoRA and sparse": ([0, 3], {}, "must be all LoRA, or all without .* lora, sift"),
     "DoRA": ([4, 4], {}, "must be all LoRA, or all without added arrays, got dora"),
+    "too many ranks": ([3, 3, 3, 3, 3], {}, "up to at most 8, the .* `up`, got 10"),
     "another leaf": ([5], {}, "`params` must have the leaf `other`"),
     "another dtype": ([6], {}, r"must be float32\[3, 8, 8\] .*, got bfloat16"),
     "out of range": ([7], {}, r"`word.support` must hold positions below 20"),

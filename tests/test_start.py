@@ -224,8 +224,8 @@ REFUSED = {
     "another base": ("other", SIFT, "`model` must be the base of the adapter"),
     "no arrays at a site": ("torn", LORA, "must have arrays at the site `attention/"),
     "avoided": ("avoided", SIFT, "must train no entry of those to avoid, got some of"),
-    "another stack": ("whole", SIFT, "must have positions in layers of `layers/att"),
-    "no adapter": ("none", SIFT, "`adapter` must be a file or a run directory"),
+    "another stack": ("whole", SIFT, "positions in layers of .*the same `stack`"),
+    "no adapter": ("none", SIFT, "`adapter` must be an adapter file, or the folder"),
 }
 
 

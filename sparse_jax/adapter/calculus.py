@@ -95,7 +95,8 @@ def combine_adapters(
 
     Raises:
       InputError: if the adapters are of different bases, or of methods that have no
-        sum; if a leaf is missing; if `new` names others, or lacks a classifier that
+        sum; naming the site, if the ranks add up to more than it has; if a leaf is
+        missing; if `new` names others, or lacks a classifier that
         has other labels; or naming a leaf of another shape or dtype.
 
     Source:
@@ -242,6 +243,13 @@ def _low_rank_sum(
     added: dict[str, Arrays] = {}
     for site in sites:
         like = next(one.added[site] for one in adapters if site in one.added)
+        most = min(like["a"].shape[1], like["b"].shape[2])
+        if rank > most:
+            raise InputError(
+                f"`adapters` must have ranks that add up to at most {most}, the "
+                f"smaller side of the kernel at `{site}`, got {rank}. Combine fewer, "
+                "or merge them into models of their own."
+            )
         halves: dict[str, list[np.ndarray]] = {"a": [], "b": []}
         for one, method, weight in zip(adapters, lora, weights, strict=True):
             pair = one.added.get(site)
@@ -275,7 +283,7 @@ def _require_alike(leaf: str, supports: Sequence[np.ndarray]) -> None:
         words = [f"{shape[0]} layers" if shape else "the whole" for shape in shapes]
         raise InputError(
             f"`adapters` must have positions in the same layers of `{leaf}`, got "
-            f"{' and '.join(words)}. Train them with the same `stack`."
+            f"{' and '.join(words)}. Train with the same `stack`."
         )
 
 

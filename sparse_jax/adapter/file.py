@@ -23,7 +23,7 @@ from sparse_jax.adapter.format_1 import FORMAT_1, method_of_format_1
 from sparse_jax.errors import InputError, brief, printable, reason_of
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import entry_of, word_of
-from sparse_jax.models.hf.model_files import require_no_peft
+from sparse_jax.models.hf.model_files import PEFT_CONFIG, require_no_peft
 from sparse_jax.models.hf.tensors import save_tensors
 from sparse_jax.models.hf.weights import is_finite
 from sparse_jax.params.fields import JSON_RULES, TEXTS
@@ -134,13 +134,25 @@ def load_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
         positions, values that are not finite, or settings of a wrong type.
     """
     path = Path(path)
-    if path.is_dir() and not (path / ADAPTER).is_file():
-        require_no_peft("adapter", path)
-    path = path / ADAPTER if path.is_dir() else path
+    if path.is_dir():
+        if not (path / ADAPTER).is_file():
+            require_no_peft("adapter", path)
+            raise InputError(
+                "`adapter` must be an adapter file, or the folder of a run or of PEFT, "
+                f"got `{path}`, which has neither `{ADAPTER}` nor `{PEFT_CONFIG}`. "
+                "A run writes it at its end: continue one with --resume."
+            )
+        path = path / ADAPTER
     metadata, tensors = _read(path)
-    words = _words(path, metadata.get(_KEY, "{}"))
-    if words.get("format") not in (FORMAT, FORMAT_1):
+    if _KEY not in metadata:
         require_no_peft("adapter", path.parent)
+        raise InputError(
+            f"`{path}` must be an adapter of sparse_jax, got a safetensors file of "
+            "something else. Pass what a run or `save_adapter` wrote; a whole model "
+            "is the base of an adapter, passed as --model."
+        )
+    words = _words(path, metadata[_KEY])
+    if words.get("format") not in (FORMAT, FORMAT_1):
         raise InputError(
             f"`{path}` must be an adapter of format {FORMAT!r}, got "
             f"{brief(words.get('format'))}{_writer(words)}. Write it with "
@@ -236,8 +248,8 @@ def _read(path: Path) -> tuple[dict[str, str], Arrays]:
     """Returns the metadata and the tensors of a safetensors file."""
     if not path.is_file():
         raise InputError(
-            f"`adapter` must be a file or a run directory with `{ADAPTER}`, got "
-            f"`{path}`, which does not exist."
+            "`adapter` must be an adapter file, or the folder of a run or of PEFT, got "
+            f"`{path}`, which does not exist. Check the spelling."
         )
     try:
         # Checks that the header is one, and that the arrays fill the file.

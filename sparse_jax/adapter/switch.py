@@ -44,7 +44,8 @@ class AdapterSwitch:
 
     Attributes:
       params: the parameters, with the adapters that are on. A switch uses up those of
-        before, and making it those of the base, as `jax.jit` does with what is donated.
+        before, and making it those of the base, as `jax.jit` does with what is donated;
+      arrays of NumPy, and one that several leaves share, are copied.
       active: names of the adapters that are on, with their strengths.
 
     Raises:
@@ -66,6 +67,12 @@ class AdapterSwitch:
 
     def __init__(self, params: Params, adapters: Mapping[str, Adapter]):
         self._leaves, self._tree = jax.tree.flatten(params)
+        for i, leaf in enumerate(self._leaves):
+            # Writing in place uses up arrays: each needs one that is its own.
+            is_shared = any(leaf is other for other in self._leaves[:i])
+            if is_shared or not isinstance(leaf, jax.Array):
+                self._leaves[i] = jnp.copy(leaf)
+        params = self.params
         self._names = jax.tree.leaves(leaf_names(params))
         self._index = {name: i for i, name in enumerate(self._names)}
         self._adapters = dict(adapters)

@@ -100,6 +100,8 @@ def swap(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
       >>> changed["w"], swap(changed, undo)[0]["w"]
       (Array([8., 2., 9.], dtype=float32), Array([1., 2., 3.], dtype=float32))
     """
+    # As they may come from NumPy.
+    params = jax.tree.map(jnp.asarray, params)
     require_fit(params, adapter)
     old_values, old_dense = {}, {}
 

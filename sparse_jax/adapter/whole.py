@@ -15,7 +15,7 @@ from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.names import map_named
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
-__all__ = ["require_inside", "require_sites", "require_whole"]
+__all__ = ["require_inside", "require_sites", "require_stack", "require_whole"]
 
 
 def require_whole(params: Params, adapter: Adapter, *, new: Sequence[str] = ()) -> None:
@@ -79,6 +79,20 @@ def require_sites(params: Params, adapter: Adapter) -> None:
                     f"{array.dtype}{list(array.shape)}. Copy it again, or load the "
                     "base that it was trained on."
                 )
+
+
+def require_stack(argument: str, role: Role, adapter: Adapter) -> None:
+    """Raises unless a run and an adapter both have positions in layers, or neither."""
+    support = adapter.support.get(role.name)
+    if support is None or role.kind != SPARSE or support.ndim == 1 + role.stacked:
+        return
+    wanted, got = "layers", "the whole"
+    if not role.stacked:
+        wanted, got = got, wanted
+    raise InputError(
+        f"`{argument}` must have positions in {wanted} of `{role.name}`, as this run "
+        f"has, got {got}. Train with the same `stack`."
+    )
 
 
 def _require_shape(name: str, leaf: jax.Array, adapter: Adapter) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.use import require_fit, without_leaves
+from sparse_jax.adapter.whole import require_stack
 from sparse_jax.compact.compact import Tuner
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Params
@@ -80,15 +81,8 @@ def entries_to_avoid(
                 "`granularity` must be 'entry' to avoid entries, got 'lane', which "
                 "takes some of every 128 rows. Leave it out."
             )
-        theirs = [one.support[role.name] for one in owners if role.name in one.support]
-        if any(support.ndim != 1 + role.stacked for support in theirs):
-            wanted, got = "layers", "the whole"
-            if not role.stacked:
-                wanted, got = got, wanted
-            raise InputError(
-                f"`avoid` must be of adapters with positions in {wanted} of "
-                f"`{role.name}`, as this run has, got {got}. Train with their `stack`."
-            )
+        for one in owners:
+            require_stack("avoid", role, one)
         positions = _union(owners, role, leaf.shape)
         free, k = role.size - positions.shape[-1], method.support_size(role)
         if free < k:

@@ -51,9 +51,9 @@ def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(x))
 
 
-def shards_of(x: jax.Array, stacked: bool) -> Shards | None:
+def shards_of(x: jax.Array | np.ndarray, stacked: bool) -> Shards | None:
     """Returns how an array, or each layer of a stack, is sharded; None if it is not."""
-    sharding = x.sharding
+    sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, jax.NamedSharding):
         return None
     spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))[int(stacked) :]

@@ -18,13 +18,13 @@ from sparse_jax.adapter.use import (
     warn_of_dtype,
     without_leaves,
 )
-from sparse_jax.adapter.whole import require_sites
+from sparse_jax.adapter.whole import require_sites, require_stack
 from sparse_jax.errors import InputError, listed
 from sparse_jax.methods.method import Method
 from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.names import leaves_by_name, patterns
 from sparse_jax.supports.positions import fetch, read_entries, union_of
-from sparse_jax.supports.roles import SPARSE, Role, map_roles
+from sparse_jax.supports.roles import map_roles
 from sparse_jax.training.objective import Objective
 from sparse_jax.training.setup import Base
 
@@ -69,7 +69,9 @@ def start_from(
         adapter = base_part
     require_fit(base.params, adapter)
     require_sites(base.params, adapter)
-    map_roles(lambda role: _require_stack(role, adapter), method.roles(base.params))
+    map_roles(
+        lambda role: require_stack("adapter", role, adapter), method.roles(base.params)
+    )
     warn_of_dtype(base.params, adapter)
     params, _ = swap(base.params, adapter)
     return replace(base, params=params), method, adapter
@@ -125,21 +127,6 @@ def with_start(
     more = (f"^{re.escape(name)}$" for name in dense if name not in trained.dense)
     rules = (*patterns(trained.method.dense), *more)
     return replace(found, method=replace(trained.method, dense=rules))
-
-
-def _require_stack(role: Role, adapter: Adapter) -> None:
-    """Raises unless a run and an adapter both have positions in layers, or neither."""
-    support = adapter.support.get(role.name)
-    if support is None or role.kind != SPARSE:
-        return
-    if support.ndim != 1 + role.stacked:
-        wanted, got = (
-            ("layers", "the whole") if role.stacked else ("the whole", "layers")
-        )
-        raise InputError(
-            f"`adapter` must have positions in {wanted} of `{role.name}`, as this run "
-            f"has, got {got}. Train with its `stack`."
-        )
 
 
 def _going_on(adapter: Adapter, method: Method) -> Method:
