@@ -28,6 +28,7 @@ __all__ = [
     "Results",
     "classification",
     "flattened",
+    "head_bias",
     "language_modeling",
     "make_loss",
     "make_token_loss",
@@ -207,6 +208,36 @@ def make_loss(
         return jnp.sum(weights * _losses(logits, labels)), jnp.sum(weights)
 
     return loss
+
+
+def head_bias(labels: np.ndarray, num_outputs: int) -> np.ndarray:
+    """Returns the outputs, the same for all examples, that fit some labels best.
+
+        b = mean(y)                                  of numbers
+        b_c = log(n_c + 1), less its mean over c     of classes, n_c examples each
+        b_c = log((n_c + 1) / (n - n_c + 1))         if any number of labels fit
+
+    They are the least loss of a head with a kernel of zero, but for the one example
+    that every class has more.
+
+    Args:
+      labels: of the training examples, `[n]`, or `[n, C]` if any number of them fit.
+      num_outputs: C, or 1 for numbers.
+
+    Example:
+      >>> head_bias(np.array([0.5, 2.5]), 1)
+      array([1.5])
+      >>> head_bias(np.array([0] * 8 + [1] * 2), 2).round(2)  # log(3) apart
+      array([ 0.55, -0.55])
+    """
+    if labels.ndim == 2:
+        fit = labels.sum(axis=0, dtype=np.float64)
+        return np.log(fit + 1) - np.log(len(labels) - fit + 1)
+    if num_outputs == 1:
+        return np.mean(labels, dtype=np.float64, keepdims=True)
+    counts = np.bincount(labels, minlength=num_outputs) + 1
+    logs = np.log(counts / np.mean(counts))
+    return logs - np.mean(logs)
 
 
 def make_token_loss(

@@ -151,7 +151,7 @@ FREE = (
     "output", "overwrite", "resume", "save_every", "patch_every", "keep", "mesh",
 )  # fmt: skip
 # What earlier versions did, which had no such setting.
-_WITHOUT = {"group_by_length": True}
+_WITHOUT = {"group_by_length": True, "head_bias": "zeros"}
 # What the settings only name, and has to be the same: key -> what it is.
 NAMED = {
     "base_hash": "model",

@@ -40,6 +40,7 @@ OWN = "own"  # recorded for an optimizer, which a file cannot hold
 
 DTYPES = ("float32", "bfloat16")
 LOSSES = ("response", "all")
+HEAD_BIASES = ("labels", "zeros")
 HELD_OUT, TEMPLATE = 0.05, "alpaca"
 WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 _POSITIVE = (
@@ -159,6 +160,11 @@ class Settings(MethodOptions, SamplerOptions):
         "128, for causal 512",
     )
     dtype: str = setting("float32", f"Dtype of the parameters: {one_of(DTYPES)}.")
+    head_bias: str = setting(
+        HEAD_BIASES[0],
+        "Bias of a new head at the start: labels (the mean of the training labels, or "
+        "the log odds of the classes) or zeros.",
+    )
     checkpointing: bool = setting(
         False, "Rematerialize every layer in the backward pass, to save memory."
     )
@@ -197,6 +203,7 @@ class Settings(MethodOptions, SamplerOptions):
                 "`warmup` must be a fraction of the updates in [0, 1), or a number, "
                 f"got {self.warmup}. Commonly it is {WARM_UP}."
             )
+        require_word("head_bias", self.head_bias, HEAD_BIASES)
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

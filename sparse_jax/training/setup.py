@@ -3,12 +3,13 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from sparse_jax.adapter.adapter import Adapter
@@ -32,15 +33,22 @@ from sparse_jax.generation.ends import require_ends
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.hf.labels import label_leaves
 from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.pretrained import base_hash, new_leaves
 from sparse_jax.models.hf.read_config import FAMILIES, read_config
 from sparse_jax.params.fields import Json
+from sparse_jax.params.names import map_named
 from sparse_jax.sharding.mesh import mesh_of
 from sparse_jax.sharding.placement import Placement, load_placed
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.training.feed import Feed, causal_feed, labeled_feed, usage_text
-from sparse_jax.training.objective import Objective, classification, language_modeling
+from sparse_jax.training.objective import (
+    Objective,
+    classification,
+    head_bias,
+    language_modeling,
+)
 from sparse_jax.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -152,6 +160,8 @@ def _labeled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAn
     base = _load_base(settings, mesh, splits.task.labels or ())
     tokenizer = _tokenizer(base, adapter)
     feed = labeled_feed(splits, tokenizer, base.model, settings)
+    if adapter is None and settings.head_bias == "labels":
+        base = _with_head_bias(base, feed.examples["train"].labels)
     if adapter is not None:
         sizes = {name: size for name, size in feed.sizes.items() if name != "train"}
         parts = [f"{size} examples in {name}" for name, size in sizes.items()]
@@ -164,6 +174,25 @@ def _labeled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAn
         "base_labels": list(base_labels),
     }
     return ModelAndData(classification(splits.task, kept), base, feed)
+
+
+def _with_head_bias(base: Base, labels: np.ndarray) -> Base:
+    """Returns the base with the bias of a new head at what the labels say.
+
+    Otherwise the first gradients are about the offset of all examples alike, and that
+    of a weight below the head is of little else.
+    """
+    own = {*base.new} & {*label_leaves(base.model)}
+
+    def start(name: str, leaf: jax.Array) -> jax.Array:
+        if name not in own or leaf.ndim != 1:
+            return leaf
+        bias = head_bias(labels, len(leaf)).astype(leaf.dtype)
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: bias[index]
+        )
+
+    return replace(base, params=map_named(start, base.params))
 
 
 def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAndData:
