@@ -32,6 +32,12 @@ def evaluate(
     drop_unlabeled: bool,
     mesh: str | None,
     devices: int | None = DEVICES,
+    text: str | None = option(
+        None,
+        "File of texts that the adapter was not trained on: the change of the model "
+        "there, for a decoder KL to the base and perplexity, in nats per token.",
+        "none",
+    ),
 ) -> None:
     """Evaluate a saved adapter, and print its metrics as JSON."""
     take_devices(devices, mesh=mesh)
@@ -47,5 +53,6 @@ def evaluate(
         max_length=max_length,
         drop_unlabeled=drop_unlabeled,
         mesh=mesh,
+        text=text,
     )
     print(json.dumps(metrics, indent=2))

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.use import apply_adapter, base_folder
-from sparse_jax.data.glue import TASKS
+from sparse_jax.data.glue import CAUSAL, TASKS
 from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.models.hf.labels import label_leaves, use_of_head
-from sparse_jax.training.objective import Objective, flattened
+from sparse_jax.training.forgetting import distance_of
+from sparse_jax.training.objective import Objective, Results, flattened
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.setup import Base, load_model_and_data
 
@@ -33,6 +34,7 @@ def evaluate_adapter(
     max_length: int | None = None,
     drop_unlabeled: bool = False,
     mesh: str | None = None,
+    text: str | Path | None = None,
 ) -> dict[str, float]:
     """Returns the metrics of an adapter, those that its run reported.
 
@@ -48,6 +50,9 @@ def evaluate_adapter(
       drop_unlabeled: whether to leave out rows without a label, as the adapter's run
         may have done.
       mesh: devices to share the work, such as "data=4"; None is one device.
+      text: file of texts that the adapter was not trained on, to measure what it has
+        changed there. The metrics of `make_comparison` bear the name of a split `text`;
+        of a decoder without `data` they are all. A few thousand tokens are enough.
 
     Raises:
       InputError: if the adapter cannot be read, the base is another one, or the data
@@ -63,11 +68,13 @@ def evaluate_adapter(
     passed = {"max_length": max_length, "batch_size": batch_size}
     passed["drop_unlabeled"] = drop_unlabeled or None
     kept |= {name: value for name, value in passed.items() if value is not None}
+    task = task or found.task
+    is_text_alone = text is not None and data is None and task.lower() == CAUSAL
     settings = Settings(
         model=str(base_folder(found, model)),
-        task=task or found.task,
+        task=task,
         output="",
-        data=data,
+        data=str(text) if is_text_alone else data,
         mesh=mesh,
         **{name: value for name, value in kept.items() if value is not None},
     )
@@ -77,8 +84,14 @@ def evaluate_adapter(
     params, attachment = apply_adapter(
         base.params, found, base_hash=base.hash, model=base.model, new=base.new
     )
-    evaluate = objective.make_evaluate(base.model, attachment, feed, base.placement)
-    return flattened(evaluate(params, attachment.trained))
+    results: Results = {"validation": {}}
+    if not is_text_alone:
+        evaluate = objective.make_evaluate(base.model, attachment, feed, base.placement)
+        results = evaluate(params, attachment.trained)
+    if text is not None:
+        del params
+        results["text"] = distance_of(found, base, text, settings)
+    return flattened(results)
 
 
 def _require_labels(adapter: Adapter, objective: Objective) -> None:

@@ -27,10 +27,10 @@ from sparse_jax.training.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Feed", "Usage", "causal_feed", "labeled_feed", "usage_text"]
+__all__ = ["MAX_LENGTH", "Feed", "Usage", "causal_feed", "labeled_feed", "usage_text"]
 
 # Tokens, as the paper's runs on GLUE, and as Alpaca was trained with.
-_MAX_LENGTH, _CAUSAL_MAX_LENGTH = 128, 512
+MAX_LENGTH, _CAUSAL_MAX_LENGTH = 128, 512
 
 
 class Usage(NamedTuple):
@@ -119,7 +119,7 @@ def labeled_feed(
         its type has no embedding.
     """
     positions = model.config.max_positions
-    length = settings.max_length or min(_MAX_LENGTH, positions)
+    length = settings.max_length or min(MAX_LENGTH, positions)
     encoded = {
         name: encode(examples, tokenizer, max_length=length, positions=positions)
         for name, examples in splits.items()

@@ -32,6 +32,8 @@ __all__ = [
     "language_modeling",
     "make_loss",
     "make_token_loss",
+    "model_inputs",
+    "perplexity",
 ]
 
 _log = logging.getLogger(__name__)
@@ -81,6 +83,17 @@ def flattened(results: Mapping[str, Metrics]) -> Metrics:
     }
 
 
+def perplexity(loss: float) -> float:
+    """Returns the perplexity of a loss in nats per token.
+
+    Example:
+      >>> perplexity(0.0), perplexity(1e6)
+      (1.0, inf)
+    """
+    # A comparison with NaN is false, so that NaN stays.
+    return math.inf if loss > _LARGEST else math.exp(loss)
+
+
 def classification(task: Task, settings: Mapping[str, Any]) -> Objective:
     """Returns the objective of classes, or of numbers.
 
@@ -110,7 +123,9 @@ def classification(task: Task, settings: Mapping[str, Any]) -> Objective:
                 outputs, labels = [], []
                 for batch in batches:
                     is_example = batch["weights"] == 1
-                    logits = predict(params, trained, placement.put(_inputs(batch)))
+                    logits = predict(
+                        params, trained, placement.put(model_inputs(batch))
+                    )
                     outputs.append(np.asarray(logits)[is_example])
                     labels.append(batch["labels"][is_example])
                 found = np.concatenate(outputs), np.concatenate(labels)
@@ -164,9 +179,7 @@ def language_modeling(settings: Mapping[str, Any]) -> Objective:
                     part, part_weight = sums(params, trained, placement.put(batch))
                     total, weight = total + float(part), weight + float(part_weight)
                 mean = total / weight
-                # A comparison with NaN is false, so that NaN stays.
-                perplexity = math.inf if mean > _LARGEST else math.exp(mean)
-                results[split] = {"loss": mean, "perplexity": perplexity}
+                results[split] = {"loss": mean, "perplexity": perplexity(mean)}
             return results
 
         return run
@@ -202,7 +215,7 @@ def make_loss(
     def loss(
         params: Params, batch: _Arrays, key: jax.Array | None, attachment: Attachment
     ) -> tuple[jax.Array, jax.Array]:
-        inputs = _inputs(batch)
+        inputs = model_inputs(batch)
         logits = model(params, inputs, key=key, attachment=attachment, **options)
         labels, weights = batch["labels"], batch["weights"]
         return jnp.sum(weights * _losses(logits, labels)), jnp.sum(weights)
@@ -257,7 +270,7 @@ def make_token_loss(
     def loss(
         params: Params, batch: _Arrays, key: jax.Array | None, attachment: Attachment
     ) -> tuple[jax.Array, jax.Array]:
-        inputs, weights = _inputs(batch), batch["weights"]
+        inputs, weights = model_inputs(batch), batch["weights"]
         hidden = model.hidden(params, inputs, key=key, attachment=attachment, **options)
         total = summed_token_loss(model, params, hidden, batch["input_ids"], weights)
         return total, jnp.sum(weights[:, 1:])
@@ -265,7 +278,7 @@ def make_token_loss(
     return loss
 
 
-def _inputs(batch: Mapping[str, _Array]) -> dict[str, _Array]:
+def model_inputs(batch: Mapping[str, _Array]) -> dict[str, _Array]:
     """Returns what the model sees of a batch."""
     return {name: batch[name] for name in _INPUTS if name in batch}
 
