@@ -21,7 +21,7 @@ from sparse_jax.compact.gradients import Values, summed_gradients, update_if
 from sparse_jax.compact.model_taps import (
     TrainedValues,
     choose_by_gradient,
-    choose_by_weight,
+    choose_from,
     tap_leaves,
 )
 from sparse_jax.errors import InputError
@@ -141,6 +141,7 @@ class Tuner(ABC):
         batch: object,
         key: jax.Array,
         avoid: Mapping[str, jax.Array] | None = None,
+        statistic: optax.Params | None = None,
     ) -> tuple[CompactState, jax.Array]:
         """Chooses the supports and resets the state of the optimizer.
 
@@ -150,12 +151,13 @@ class Tuner(ABC):
             micro-batch does, as in the released code.
           key: as for `step`, so that both see the same dropout.
           avoid: supports of entries that are not chosen, as of `entries_to_avoid`.
+          statistic: what decides in place of a batch: of several, as of `measure`.
 
         Returns:
           The new state, and whether the gradient was finite. If it was not, the
           state is as before: try another batch. Without a selection every step skips.
         """
-        support, finite, _ = self.choose(state, batch, key, avoid)
+        support, finite, _ = self.choose(state, batch, key, avoid, statistic)
         chosen = self.begin(state.params, support, state.added)
         # The parameters are the same in both, and must not be copied.
         pick = lambda new, old: jnp.where(finite, new, old)
@@ -169,6 +171,7 @@ class Tuner(ABC):
         batch: object,
         key: jax.Array,
         avoid: Mapping[str, jax.Array] | None = None,
+        statistic: optax.Params | None = None,
     ) -> tuple[optax.Params, jax.Array, optax.Params]:
         """Returns supports, as `select` chooses them, without starting anything.
 
@@ -183,15 +186,21 @@ class Tuner(ABC):
         score, method, avoid = self.method.ranking, self.method, avoid or {}
         if score is None:
             return state.support, jnp.array(True), state.support
-        if not score.needs_gradient:
+        if not score.needs_gradient or statistic is not None:
+            seen = state.params if statistic is None else statistic
             trees = (roles, state.params, state.support)
-            return choose_by_weight(method, score, *trees, key, avoid)
-        first = self._first(batch), key
-        if self.accumulate > 1:
-            first = first[0], jax.random.split(key, self.accumulate)[0]
+            return choose_from(seen, method, score, *trees, key, avoid)
+        first = self.first(batch, key)
         sums = lambda params, attachment: self._sums(params, attachment, *first)
         trees = (roles, state.params, state.support, state.added)
         return choose_by_gradient(method, score, *trees, key, sums, avoid)
+
+    def first(self, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
+        """Returns the first micro-batch, and its key."""
+        if self.accumulate == 1:
+            return batch, key
+        keys = jax.random.split(key, self.accumulate)
+        return jax.tree.map(lambda leaf: leaf[0], batch), keys[0]
 
     @abstractmethod
     def step(
@@ -252,12 +261,6 @@ class Tuner(ABC):
             added=added,
             opt_state=self._start(roles, params, TrainedValues(added, leaves)),
         )
-
-    def _first(self, batch: Batch) -> Batch:
-        """Returns the first micro-batch."""
-        if self.accumulate == 1:
-            return batch
-        return jax.tree.map(lambda leaf: leaf[0], batch)
 
     def _sums(
         self,

@@ -332,7 +332,7 @@ class Layerwise(Tuner):
         origin, support = (in_stack(self.method, tree) for tree in (origin, support))
         layers = LayerValues(state.added, origin, support, strength)
         attachment = Attachment(layers, weights, self.method.respond)
-        first = self._first(batch)
+        first, _ = self.first(batch, jax.random.key(0))
         total, weight = self.loss(state.params, first, None, attachment)
         return total / weight
 

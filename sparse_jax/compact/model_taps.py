@@ -27,7 +27,7 @@ from sparse_jax.supports.scores import Score, leaf_key
 __all__ = [
     "TrainedValues",
     "choose_by_gradient",
-    "choose_by_weight",
+    "choose_from",
     "in_stack",
     "tap_leaf",
     "tap_leaves",
@@ -133,7 +133,8 @@ def choose_by_gradient(
     )
 
 
-def choose_by_weight(
+def choose_from(
+    statistic: optax.Params,
     method: Method,
     score: Score,
     roles: Roles,
@@ -142,16 +143,18 @@ def choose_by_weight(
     key: jax.Array,
     avoid: Mapping[str, jax.Array],
 ) -> tuple[optax.Params, jax.Array, optax.Params]:
-    """Returns the supports of a score that looks at no gradient.
+    """Returns the supports without a backward pass.
 
-    The arguments and results are those of `choose_by_gradient`.
+    The other arguments and the results are those of `choose_by_gradient`.
+
+    Args:
+      statistic: what the score sees for the gradients; anything if it sees none.
     """
 
     def choose(
-        role: Role, leaf: jax.Array, support: jax.Array
+        role: Role, statistic: jax.Array, leaf: jax.Array, support: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        # Nothing reads the gradient.
-        args = (score, leaf, leaf, method.support_size(role))
+        args = (score, statistic, leaf, method.support_size(role))
         return role.layout.choose(
             *args,
             leaf_key(key, role.name),
@@ -160,9 +163,11 @@ def choose_by_weight(
             capacity=support.shape[-1],
         )
 
-    both = _map_sparse(choose, roles, params, support)
+    both = _map_sparse(choose, roles, statistic, params, support)
     pick = lambda i: _map_sparse(lambda role, pair: pair[i], roles, both)
-    return pick(0), jnp.array(True), pick(1)
+    bad = lambda role, leaf: score.needs_gradient and ~jnp.isfinite(leaf).all()
+    is_bad = jnp.array(jax.tree.leaves(_map_sparse(bad, roles, statistic)), bool)
+    return pick(0), ~jnp.any(is_bad), pick(1)
 
 
 def _attach_taps(

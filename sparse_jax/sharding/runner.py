@@ -1,6 +1,7 @@
 """The runner: the compiled functions of a tuner, on a mesh of one device or more."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 from jax.sharding import AxisType
 
 from sparse_jax.compact.compact import CompactState, Tuner
+from sparse_jax.compact.selection import measure
 from sparse_jax.methods.sites import Added
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
@@ -36,6 +38,8 @@ class MeshRunner:
     def __init__(self, tuner: Tuner, placement: Placement):
         self.tuner, self.placement = tuner, placement
         self._init = _Compiled(tuner.init, placement, self._state, (0,))
+        each = functools.partial(measure, tuner)
+        self._measure = _Compiled(each, placement, self._after_measure, (3,))
         self._choose = _Compiled(tuner.choose, placement, self._after_choice)
         self._select = _Compiled(tuner.select, placement, self._after_update, (0,))
         self._begin = _Compiled(self._shortened, placement, self._state, (0,))
@@ -57,19 +61,33 @@ class MeshRunner:
         batch: object,
         key: jax.Array,
         avoid: Mapping[str, jax.Array] | None = None,
+        more: Iterable[tuple[object, jax.Array]] = (),
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; also returns whether the gradient was finite.
 
+        If there are `more` batches with their keys, the gradients of all are summed.
         Supports of shards that turn out too short are made again, and those with too
         much room are shortened: a second selection costs a backward pass, unused places
         would cost memory for as long as the run lasts.
         """
+        statistic = None
+        for other in more:
+            if statistic is None:
+                statistic = self._measure(state, batch, key, None)
+            statistic = self._measure(state, *other, statistic)
+        args = (batch, key, avoid or {}, statistic)
         if not self.tuner.shards:
             # No support has a length to find: one program does all.
-            state, finite = self._select(state, batch, key, avoid or {})
+            state, finite = self._select(state, *args)
             return state, bool(finite)
+        return self._select_shards(state, *args)
+
+    def _select_shards(
+        self, state: CompactState, batch: object, key: jax.Array, *rest: object
+    ) -> tuple[CompactState, bool]:
+        """Chooses the supports of shards, whose lengths are to be found."""
         roles = self.tuner.roles(state.params)
-        support, finite, counts = self._choose(state, batch, key, avoid or {})
+        support, finite, counts = self._choose(state, batch, key, *rest)
         if not bool(finite):
             return state, False
         most = lambda role, counts: float(jnp.max(counts))
@@ -80,7 +98,7 @@ class MeshRunner:
         if any(length > found[name] for name, length in needed.items()):
             longer = self._init(state.params, key, capacity=needed)
             longer = longer._replace(added=state.added)
-            return self.select(longer, batch, key, avoid)
+            return self._select_shards(longer, batch, key, *rest)
         begun = self._begin(state.params, support, state.added, capacity=needed)
         return begun, True
 
@@ -109,6 +127,12 @@ class MeshRunner:
     ) -> jax.stages.Lowered:
         """Returns the program that chooses supports, as `lower` that of `step`."""
         return self._choose.lower(state, batch, key)
+
+    def _after_measure(self, out: object, state: CompactState, *args: object) -> object:
+        """Returns the shardings of sums of gradients: where their leaves lie."""
+        del out, args
+        roles, own = self.tuner.roles(state.params), lambda role, leaf: leaf
+        return map_roles(own, roles, self.placement.params, only=(SPARSE,))
 
     def _after_choice(self, out: Any, state: CompactState, *args: object) -> tuple:
         """Returns the shardings of what `choose` returns."""

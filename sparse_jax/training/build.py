@@ -99,6 +99,7 @@ def make_job(settings: Settings) -> Job:
         raise InputError(f"{error}{_translation(settings, base)}") from error
     # What the adapter file cannot hold is found before the training.
     method.to_settings()
+    _require_selection(settings, method)
     sampler = sampler_of(settings, base.model.config.num_layers)
     start = None
     if settings.adapter is not None:
@@ -118,6 +119,17 @@ def make_job(settings: Settings) -> Job:
     with base.placement.active():
         _ = job.avoid
     return job
+
+
+def _require_selection(settings: Settings, method: Method) -> None:
+    """Raises if settings are about a selection that the method does not make."""
+    score = method.ranking
+    if settings.select_batches > 1 and not (score and score.needs_gradient):
+        raise InputError(
+            "`select_batches` must be left out where no gradient chooses entries, got "
+            f"{settings.select_batches} with method {settings.method_word!r}. It "
+            "belongs to sift with a score of gradients."
+        )
 
 
 def _require_apart(start: Adapter, earlier: Adapter, base: Base) -> None:

@@ -193,10 +193,9 @@ class Loop:
         self, state: CompactState, at: Position, batch: Batch
     ) -> tuple[CompactState, Position]:
         """Selects if that is still to do, and makes an update."""
-        key = jax.random.fold_in(jax.random.key(self.job.settings.seed), at.batches)
-        step = at.batches + 1
+        key, step = self._key(at.batches), at.batches + 1
         if not at.is_selected:
-            state, finite = self._select(state, self._put(batch), key, step)
+            state, finite = self._select(state, self._put(batch), key, at)
             at = at._replace(is_selected=finite)
             if not finite:
                 return state, self._skip(at, "the gradient to select by")
@@ -231,18 +230,32 @@ class Loop:
         """Returns a batch where it is used."""
         return self.job.base.placement.put(batch, self.job.settings.accumulate)
 
+    def _key(self, number: int) -> jax.Array:
+        """Returns the key of a batch."""
+        return jax.random.fold_in(jax.random.key(self.job.settings.seed), number)
+
+    def _after(self, number: int) -> Iterator[tuple[Inputs, jax.Array]]:
+        """Yields the batches of a selection after the one of some number, with keys."""
+        length = self.job.feed.batches_per_epoch
+        for later in range(number + 1, number + self.job.settings.select_batches):
+            epoch, start = divmod(later, length)
+            batch = next(iter(self.job.feed.train(epoch, start=start)))
+            yield self._put(batch), self._key(later)
+
     def _select(
-        self, state: CompactState, batch: Inputs, key: jax.Array, step: int
+        self, state: CompactState, batch: Inputs, key: jax.Array, at: Position
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; also returns whether the gradient was finite."""
         if not jax.tree.leaves(state.support):
             return self.runner.select(state, batch, key, self.job.avoid)
         self.progress.note("selecting the entries to train")
         began = time.perf_counter()
-        state, finite = self.runner.select(state, batch, key, self.job.avoid)
+        avoid, more = self.job.avoid, self._after(at.batches)
+        state, finite = self.runner.select(state, batch, key, avoid, more)
         jax.block_until_ready(state.support)
         seconds = time.perf_counter() - began
-        self.directory.add_row({"step": step, "is_selection": True, "seconds": seconds})
+        row = {"step": at.batches + 1, "is_selection": True, "seconds": seconds}
+        self.directory.add_row(row)
         self.progress.note(f"selected after {seconds:.1f} s")
         return state, finite
 

@@ -45,7 +45,7 @@ HELD_OUT, TEMPLATE = 0.05, "alpaca"
 WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
-    "max_steps", "max_length", "learning_rate",
+    "max_steps", "max_length", "learning_rate", "select_batches",
 )  # fmt: skip
 _PATHS = ("model", "output", "data", "adapter")
 # Words for objects: the check of the words says which there are.
@@ -160,6 +160,11 @@ class Settings(MethodOptions, SamplerOptions):
         "128, for causal 512",
     )
     dtype: str = setting("float32", f"Dtype of the parameters: {one_of(DTYPES)}.")
+    select_batches: int = setting(
+        1,
+        "Batches whose gradients are summed to choose entries by. More than one holds "
+        "a dense gradient until then.",
+    )
     head_bias: str = setting(
         HEAD_BIASES[0],
         "Bias of a new head at the start: labels (the mean of the training labels, or "
