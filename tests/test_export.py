@@ -404,7 +404,7 @@ def run(tmp_path_factory, made):
         "model": "/home/me/bert", "data": None, "output": "/home/me/run", "epochs": 3,
         "active": 0.25, "sampler": None, "packing": False,
     }  # fmt: skip
-    config = {"settings": settings, "learning_rate": 0.03}
+    config = {"settings": {**settings, "learning_rate": 0.03}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -200,6 +200,9 @@ def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
         ({"method": LoRA(rank=2), "alpha": 2.0}, "`alpha` must be left out with meth"),
         ({"method": LoRA(rank=2), "rank": 8, "density": 0.5}, "`density` must be left"),
         ({"method": LoRA(rank=2), "rank": 4}, "`rank` must be left .*: set it there"),
+        ({"method": LoRA(rank=2), "rank": 8}, "`rank` must be left .* got 8. An obj"),
+        ({"method": LoRA(rank=2), "rslora": False}, "`rslora` must be left out with m"),
+        ({"method": Sparse(density=0.1), "score": "gradient"}, "`score` must be left"),
         ({"method": Sparse(density=0.1), "density": 0.5}, "`density` must be left out"),
         ({"method": LoRA(rank=2, dense="a"), "dense": ("b",)}, "`dense` must be left"),
         ({"method": object()}, "`method` must be of a registered class"),
@@ -237,7 +240,7 @@ OF_ANOTHER_TYPE = {
     "keep": ("2",),
     "rank": (2.0,),
     "learning_rate": ("1e-3", True, [1e-3], 10**400),
-    "density": (None, "0.1"),
+    "density": ("0.1",),
     "active": (None,),
     "held_out": ("0.1",),
     "mesh": (3,),
@@ -247,7 +250,7 @@ OF_ANOTHER_TYPE = {
     "template": (3,),
     "method": (None, 3),
     "sampler": (3,),
-    "score": (None, 3),
+    "score": (3,),
     "resume": ("no", 1),
     "packing": ("false",),
     "where": (3, [3], ("a", None)),
@@ -332,12 +335,22 @@ def test_json_may_begin_with_a_mark_and_has_no_name_twice(tmp_path):
         read_settings(path)
 
 
-def test_what_a_run_resolved_is_beside_its_settings(tmp_path):
+def test_what_an_earlier_run_resolved_is_beside_its_settings(tmp_path):
     path = tmp_path / "config.json"
     record = json.loads(json.dumps(Settings(**RUN, method="bitfit").record()))
     beside = {"learning_rate": 1e-3, "max_length": 128, "dense": ["bias$", "^head/"]}
     path.write_text(json.dumps({"settings": record, "versions": {}, **beside}))
     assert Settings(**read_settings(path)) == Settings(**RUN, method="bitfit")
+
+
+def test_earlier_runs_recorded_usual_options_beside_an_object(tmp_path):
+    path, run = tmp_path / "config.json", Settings(**RUN, method=LoRA(rank=2))
+    record = {**run.record(), "rank": 8, "density": 0.008, "rslora": False}
+    path.write_text(json.dumps({"settings": record, "versions": {}}))
+    assert Settings(**read_settings(path)) == run
+    path.write_text(json.dumps({"settings": {**record, "rank": 4}, "versions": {}}))
+    with pytest.raises(InputError, match="`rank` must be left out with method LoRA"):
+        Settings(**read_settings(path))
 
 
 def test_a_run_that_replaced_another_is_resumed_from_its_file(tmp_path):
@@ -358,8 +371,17 @@ FILES = {
         "`rank` beside .* must be 2 as .* got 3",
     ),
     "only beside": ("rank: 3\nsettings: {}", "`rank` beside .* must be None as"),
-    "rate of a run": (
-        "{versions: {}, learning_rate: 1, settings: {method: lora}}",
+    "length beside": (
+        "{versions: {}, max_length: 64, settings: {method: lora}}",
+        "`max_length` beside .* must be None as they say, got 64. Set it under",
+    ),
+    "rules beside": (
+        "{versions: {}, dense: [a], settings: {method: lora}}",
+        "`dense` beside .* must be None as they say, got .*a.*. Set it under",
+    ),
+    "rate of an earlier run": (
+        "{versions: {}, learning_rate: 1, max_length: 9, dense: [],"
+        " settings: {method: lora}}",
         "`learning_rate` beside .* must be 0.001 as they say, got 1. Set it under",
     ),
     "another score": (
@@ -373,7 +395,7 @@ FILES = {
     ),
     "text for a number": ("rank: many", "`rank` in .* must be a whole number, got 'ma"),
     "half a number": ("rank: 1.5", "`rank` in .* must be a whole number, got 1.5"),
-    "null": ("density: null", "`density` in .* must be a number, got None"),
+    "null": ("batch_size: null", "`batch_size` in .* must be a whole number, got N"),
     "number for a text": ("task: 3", "`task` in .* must be text, got 3"),
     "no list": ("where: 3", "`where` in .* must be a list, each item text"),
     "no texts": ("where: [3]", "`where` in .* must be a list, each item text"),

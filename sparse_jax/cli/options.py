@@ -48,7 +48,7 @@ def option(default: Any, text: str, shown: str = "", **more: Any) -> Any:
     return Option(default, help=text, **more)
 
 
-def flag(name: str, text: str, default: bool = False) -> Any:
+def flag(name: str, text: str, default: object = False) -> Any:
     """Returns an option without a value."""
     return Option(default, name, help=text)
 
@@ -109,7 +109,7 @@ def _parameter(name: str, defaults: Mapping[str, object]) -> inspect.Parameter:
         # Not required by Typer, because a file may have it.
         made = option(None, f"{one.help}  [required]", show_default=False)
     elif one.type is bool:
-        made = flag(f"--{name.replace('_', '-')}", one.help)
+        made = flag(f"--{name.replace('_', '-')}", one.help, default)
     else:
         shown = one.shown if default is None else ""
         made = option(

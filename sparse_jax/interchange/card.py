@@ -189,7 +189,9 @@ def _settings_table(source: Source, settings: Mapping[str, Json]) -> str:
     method = source.adapter.method
     own = {"method": source.adapter.word or "none"}
     own |= method.to_settings() if method != Method() else {}
-    known = {**source.adapter.settings, **settings}
+    # What a run resolved, such as its rate, stands in the adapter alone.
+    given = {name: value for name, value in settings.items() if value is not None}
+    known = {**source.adapter.settings, **given}
     if not known.get("sampler"):
         known.pop("active", None)
     own |= {name: known.get(name) for name in _SHOWN}

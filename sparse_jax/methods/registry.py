@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "USUAL",
     "Entry",
     "MethodOptions",
     "entry_of",
@@ -33,30 +34,34 @@ __all__ = [
 ]
 
 SIZE, PREFIX_LENGTH = 64, 16  # of the methods that add arrays of a width
+# What options with the name of a method are if they are left out; objects have theirs.
+USUAL: dict[str, Any] = {"density": 0.008, "granularity": "entry", "score": "gradient"}
+USUAL |= {"rank": 8, "rslora": False}
+_usual = lambda name, text: setting(None, text, str(USUAL[name]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
     """The options of methods in a run: fields of their classes, by name."""
 
-    density: float = setting(
-        0.008, "Fraction of the entries that sift, random and magnitude train."
+    density: float | None = _usual(
+        "density", "Fraction of the entries that sift, random and magnitude train."
     )
-    granularity: str = setting(
-        "entry",
+    granularity: str | None = _usual(
+        "granularity",
         "Where sift, random and magnitude choose entries: entry (anywhere in a "
         "matrix) or lane (as many in every 128 rows of a column, for TPUs).",
     )
-    score: str = setting(
-        "gradient",
+    score: str | None = _usual(
+        "score",
         "What sift ranks entries by: gradient, magnitude, gradient/magnitude, random, "
         "or a score added by `register_score`.",
     )
-    rank: int = setting(8, "Rank of the matrices that lora and dora add.")
+    rank: int | None = _usual("rank", "Rank of the matrices that lora and dora add.")
     alpha: float | None = setting(
         None, "lora and dora multiply what they add by alpha / rank.", "twice the rank"
     )
-    rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead.")
+    rslora: bool | None = setting(None, "Multiply by alpha / sqrt(rank) instead.")
     dropout: float | None = setting(
         None, "Dropout rate of the input of the matrices that lora and dora add.", "0"
     )
@@ -81,22 +86,26 @@ class MethodOptions:
         "value",
     )
 
-    def require_method_options(self, method: "str | Method") -> None:
-        """Raises `InputError` if an option breaks its rule, or `method` lacks it."""
+    def complete_method_options(self, method: "str | Method") -> None:
+        """Sets what is left out; raises if an option breaks its rule or has no use."""
+        is_word = isinstance(method, str)
+        for name in USUAL if is_word else ():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, USUAL[name])
         for name in ("rank", "alpha", "size", "prefix_length"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"`{name}` must be positive, got {value}.")
-        if not 0 < self.density <= 1:
+        if self.density is not None and not 0 < self.density <= 1:
             raise InputError(
                 f"`density` must be in (0, 1], got {self.density}. It is the fraction "
                 "of entries trained, so training 1% of them is 0.01."
             )
         for one in fields(MethodOptions):
-            value = getattr(self, one.name)
+            value, usual = getattr(self, one.name), USUAL.get(one.name)
             # Programs that compare methods by name may share a density and a rank.
-            is_shared = isinstance(method, str) and one.name in ("density", "rank")
-            if value != one.default and not is_shared:
+            is_free = value == usual or one.name in ("density", "rank")
+            if value is not None and not (is_word and is_free):
                 require_method_has(one.name, value, method)
         if isinstance(method, str):
             for one in METHODS[method].options.values():
@@ -157,13 +166,10 @@ class Entry:
           >>> METHODS["prefix"].options["prefix_length"].default
           16
         """
-        usual = {one.name: one.default for one in fields(MethodOptions)}
-        found = {}
+        known, found = {one.name for one in fields(MethodOptions)}, {}
         for one in fields_of(self.kind):
-            if (one.help or one.name in usual) and one.field not in self.fixed:
-                default = (
-                    one.default if usual.get(one.name) is None else usual[one.name]
-                )
+            if (one.help or one.name in known) and one.field not in self.fixed:
+                default = USUAL.get(one.name, one.default)
                 default = self.defaults.get(one.field, default)
                 found[one.name] = one._replace(default=default)
         return found

@@ -249,7 +249,7 @@ def _reaching(plan: Plan, run: AbstractRun, chip: Chip) -> float:
     """Returns the estimated time of reaching the trained entries of sparse leaves."""
     if not chip.name.startswith("v"):
         return 0.0
-    if run.settings.granularity == "entry":
+    if getattr(run.tuner.method, "granularity", "entry") == "entry":
         return plan.held["supports"] / _BYTES_OF_A_POSITION * SECONDS_PER_ENTRY
     # Of every weight the gradient is read, and the weight is read and written.
     sizes: list[int] = []

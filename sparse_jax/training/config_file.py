@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sparse_jax.errors import InputError, brief, listed, reason_of
-from sparse_jax.methods.registry import METHODS
+from sparse_jax.methods.registry import METHODS, USUAL
 from sparse_jax.params.fields import Json, checked, fields_of, from_json
 from sparse_jax.samplers.registry import SAMPLERS, sampler_class
 from sparse_jax.training.settings import setting_options
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["read_settings"]
 
-# What a run records beside its settings also where they leave it out.
 _RESOLVED = ("learning_rate", "max_length", "dense")
 
 
@@ -41,7 +40,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if isinstance(inner := found.get("settings"), Mapping):
         _require_same(found, inner, f"`{path}`")
         # Replacing the folder was meant for the run that recorded it, and no other.
-        found = {name: one for name, one in inner.items() if name != "overwrite"}
+        inner = {name: one for name, one in inner.items() if name != "overwrite"}
+        if isinstance(inner.get("method"), Mapping) and "versions" in found:
+            # Earlier versions recorded the usual options beside an object, too.
+            inner = {k: v for k, v in inner.items() if (k, v) not in USUAL.items()}
+        found = inner
     known = setting_options()
     for name in found:
         if name not in (*known, "optimizer"):
@@ -126,15 +129,16 @@ def _require_same(
     found: Mapping[str, Json], settings: Mapping[str, Json], place: str
 ) -> None:
     """Raises if a setting stands beside others with another value than among them."""
-    is_run = "versions" in found
+    # Beside its settings a run of an earlier version recorded what they came to.
+    is_earlier = "versions" in found and {*_RESOLVED} <= found.keys()
     for name in found.keys() & {*setting_options()}:
         said = settings.get(name)
-        if is_run and name == "learning_rate" and said is None:
+        if is_earlier and name == "learning_rate" and said is None:
             method = settings.get("method")
             word = method.get("name") if isinstance(method, Mapping) else method
             entry = METHODS.get(word) if isinstance(word, str) else None
             said = found[name] if entry is None else entry.learning_rate
-        elif is_run and name in _RESOLVED and (said is None or name == "dense"):
+        elif is_earlier and name in _RESOLVED and (said is None or name == "dense"):
             continue
         if found[name] not in (said, None):
             raise InputError(

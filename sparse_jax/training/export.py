@@ -124,12 +124,8 @@ def _facts(run: Path) -> _Facts:
         # Runs of earlier versions have no splits.
         results = metrics.get("splits") or {"validation": metrics["eval"]}
     if (run / CONFIG).is_file():
-        config = read_json(run / CONFIG)
-        resolved = {
-            k: config[k] for k in ("learning_rate", "max_length") if k in config
-        }
-        told = config.get("settings")
-        settings = {**(told if isinstance(told, dict) else {}), **resolved}
+        told = read_json(run / CONFIG).get("settings")
+        settings = told if isinstance(told, dict) else {}
     return _Facts(results, settings)
 
 

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from sparse_jax.adapter.file import ADAPTER
 from sparse_jax.errors import InputError, brief, listed, reason_of
+from sparse_jax.methods.registry import USUAL
 from sparse_jax.models.hf.pretrained import changed_field
 from sparse_jax.training.run_files import read_json
 from sparse_jax.training.settings import Settings
@@ -254,6 +255,9 @@ def _require_same(path: Path, settings: Settings) -> None:
     # Earlier versions recorded a single rule as a text.
     for name in ("where", "dense"):
         before[name] = [one] if isinstance(one := before[name], str) else one
+    # And the usual options beside an object, which has its own.
+    if isinstance(before["method"], Mapping):
+        before |= dict.fromkeys(USUAL)
     changed = [name for name in now if name not in FREE and now[name] != before[name]]
     if changed:
         name = changed[0]

@@ -20,7 +20,7 @@ from sparse_jax.methods.method import Method
 from sparse_jax.methods.sites import Added
 from sparse_jax.models.hf.pretrained import base_config
 from sparse_jax.params.fields import Json
-from sparse_jax.params.names import first_match, patterns
+from sparse_jax.params.names import first_match
 from sparse_jax.supports.roles import FROZEN, SPARSE, Role, map_roles
 from sparse_jax.training.build import Job
 from sparse_jax.training.figures import draw_curve, draw_layers
@@ -56,7 +56,6 @@ def provenance(job: Job) -> dict[str, Json]:
     """Returns what `config.json` says beside the settings."""
     device = jax.local_devices()[0]
     return {
-        "learning_rate": job.settings.resolved_learning_rate,
         "base_hash": job.base.hash,
         "base_config": base_config(job.base.model, training=True),
         "labels": list(job.objective.labels),
@@ -64,9 +63,7 @@ def provenance(job: Job) -> dict[str, Json]:
         "examples_hash": job.feed.digest,
         "adapter_hash": None if job.start is None else adapter_digest(job.start),
         "avoid_hash": [adapter_digest(one) for one in job.earlier],
-        "max_length": job.feed.max_length,
         "new_parameters": list(job.base.new),
-        "dense": list(patterns(job.method.dense)),
         "versions": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -76,8 +73,9 @@ def provenance(job: Job) -> dict[str, Json]:
 
 def adapter_of(job: Job, tuner: Tuner, state: CompactState) -> Adapter:
     """Returns the trained values of a run, with all that an evaluation needs."""
-    kept = ("learning_rate", "batch_size", "dtype", "seed")
+    kept = ("batch_size", "dtype", "seed")
     settings = {name: getattr(job.settings, name) for name in kept}
+    settings["learning_rate"] = job.settings.resolved_learning_rate
     trained = tuner.adapter(
         state,
         new=job.base.new,

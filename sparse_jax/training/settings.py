@@ -313,7 +313,7 @@ class Settings(MethodOptions, SamplerOptions):
         """Raises if a setting breaks its rule, or two contradict each other."""
         from sparse_jax.sharding.mesh import parse_mesh
 
-        self.require_method_options(self.method)
+        self.complete_method_options(self.method)
         self._require_objects()
         if not 0 <= self.seed < 2**32:
             raise InputError(f"`seed` must be in [0, 2**32), got {self.seed}.")
