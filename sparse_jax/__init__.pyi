@@ -46,10 +46,13 @@ from .models.hf.pretrained import from_pretrained as from_pretrained
 from .models.hf.pretrained import save_pretrained as save_pretrained
 from .samplers.gradient_norm import GradientNorm as GradientNorm
 from .samplers.importance import Importance as Importance
+from .samplers.measured import CKA as CKA
+from .samplers.measured import Spectral as Spectral
 from .samplers.registry import register_sampler as register_sampler
 from .samplers.sampler import Sampler as Sampler
 from .samplers.simple import Cyclic as Cyclic
 from .samplers.simple import Fixed as Fixed
+from .samplers.simple import Middle as Middle
 from .samplers.simple import Static as Static
 from .samplers.simple import Uniform as Uniform
 from .supports.granularity import ENTRY as ENTRY

@@ -2,14 +2,15 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from tiny_run import tiny_settings, write_data, write_model
 
-from sparse_jax import Settings, evaluate_adapter, finetune
+from sparse_jax import Settings, Static, evaluate_adapter, finetune
 from sparse_jax.errors import InputError
-from sparse_jax.samplers.registry import num_active
-from sparse_jax.training.build import sampler_of
+from sparse_jax.samplers.registry import num_active, sampler_class
+from sparse_jax.training.build import make_job, sampler_of
 
 METHODS = ["lora", "sift", "full", "bitfit"]
 
@@ -56,6 +57,20 @@ def test_the_layers_of_an_update_are_counted_before_it(
     assert finetune(again) == metrics
     assert f"the run in {tmp_path / 'run'} is complete: nothing to" in caplog.text
     assert "training bitfit" not in caplog.text
+
+
+@pytest.mark.parametrize("sampler", ["cka", "spectral"])
+def test_a_run_trains_the_layers_of_the_largest_score(sampler, files, tmp_path):
+    settings = tiny_settings(*files, tmp_path, method="bitfit", sampler=sampler)
+    job = make_job(settings)
+    model, params = job.base.model, job.base.params
+    batch = next(iter(job.feed.train(0)))
+    tokens = lambda: (model.states(params, batch), batch["attention_mask"])
+    rule = sampler_class(sampler)(num_layers=2, num_active=1)
+    scores = rule.measure(params["layers"], tokens)
+    assert job.sampler == Static.of(int(scores.argmax()), num_layers=2)
+    in_parts = make_job(replace(settings, accumulate=4))
+    assert in_parts.sampler in (Static.of(0, num_layers=2), Static.of(1, num_layers=2))
 
 
 @pytest.mark.parametrize("recompute", ["frozen", "all"])

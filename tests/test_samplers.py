@@ -5,9 +5,21 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from sparse_jax import Cyclic, Fixed, GradientNorm, Importance, Static, Uniform
+from sparse_jax import (
+    CKA,
+    Cyclic,
+    Fixed,
+    GradientNorm,
+    Importance,
+    Middle,
+    Spectral,
+    Static,
+    Uniform,
+    ist,
+)
 from sparse_jax.errors import InputError
 from sparse_jax.samplers.sampler import advance, begin, draw_layers
 
@@ -21,6 +33,8 @@ SAMPLERS = {
     "descending": Cyclic(num_layers=6, num_active=2, descending=True),
     "shuffled": Cyclic(num_layers=6, num_active=2, shuffled=True),
     "norms": GradientNorm(num_layers=6, num_active=2),
+    "middle": Middle(num_layers=6, num_active=2),
+    "normalized": Importance(num_layers=6, num_active=2, normalize_rewards=True),
 }
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 
@@ -64,6 +78,7 @@ def test_a_run_that_continues_draws_what_it_would_have_drawn(sampler):
         ("ascending", [[0, 1], [2, 3], [4, 5], [0, 1]]),
         ("descending", [[4, 5], [2, 3], [0, 1], [4, 5]]),
         ("static", [[1, 5], [1, 5], [1, 5], [1, 5]]),
+        ("middle", [[2, 3], [2, 3], [2, 3], [2, 3]]),
     ],
 )
 def test_rules_without_chance_go_round(name, turns):
@@ -202,10 +217,68 @@ def test_a_probe_that_is_not_finite_is_skipped_and_counted(loss):
     assert (int(memory.probes), int(memory.skipped)) == (0, 1)
 
 
-def test_equal_losses_teach_nothing():
-    sampler = Importance(num_layers=6, num_active=2)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_equal_losses_teach_nothing(normalize):
+    sampler = Importance(num_layers=6, num_active=2, normalize_rewards=normalize)
     memory = sampler.probe(sampler.start(), jax.random.key(0), lambda s: jnp.float32(2))
     np.testing.assert_array_equal(memory.importance, np.zeros(6))
+
+
+@pytest.mark.parametrize("base", [0.0, 3.0, 200.0])
+def test_normalized_rewards_move_the_importance_as_far_at_any_loss(base):
+    options = {"importance_rate": 0.5, "normalize_rewards": True}
+    sampler = Importance(num_layers=3, num_active=1, num_suppressed=1, **options)
+    # exp(-loss) is in the ratio of 4, 2 and 1 to one another.
+    value_fn = lambda s: base + math.log(2) * jnp.dot(1 - s, jnp.arange(3.0)) / 0.75
+    moved = sampler.probe(sampler.start(), jax.random.key(0), value_fn).importance
+    rewards = (np.array([4, 2, 1]) - 7 / 3) / np.std([4, 2, 1])
+    # At 200 nats float32 has 5 digits after the point.
+    np.testing.assert_allclose(moved, -0.5 * rewards / 4, rtol=1e-4)
+
+
+def gram_cka(x, y):
+    """CKA by the products of the tokens, not of the features."""
+    center = np.eye(len(x)) - 1 / len(x)
+    k, m = center @ x @ x.T @ center, center @ y @ y.T @ center
+    return np.sum(k * m) / np.sqrt(np.sum(k * k) * np.sum(m * m))
+
+
+def test_cka_equals_the_reference_of_numpy_and_sees_no_padding():
+    random = np.random.default_rng(0)
+    states = random.normal(size=(4, 2, 9, 5)) + 3.0
+    turn = np.linalg.qr(random.normal(size=(5, 5)))[0]
+    states[1] = 1e4 * states[0] @ turn + 7.0  # such a layer changes nothing
+    is_token = np.arange(9)[None] < np.array([[9], [6]])
+    tokens = [state[is_token] for state in states]
+    found = CKA(num_layers=3, num_active=1).measure(
+        {}, lambda: (jnp.array(states, jnp.float32), jnp.array(is_token))
+    )
+    expected = [1 - gram_cka(x, y) for x, y in zip(tokens, tokens[1:], strict=False)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert abs(expected[0]) < 1e-9 and expected[1] > 0.3
+
+
+def test_signal_to_noise_equals_the_reference_of_numpy():
+    random = np.random.default_rng(0)
+    kernel = random.normal(size=(3, 60, 90))
+    spikes = np.linalg.qr(random.normal(size=(60, 2)))[0] * [60.0, 40.0]
+    kernel[1] += spikes @ np.linalg.qr(random.normal(size=(90, 2)))[0].T
+    kernel[2] *= 100.0  # of noise no scale makes a signal
+    layers = {
+        "up": {"kernel": jnp.array(kernel, jnp.float32), "bias": jnp.ones((3, 9))}
+    }
+    scores = Spectral(num_layers=3, num_active=1).measure(layers)
+    s = np.linalg.svd(kernel[1], compute_uv=False)
+    # Deviation 1: the two spikes alone are above sqrt(60) + sqrt(90).
+    assert (s > math.sqrt(60) + math.sqrt(90)).sum() == 2
+    np.testing.assert_allclose(scores[1], s[:2].sum() / s[2:].sum(), rtol=1e-5)
+    assert max(scores[0], scores[2]) < 0.05 < scores[1]
+
+
+def test_a_sampler_that_measures_is_refused_where_nobody_measures():
+    with pytest.raises(InputError, match="`sampler` must be one that measures no mod"):
+        ist(optax.sgd(1.0), layer_of="^l/", num_layers=2, num_active=1, sampler="cka",
+            key=jax.random.key(0))  # fmt: skip
 
 
 def planted_ratio(use, probes, seeds):

@@ -25,7 +25,7 @@ from sparse_jax.samplers.registry import (
     SamplerOptions,
     make_sampler,
     num_active,
-    sampler_class,
+    require_no_measuring,
 )
 from sparse_jax.samplers.sampler import Sampler, SamplerState, advance, begin, is_active
 from sparse_jax.supports.packing import (
@@ -130,8 +130,7 @@ class Layerwise(Tuner):
             raise InputError(
                 "`stack` of the method must name the subtree of the layers, got None."
             )
-        if not isinstance(self.sampler, Sampler):
-            sampler_class(self.sampler)
+        require_no_measuring(self.sampler)
         require_word("recompute", self.recompute, get_args(Recompute))
         if self.max_norm is not None and not self.max_norm > 0:
             raise InputError(f"`max_norm` must be positive, got {self.max_norm!r}.")

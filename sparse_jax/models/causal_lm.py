@@ -67,7 +67,7 @@ class CausalLM(nnx.Module):
         key: jax.Array | None = None,
         **options: Unpack[LayerOptions],
     ) -> jax.Array:
-        """Returns float32 logits `[B, T, V]`; the arguments are those of `hidden`."""
+        """Returns float32 logits `[B, T, V]`; the arguments are those of `encode`."""
         return self.logits(self.hidden(batch, key=key, **options))
 
     def hidden(
@@ -77,7 +77,17 @@ class CausalLM(nnx.Module):
         key: jax.Array | None = None,
         **options: Unpack[LayerOptions],
     ) -> jax.Array:
-        """Returns the last hidden states, normed, `[B, T, D]`.
+        """Returns the last hidden states, normed, `[B, T, D]`, as of `encode`."""
+        return self.norm(self.encode(batch, key=key, **options))
+
+    def encode(
+        self,
+        batch: Inputs,
+        *,
+        key: jax.Array | None = None,
+        **options: Unpack[LayerOptions],
+    ) -> jax.Array:
+        """Returns what leaves the last layer, `[B, T, D]`.
 
         Args:
           batch: int32 `[B, T]` arrays `input_ids`, `attention_mask` (1 at tokens, 0 at
@@ -88,7 +98,7 @@ class CausalLM(nnx.Module):
         """
         is_token = batch["attention_mask"].astype(bool)
         positions = batch.get("positions", _positions(is_token))
-        x = run_layers(
+        return run_layers(
             self.layers,
             self.embeddings(batch["input_ids"], positions, key),
             self.family.parts.position_info(self.config, positions, positions),
@@ -96,7 +106,6 @@ class CausalLM(nnx.Module):
             key=key,
             **options,
         )
-        return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits `[..., V]` of normed hidden states `[..., D]`."""

@@ -84,6 +84,23 @@ class Model:
         """Calls `CausalLM.hidden`."""
         return self.bind(params).hidden(_complete(batch), **options)
 
+    def states(self, params: Params, batch: Inputs) -> jax.Array:
+        """Returns what enters every layer and what leaves the last, [L + 1, B, T, D].
+
+        Example:
+          >>> from sparse_jax.models.families.llama import LLAMA
+          >>> from sparse_jax.models.config import DecoderConfig
+          >>> config = DecoderConfig(
+          ...     vocab_size=9, hidden_size=8, num_layers=2, num_heads=2,
+          ...     num_kv_heads=1, head_size=4, intermediate_size=16,
+          ... )
+          >>> model, ids = Model(CausalLM, LLAMA, config), jnp.ones((1, 3), jnp.int32)
+          >>> batch = {"input_ids": ids, "attention_mask": ids}
+          >>> model.states(model.init(jax.random.key(0)), batch).shape
+          (3, 1, 3, 8)
+        """
+        return self.bind(params).encode(_complete(batch), states=True)
+
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Calls `CausalLM.logits`."""
         return self.bind(params).logits(hidden)

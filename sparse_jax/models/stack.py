@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.attachment import Attachment, LayerValues, Slots
@@ -31,6 +32,7 @@ class LayerOptions(TypedDict, total=False):
     attachment: Attachment
     unroll: int | None
     checkpoint: bool
+    states: bool
 
 
 def stack_layers(
@@ -49,6 +51,7 @@ def run_layers(
     attachment: Attachment = _NOTHING,
     unroll: int | None = None,
     checkpoint: bool = False,
+    states: bool = False,
 ) -> jax.Array:
     """Runs `x` through a stack of layers.
 
@@ -64,9 +67,10 @@ def run_layers(
         `checkpoint`, and one otherwise.
       checkpoint: whether the backward pass computes each layer again instead of
         keeping its intermediate values.
+      states: whether to return what enters every layer, too; not with slots.
 
     Returns:
-      Output of the last layer, `[B, T, D]`.
+      Output of the last layer, `[B, T, D]`; with `states` all, `[L + 1, B, T, D]`.
     """
     graphdef, state = nnx.split(layers)
     params = nnx.to_pure_dict(state)
@@ -86,12 +90,13 @@ def run_layers(
     x = keep_batch_sharded(x)
     if attachment.slots is not None:
         return _run_with_slots(call, x, stacked, context, attachment.slots, checkpoint)
-    body = lambda x, one: (call(x, one, context), None)
+    body = lambda x, one: (call(x, one, context), x if states else None)
     unroll = default_unroll(num_layers, checkpoint) if unroll is None else unroll
     if checkpoint:
         # Inside a real loop the compiler cannot merge the two forward passes.
         body = jax.checkpoint(body, prevent_cse=unroll > 1)
-    return jax.lax.scan(body, x, stacked, unroll=unroll)[0]
+    x, before = jax.lax.scan(body, x, stacked, unroll=unroll)
+    return x if before is None else jnp.concatenate([before, x[None]])
 
 
 def run_cached_layers(

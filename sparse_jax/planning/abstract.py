@@ -20,6 +20,7 @@ from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import config_folder
 from sparse_jax.models.hf.read_config import read_config
 from sparse_jax.params.names import map_named
+from sparse_jax.samplers.simple import Static
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner
@@ -94,6 +95,10 @@ def abstract_run(
     method = method_of(settings, head)
     method.roles(params)
     sampler = sampler_of(settings, model.config.num_layers)
+    if sampler is not None and sampler.measures:
+        # The lowest layers need the longest backward pass.
+        lowest = range(sampler.num_active)
+        sampler = Static.of(*lowest, num_layers=sampler.num_layers)
     placement = Placement.of(params, make_mesh(shape, devices=devices))
     placement.require_batch(settings.batch_size, settings.accumulate)
     loss = _loss(model, settings)

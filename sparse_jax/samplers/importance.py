@@ -19,6 +19,8 @@ __all__ = ["Importance", "ImportanceMemory"]
 # Draws of one subset until it differs from the earlier ones; the last is kept anyway.
 # The released code has no limit, and never ends once the weights are extreme.
 _MOST_DRAWS = 100
+# Of exp(-loss), relative: some ten roundings of a loss in float32.
+_LEAST_SPREAD = 1e-6
 
 
 class ImportanceMemory(NamedTuple):
@@ -42,6 +44,11 @@ class Importance(Sampler[ImportanceMemory]):
 
         r_k = exp(-l_k) - mean_j exp(-l_j),      p = sigmoid(I),
         I_i = I_i - importance_rate * p_i (1 - p_i) * sum of r_k over S_k with i in it.
+
+    At a loss of some nats exp(-l_k) is small and hardly differs from k to k. With
+    `normalize_rewards` r_k is divided by the standard deviation of exp(-l_k) over k,
+    so that a probe moves the importance as far at any loss; an `importance_rate` of
+    0.3 is then large. Equal losses still teach nothing.
 
     A probe with a loss that is not finite is skipped and counted. The released code
     keeps the opposite sign of I and calls it importance score.
@@ -68,6 +75,7 @@ class Importance(Sampler[ImportanceMemory]):
     num_suppressed: int | None = None  # None is half of the layers
     suppression: float = 0.25
     importance_rate: float = SamplerOptions.importance_rate
+    normalize_rewards: bool = SamplerOptions.normalize_rewards
 
     def __post_init__(self):
         super().__post_init__()
@@ -159,9 +167,7 @@ class Importance(Sampler[ImportanceMemory]):
         strength = jnp.where(suppressed, jnp.float32(self.suppression), 1.0)
         # One model at a time: side by side they would need several times its memory.
         losses = lax.map(lambda row: value_fn(row).astype(jnp.float32), strength)
-        # Against the first one, so that equal losses give rewards of exactly zero.
-        rewards = jnp.exp(-losses) - jnp.exp(-losses[0])
-        rewards = rewards - rewards.mean()
+        rewards = self._rewards(losses)
         p = jax.nn.sigmoid(memory.importance)
         change = jnp.sum(jnp.where(suppressed, rewards[:, None], 0.0), axis=0)
         importance = memory.importance - self.importance_rate * change * p * (1 - p)
@@ -182,6 +188,20 @@ class Importance(Sampler[ImportanceMemory]):
         """Returns the importance and the probes that were skipped."""
         skipped = jnp.asarray(memory.skipped)
         return {"importance": memory.importance, "skipped_probes": skipped}
+
+    def _rewards(self, losses: jax.Array) -> jax.Array:
+        """Returns the reward of every probe, shape=(num_probes,), float32."""
+        if self.normalize_rewards:
+            # A common factor leaves them as they are, and exp(-loss) is never zero.
+            losses = losses - losses.min()
+        # Against the first one, so that equal losses give rewards of exactly zero.
+        rewards = jnp.exp(-losses) - jnp.exp(-losses[0])
+        rewards = rewards - rewards.mean()
+        if not self.normalize_rewards:
+            return rewards
+        # Losses that differ by rounding alone have nothing to say.
+        spread = rewards.std()
+        return jnp.where(spread > _LEAST_SPREAD, rewards / spread, 0.0)
 
     def _subsets(self, importance: jax.Array, key: jax.Array) -> jax.Array:
         """Returns different subsets to suppress, shape=(num_probes, L), bool."""

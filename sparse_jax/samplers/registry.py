@@ -21,6 +21,7 @@ __all__ = [
     "num_active",
     "options_of_sampler",
     "register_sampler",
+    "require_no_measuring",
     "require_sampler_has",
     "sampler_class",
     "word_of_sampler",
@@ -44,7 +45,7 @@ SAMPLERS = {
     "ist": SamplerEntry(
         "sparse_jax.samplers.importance:Importance",
         "by an importance learned from probes of the loss",
-        ("active", "hold", "probe_every", "importance_rate"),
+        ("active", "hold", "probe_every", "importance_rate", "normalize_rewards"),
     ),
     "uniform": SamplerEntry(
         "sparse_jax.samplers.simple:Uniform", "at random", ("active", "hold")
@@ -69,6 +70,19 @@ SAMPLERS = {
         "by the norms of their gradients",
         ("active", "hold"),
     ),
+    "middle": SamplerEntry(
+        "sparse_jax.samplers.simple:Middle", "always those in the middle", ("active",)
+    ),
+    "cka": SamplerEntry(
+        "sparse_jax.samplers.measured:CKA",
+        "always those that change the hidden states most",
+        ("active",),
+    ),
+    "spectral": SamplerEntry(
+        "sparse_jax.samplers.measured:Spectral",
+        "always those whose weights are farthest from noise",
+        ("active",),
+    ),
 }
 
 
@@ -92,6 +106,11 @@ class SamplerOptions:
     probe_every: int = setting(10, "Updates between two probes of the layers by ist.")
     importance_rate: float = setting(
         10.0, "Step size with which ist moves the importance of a layer."
+    )
+    normalize_rewards: bool = setting(
+        False,
+        "Divide the rewards of ist by their spread; with an --importance-rate of "
+        "about 0.3.",
     )
     restart_layers: bool = setting(
         False, "Reset the optimizer state of a layer when it becomes active again."
@@ -198,6 +217,21 @@ def make_sampler(
     known = {*SAMPLERS[word].options, *(one.name for one in fields(kind))}
     taken = {name: value for name, value in options.items() if name in known}
     return kind.fitted(num_layers=num_layers, num_active=num_active, **taken)
+
+
+def require_no_measuring(sampler: "str | Sampler") -> None:
+    """Raises if a sampler chooses by `measure`, where there is nobody to call it.
+
+    Raises:
+      InputError: naming the sampler.
+    """
+    rule = sampler_class(sampler) if isinstance(sampler, str) else sampler
+    if rule.measures:
+        raise InputError(
+            "`sampler` must be one that measures no model before the first update, "
+            f"got {brief(sampler)}. `finetune` takes it; here pass "
+            "`Static.of(...)` with the layers of the largest scores of its `measure`."
+        )
 
 
 def num_active(active: float, num_layers: int) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,9 @@ class Sampler(Generic[Memory]):
     num_active: int
     hold: int = SamplerOptions.hold
 
+    # Whether the layers are chosen once, before the first update, by `measure`.
+    measures: ClassVar[bool] = False
+
     def __post_init__(self):
         require_count("num_layers", self.num_layers)
         require_count("hold", self.hold)
@@ -75,6 +78,22 @@ class Sampler(Generic[Memory]):
           **options: those that its row in `sparse_jax.samplers.registry` names.
         """
         return cls(num_layers=num_layers, num_active=num_active, **options)
+
+    def measure(
+        self,
+        layers: object,
+        states_fn: Callable[[], tuple[jax.Array, jax.Array]],
+    ) -> jax.Array:
+        """Returns scores of which a rule that `measures` trains the largest, (L,).
+
+        Args:
+          layers: the parameters of the layers, `[L, ...]`.
+          states_fn: returns the hidden states of the first batch, `[L + 1, B, T, D]`:
+            what enters every layer, and what leaves the last; and where there are
+            tokens, `[B, T]`.
+        """
+        del layers, states_fn
+        return jnp.zeros(self.num_layers, jnp.float32)
 
     @property
     def period(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Samplers that measure nothing: uniform, cyclic, by given weights, a given list."""
+"""Samplers that measure nothing: uniform, cyclic, given weights, given layers."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from sparse_jax.errors import InputError, brief
 from sparse_jax.samplers.sampler import Sampler
 
-__all__ = ["Cyclic", "Fixed", "Static", "Uniform"]
+__all__ = ["Cyclic", "Fixed", "Middle", "Static", "Uniform"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,26 @@ class Fixed(Sampler[tuple[()]]):
         """Returns the proportions."""
         del memory
         return jnp.array(self.proportions, jnp.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Middle(Sampler[tuple[()]]):
+    """Trains the layers in the middle, always: what a rule that measures has to beat.
+
+    These are `num_active` in a row from layer floor((L - num_active) / 2).
+
+    Example:
+      >>> Middle(num_layers=6, num_active=2).draw((), jax.random.key(0), 0)
+      Array([2, 3], dtype=int32)
+    """
+
+    def draw(
+        self, memory: tuple[()], key: jax.Array, turn: jax.typing.ArrayLike
+    ) -> jax.Array:
+        """Returns the layers in the middle."""
+        del memory, key, turn
+        first = (self.num_layers - self.num_active) // 2
+        return first + jnp.arange(self.num_active, dtype=jnp.int32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import cast
 
 import jax
+import numpy as np
 import optax
 
 from sparse_jax.adapter.adapter import Adapter
@@ -15,15 +16,18 @@ from sparse_jax.adapter.use import require_base
 from sparse_jax.compact.avoid import entries_to_avoid, is_own
 from sparse_jax.compact.compact import Compact, Loss, Tuner
 from sparse_jax.compact.layerwise import Layerwise
+from sparse_jax.compact.model_taps import in_stack
 from sparse_jax.errors import InputError
 from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.attachment import Recompute
+from sparse_jax.models.functional import Params
 from sparse_jax.models.hf.tensor_names import modules_called
 from sparse_jax.params.names import leaf_names
 from sparse_jax.samplers.registry import SamplerOptions, make_sampler, num_active
 from sparse_jax.samplers.sampler import Sampler
+from sparse_jax.samplers.simple import Static
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.objective import Objective
@@ -100,11 +104,13 @@ def make_job(settings: Settings) -> Job:
     # What the adapter file cannot hold is found before the training.
     method.to_settings()
     _require_selection(settings, method)
-    sampler = sampler_of(settings, base.model.config.num_layers)
     start = None
     if settings.adapter is not None:
         start = open_adapter(settings.adapter, settings.model, settings.task)
         base, method, start = start_from(start, base, method, objective)
+    sampler = sampler_of(settings, base.model.config.num_layers)
+    if sampler is not None and sampler.measures:
+        sampler = _measured(sampler, base, feed, method)
     earlier = tuple(
         open_adapter(path, settings.model, settings.task)
         for path in settings.avoid or ()
@@ -219,6 +225,25 @@ def sampler_of(settings: Settings, num_layers: int) -> Sampler | None:
     number = num_active(options.pop("active"), num_layers)
     word = settings.sampler
     return make_sampler(word, num_layers=num_layers, num_active=number, **options)
+
+
+def _measured(sampler: Sampler, base: Base, feed: Feed, method: Method) -> Static:
+    """Returns the layers that a sampler finds in a model and its first batch."""
+
+    @base.placement.compiled
+    def scores(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+        states_fn = lambda: (base.model.states(params, batch), batch["attention_mask"])
+        return sampler.measure(in_stack(method, params), states_fn)
+
+    batch = next(iter(feed.train(0)))
+    if feed.settings.accumulate > 1:
+        batch = {name: array[0] for name, array in batch.items()}
+    found = np.asarray(scores(base.params, base.placement.put(batch)))
+    # Equal scores go to the lower layer; one that is not finite comes last.
+    order = np.argsort(-np.nan_to_num(found, nan=-np.inf), kind="stable")
+    return Static.of(
+        *sorted(order[: sampler.num_active].tolist()), num_layers=sampler.num_layers
+    )
 
 
 def make_tuner(

@@ -11,7 +11,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.params.arguments import require_key, require_transformation
 from sparse_jax.params.names import Rule, Tree
 from sparse_jax.samplers.importance import Importance
-from sparse_jax.samplers.registry import make_sampler
+from sparse_jax.samplers.registry import make_sampler, require_no_measuring
 from sparse_jax.samplers.sampler import (
     Sampler,
     SamplerState,
@@ -139,6 +139,7 @@ def ist(
     require_transformation("inner", inner)
     require_key("key", key)
     tx = optax.with_extra_args_support(inner)
+    require_no_measuring(sampler)
     sizes = {"num_layers": num_layers, "num_active": num_active, "hold": hold}
     rule = (
         _require_same_sizes(sampler, **sizes)
