@@ -655,6 +655,43 @@ def test_labels_that_peft_does_not_name_are_those_of_the_task(
         evaluate_adapter(task / "foreign", model=base, **options)
 
 
+def test_labels_of_ones_own_are_named_in_the_order_of_the_outputs(task, tmp_path):
+    (tmp_path / "own").mkdir()
+    for path in (task / "data").iterdir():
+        text = path.read_text().replace('"sentence"', '"text"')
+        text = text.replace(": 0}", ': "bad"}').replace(": 1}", ': "good"}')
+        (tmp_path / "own" / path.name).write_text(text)
+    options = {"data": str(tmp_path / "own"), "max_length": 16}
+    expected = evaluate_adapter(task / "peft", data=str(task / "data"), max_length=16)
+    options |= {"model": str(task / "base"), "task": "classification"}
+    evaluate = lambda *labels: evaluate_adapter(
+        task / "foreign", labels=labels, **options
+    )
+    assert evaluate("bad", "good") == expected
+    wrong = evaluate("good", "bad")["accuracy"]
+    assert wrong == pytest.approx(1 - expected["accuracy"])
+    with pytest.raises(InputError, match="such as --labels bad --labels good"):
+        evaluate()
+    with pytest.raises(InputError, match="must be 2 different names, one for each"):
+        evaluate("bad")
+    with pytest.raises(InputError, match="must be left out for an .* negative, pos"):
+        evaluate_adapter(task / "peft", labels=("a", "b"), **options)
+
+
+def test_another_base_than_the_one_that_peft_names_is_told(
+    task, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("sparse_jax"), "propagate", True)
+    shutil.copytree(task / "foreign", tmp_path / "peft")
+    rewrite(tmp_path / "peft", change=lambda tensors: None)
+    open_adapter(tmp_path / "peft", task / "base", "sst2")
+    assert "make sure" not in caplog.text
+    rewrite(tmp_path / "peft", base_model_name_or_path="me/base")
+    open_adapter(tmp_path / "peft", task / "base", "sst2")
+    assert "was trained on 'me/base' and is put on " in caplog.text
+    assert "PEFT keeps no hash of the weights: make sure that" in caplog.text
+
+
 def test_a_base_from_the_hub_keeps_its_id(task, tmp_path, monkeypatch):
     shutil.copytree(task / "peft", tmp_path / "peft")
     rewrite(tmp_path / "peft", base_model_name_or_path="me/base")

@@ -192,6 +192,11 @@ def losses(*values):
     return [{"step": i, "loss": value} for i, value in enumerate(values, 1)]
 
 
+def rising(*begin):
+    """Returns five losses, five others, and the first by 0.06 higher."""
+    return losses(*begin, *[0.7] * 5, *(loss + 0.06 for loss in begin))
+
+
 @pytest.mark.parametrize(
     ("rows", "results", "expected"),
     [
@@ -199,14 +204,23 @@ def losses(*values):
         (losses(1.0), {"validation": {"accuracy": 0.5}}, []),
         (losses(2.0, None, 1.0), {}, []),
         (losses(None), {}, []),
-        # Means of two: 1.5 and 2.5.
-        (losses(1, 2, 9, 9, 3, 2), {}, ["the loss ends at 2.5, above 1.5 where it"]),
+        # Two batches, or means of two, say nothing.
+        (losses(0.7, 1.5), {}, []),
+        (losses(1, 2, 9, 9, 3, 2), {}, []),
+        # The standard error of the rise is 0.055, then 0.004.
+        (rising(0.6, 0.75, 0.55, 0.74, 0.66), {}, []),
+        (
+            rising(0.66, 0.67, 0.65, 0.66, 0.66),
+            {},
+            ["the loss ends at 0.72, above 0.66 where it began (means of 5 updates)"],
+        ),
         # The means of two fall from 7 to 5.
         (
             losses(1, 13, 9, 9, 5, 5),
             {},
             ["the loss ends at 5, above 1 where it began:"],
         ),
+        (losses(1, 3, 3, 3), {}, ["the loss ends at 3, above 1 where it began:"]),
         # One lucky batch is nothing to go by.
         (losses(1, 13, 9, 9, 5, 2), {}, []),
         (

@@ -22,6 +22,13 @@ def evaluate(
     task: str | None = option(
         None, "Task to evaluate on.", "the one it was trained on"
     ),
+    labels: list[str] | None = option(
+        None,
+        "Label of a classifier whose adapter has only numbers for them, as those of "
+        "PEFT mostly do; repeated, in the order of its outputs.",
+        "those that it names",
+        metavar="<str>",
+    ),
     data: str | None,
     batch_size: int | None = option(None, "Examples per batch.", "as in training"),
     max_length: int | None = option(
@@ -48,6 +55,7 @@ def evaluate(
         adapter,
         model=model,
         task=task,
+        labels=labels or (),
         data=data,
         batch_size=batch_size,
         max_length=max_length,

@@ -194,9 +194,13 @@ def _splits(task: Task, data: str | Path | None) -> dict[str, Callable[[], Rows]
         return _files(task, Path(data))
     if data is None or is_hub_name(str(data)):
         return fetch_rows(task, None if data is None else str(data))
+    reason, files = "and there is no such folder", "a folder with"
+    if Path(data).is_file():
+        reason, files = "which is a file", "its folder, which has to hold"
     raise InputError(
         f"`data` must be a folder or the name of a data set on the Hugging Face Hub, "
-        f"got {brief(str(data))}, and there is no such folder."
+        f"got {brief(str(data))}, {reason}. Pass {files} `train.csv` and `dev.csv`, "
+        "or files of these names that end with .tsv, .json or .jsonl."
     )
 
 

@@ -11,14 +11,14 @@ import numpy as np
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.file import load_adapter
 from sparse_jax.data.glue import CAUSAL, TASKS, find_task
-from sparse_jax.errors import InputError, listed
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.interchange.peft_folder import PeftFolder, find_peft, open_peft
 from sparse_jax.interchange.peft_load import read_adapter
 from sparse_jax.interchange.peft_source import Base
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
-from sparse_jax.models.hf.labels import label_leaves, use_of_head
+from sparse_jax.models.hf.labels import are_numbers, label_leaves, use_of_head
 from sparse_jax.models.hf.model_files import cached_folder, local_folder
 from sparse_jax.models.hf.pretrained import base_hash
 from sparse_jax.models.hf.read_config import read_config
@@ -35,7 +35,10 @@ _HEADLESS = (None, "", "FEATURE_EXTRACTION")
 
 
 def open_adapter(
-    path: str | Path, model: str | Path | None = None, task: str | None = None
+    path: str | Path,
+    model: str | Path | None = None,
+    task: str | None = None,
+    labels: Sequence[str] = (),
 ) -> Adapter:
     """Reads an adapter of sparse_jax or of PEFT.
 
@@ -48,17 +51,22 @@ def open_adapter(
       model: folder or id of the base, needed for PEFT if the one that it names is not
         here. Nothing is fetched that a file names.
       task: whose labels a classifier of PEFT predicts.
+      labels: of a classifier that has only numbers for them, in the order of its
+        outputs; none are those that it or its base names.
 
     Raises:
       InputError: as `load_adapter` or `load_peft`; or if the base has no such head, or
-        its labels are others than those of the task.
+        its labels are others than those of the task, or `labels` do not fit.
     """
     place = find_peft(path)
     if place is None:
-        return load_adapter(path)
+        found = load_adapter(path)
+        return replace(found, labels=_named(found.labels, labels)) if labels else found
     found = open_peft(place)
     named = str(found.config.get("base_model_name_or_path") or "")
     folder = local_folder(model) if model is not None else cached_folder(named)
+    if model is not None and named and not found.about.get("base_hash"):
+        _warn_of_base(found, named, str(model))
     weights = _weights(found, folder)
     built = weights.model
     base = _base(found, weights)
@@ -71,9 +79,13 @@ def open_adapter(
         settings={**adapter.settings, "dtype": base.dtype.name},
     )
     if built.head is CausalLM:
+        _named((), labels)
         return replace(adapter, task=CAUSAL)
+    if labels:
+        known = adapter.labels or tuple(map(str, range(built.config.num_labels)))
+        adapter = replace(adapter, labels=_named(known, labels))
     word = task or adapter.task
-    if word and word != CAUSAL and not (adapter.labels and adapter.task):
+    if word and word != CAUSAL and (labels or not (adapter.labels and adapter.task)):
         adapter = _for_task(replace(adapter, task=find_task(word).name), built)
     return adapter
 
@@ -130,6 +142,30 @@ def _base(found: PeftFolder, weights: Weights) -> Base:
         return weights.read(leaf, shapes[leaf], whole, dtype)
 
     return Base(read, dtype)
+
+
+def _warn_of_base(found: PeftFolder, named: str, model: str) -> None:
+    """Warns if a folder of PEFT names another base: it has no hash to compare."""
+    if named != model and Path(named).resolve() != Path(model).resolve():
+        _log.warning(
+            "`%s` was trained on %s and is put on %s, and PEFT keeps no hash of the "
+            "weights: make sure that they are the same",
+            found.path, brief(named), brief(model),
+        )  # fmt: skip
+
+
+def _named(known: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
+    """Returns names for labels of which an adapter knows only the numbers."""
+    rule = (
+        ""
+        if not labels or len({*labels}) == len(labels) == len(known)
+        else (f"{len(known)} different names, one for each output")
+    )
+    if labels and not (known and are_numbers(known)):
+        rule = f"left out for an adapter whose labels are {listed(known) or 'none'}"
+    if rule:
+        raise InputError(f"`labels` must be {rule}, got {listed(labels)}.")
+    return tuple(labels)
 
 
 def _for_task(adapter: Adapter, model: Model) -> Adapter:

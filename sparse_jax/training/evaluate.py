@@ -7,9 +7,9 @@ from pathlib import Path
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.use import apply_adapter, base_folder
 from sparse_jax.data.glue import CAUSAL, TASKS
-from sparse_jax.errors import InputError, brief, listed
+from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.interchange.open_adapter import open_adapter
-from sparse_jax.models.hf.labels import label_leaves, use_of_head
+from sparse_jax.models.hf.labels import are_numbers, label_leaves, use_of_head
 from sparse_jax.training.forgetting import distance_of
 from sparse_jax.training.objective import Objective, Results, flattened
 from sparse_jax.training.settings import Settings
@@ -29,6 +29,7 @@ def evaluate_adapter(
     *,
     model: str | None = None,
     task: str | None = None,
+    labels: Sequence[str] = (),
     data: str | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
@@ -43,6 +44,8 @@ def evaluate_adapter(
       model: the base, folder or id; None is where the adapter was trained, if that is
         a folder or in the cache of the Hub: nothing is fetched that a file names.
       task: None is the task of the adapter.
+      labels: of a classifier that has only numbers for them, as those of PEFT mostly
+        do, in the order of its outputs; none are those that it names.
       data: folder of the task's files; None asks the Hub. Of the file that a causal
         language model was trained on, the part held out; of others, all.
       batch_size: examples at a time; None is as in training.
@@ -58,7 +61,7 @@ def evaluate_adapter(
       InputError: if the adapter cannot be read, the base is another one, or the data
         are wrong or have other labels.
     """
-    found = open_adapter(adapter, model, task)
+    found = open_adapter(adapter, model, task, labels)
     if not (task or found.task):
         raise InputError(
             "`task` must be given for an adapter that names none, got none. Pass the "
@@ -96,11 +99,18 @@ def evaluate_adapter(
 
 def _require_labels(adapter: Adapter, objective: Objective) -> None:
     """Raises unless the data have the labels that the adapter was trained on."""
-    if objective.labels != adapter.labels:
+    ours, theirs = objective.labels, adapter.labels
+    if ours != theirs:
+        remedy = "Pass the task it was trained on."
+        if are_numbers(theirs) and len(ours) == len(theirs) > 0:
+            words = " ".join(f"--labels {label}" for label in ours)
+            remedy = (
+                "Name the labels of its outputs in their order, which the adapter does "
+                f"not say, such as {printable(words)}."
+            )
         raise InputError(
-            f"`data` must have the labels of the adapter, "
-            f"{listed(adapter.labels) or 'numbers'}, got "
-            f"{listed(objective.labels) or 'numbers'}. Pass the task it was trained on."
+            f"`data` must have the labels of the adapter, {listed(theirs) or 'numbers'}"
+            f", got {listed(ours) or 'numbers'}. {remedy}"
         )
     # Of one output for each label, one is the largest; or any number are above zero.
     tasks = [TASKS.get(name) for name in (adapter.task, objective.name)]

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from statistics import mean
+from statistics import mean, variance
 from typing import Any, NoReturn
 
 from sparse_jax.adapter.file import replacing
@@ -180,7 +180,9 @@ def _plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_MOST_AVERAGED = 50  # updates at the beginning and at the end
+# Updates at the beginning and at the end: fewer losses differ by their batches alone.
+_LEAST_AVERAGED, _MOST_AVERAGED = 5, 50
+_FEW = 3  # updates that show that a loss has exploded
 _GUESSING = 0.9  # share of the vocabulary: fewer tokens mean that something was learned
 
 
@@ -239,23 +241,14 @@ def outcome_warnings(
       vocab_size: tokens of the model.
 
     Example:
-      >>> rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]
+      >>> rows = [{"step": i, "loss": loss} for i, loss in enumerate([1, 2, 3, 3, 2.6])]
       >>> [line.split(":")[0] for line in outcome_warnings(rows, {}, 100)]
-      ['the loss ends at 2.5, above 1 where it began']
+      ['the loss ends at 2.6, above 1 where it began']
     """
     # Earlier versions wrote a null for one that is not finite.
     losses = [row["loss"] for row in updates_of(rows) if row["loss"] is not None]
-    width = min(_MOST_AVERAGED, max(1, len(losses) // 3))
-    first, last = (mean(part or [0.0]) for part in (losses[:width], losses[-width:]))
-    averaged = f" (means of {width} updates)" if width > 1 else ""
-    # A loss that explodes at once raises the first mean too, but not the first loss.
-    if losses and all(loss > 2 * losses[0] for loss in losses[-width:]):
-        first, averaged = losses[0], ""
-    if last > first:
-        yield (
-            f"the loss ends at {last:.4g}, above {first:.4g} where it began{averaged}: "
-            "the run has not learned, or diverged. Lower --learning-rate."
-        )
+    if rise := _rise(losses):
+        yield f"{rise}: the run has not learned, or diverged. Lower --learning-rate."
     if in_a_row := skipped_at_end(rows):
         yield f"batches skipped at the end, as their loss is not finite: {in_a_row}."
     for split, metrics in results.items():
@@ -268,3 +261,26 @@ def outcome_warnings(
                 f"{split}: the perplexity is {perplexity:,.0f}, and that of guessing "
                 f"is {vocab_size:,}, the tokens of the vocabulary."
             )
+
+
+def _rise(losses: Sequence[float]) -> str | None:
+    """Returns that a loss ends above where it began, if that is more than noise.
+
+    Every one of the last losses is above twice the first, or the means of the first and
+    of the last differ by more than two standard errors.
+    """
+    width = min(_MOST_AVERAGED, len(losses) // 3)
+    begin, end = losses[:width], losses[-width:]
+    # A loss that explodes at once raises the first mean too, but not the first loss.
+    last_few = losses[1:][-max(width, _FEW) :]
+    if len(last_few) >= _FEW and min(last_few) > 2 * losses[0]:
+        return f"the loss ends at {mean(end):.4g}, above {losses[0]:.4g} where it began"
+    if width < _LEAST_AVERAGED:
+        return None
+    error = math.sqrt((variance(begin) + variance(end)) / width)
+    if mean(end) - mean(begin) <= 2 * error:
+        return None
+    return (
+        f"the loss ends at {mean(end):.4g}, above {mean(begin):.4g} where it began "
+        f"(means of {width} updates)"
+    )

@@ -12,7 +12,7 @@ from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.functional import Model
 from sparse_jax.params.names import leaf_names
 
-__all__ = ["HeadUse", "label_leaves", "order_of", "use_of_head"]
+__all__ = ["HeadUse", "are_numbers", "label_leaves", "order_of", "use_of_head"]
 
 # Other words for the labels of the common tasks.
 _ALIASES = MappingProxyType(
@@ -78,10 +78,10 @@ def use_of_head(config: EncoderConfig, labels: Sequence[str]) -> HeadUse:
         # The name of a single number says nothing that could be wrong.
         return HeadUse(as_it_is, config, "its head is used", is_certain=True)
     order = order_of(labels, names)
-    is_number = _are_numbers(names) or _are_numbers(labels)
+    is_number = are_numbers(names) or are_numbers(labels)
     if not names or (order is None and is_number):
         remark = f"the outputs of its head, for {theirs}, are taken as {ours}"
-        named = config if _are_numbers(labels) else own
+        named = config if are_numbers(labels) else own
         return HeadUse(as_it_is, named, remark, is_certain=False)
     if order is None:
         return HeadUse(None, own, new, is_certain=False)
@@ -127,8 +127,13 @@ def _count(number: int) -> str:
     return "one number" if number == 1 else f"{number} labels without names"
 
 
-def _are_numbers(names: Sequence[str]) -> bool:
-    """Says whether names are no more than the numbers of the outputs."""
+def are_numbers(names: Sequence[str]) -> bool:
+    """Says whether names are no more than the numbers of the outputs.
+
+    Example:
+      >>> [are_numbers(names) for names in (("0", "1"), ("LABEL_0",), ("no", "yes"))]
+      [True, True, False]
+    """
     digits = [name.lower().removeprefix("label_") for name in names]
     return digits == [str(i) for i in range(len(names))]
 
