@@ -1,6 +1,6 @@
 """The first gradient of a new head is about the offset of all examples alike."""
 
-import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,14 @@ from test_sharding import ONE_LEAF, random_batch, supports_of, tuner_of
 from tiny_run import tiny_settings, write_files
 
 from sparse_jax import Compact, InputError, Sparse, finetune, sift
-from sparse_jax.compact.selection import measure
+from sparse_jax.compact.selection import before_selection, selection_statistic
 from sparse_jax.sharding.mesh import MeshShape, make_mesh, mesh_of
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.build import make_job
+from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.objective import head_bias
+from sparse_jax.training.run_files import read_rows, updates_of
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_both_tiers_choose_by_the_same_sum_over_batches():
     tuner, params = Compact(planted_loss, METHOD, optax.sgd(0.1)), planted_params()
     state, total = tuner.init(params, KEY), None
     for batch in batches:
-        total = measure(tuner, state, batch, KEY, total)
+        total = selection_statistic(tuner, state, batch, KEY, total)
     state, finite = tuner.select(state, None, KEY, statistic=total)
     tx = sift(optax.sgd(0.1), 1 / WIDTH, where="map", dense="head/bias", select_from=3)
     other = tx.init(params)
@@ -113,6 +115,46 @@ def test_both_tiers_choose_by_the_same_sum_over_batches():
     np.testing.assert_array_equal(state.support["map"], other.support["map"])
     bad = jax.tree.map(lambda leaf: leaf * jnp.nan, total)
     assert not tuner.select(state, None, KEY, statistic=bad)[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_entries_that_matter_are_chosen_once_the_head_knows_the_offset(dtype):
+    """Both tiers make the same updates before the selection and after it."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.2))
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), planted_params())
+    tuner = Compact(planted_loss, METHOD, tx)
+    state = tuner.init(params, KEY)
+    at_once, _ = tuner.select(state, planted(0), KEY)
+    assert rows_chosen(at_once.support) <= {*range(8)}
+
+    first = before_selection(tuner)
+    state, step = first.init(params, KEY), jax.jit(first.step)
+    for _ in range(40):
+        state, _ = step(state, planted(0), KEY)
+    np.testing.assert_array_equal(state.params["map"], params["map"])
+    state, _ = tuner.select(tuner.init(state.params, KEY), planted(0), KEY)
+    assert rows_chosen(state.support) == {8}
+    for _ in range(5):
+        state, metrics = jax.jit(tuner.step)(state, planted(0), KEY)
+
+    one = sift(tx, 1 / WIDTH, where="map", dense="head/bias", select_after=40)
+    other, update = one.init(params), jax.jit(one.update)
+    types = jax.tree.map(jax.typeof, other)
+    for _ in range(45):
+        updates, other = update(gradient(params, planted(0)), other, params)
+        params = optax.apply_updates(params, updates)
+    assert jax.tree.map(jax.typeof, other) == types
+    np.testing.assert_array_equal(state.support["map"], other.support["map"])
+    close = lambda a, b: np.testing.assert_allclose(
+        np.float32(a), np.float32(b), rtol=1e-5 if dtype == "float32" else 1e-2
+    )
+    jax.tree.map(close, state.params, params)
+
+
+def test_nothing_dense_leaves_nothing_to_train_before_the_selection():
+    tx = sift(optax.sgd(0.1), 0.5, select_after=3)
+    with pytest.raises(InputError, match="`select_after` must be 0 without leaves in"):
+        tx.init(planted_params())
 
 
 def test_a_mesh_chooses_by_the_same_sum_over_batches():
@@ -139,11 +181,8 @@ def test_a_run_chooses_by_several_batches_and_trains_on_the_same_ones(files, tmp
     ]
     for run in runs:
         finetune(run)
-    rows = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in "13"]
-    first = [
-        [json.loads(row)["loss"] for row in lines if "loss" in row][0] for lines in rows
-    ]
-    assert first[0] == first[1]
+    rows = [updates_of(read_rows(tmp_path / n / "metrics.jsonl")) for n in "13"]
+    assert rows[0][0]["loss"] == rows[1][0]["loss"]
 
 
 def test_several_batches_choose_nothing_without_a_gradient(files, tmp_path):
@@ -151,3 +190,33 @@ def test_several_batches_choose_nothing_without_a_gradient(files, tmp_path):
         make_job(
             tiny_settings(**files, output=tmp_path, method="random", select_batches=2)
         )
+
+
+@pytest.mark.parametrize("sampler", [None, pytest.param("ist", marks=pytest.mark.slow)])
+def test_a_run_stopped_before_its_selection_ends_like_one_that_was_not(
+    files, tmp_path, monkeypatch, sampler
+):
+    options = {"where": ("query",), "epochs": 2, "select_after": 3, "save_every": 2}
+    options |= {"sampler": sampler, "dtype": "bfloat16"}
+    whole = finetune(tiny_settings(**files, output=tmp_path / "whole", **options))
+    broken = tiny_settings(**files, output=tmp_path / "broken", **options)
+    save = Checkpoints.save
+
+    def die_at_two(self, state, at):
+        save(self, state, at)
+        if at.batches == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", die_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(broken)
+    monkeypatch.undo()
+    again = finetune(replace(broken, resume=True))
+    assert again["eval"] == whole["eval"]
+    paths = [tmp_path / name / "adapter.safetensors" for name in ("whole", "broken")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "is_selection" in row] == [4]
+    rates = [row["learning_rate"] / 3e-2 for row in updates_of(rows)]
+    # Three updates rise at once and fall, and so do the three after the selection.
+    np.testing.assert_allclose(rates, 2 * [1, 2 / 3, 1 / 3], rtol=1e-6)

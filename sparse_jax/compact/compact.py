@@ -151,7 +151,7 @@ class Tuner(ABC):
             micro-batch does, as in the released code.
           key: as for `step`, so that both see the same dropout.
           avoid: supports of entries that are not chosen, as of `entries_to_avoid`.
-          statistic: what decides in place of a batch: of several, as of `measure`.
+          statistic: what decides in place of a batch, as of `selection_statistic`.
 
         Returns:
           The new state, and whether the gradient was finite. If it was not, the
@@ -186,14 +186,13 @@ class Tuner(ABC):
         score, method, avoid = self.method.ranking, self.method, avoid or {}
         if score is None:
             return state.support, jnp.array(True), state.support
+        trees = (method, score, roles, state.params, state.support)
         if not score.needs_gradient or statistic is not None:
             seen = state.params if statistic is None else statistic
-            trees = (roles, state.params, state.support)
-            return choose_from(seen, method, score, *trees, key, avoid)
+            return choose_from(seen, *trees, key, avoid)
         first = self.first(batch, key)
         sums = lambda params, attachment: self._sums(params, attachment, *first)
-        trees = (roles, state.params, state.support, state.added)
-        return choose_by_gradient(method, score, *trees, key, sums, avoid)
+        return choose_by_gradient(*trees, state.added, key, sums, avoid)
 
     def first(self, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
         """Returns the first micro-batch, and its key."""
@@ -213,6 +212,11 @@ class Tuner(ABC):
         self, roles: Roles, params: optax.Params, values: TrainedValues
     ) -> optax.OptState:
         """Returns the state of the optimizer before the first update."""
+
+    @property
+    def whole_tx(self) -> optax.GradientTransformation:
+        """The transformation of all trained values at once."""
+        return self.tx
 
     @property
     def _tx(self) -> optax.GradientTransformationExtraArgs:

@@ -144,6 +144,13 @@ class Layerwise(Tuner):
         active = num_active(SamplerOptions.active, number)
         return make_sampler(self.sampler, num_layers=number, num_active=active)
 
+    @property
+    def whole_tx(self) -> optax.GradientTransformation:
+        """The transformation of all trained values at once, which clips them."""
+        if self.max_norm is None:
+            return self.tx
+        return optax.chain(optax.clip_by_global_norm(self.max_norm), self.tx)
+
     def init(
         self,
         params: optax.Params,

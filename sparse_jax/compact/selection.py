@@ -1,18 +1,80 @@
-"""What comes before a selection: the gradients of several batches."""
+"""What comes before a selection: updates without it, gradients of several batches."""
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import optax
 
 from sparse_jax.compact.checks import require_groups, sums_of
-from sparse_jax.compact.compact import CompactState, Tuner
-from sparse_jax.models.attachment import Attachment, LayerValues
+from sparse_jax.compact.compact import Compact, CompactState, Tuner
+from sparse_jax.methods.method import Method
+from sparse_jax.models.attachment import Added, Attachment, LayerValues
 from sparse_jax.supports.packing import value_dtype
-from sparse_jax.supports.roles import SPARSE, map_roles
+from sparse_jax.supports.roles import FROZEN, SPARSE, Role, Roles, is_role, map_roles
 
-__all__ = ["measure"]
+__all__ = ["before_selection", "selection_statistic"]
 
 
-def measure(
+@dataclass(frozen=True, kw_only=True)
+class _Unselected(Method):
+    """A method that leaves its sparse leaves alone."""
+
+    method: Method = field(default_factory=Method)
+
+    def roles(self, params: optax.Params) -> Roles:
+        """Returns the roles of the method, the sparse ones frozen."""
+
+        def freeze(role: Role) -> Role:
+            return role._replace(kind=FROZEN) if role.kind == SPARSE else role
+
+        return jax.tree.map(freeze, self.method.roles(params), is_leaf=is_role)
+
+    def added(self, params: optax.Params, key: jax.Array) -> Added:
+        """Returns what the method adds."""
+        return self.method.added(params, key)
+
+    def response(self, *args: Any, **options: Any) -> jax.Array:
+        """Returns the response of the method."""
+        return self.method.response(*args, **options)
+
+
+def before_selection(tuner: Tuner) -> Compact:
+    """Returns the tuner of updates before a selection, which need no dense gradient.
+
+    It trains what `tuner` trains, all layers at once, but for the sparse leaves. The
+    first gradient of a new head is about the offset of all examples alike; a selection
+    after some updates of the head is about what distinguishes them.
+
+    Args:
+      tuner: whose `init` takes the parameters of the state over.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sparse_jax import Sparse
+      >>> def loss(params, x, key, attachment):
+      ...     return (params["b"] + params["w"] @ x - 1) ** 2, 1.0
+      >>> method = Sparse(density=0.5, dense="b", stack=None)
+      >>> tuner = Compact(loss, method, optax.sgd(0.5))
+      >>> first, x = before_selection(tuner), jnp.array([1.0, 0.0])
+      >>> params = {"b": jnp.float32(0.0), "w": jnp.zeros(2)}
+      >>> state = first.init(params, key := jax.random.key(0))
+      >>> state, _ = first.step(state, x, key)
+      >>> state.params
+      {'b': Array(1., dtype=float32), 'w': Array([0., 0.], dtype=float32)}
+      >>> state, finite = tuner.select(tuner.init(state.params, key), x, key)
+
+    References:
+      Kumar et al., 2022, train a head before all of a model to keep what it has
+      learned: https://arxiv.org/abs/2202.10054
+    """
+    own = tuner.method
+    method = _Unselected(method=own, dense=own.dense, stack=own.stack)
+    placed = (tuner.accumulate, tuner.shards, tuner.data_axes)
+    return Compact(tuner.loss, method, tuner.whole_tx, *placed)
+
+
+def selection_statistic(
     tuner: Tuner,
     state: CompactState,
     batch: object,
@@ -38,8 +100,8 @@ def measure(
       ...     return jnp.sum(params["w"] * x), 1.0
       >>> tuner = Compact(loss, Sparse(density=0.5, stack=None), optax.sgd(0.1))
       >>> state = tuner.init({"w": jnp.ones(2)}, key := jax.random.key(0))
-      >>> one = measure(tuner, state, jnp.array([5.0, 4.0]), key)
-      >>> both = measure(tuner, state, jnp.array([-5.0, 3.0]), key, one)
+      >>> one = selection_statistic(tuner, state, jnp.array([5.0, 4.0]), key)
+      >>> both = selection_statistic(tuner, state, jnp.array([-5.0, 3.0]), key, one)
       >>> state, _ = tuner.select(state, None, key, statistic=both)
       >>> both["w"], state.support["w"]
       (Array([0., 7.], dtype=float32), Array([1], dtype=int32))

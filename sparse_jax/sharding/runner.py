@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AxisType
 
 from sparse_jax.compact.compact import CompactState, Tuner
-from sparse_jax.compact.selection import measure
+from sparse_jax.compact.selection import selection_statistic
 from sparse_jax.methods.sites import Added
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
@@ -38,7 +38,7 @@ class MeshRunner:
     def __init__(self, tuner: Tuner, placement: Placement):
         self.tuner, self.placement = tuner, placement
         self._init = _Compiled(tuner.init, placement, self._state, (0,))
-        each = functools.partial(measure, tuner)
+        each = functools.partial(selection_statistic, tuner)
         self._measure = _Compiled(each, placement, self._after_measure, (3,))
         self._choose = _Compiled(tuner.choose, placement, self._after_choice)
         self._select = _Compiled(tuner.select, placement, self._after_update, (0,))
@@ -48,6 +48,10 @@ class MeshRunner:
     def init(self, params: optax.Params, key: jax.Array) -> CompactState:
         """Returns the state before the selection; parameters are placed already."""
         return self._init(params, key, capacity=self._first_capacity(params))
+
+    def take_over(self, state: CompactState, key: jax.Array) -> CompactState:
+        """Returns the state before the selection, from that of another runner."""
+        return self.init(state.params, key)._replace(added=state.added)
 
     def start(self, state: CompactState, added: Mapping[str, object]) -> CompactState:
         """Returns a state before any update, whose method starts from these arrays."""

@@ -29,6 +29,7 @@ from sparse_jax.samplers.registry import SamplerOptions, make_sampler, num_activ
 from sparse_jax.samplers.sampler import Sampler
 from sparse_jax.samplers.simple import Static
 from sparse_jax.sharding.placement import Placement
+from sparse_jax.supports.roles import DENSE, SPARSE, is_role
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.objective import Objective
 from sparse_jax.training.optimizer import (
@@ -37,7 +38,7 @@ from sparse_jax.training.optimizer import (
     make_optimizer,
     schedule_of,
 )
-from sparse_jax.training.settings import Settings
+from sparse_jax.training.settings import SELECT_AFTER, Settings
 from sparse_jax.training.setup import Base, load_model_and_data
 from sparse_jax.training.start import start_from
 
@@ -71,11 +72,45 @@ class Job:
         batches = self.settings.epochs * self.feed.batches_per_epoch
         return min(batches, self.settings.max_steps or batches)
 
-    @property
-    def schedule(self) -> Schedule | None:
-        """Of the learning rate; None if the optimizer has its own."""
+    @functools.cached_property
+    def select_after(self) -> int:
+        """Updates before entries are chosen, of all that is trained but these."""
+        asked, method = self.settings.select_after, self.method
+        roles = jax.tree.leaves(method.roles(self.base.params), is_leaf=is_role)
+        of_kind = lambda kind: {role.name for role in roles if role.kind == kind}
+        dense, score = of_kind(DENSE), method.ranking
+        if asked is None:
+            started = () if self.start is None else self.start.dense
+            is_new = dense & ({*self.base.new} - {*started})
+            by_gradient = score is not None and score.needs_gradient
+            asked = SELECT_AFTER if is_new and by_gradient else 0
+        elif asked and not (dense and of_kind(SPARSE)):
+            lacks = "trains no parameters in full" if score else "chooses no entries"
+            raise InputError(
+                "`select_after` must be left out with a method that "
+                f"{lacks}, got {asked:g} with {self.settings.method_word!r}. It is the "
+                "updates of what is trained in full before entries are chosen."
+            )
+        updates = round(asked * self.total) if asked < 1 else int(asked)
+        if updates >= self.total:
+            raise InputError(
+                f"`select_after` must be less than {self.total}, the updates of the "
+                f"run, got {updates}. A fraction, such as 0.1, fits every run."
+            )
+        return updates
+
+    def schedule(self, is_selected: bool) -> Schedule | None:
+        """Returns that of the learning rate; None if the optimizer has its own.
+
+        The updates before the selection have a warm-up and a decay of their own.
+        """
         peak, warmup = self.settings.resolved_learning_rate, self.settings.warmup
-        return None if peak is None else schedule_of(peak, self.total, warmup)
+        if peak is None:
+            return None
+        if is_selected:
+            return schedule_of(peak, self.total - self.select_after, warmup)
+        updates = max(1, self.select_after)
+        return schedule_of(peak, updates, min(warmup, updates))
 
     def tuner(self) -> Tuner:
         """Returns what makes the updates."""
@@ -121,7 +156,7 @@ def make_job(settings: Settings) -> Job:
             _require_apart(start, adapter, base)
     job = Job(settings, objective, base, method, sampler, head, feed, earlier, start)
     # Before the parameters are donated, and before anything is written.
-    _ = job.schedule
+    _ = job.schedule(is_selected=True)
     with base.placement.active():
         _ = job.avoid
     return job

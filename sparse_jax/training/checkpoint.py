@@ -1,5 +1,6 @@
 """Checkpoints of a run: what the base model does not already hold."""
 
+import functools
 import logging
 import re
 import shutil
@@ -48,6 +49,7 @@ class Checkpoints:
       tuner: made the states.
       placement: of the states.
       keep: how many to keep; the one before the newest serves if that is damaged.
+      before: made the states before the selection, if another tuner did.
     """
 
     def __init__(
@@ -56,12 +58,17 @@ class Checkpoints:
         tuner: Tuner,
         placement: Placement,
         keep: int = 2,
+        before: Tuner | None = None,
     ):
         self._directory, self._folder = directory, directory.checkpoints
         self._tuner, self._placement, self._keep = tuner, placement, keep
+        self._before = before
         self._writer: threading.Thread | None = None
         # Compiled, because on a mesh every operation by itself is a program to compile.
-        self._copied = jax.jit(lambda s: jax.tree.map(jnp.copy, self._trained(s)))
+        self._copied = {
+            is_selected: jax.jit(functools.partial(_copied, self._maker(is_selected)))
+            for is_selected in (False, True)
+        }
         self._everywhere = placement.compiled(lambda leaf: leaf)
 
     def save(self, state: CompactState, position: Position) -> None:
@@ -72,7 +79,7 @@ class Checkpoints:
         """
         self.close()
         # The next step overwrites the arrays of the state: these are copies.
-        names, leaves = _named(self._copied(state))
+        names, leaves = _named(self._copied[position.is_selected](state))
         # Of several processes all take part, also if the first cannot write.
         leaves = [self._whole(_plain(leaf)) for leaf in leaves]
         if not is_first_process():
@@ -121,7 +128,7 @@ class Checkpoints:
             # The run will come to these again.
             for damaged in steps[:tried] if is_first_process() else ():
                 self._remove(str(damaged))
-            return self._rebuilt(state, trained), position
+            return self._rebuilt(state, trained, position), position
         require_agreement("checkpoint", None)
         if steps:
             raise InputError(
@@ -162,7 +169,9 @@ class Checkpoints:
         """Returns the reduced state in a checkpoint of this run."""
         record, arrays = read_checkpoint(self._folder / str(step))
         self._require_own(step, record)
-        like = jax.eval_shape(self._trained, state)
+        tuner, key = self._maker(record.position.is_selected), jax.random.key(0)
+        fresh = lambda params: _trained(tuner, tuner.init(params, key))
+        like = jax.eval_shape(fresh, state.params)
         names, leaves = _named(like)
         shards = {
             name: Shards(tuple(map(tuple, axes)), tuple(counts))
@@ -178,7 +187,7 @@ class Checkpoints:
             )
         typed = [_typed(*pair) for pair in zip(arrays, leaves, strict=True)]
         trained = jax.tree.unflatten(jax.tree.structure(like), typed)
-        roles = self._tuner.method.roles(state.params)
+        roles = tuner.method.roles(state.params)
         ways = (shards, self._tuner.shards)
         trained = moved(trained, roles, state.params, *ways)
         for found, leaf in zip(jax.tree.leaves(trained), leaves, strict=True):
@@ -199,6 +208,7 @@ class Checkpoints:
         # An update may be skipped after the supports were chosen; earlier versions knew
         # no such updates, and wrote no digest of the rows.
         possible = {batches > skipped} | ({True} if record.rows else set())
+        possible |= set() if self._before is None else {False}
         if batches != step or is_selected not in possible:
             raise ValueError(f"its position is not one after {step} batches")
         if not record.rows:
@@ -228,15 +238,16 @@ class Checkpoints:
             reason,
         )
 
-    def _trained(self, state: CompactState) -> CompactState:
-        """Returns the state with its parameters reduced to the trained values."""
-        roles = self._tuner.roles(state.params)
-        values = current_values(roles, state.support, state.masters, state.params)
-        return state._replace(params=values, masters=())
+    def _maker(self, is_selected: bool) -> Tuner:
+        """Returns the tuner that makes the states after the selection, or before."""
+        is_first = self._before is not None and not is_selected
+        return self._before if is_first else self._tuner
 
-    def _rebuilt(self, state: CompactState, trained: CompactState) -> CompactState:
+    def _rebuilt(
+        self, state: CompactState, trained: CompactState, at: Position
+    ) -> CompactState:
         """Returns the state whose reduced form is `trained`; `state` is donated."""
-        roles = self._tuner.roles(state.params)
+        roles = self._maker(at.is_selected).roles(state.params)
         trained = self._placement.hold(roles, trained)
 
         def write(
@@ -261,6 +272,18 @@ class Checkpoints:
         )
         # What was saved has its supports.
         return CompactState(*trained._replace(params=params, masters=masters))
+
+
+def _trained(tuner: Tuner, state: CompactState) -> CompactState:
+    """Returns the state with its parameters reduced to the trained values."""
+    roles = tuner.roles(state.params)
+    values = current_values(roles, state.support, state.masters, state.params)
+    return state._replace(params=values, masters=())
+
+
+def _copied(tuner: Tuner, state: CompactState) -> CompactState:
+    """Returns a copy of the state, so reduced."""
+    return jax.tree.map(jnp.copy, _trained(tuner, state))
 
 
 def _plain(leaf: jax.Array) -> jax.Array:

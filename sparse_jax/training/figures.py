@@ -105,6 +105,9 @@ def draw_layers(
       title: what was run.
     """
     updates = updates_of(rows)
+    # Before a selection there are no layers to choose.
+    drawn = next(i for i, row in enumerate(updates) if "active" in row)
+    updates = updates[drawn:]
     importance = _filled(updates, "importance", num_layers)
     figure, panels = _panels(title, 1 if importance is None else 2)
     shares = _shares(_filled(updates, "active", None), num_layers)

@@ -11,6 +11,7 @@ import jax
 
 from sparse_jax.adapter.file import save_adapter
 from sparse_jax.compact.compact import CompactState, Tuner
+from sparse_jax.compact.selection import before_selection
 from sparse_jax.errors import listed
 from sparse_jax.interchange.patches import save_patches
 from sparse_jax.params.fields import Json
@@ -111,8 +112,9 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Json]:
 def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Json]:
     """Trains, from the last checkpoint if there is one, and returns the metrics."""
     tuner, placement = job.tuner(), job.base.placement
-    checkpoints = Checkpoints(directory, tuner, placement, job.settings.keep)
-    runner = MeshRunner(tuner, placement)
+    runner, key = MeshRunner(tuner, placement), jax.random.key(job.settings.seed)
+    before = before_selection(tuner) if job.select_after else None
+    checkpoints = Checkpoints(directory, tuner, placement, job.settings.keep, before)
 
     def patch(state: CompactState, update: int) -> None:
         # All processes hold parts of it; the first one writes it.
@@ -121,11 +123,14 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
             lambda folder: save_patches(folder, adapter, job.base.model, update=update)
         )
 
-    state = runner.init(job.base.params, jax.random.key(job.settings.seed))
+    state = runner.init(job.base.params, key)
     if job.start is not None and job.start.added:
         state = runner.start(state, job.start.added)
     counts = count_trained(job.method, state.params, state.added, job.head)
     _announce(job, counts, optimizer_bytes(state))
+    first = None if before is None else MeshRunner(before, placement)
+    if first is not None:
+        state = first.take_over(state, key)
     # A run that is stopped still writes the checkpoint it has begun.
     with closing(checkpoints), stop_signals() as signals:
         state, at = checkpoints.restore(state)
@@ -135,8 +140,9 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
         with show_progress(job.total, at.batches) as progress:
             evaluate = _evaluate(job, tuner, state)
             loop = Loop(
-                job, runner, evaluate, directory, checkpoints, progress, signals, patch
-            )
+                job, runner, evaluate, directory, checkpoints, progress, signals, patch,
+                first,
+            )  # fmt: skip
             state, at = loop.run(state, at)
     if job.settings.patch_every is not None:
         patch(state, at.batches)

@@ -125,7 +125,9 @@ class Loop:
       checkpoints: of the states.
       progress: is reported to.
       signals: ask to stop.
-      patch: writes the changed weights of a state after some number of updates.
+      patch: writes the changed weights of a state after some number of updates; until
+        the selection there are none.
+      before: makes the updates before the selection, if there are any.
     """
 
     job: Job
@@ -136,11 +138,12 @@ class Loop:
     progress: Progress
     signals: StopSignals
     patch: Callable[[CompactState, int], None]
+    before: MeshRunner | None = None
     _shapes: set[tuple[int, ...]] = field(default_factory=set)
     _known: dict[str, Json] = field(default_factory=dict)
 
     def __post_init__(self):
-        self._schedule = self.job.schedule
+        self._schedules = {then: self.job.schedule(then) for then in (False, True)}
 
     def run(self, state: CompactState, at: Position) -> tuple[CompactState, Position]:
         """Trains from a position to the end; the state is donated.
@@ -194,15 +197,19 @@ class Loop:
     ) -> tuple[CompactState, Position]:
         """Selects if that is still to do, and makes an update."""
         key, step = self._key(at.batches), at.batches + 1
-        if not at.is_selected:
+        runner, count = self.runner, at.batches - at.skipped
+        if self.before is not None and count < self.job.select_after:
+            runner = self.before
+        elif not at.is_selected:
             state, finite = self._select(state, self._put(batch), key, at)
             at = at._replace(is_selected=finite)
             if not finite:
                 return state, self._skip(at, "the gradient to select by")
         is_first = self._is_first(batch)
         began = time.perf_counter()
-        schedule = {} if self._schedule is None else {"schedule": self._schedule}
-        state, metrics = self.runner.step(state, self._put(batch), key, **schedule)
+        schedule = self._schedules[at.is_selected]
+        extra = {} if schedule is None else {"schedule": schedule}
+        state, metrics = runner.step(state, self._put(batch), key, **extra)
         is_skipped, loss = metrics.pop("is_skipped"), float(metrics["loss"])
         if is_skipped:
             norm = float(metrics["gradient_norm"])
@@ -213,8 +220,9 @@ class Loop:
         seconds = time.perf_counter() - began
         tokens = int(np.sum(batch["attention_mask"]))
         rate = None
-        if self._schedule is not None:
-            rate = float(learning_rate_at(step - 1 - at.skipped, self._schedule))
+        if schedule is not None:
+            count -= self.job.select_after * at.is_selected
+            rate = float(learning_rate_at(count, schedule))
         self.directory.add_row(
             {"step": step, **news, "learning_rate": rate, "tokens": tokens,
              "seconds": seconds, "is_compiling": is_first}
@@ -222,7 +230,7 @@ class Loop:
         self.progress.update(step, loss, tokens, seconds, is_compiling=is_first)
         at = at._replace(batches=step)
         every = self.job.settings.patch_every
-        if every is not None and step % every == 0:
+        if every is not None and step % every == 0 and at.is_selected:
             self.patch(state, step)
         return state, at
 
@@ -246,12 +254,16 @@ class Loop:
         self, state: CompactState, batch: Inputs, key: jax.Array, at: Position
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; also returns whether the gradient was finite."""
-        if not jax.tree.leaves(state.support):
+        if self.before is None and not jax.tree.leaves(state.support):
             return self.runner.select(state, batch, key, self.job.avoid)
         self.progress.note("selecting the entries to train")
         began = time.perf_counter()
         avoid, more = self.job.avoid, self._after(at.batches)
+        if self.before is not None:
+            state = self.runner.take_over(state, key)
         state, finite = self.runner.select(state, batch, key, avoid, more)
+        if self.before is not None and not finite:
+            state = self.before.take_over(state, key)
         jax.block_until_ready(state.support)
         seconds = time.perf_counter() - began
         row = {"step": at.batches + 1, "is_selection": True, "seconds": seconds}

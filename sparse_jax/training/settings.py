@@ -42,6 +42,7 @@ DTYPES = ("float32", "bfloat16")
 LOSSES = ("response", "all")
 HEAD_BIASES = ("labels", "zeros")
 HELD_OUT, TEMPLATE = 0.05, "alpaca"
+SELECT_AFTER = 0.0  # fraction of the updates, where a head is new
 WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
@@ -160,6 +161,12 @@ class Settings(MethodOptions, SamplerOptions):
         "128, for causal 512",
     )
     dtype: str = setting("float32", f"Dtype of the parameters: {one_of(DTYPES)}.")
+    select_after: float | None = setting(
+        None,
+        "Updates of the head, and of all else that is trained in full, before sift "
+        "chooses entries: below 1 a fraction of the updates, else their number.",
+        f"{SELECT_AFTER:g} if the head is new",
+    )
     select_batches: int = setting(
         1,
         "Batches whose gradients are summed to choose entries by. More than one holds "
@@ -207,6 +214,12 @@ class Settings(MethodOptions, SamplerOptions):
             raise InputError(
                 "`warmup` must be a fraction of the updates in [0, 1), or a number, "
                 f"got {self.warmup}. Commonly it is {WARM_UP}."
+            )
+        after = self.select_after or 0.0
+        if not after >= 0 or (after > 1 and after % 1):
+            raise InputError(
+                "`select_after` must be a fraction of the updates in [0, 1), or a "
+                f"number, got {after}. Commonly it is {SELECT_AFTER}."
             )
         require_word("head_bias", self.head_bias, HEAD_BIASES)
         for name in _POSITIVE:

@@ -12,7 +12,6 @@ from jax import lax
 
 from sparse_jax.errors import InputError
 from sparse_jax.params.arguments import (
-    require_count,
     require_key,
     require_one_device_view,
     require_transformation,
@@ -40,6 +39,7 @@ from sparse_jax.supports.roles import (
 )
 from sparse_jax.supports.scores import SCORES, Score, leaf_key, score_named
 from sparse_jax.transforms.carry import carry_state, carry_values
+from sparse_jax.transforms.selections import Selections
 from sparse_jax.transforms.torch_sift import torch_sift
 
 __all__ = ["SiftState", "sift"]
@@ -70,6 +70,7 @@ def sift(
     where: Rule | None = None,
     dense: Rule | None = None,
     score: str | Score | Callable[..., jax.Array] = "gradient",
+    select_after: int = 0,
     select_from: int = 1,
     reselect_every: int | None = None,
     reselect_state: Literal["carry", "restart"] = "carry",
@@ -109,8 +110,10 @@ def sift(
         "random", a name of `register_score`, or a function (gradient, param[, key])
         -> scores of the same shape, of which the largest magnitudes win. Static under
         `inject_hyperparams`.
-      select_from: gradients summed before the selection; nothing moves before it.
-        More than one keeps a dense float32 sum in the state.
+      select_after: updates of the `dense` leaves alone before the selection, for which
+        `inner` sees zeros elsewhere. At the selection all of its state starts again.
+      select_from: gradients summed for the selection; nothing moves meanwhile. More
+        than one keeps a dense float32 sum in the state.
       reselect_every: updates between two selections; None selects once, which the
         paper does and later studies confirm (arXiv 2412.13488).
       reselect_state: what re-selection does to the state of `inner`. "carry": entries
@@ -154,7 +157,8 @@ def sift(
     if key is not None:
         require_key("key", key)
     rank, layout = score_named(score), granularity_named(granularity)
-    _require_counts(select_from, reselect_every)
+    selections = Selections(select_after, select_from, reselect_every)
+    selections.require()
     if reselect_state not in ("carry", "restart"):
         raise InputError(
             f"`reselect_state` must be 'carry' or 'restart', got {reselect_state!r}."
@@ -166,8 +170,8 @@ def sift(
         )
     if compat is not None:
         kept = rank == SCORES["gradient"] and layout == ENTRY
-        given = (score, select_from, reselect_every, granularity)
-        is_default = kept and given[1:3] == (1, None)
+        given = (score, *selections, granularity)
+        is_default = kept and selections == Selections()
         original = _require_original(compat, inner, () if is_default else given)
         return torch_sift(original, density, where=where, dense=dense, stacked=stacked)
 
@@ -190,6 +194,7 @@ def sift(
 
     def init_fn(params: optax.Params) -> SiftState:
         roles = roles_in(params)
+        selections.require_roles(roles)
 
         empty = lambda role, leaf: layout.empty(
             leaf.shape, layout.size(density, role.size), stacked=role.stacked
@@ -231,7 +236,7 @@ def sift(
             params = updates
         require_one_device_view("updates", updates)
         roles = roles_in(updates)
-        collecting, due = _schedule(state.count, select_from, reselect_every)
+        collecting, due = selections.at(state.count)
 
         def skip() -> tuple[optax.Updates, SiftState]:
             zeros = zeros_like(updates)
@@ -242,10 +247,27 @@ def sift(
                 count=optax.safe_increment(state.count),
                 summed=_sum(roles, state.summed, updates, collecting),
             )
-            ready = lax.cond(due, reselect, lambda ready: ready, ready)
+            same = lambda ready: ready
+            if select_after:
+                ready = lax.cond(state.count == 0, begin, same, ready)
+            ready = lax.cond(due, reselect, same, ready)
             if select_from == 1:
                 return move(ready)
-            return lax.cond(jnp.asarray(ready.count) < select_from, wait, move, ready)
+            return lax.cond(selections.waits(state.count), wait, move, ready)
+
+        def begin(ready: SiftState) -> SiftState:
+            values = shown(pack(roles, ready.support, params))
+            masters = masters_of(roles, values, params)
+            return ready._replace(masters=masters, inner_state=tx.init(values))
+
+        def shown(packed: optax.Params) -> optax.Params:
+            if not select_after:
+                return packed
+            chosen = selections.selected(state.count)
+            show = lambda role, value: (
+                jnp.where(chosen, value, 0) if role.kind == SPARSE else value
+            )
+            return map_roles(show, roles, packed, only=TRAINED)
 
         def reselect(ready: SiftState) -> SiftState:
             draw = jax.random.fold_in(base_key, state.count)
@@ -260,7 +282,7 @@ def sift(
             values = pack(roles, support, params)
             kept = (values, tx.init(values))
             if reselect_every is not None:
-                again = jnp.asarray(state.count) >= select_from
+                again = jnp.asarray(state.count) >= select_after + select_from
                 kept = lax.cond(again, carry, lambda support, kept: kept, support, kept)
             values, inner_state = kept
             return ready._replace(
@@ -287,11 +309,12 @@ def sift(
             return zeros_like(updates), ready
 
         def move(ready: SiftState) -> tuple[optax.Updates, SiftState]:
-            grads = pack(roles, ready.support, updates)
+            grads = shown(pack(roles, ready.support, updates))
             if has_masters:
                 values = current_values(roles, ready.support, ready.masters, params)
             else:
                 values = pack(roles, ready.support, params)
+            values = shown(values)
             step, inner_state = tx.update(
                 grads, ready.inner_state, values, **extra_args
             )
@@ -300,7 +323,7 @@ def sift(
                 values = optax.apply_updates(values, step)
                 step = rounded_step(roles, ready.support, step, values, params)
                 ready = ready._replace(masters=masters_of(roles, values, params))
-            return unpack(roles, ready.support, updates, step), ready
+            return unpack(roles, ready.support, updates, shown(step)), ready
 
         finite = lax.cond(collecting, lambda: _finite(roles, updates), lambda: True)
         return lax.cond(finite, accept, skip)
@@ -337,19 +360,6 @@ def _looks_at_shapes(
     return state_of(shape_of(params)) != state_of(shape_of(values))
 
 
-def _require_counts(select_from: int, reselect_every: int | None) -> None:
-    """Raises unless there is room for `select_from` gradients between selections."""
-    require_count("select_from", select_from)
-    if reselect_every is None:
-        return
-    require_count("reselect_every", reselect_every)
-    if reselect_every < select_from:
-        raise InputError(
-            f"`reselect_every` must be at least select_from={select_from}, got "
-            f"{reselect_every}. Use None to select once."
-        )
-
-
 def _require_original(
     compat: str, inner: optax.GradientTransformation | None, changed: tuple
 ) -> optax.GradientTransformation:
@@ -358,9 +368,9 @@ def _require_original(
         raise InputError(f"`compat` must be 'torch-sift' or None, got {compat!r}.")
     if changed:
         raise InputError(
-            "`score`, `select_from`, `reselect_every` and `granularity` must keep "
-            f"their defaults with `compat='torch-sift'`, got {changed}. The released "
-            "code selects entries once, from one gradient."
+            "`score`, `select_after`, `select_from`, `reselect_every` and "
+            "`granularity` must keep their defaults with `compat='torch-sift'`, got "
+            f"{changed}. The released code selects entries once, from one gradient."
         )
     if inner is None:
         raise InputError(
@@ -368,18 +378,6 @@ def _require_original(
             "Pass `optax.adamw(learning_rate)`: the original delays its step."
         )
     return inner
-
-
-def _schedule(
-    count: jax.typing.ArrayLike, select_from: int, reselect_every: int | None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns whether this gradient counts for a selection, and whether it is due."""
-    count = jnp.asarray(count)
-    # Updates to go until the next selection; negative once it lies behind.
-    left = select_from - 1 - count
-    if reselect_every is not None:
-        left = jnp.where(left < 0, left % reselect_every, left)
-    return (left >= 0) & (left < select_from), left == 0
 
 
 def _finite(roles: Roles, updates: optax.Updates) -> jax.Array:

@@ -1,0 +1,159 @@
+"""When should SIFT choose its entries?  Before and after the head has settled.
+
+    python -m experiments.when_to_select --model FOLDER --data FOLDER
+        [--tasks stsb unbalanced rte mrpc cola] [--rows ...] [--max-steps 180]
+        [--seeds 0 1] [--learning-rates 5e-4 2e-3] [--output runs/when_to_select]
+
+FOLDER are all-MiniLM-L6-v2 and data with the folders CoLA, MRPC and RTE, and STS-B and
+SST-2 in `samples`. The first gradient of a new head is about the offset of all examples
+alike. Rows start the bias of the head at zero or at what the labels say, update the
+head alone for a while, sum the gradients of several batches, or choose again after 30
+updates (2.5 % of the entries, then 2.5 % more); beside them are a random support, LoRA
+and full fine-tuning. "unbalanced" is SST-2 with nine positive texts for a negative one
+to train on, and as many of both to evaluate on. Every row has its learning rate from
+the same grid, the best mean over the seeds. An interrupted run goes on where it was;
+`results.json` and `results.png` hold the table.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments.pictures import draw_rows
+from experiments.trials import measure_of, run_folder, run_once
+from sparse_jax import Settings
+
+DENSITY = 0.05
+TASKS = {
+    "stsb": "samples/STS-B", "unbalanced": "samples/SST-2", "rte": "RTE",
+    "mrpc": "MRPC", "cola": "CoLA",
+}  # fmt: skip
+BEFORE = {"head_bias": "zeros", "select_after": 0.0}
+ROWS: dict[str, dict[str, Any]] = {
+    "sift, from zero": BEFORE,
+    "bias": {"select_after": 0.0},
+    "after 30": {"head_bias": "zeros", "select_after": 30.0},
+    "bias, after 10": {"select_after": 10.0},
+    "bias, after 30": {"select_after": 30.0},
+    "bias, after 60": {"select_after": 60.0},
+    "bias, 8 batches": {"select_after": 0.0, "select_batches": 8},
+    "bias, after 30, 8 batches": {"select_after": 30.0, "select_batches": 8},
+    "bias, again after 30": {"select_after": 0.0, "density": DENSITY / 2},
+    "random": {"method": "random"},
+    "random, from zero": {"method": "random", "head_bias": "zeros"},
+    "lora": {"method": "lora"},
+    "full": {"method": "full"},
+}
+AGAIN = 30  # updates before the second selection of the row that has one
+
+
+def unbalanced(source: Path, folder: Path) -> Path:
+    """Writes SST-2 with nine positive training texts for a negative one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "dev"):
+        lines = (source / f"{name}.jsonl").read_text().splitlines()
+        by_label = {label: [] for label in "01"}
+        for line in lines:
+            by_label[json.loads(line)["label"]].append(line)
+        most = min(len(by_label["0"]), len(by_label["1"]))
+        fewer = most // 9 if name == "train" else most
+        kept = by_label["0"][:fewer] + by_label["1"][:most]
+        (folder / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
+    return folder
+
+
+def run(row: str, settings: Settings) -> dict[str, Any]:
+    """Returns the metrics of a run of a row, made once."""
+    if "again" not in row:
+        return run_once(settings)
+    first = Path(settings.output) / "first"
+    steps = settings.max_steps or 0
+    run_once(replace(settings, output=str(first), max_steps=AGAIN))
+    second = {"output": f"{settings.output}/second", "max_steps": steps - AGAIN}
+    return run_once(replace(settings, adapter=str(first), **second))
+
+
+def values_of(task: str, row: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Returns the metric of every seed, by learning rate."""
+    data, word = args.data / TASKS[task], task
+    if task == "unbalanced":
+        data, word = unbalanced(data, args.output / "unbalanced-data"), "sst2"
+    settings = Settings(
+        model=args.model,
+        data=str(data),
+        task=word,
+        output="",
+        method="sift",
+        density=DENSITY,
+        batch_size=args.batch_size,
+        epochs=1000,
+        max_steps=args.max_steps,
+    )
+    settings = replace(settings, **ROWS[row])
+    if settings.method in ("lora", "full"):
+        settings = replace(settings, density=Settings.density)
+    found: dict[str, list[float]] = {}
+    name = f"{task}-{row.replace(', ', '-').replace(' ', '-')}"
+    for rate in args.learning_rates:
+        peak = rate / 10 if row == "full" else rate
+        for seed in args.seeds:
+            output = str(run_folder(args.output, name, peak, seed))
+            one = replace(settings, learning_rate=peak, seed=seed, output=output)
+            value = run(row, one)["eval"][measure_of(word).key]
+            found.setdefault(f"{peak:g}", []).append(value)
+    return found
+
+
+def show(results: dict[str, dict[str, dict[str, list[float]]]], output: Path) -> None:
+    """Prints the table, and writes it and its picture."""
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    table = Table("support chosen", title="mean (deviation) of the seeds, at the rate")
+    for task in results:
+        table.add_column(task, justify="right")
+    points: dict[str, dict[str, list[float]]] = {}
+    for row in ROWS:
+        cells = []
+        for task, rows in results.items():
+            if row not in rows:
+                cells.append("")
+                continue
+            rate, best = max(rows[row].items(), key=lambda item: np.mean(item[1]))
+            spread = f" ({100 * np.std(best, ddof=1):.1f})" if len(best) > 1 else ""
+            cells.append(f"{100 * np.mean(best):.1f}{spread} {rate}")
+            points.setdefault(task, {})[row] = best
+        if any(cells):
+            table.add_row(row, *cells)
+    Console(width=120).print(table)
+    draw_rows(output / "results.png", points)
+
+
+def main() -> None:
+    """Makes the runs that are missing, showing the table after every row."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
+    parser.add_argument("--max-steps", type=int, default=180)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[5e-4, 2e-3])
+    parser.add_argument("--output", type=Path, default=Path("runs/when_to_select"))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    stored = args.output / "results.json"
+    results = json.loads(stored.read_text()) if stored.exists() else {}
+    for task in args.tasks:
+        for row in args.rows:
+            results.setdefault(task, {})[row] = values_of(task, row, args)
+            show(results, args.output)
+
+
+if __name__ == "__main__":
+    main()
