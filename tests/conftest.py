@@ -1,5 +1,6 @@
 """Eight simulated devices and strict ranks for the whole suite, and real data."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -9,6 +10,9 @@ from pathlib import Path
 # The programs of the tests run for milliseconds and compile for seconds: without LLVM's
 # optimizations the suite takes 40 % less time.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# One module for LLVM instead of 32 that threads compile: a quarter less, where there
+# are as many workers as cores.
+_QUICK += " --xla_cpu_parallel_codegen_split_count=1"
 # Eight simulated devices on few cores may wait for each other longer than XLA allows,
 # 40 seconds, after which it aborts the process.
 _QUICK += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
@@ -28,8 +32,37 @@ if _CACHE not in os.environ:
 import jax  # noqa: E402 - reads the flags
 import pytest  # noqa: E402
 
+from sparse_jax.training import figures  # noqa: E402
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The lines of Python of each operation, which no test reads, take a tenth of a run.
+jax.config.update("jax_traceback_in_locations_limit", 1)
+
+
+def pytest_collection_finish():
+    # What is imported and collected stays, and tracing makes many objects that die
+    # young: looking through all of them again and again takes another tenth.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 20)
+
+
+_save_figure = figures._save
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_pictures():
+    """Leaves the pictures of the runs blank: they take a fifth of a tiny one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_save", lambda figure, path: path.write_bytes(b""))
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Has the pictures of the runs of a test rendered."""
+    monkeypatch.setattr(figures, "_save", _save_figure)
 
 
 def pytest_unconfigure():

@@ -86,7 +86,7 @@ def test_an_adapter_repeats_the_metrics_of_its_run(
     assert evaluate_adapter(tmp_path / "run", data=str(data)) == metrics["eval"]
 
 
-def test_a_run_directory_holds_what_a_script_relies_on(model, data, tmp_path):
+def test_a_run_directory_holds_what_a_script_relies_on(model, data, tmp_path, pictures):
     output = tmp_path / "new" / "run"
     metrics = finetune(tiny_settings(model, data, output, epochs=4))
     names = sorted(path.name for path in output.iterdir())

@@ -27,7 +27,9 @@ def rows_of(folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_with_ist_tells_which_layers_it_trained(method, files, tmp_path):
+def test_a_run_with_ist_tells_which_layers_it_trained(
+    method, files, tmp_path, pictures
+):
     output = tmp_path / "run"
     options = {"method": method, "sampler": "ist", "probe_every": 2}
     metrics = finetune(tiny_settings(*files, output, epochs=2, max_steps=5, **options))

@@ -10,6 +10,7 @@ from sparse_jax.training.run_files import MetricRows, evaluations_of, updates_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["draw_curve", "draw_layers"]
 
@@ -38,8 +39,7 @@ def draw_curve(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png")
+    _save(figure, Path(path))
 
 
 def _panels(title: str, count: int) -> Any:
@@ -50,6 +50,12 @@ def _panels(title: str, count: int) -> Any:
     figure = Figure(figsize=(9.0, 3.8), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=12)
     return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """Writes a figure to a PNG, atomically."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _draw_loss(axes: "Axes", rows: MetricRows, loss: str) -> None:
@@ -118,8 +124,7 @@ def draw_layers(
         limits = {"vmin": -widest, "vmax": widest, "cmap": "RdBu_r"}
         _draw(figure, panels[1], importance.T, len(updates), "importance", **limits)
         panels[1].set_title("importance learned", fontsize=10)
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png")
+    _save(figure, Path(path))
 
 
 def _draw(
