@@ -233,7 +233,7 @@ def test_a_file_says_its_version_and_license(tmp_path):
     assert words["version"] == version("sparse_jax")
     assert load_adapter(path).license == "mit"
     # Earlier versions wrote neither.
-    for name in ("version", "license", "digest"):
+    for name in ("version", "license", "base_leaves", "digest"):
         del words[name]
     save_file(load_file(path), path, metadata={"sparse_jax": json.dumps(words)})
     assert load_adapter(path).license == ""

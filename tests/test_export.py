@@ -34,7 +34,13 @@ from sparse_jax import (
 )
 from sparse_jax.cli.main import main
 from sparse_jax.interchange.targets import TARGETS
-from sparse_jax.models.hf.pretrained import base_config, base_hash, new_leaves
+from sparse_jax.models.hf.pretrained import (
+    base_config,
+    base_hash,
+    leaf_digests,
+    new_leaves,
+)
+from sparse_jax.params.names import map_named
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2,
@@ -99,6 +105,7 @@ class Made:
             method,
             base_model=str(self.base),
             base_hash=base_hash(self.base),
+            base_leaves=leaf_digests(self.base),
             base_config=base_config(self.model),
             labels=options.get("labels", ()),
             task="classification" if "labels" in options else "causal",
@@ -501,8 +508,12 @@ def no_tokenizer(folder, one):
 
 
 def other_base(folder, one):
-    params = jax.tree.map(lambda leaf: leaf + 1, one.params)
+    params = map_named(lambda name, x: x + ("query" in name), one.params)
     save_pretrained(one.model, params, folder / "base")
+
+
+def smaller_base(folder, one):
+    save_pretrained(one.model, one.params, folder / "base", dtype="bfloat16")
 
 
 def foreign(folder, one):
@@ -534,7 +545,14 @@ BAD = {
     "truncated file": (cut, MERGED, "must be a complete safetensors file"),
     "foreign file": (foreign, DELTA, "must be a complete safetensors file"),
     "missing tokenizer": (no_tokenizer, MERGED, "must hold a tokenizer"),
-    "another base": (other_base, DELTA, "must be the base of the adapter"),
+    "another base": (
+        other_base, DELTA,
+        " Leaves that differ: 1 of 11, the first is layers/attention/query/kernel. P",
+    ),
+    "another dtype of the base": (
+        smaller_base, DELTA,
+        " and 8 more; the first was float32[61, 32] and is bfloat16[61, 32]. Pass",
+    ),
     "unknown target": (nothing, ("--to", "gguf"), "must be one of merged, peft"),
     "option of another": (nothing, (*DELTA, "--dtype", "float32"), "left out for"),
     "unknown dtype": (nothing, (*MERGED, "--dtype", "int8"), "must be one of float32"),

@@ -221,7 +221,7 @@ REFUSED = {
         "`method` must be that of the ad.* LoRA, got S",
     ),
     "another dtype": ("sift", {**SIFT, "dtype": "bfloat16"}, "must be bfloat16"),
-    "another base": ("other", SIFT, "`model` must be the base of the adapter"),
+    "another base": ("other", SIFT, "`model` must be .* Its leaves are those of the"),
     "no arrays at a site": ("torn", LORA, "must have arrays at the site `attention/"),
     "avoided": ("avoided", SIFT, "must train no entry of those to avoid, got some of"),
     "another stack": ("whole", SIFT, "positions in layers of .*the same `stack`"),

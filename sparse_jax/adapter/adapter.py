@@ -58,6 +58,8 @@ class Adapter:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the run
     base_model: str = ""
     base_hash: str = ""  # SHA-256 of the base's weights, hexadecimal
+    # leaf: what `leaf_digests` says of it in the base; empty: not known
+    base_leaves: Mapping[str, str] = field(default_factory=dict)
     # What the base computes with them, as `base_config` returns it; empty: not known.
     base_config: Mapping[str, Json] = field(default_factory=dict)
     task: str = ""

@@ -55,7 +55,7 @@ _CODES = {
 _TYPES = {
     **{name: (str, "text") for name in ("method", *_WORDS)},
     "method_settings": (dict | None, "an object or null"),
-    "base_config": (dict, "an object"),
+    **dict.fromkeys(("base_config", "base_leaves"), (dict, "an object")),
     "settings": (dict, "an object"),
     "labels": (list, "a list of texts"),
 }
@@ -206,7 +206,7 @@ def _to_metadata(adapter: Adapter, tensors: Arrays) -> dict[str, str]:
     safetensors writes several in an order of its own, so that equal adapters would
     be unequal files.
     """
-    names = (*_WORDS, "base_config", "settings", "labels")
+    names = (*_WORDS, "base_config", "base_leaves", "settings", "labels")
     method, word = adapter.method, adapter.word
     settings = None
     if method != Method():
@@ -296,6 +296,7 @@ def _words(path: Path, text: str) -> dict[str, Any]:
 def _require_words(path: Path, words: dict[str, Any]) -> None:
     """Raises unless what is not an array is there, and of the right type."""
     words.setdefault("base_config", {})
+    words.setdefault("base_leaves", {})
     words.setdefault("license", "")
     if words["format"] == FORMAT_1:
         words.setdefault("method_settings", None)
@@ -344,6 +345,7 @@ def _from_tensors(path: Path, tensors: Arrays, words: Mapping[str, Any]) -> Adap
         settings=words["settings"],
         labels=tuple(words["labels"]),
         base_config=words["base_config"],
+        base_leaves=words["base_leaves"],
         **{name: words[name] for name in _WORDS},
     )  # fmt: skip
 

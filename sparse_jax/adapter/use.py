@@ -15,7 +15,11 @@ from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.hf.model_files import cached_folder, local_folder
-from sparse_jax.models.hf.pretrained import base_config, changed_field
+from sparse_jax.models.hf.pretrained import (
+    base_config,
+    changed_field,
+    leaf_digests,
+)
 from sparse_jax.params.names import leaves_by_name, map_named
 from sparse_jax.supports.positions import fetch, read_entries, write_entries
 
@@ -150,18 +154,21 @@ def base_folder(adapter: Adapter, model: str | Path | None) -> Path:
 
 
 def require_base(
-    adapter: Adapter, base_hash: str | None, model: Model | None = None
+    adapter: Adapter,
+    base_hash: str | None,
+    model: Model | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Raises if the base is not the one that was adapted.
 
-    The arguments are those of `apply_adapter`.
+    The arguments are those of `apply_adapter`, and the folder of the base.
     """
     if base_hash is not None and base_hash != adapter.base_hash:
         raise InputError(
             "`model` must be the base of the adapter, "
             f"{brief(adapter.base_model)} with SHA-256 {adapter.base_hash[:12]}..., "
-            f"got SHA-256 {base_hash[:12]}... Pass the folder that the adapter "
-            "was trained on."
+            f"got SHA-256 {base_hash[:12]}...{_difference(adapter, folder)} Pass the "
+            "folder that the adapter was trained on."
         )
     if model is None:
         return
@@ -173,6 +180,27 @@ def require_base(
             f"{brief(now[field])} with the same weights. Pass the `config.json` that "
             "the adapter was trained with."
         )
+
+
+def _difference(adapter: Adapter, folder: Path | None) -> str:
+    """Returns a sentence on the leaves in which a folder is not an adapter's base."""
+    before = adapter.base_leaves
+    if folder is None or not before:
+        return ""
+    now = leaf_digests(folder)
+    others = [leaf for leaf in before if now.get(leaf) != before[leaf]]
+    if not others:
+        return " Its leaves are those of the base, in files that differ."
+    text = f" Leaves that differ: {len(others)} of {len(before)}, the first is "
+    text += f"{listed(others[:1])}."
+    # The last word is the checksum of the values.
+    shape = lambda leaves, leaf: str(leaves.get(leaf, "none ")).rpartition(" ")[0]
+    reshaped = [leaf for leaf in others if shape(before, leaf) != shape(now, leaf)]
+    if reshaped:
+        was, is_now = (listed([shape(one, reshaped[0])]) for one in (before, now))
+        text += f" Of another shape or dtype: {listed(reshaped, most=3)}; the first "
+        text += f"was {was} and is {is_now}."
+    return text
 
 
 def _require_labels(adapter: Adapter, model: Model | None) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.adapter.adapter import Adapter
-from sparse_jax.adapter.use import apply_adapter, base_folder
+from sparse_jax.adapter.use import apply_adapter, base_folder, require_base
 from sparse_jax.data.chat import render_prompt
 from sparse_jax.data.chat_template import warn_of_template
 from sparse_jax.data.conversations import PromptTemplate
@@ -221,8 +221,8 @@ def load_writer(
     if found is None:
         _require_head(folder, new)
     else:
-        base = {"base_hash": base_hash(folder), "model": lm}
-        params, attachment = apply_adapter(params, found, **base, new=new)
+        require_base(found, base_hash(folder), lm, folder)
+        params, attachment = apply_adapter(params, found, model=lm, new=new)
     tokenizer = load_tokenizer(folder)
     warn_of_tokenizer(settings.get("tokenizer_hash"), tokenizer)
     warn_of_template(settings.get("chat_template_hash"), tokenizer)

@@ -88,7 +88,7 @@ class Source:
     def model(self) -> Model:
         """The model that was trained, without its parameters."""
         model = read_model(self.folder, **self._outputs)
-        require_base(self.adapter, self.hash, model)
+        require_base(self.adapter, self.hash, model, self.folder)
         return model
 
     def params(self) -> Params:
@@ -139,7 +139,7 @@ def open_source(adapter: Adapter, model: str | Path | None) -> Source:
     """
     folder = base_folder(adapter, model)
     source = Source(adapter, folder, base_hash(folder) if adapter.base_hash else None)
-    require_base(adapter, source.hash)
+    require_base(adapter, source.hash, folder=folder)
     return source
 
 

@@ -151,10 +151,12 @@ def make_job(settings: Settings) -> Job:
         for path in settings.avoid or ()
     )
     for adapter in earlier:
-        require_base(adapter, base.hash, base.model)
+        require_base(adapter, base.hash, base.model, base.folder)
         if start is not None:
             _require_apart(start, adapter, base)
     job = Job(settings, objective, base, method, sampler, head, feed, earlier, start)
+    # Now, while the files are there: the adapter that is written at the end names them.
+    _ = base.leaves
     # Before the parameters are donated, and before anything is written.
     _ = job.schedule(is_selected=True)
     with base.placement.active():

@@ -83,6 +83,7 @@ def adapter_of(job: Job, tuner: Tuner, state: CompactState) -> Adapter:
         settings={**settings, **job.objective.settings},
         base_model=job.settings.model,
         base_hash=job.base.hash,
+        base_leaves=job.base.leaves,
         base_config=base_config(job.base.model),
         task=job.objective.name,
         labels=job.objective.labels,

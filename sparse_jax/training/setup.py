@@ -1,5 +1,6 @@
 """What is trained or evaluated, and on what: a task, a model and its batches."""
 
+import functools
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.labels import label_leaves
 from sparse_jax.models.hf.model_files import local_folder
-from sparse_jax.models.hf.pretrained import base_hash, new_leaves
+from sparse_jax.models.hf.pretrained import base_hash, leaf_digests, new_leaves
 from sparse_jax.models.hf.read_config import FAMILIES, read_config
 from sparse_jax.params.fields import Json
 from sparse_jax.params.names import map_named
@@ -75,6 +76,11 @@ class Base:
     params: Params
     new: tuple[str, ...]  # leaves that the checkpoint does not have, or not for this
     placement: Placement  # of the parameters
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, str]:
+        """What the files say of every leaf, so that another base can be told by it."""
+        return leaf_digests(self.folder)
 
 
 class ModelAndData(NamedTuple):
@@ -254,7 +260,7 @@ def _tokenizer(base: Base, adapter: Adapter | None) -> "PreTrainedTokenizerBase"
     """Returns the tokenizer of a base, that of the adapter if there is one."""
     # Files of a model are read one after the other: first whether it is the right one.
     if adapter is not None:
-        require_base(adapter, base.hash, base.model)
+        require_base(adapter, base.hash, base.model, base.folder)
     tokenizer = load_tokenizer(base.folder)
     if adapter is not None:
         warn_of_tokenizer(adapter.settings.get("tokenizer_hash"), tokenizer)

@@ -47,7 +47,7 @@ def start_from(
       InputError: if the adapter is of another base, or of a method that this one cannot
         go on from.
     """
-    require_base(adapter, base.hash, base.model)
+    require_base(adapter, base.hash, base.model, base.folder)
     adds = bool(jax.eval_shape(method.added, base.params, jax.random.key(0)))
     if adapter.added:
         method = _going_on(adapter, method)

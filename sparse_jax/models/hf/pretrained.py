@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.errors import InputError
+from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Head, Model, Params
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.labels import HeadUse, label_leaves, use_of_head
@@ -28,6 +29,7 @@ __all__ = [
     "base_hash",
     "changed_field",
     "from_pretrained",
+    "leaf_digests",
     "new_leaves",
     "read_model",
     "save_pretrained",
@@ -200,6 +202,17 @@ def new_leaves(
         model = replace(model, config=read_config(folder)[1])
         weights, _, _ = _for_labels(replace(weights, model=model), labels)
     return weights.missing_head
+
+
+def leaf_digests(folder: Path) -> dict[str, str]:
+    """Returns the dtype, shape and CRC-32 of every leaf of a base that has tensors.
+
+    `base_hash` says whether two bases are one, these in what they differ.
+    """
+    family, config = read_config(folder)
+    is_causal = CausalLM.__name__ in family.architectures
+    head = CausalLM if is_causal else SequenceClassifier
+    return open_weights(folder, Model(head, family, config)).digests()
 
 
 def _for_labels(

@@ -3,6 +3,7 @@
 import functools
 import logging
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,6 +121,24 @@ class Weights:
                 )
             parts.append(part)
         return np.stack(parts) if is_stacked(leaf) else parts[0]
+
+    def digests(self) -> dict[str, str]:
+        """Returns the dtype, shape and CRC-32 of the tensors of every leaf it has."""
+        found: dict[str, str] = {}
+
+        def digest(leaf: str, like: jax.ShapeDtypeStruct) -> None:
+            names = [name for name, _ in self._tensors_of(leaf, like.shape)]
+            if not {*names} <= self.names.keys():
+                return
+            layers, crc, array = [len(names)] if is_stacked(leaf) else [], 0, None
+            for name in names:
+                array = self.files[self.names[name]].get_tensor(self.names[name])
+                crc = zlib.crc32(np.atleast_1d(array).view(np.uint8), crc)
+            assert array is not None
+            found[leaf] = f"{array.dtype}{[*layers, *array.shape]} {crc:08x}"
+
+        map_named(digest, self.model.abstract())
+        return found
 
     def untied(self) -> "Weights":
         """Returns the weights of a model whose head is not tied if it differs.
