@@ -63,6 +63,7 @@ from .supports.granularity import gather as gather
 from .supports.granularity import scatter as scatter
 from .supports.layout import Layout as Layout
 from .supports.scores import Score as Score
+from .supports.scores import low_rank as low_rank
 from .supports.scores import register_score as register_score
 from .supports.top_k import top_k_support as top_k_support
 from .training.evaluate import evaluate_adapter as evaluate_adapter

@@ -361,7 +361,7 @@ def test_a_run_says_what_does_not_fit_before_it_begins(folder, tmp_path):
     ("options", "message"),
     [
         ({"granularity": "row"}, "`granularity` must be one of entry, lane, got 'row'"),
-        ({"granularity": "lane", "method": "lora"}, "It belongs to sift, random, magn"),
+        ({"granularity": "lane", "method": "lora"}, "It belongs to sift, lift, rand"),
     ],
 )
 def test_words_of_the_command_line_are_checked(options, message):

@@ -52,6 +52,8 @@ class Unhashable:
 
 ONES = {
     "word": "gradient/magnitude",
+    "low rank": "lift",
+    "the smallest sum of squares": "smallest-fisher",
     "two arguments": lambda gradient, param: gradient - param,
     "key": noisy,
     "key of another name": lambda g, w, draw: noisy(g, w, draw),

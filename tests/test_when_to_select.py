@@ -100,14 +100,17 @@ def gradient(params, batch):
     )
 
 
-def test_both_tiers_choose_by_the_same_sum_over_batches():
+@pytest.mark.parametrize("score", ["gradient", "smallest-fisher"])
+def test_both_tiers_choose_by_the_same_sum_over_batches(score):
     batches = [planted(seed) for seed in range(3)]
-    tuner, params = Compact(planted_loss, METHOD, optax.sgd(0.1)), planted_params()
+    method, params = replace(METHOD, score=score), planted_params()
+    tuner = Compact(planted_loss, method, optax.sgd(0.1))
     state, total = tuner.init(params, KEY), None
     for batch in batches:
         total = selection_statistic(tuner, state, batch, KEY, total)
     state, finite = tuner.select(state, None, KEY, statistic=total)
-    tx = sift(optax.sgd(0.1), 1 / WIDTH, where="map", dense="head/bias", select_from=3)
+    rules = {"where": "map", "dense": "head/bias", "score": score}
+    tx = sift(optax.sgd(0.1), 1 / WIDTH, **rules, select_from=3)
     other = tx.init(params)
     for batch in batches:
         _, other = tx.update(gradient(params, batch), other, params)

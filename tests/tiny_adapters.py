@@ -14,7 +14,7 @@ from sparse_jax.supports.roles import DENSE, SPARSE, map_roles
 from sparse_jax.training.build import method_of
 
 # method -> options; random and magnitude are sift with another score
-RUNS = {word: {} for word in METHODS if word not in ("random", "magnitude")} | {
+RUNS = {word: {} for word in METHODS if word not in ("random", "magnitude", "lift")} | {
     "lora": {"rank": 3, "alpha": 3.0, "rslora": True},
     "dora": {"rank": 3, "where": ("mlp/up", "query")},
     "series": {"size": 3, "activation": "tanh"},

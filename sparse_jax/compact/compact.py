@@ -182,7 +182,6 @@ class Tuner(ABC):
           number of chosen entries, as `Layout.choose` returns it.
         """
         roles = self.roles(state.params)
-        require_groups(batch, self.accumulate)
         score, method, avoid = self.method.ranking, self.method, avoid or {}
         if score is None:
             return state.support, jnp.array(True), state.support
@@ -196,6 +195,7 @@ class Tuner(ABC):
 
     def first(self, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
         """Returns the first micro-batch, and its key."""
+        require_groups(batch, self.accumulate)
         if self.accumulate == 1:
             return batch, key
         keys = jax.random.split(key, self.accumulate)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from sparse_jax.compact.checks import require_groups, sums_of
+from sparse_jax.compact.checks import sums_of
 from sparse_jax.compact.compact import Compact, CompactState, Tuner
 from sparse_jax.methods.method import Method
 from sparse_jax.models.attachment import Added, Attachment, LayerValues
@@ -83,6 +83,8 @@ def selection_statistic(
 ) -> optax.Params:
     """Returns the gradients of the sparse leaves, summed over batches, for `select`.
 
+    Of a score that adds up something else, such as squares, that is summed.
+
     A selection by several batches holds a dense float32 array of every sparse leaf
     until it is made, where one by a single batch needs no dense gradient.
 
@@ -106,7 +108,6 @@ def selection_statistic(
       >>> both["w"], state.support["w"]
       (Array([0., 7.], dtype=float32), Array([1], dtype=int32))
     """
-    require_groups(batch, tuner.accumulate)
     roles, first = tuner.roles(state.params), tuner.first(batch, key)
     stack = tuner.method.stack
     attachment = Attachment(LayerValues(state.added), response=tuner.method.respond)
@@ -119,5 +120,7 @@ def selection_statistic(
 
     own = lambda role, leaf: leaf
     grads = jax.grad(mean)(map_roles(own, roles, state.params, only=(SPARSE,)))
-    found = jax.tree.map(lambda grad: grad.astype(value_dtype(grad)), grads)
+    score = tuner.method.ranking
+    assert score is not None
+    found = jax.tree.map(lambda g: score.added(g).astype(value_dtype(g)), grads)
     return found if before is None else optax.tree.add(before, found)

@@ -152,7 +152,12 @@ def _select_backward(wanted, kept, cotangent):
     param, high, draw = kept
     options = {"avoid": draw.avoid, "capacity": high.shape[-1]}
     support, count = wanted.layout.choose(
-        wanted.score, cotangent, param, wanted.k, draw.key, **options
+        wanted.score,
+        wanted.score.added(cotangent),
+        param,
+        wanted.k,
+        draw.key,
+        **options,
     )
     numbers = support.astype(jnp.int32)
     bad = jnp.broadcast_to(~jnp.isfinite(cotangent).all(), count.shape)

@@ -173,7 +173,7 @@ class Method:
             else None
         )
         rules = {"where": where, "dense": self.dense, "stacked": stacked}
-        return roles_of(params, **rules, layout=layout)
+        return roles_of(params, **rules, layout=layout, score=self.ranking)
 
 
 def refuse_to_merge(method: Method, params: optax.Params, added: Added) -> optax.Params:

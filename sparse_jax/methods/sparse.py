@@ -7,13 +7,14 @@ from typing import TypeVar
 import jax
 import optax
 
+from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.granularity import GRANULARITIES, granularity_named
 from sparse_jax.supports.layout import Layout, require_density
 from sparse_jax.supports.roles import Role, Roles
-from sparse_jax.supports.scores import SCORES, Score, score_named
+from sparse_jax.supports.scores import SCORES, Score, low_rank, score_named
 
 __all__ = ["Sparse"]
 
@@ -38,7 +39,8 @@ class Sparse(Method):
 
     Raises:
       InputError: if `density` is outside (0, 1], there is no such score or granularity,
-        or (in `roles`) an array cannot be trained by lanes.
+        `score_rank` is not for the score, or (in `roles`) an array cannot be trained by
+        lanes, or lacks the rank.
 
     Example:
       >>> Sparse(density=0.01, where="query|value", dense="classifier").density
@@ -54,6 +56,7 @@ class Sparse(Method):
     granularity: str | Layout = field(
         default="entry", metadata=option(words=GRANULARITIES)
     )
+    score_rank: int | None = None  # Of "lift" and "off-principal", as of `low_rank`.
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,11 +65,20 @@ class Sparse(Method):
         score, layout = score_named(self.score), granularity_named(self.granularity)
         object.__setattr__(self, "score", _as_word(SCORES, score))
         object.__setattr__(self, "granularity", _as_word(GRANULARITIES, layout))
+        if self.score_rank is not None and not score.has_rank:
+            raise InputError(
+                f"`score_rank` must be left out with score {self.score!r}, got "
+                f"{self.score_rank!r}. It belongs to lift and off-principal."
+            )
+        _ = self.ranking
 
     @property
     def ranking(self) -> Score:
         """What the sparse leaves are selected by."""
-        return score_named(self.score)
+        score = score_named(self.score)
+        if self.score_rank is None:
+            return score
+        return low_rank(self.score_rank, lowest=score.lowest)
 
     def roles(self, params: optax.Params) -> Roles:
         """Returns the role of every leaf of the parameters."""

@@ -23,12 +23,10 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from sparse_jax.errors import InputError
+from sparse_jax.supports.scores import Score, reversed_order
 from sparse_jax.supports.stacks import replicated
 
-__all__ = ["Layout", "Origin", "Rank", "Shards", "require_density", "support_size"]
-
-# (gradient, param, key) -> scores of the same shape; the largest magnitudes win.
-Rank = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+__all__ = ["Layout", "Origin", "Shards", "require_density", "support_size"]
 
 
 class Shards(NamedTuple):
@@ -147,8 +145,8 @@ class Layout(ABC):
 
     def choose(
         self,
-        score: Rank,
-        gradient: jax.Array,
+        score: Score,
+        gradient: jax.Array | None,
         param: jax.Array,
         k: int,
         key: jax.Array,
@@ -161,7 +159,8 @@ class Layout(ABC):
 
         Args:
           score: ranks the entries of one array.
-          gradient: shape=(...) or (L, ...).
+          gradient: shape=(...) or (L, ...), or what the score adds up of several; None
+            if the score needs none.
           param: the array that the gradient belongs to, in the same shape.
           k: entries of the array, or of one layer.
           key: for scores that draw; layer l uses `fold_in(key, l)`.
@@ -176,9 +175,12 @@ class Layout(ABC):
         """
         # Under explicit axes positions need the whole array.
         if self.shards is None:
-            gradient, param = replicated(gradient), replicated(param)
+            param = replicated(param)
+            gradient = None if gradient is None else replicated(gradient)
         if not stacked:
-            scores = score(gradient, param, key)
+            scores = score(gradient, param, key, k)
+            if score.lowest:
+                scores = reversed_order(scores)
             if avoid is not None:
                 # What is not finite ranks below zero.
                 nothing = jnp.full(avoid.shape, jnp.nan, scores.dtype)
@@ -186,7 +188,7 @@ class Layout(ABC):
             return self._best(scores, k, capacity)
 
         def choose_layer(
-            layer: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
+            layer: tuple[jax.Array, jax.Array | None, jax.Array, jax.Array | None],
         ) -> tuple[jax.Array, jax.Array]:
             index, gradient, param, avoid = layer
             own = jax.random.fold_in(key, index)

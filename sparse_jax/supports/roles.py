@@ -22,6 +22,7 @@ from sparse_jax.params.names import (
 )
 from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.layout import Layout
+from sparse_jax.supports.scores import Score
 
 __all__ = [
     "DENSE",
@@ -78,6 +79,7 @@ def roles_of(
     dense: Rule | None = None,
     stacked: Rule | None = None,
     layout: Layout = ENTRY,
+    score: Score | None = None,
 ) -> Roles:
     """Returns the role of every leaf, by ordered rules over leaf names.
 
@@ -86,7 +88,7 @@ def roles_of(
 
     Raises:
       InputError: if a pattern matches no leaf, or a sparse leaf cannot be trained in
-        the layout.
+        the layout, or ranked by the score.
 
     Example:
       >>> tree = {"query": jnp.zeros((4, 4)), "classifier": jnp.zeros(4)}
@@ -126,6 +128,8 @@ def roles_of(
             )
         if kind == SPARSE:
             layout.require(name, shape)
+        if kind == SPARSE and score is not None:
+            score.require(name, shape)
         return Role(kind, name, is_stacked, size, layout)
 
     return map_named(role, tree)

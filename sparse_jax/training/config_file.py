@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sparse_jax.errors import InputError, brief, listed, reason_of
-from sparse_jax.methods.registry import METHODS, USUAL
+from sparse_jax.methods.registry import METHODS, USUAL, learning_rate_of
 from sparse_jax.params.fields import Json, checked, fields_of, from_json
 from sparse_jax.samplers.registry import SAMPLERS, sampler_class
 from sparse_jax.training.settings import setting_options
@@ -136,8 +136,9 @@ def _require_same(
         if is_earlier and name == "learning_rate" and said is None:
             method = settings.get("method")
             word = method.get("name") if isinstance(method, Mapping) else method
-            entry = METHODS.get(word) if isinstance(word, str) else None
-            said = found[name] if entry is None else entry.learning_rate
+            is_known = isinstance(word, str) and word in METHODS
+            options = method if isinstance(method, Mapping) else settings
+            said = learning_rate_of(word, options) if is_known else found[name]
         elif is_earlier and name in _RESOLVED and (said is None or name == "dense"):
             continue
         if found[name] not in (said, None):

@@ -11,6 +11,7 @@ from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.registry import (
     METHODS,
     MethodOptions,
+    learning_rate_of,
     learning_rates,
     word_of,
 )
@@ -252,7 +253,7 @@ class Settings(MethodOptions, SamplerOptions):
     def resolved_learning_rate(self) -> float | None:
         """Peak learning rate; None with an optimizer that brings its own."""
         if self.learning_rate is None and self.optimizer is None:
-            return METHODS[self.method_word].learning_rate
+            return learning_rate_of(self.method, vars(self))
         return self.learning_rate
 
     def record(self) -> dict[str, object]:

@@ -106,14 +106,13 @@ def sift(
         of the leaves trained sparsely; None means all that are not `dense`.
       dense: expressions of the leaves trained in full, such as the classifier. It
         wins over `where`. Everything else is frozen.
-      score: what to rank by: "gradient", "magnitude", "gradient/magnitude",
-        "random", a name of `register_score`, or a function (gradient, param[, key])
-        -> scores of the same shape, of which the largest magnitudes win. Static under
-        `inject_hyperparams`.
+      score: what to rank by: "gradient", "lift", another word of docs/scores.md or of
+        `register_score`, or a function (gradient, param[, key]) -> scores of the same
+        shape, of which the largest magnitudes win. Static under `inject_hyperparams`.
       select_after: updates of the `dense` leaves alone before the selection, for which
         `inner` sees zeros elsewhere. At the selection all of its state starts again.
-      select_from: gradients summed for the selection; nothing moves meanwhile. More
-        than one keeps a dense float32 sum in the state.
+      select_from: gradients summed (of "fisher" squares) for the selection; nothing
+        moves meanwhile. More than one keeps a dense float32 sum in the state.
       reselect_every: updates between two selections; None selects once, which the
         paper does and later studies confirm (arXiv 2412.13488).
       reselect_state: what re-selection does to the state of `inner`. "carry": entries
@@ -190,7 +189,7 @@ def sift(
 
     def roles_in(tree: optax.Params) -> Roles:
         rules = {"where": where, "dense": dense, "stacked": stacked}
-        return roles_of(tree, **rules, layout=layout)
+        return roles_of(tree, **rules, layout=layout, score=rank)
 
     def init_fn(params: optax.Params) -> SiftState:
         roles = roles_in(params)
@@ -238,6 +237,9 @@ def sift(
         roles = roles_in(updates)
         collecting, due = selections.at(state.count)
 
+        added = lambda role, leaf: rank.added(leaf)
+        scored = lambda: map_roles(added, roles, updates, only=(SPARSE,))
+
         def skip() -> tuple[optax.Updates, SiftState]:
             zeros = zeros_like(updates)
             return zeros, state._replace(skipped=optax.safe_increment(state.skipped))
@@ -245,7 +247,7 @@ def sift(
         def accept() -> tuple[optax.Updates, SiftState]:
             ready = state._replace(
                 count=optax.safe_increment(state.count),
-                summed=_sum(roles, state.summed, updates, collecting),
+                summed=_sum(roles, state.summed, scored(), collecting),
             )
             same = lambda ready: ready
             if select_after:
@@ -277,7 +279,7 @@ def sift(
                 args = (rank, gradient, param, k, own)
                 return layout.choose(*args, stacked=role.stacked)[0]
 
-            source = updates if select_from == 1 else ready.summed
+            source = scored() if select_from == 1 else ready.summed
             support = map_roles(choose, roles, source, params, only=(SPARSE,))
             values = pack(roles, support, params)
             kept = (values, tx.init(values))
