@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from sparse_jax.errors import InputError, brief
+from sparse_jax.methods.lookup import word_of
 from sparse_jax.methods.method import Method
-from sparse_jax.methods.registry import METHODS, word_of
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.methods.sites import Added
 from sparse_jax.params.fields import Json
 from sparse_jax.params.names import leaf_names

@@ -21,8 +21,8 @@ from sparse_jax.adapter.adapter import (
 )
 from sparse_jax.adapter.format_1 import FORMAT_1, method_of_format_1
 from sparse_jax.errors import InputError, brief, printable, reason_of
+from sparse_jax.methods.lookup import entry_of, word_of
 from sparse_jax.methods.method import Method
-from sparse_jax.methods.registry import entry_of, word_of
 from sparse_jax.models.hf.model_files import PEFT_CONFIG, require_no_peft
 from sparse_jax.models.hf.tensors import save_tensors
 from sparse_jax.models.hf.weights import is_finite

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sparse_jax.errors import InputError
+from sparse_jax.methods.lookup import entry_of
 from sparse_jax.methods.method import Method
-from sparse_jax.methods.registry import METHODS, entry_of
+from sparse_jax.methods.registry import METHODS
 from sparse_jax.params.fields import Json, fields_of, read_json
 
 __all__ = ["FORMAT_1", "method_of_format_1"]

@@ -56,7 +56,8 @@ class Sparse(Method):
     granularity: str | Layout = field(
         default="entry", metadata=option(words=GRANULARITIES)
     )
-    score_rank: int | None = None  # Of "lift" and "off-principal", as of `low_rank`.
+    # Of "lift" and "off-principal", as of `low_rank`; earlier files have none.
+    score_rank: int | None = field(default=None, metadata=option(is_stored=False))
 
     def __post_init__(self):
         super().__post_init__()

@@ -64,6 +64,11 @@ class Option(NamedTuple):
     words: Mapping[str, object] | None  # word -> value, where values have words
     is_stored: bool  # whether a value without a word is an error in a file
 
+    @property
+    def is_required(self) -> bool:
+        """Whether a file must have it, also where it is the default."""
+        return self.is_stored or self.words is not None
+
     def read(self, value: Any) -> Any:
         """Returns the value of a word, or any other value as it is.
 
@@ -91,7 +96,8 @@ def option(
       name: of the option, if it is not that of the field.
       shown: what the help says of the default, if that does not explain itself.
       words: word -> value, if values are functions or objects.
-      is_stored: whether a value must have a word to be stored in a file; otherwise
+      is_stored: whether a value must have a word to be stored in a file (without
+        `words`: whether a default must be stored, which earlier files lack); otherwise
         one without is left out, and the default is read back.
 
     Example:
@@ -223,7 +229,10 @@ def to_json(made: Any) -> dict[str, Json]:
     Raises:
       InputError: naming the field, if a file cannot hold its value.
     """
-    return {one.field: _written(made, one) for one in fields_of(type(made))}
+    said = lambda one: one.is_required or getattr(made, one.field) != one.default
+    return {
+        one.field: _written(made, one) for one in filter(said, fields_of(type(made)))
+    }
 
 
 def from_json(kind: type[Made], settings: Mapping[str, Json], place: str) -> Made:
@@ -240,7 +249,7 @@ def from_json(kind: type[Made], settings: Mapping[str, Json], place: str) -> Mad
     # Files of methods name fields, and not options.
     known = {one.field: one._replace(name=one.field) for one in fields_of(kind)}
     for name in known:
-        if name not in settings:
+        if name not in settings and known[name].is_required:
             raise InputError(
                 f"{place} must have `{name}`, which `{kind.__name__}` needs, and does "
                 "not. Add it, or copy the file again."
@@ -251,7 +260,7 @@ def from_json(kind: type[Made], settings: Mapping[str, Json], place: str) -> Mad
             f"{brief(unknown[0])}. Read it with the version that wrote it."
         )
     return kind(**{name: read_json(one, settings[name], place)
-                   for name, one in known.items()})  # fmt: skip
+                   for name, one in known.items() if name in settings})  # fmt: skip
 
 
 def read_json(one: Option, value: Json, place: str) -> Any:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sparse_jax.errors import InputError, brief, listed, reason_of
-from sparse_jax.methods.registry import METHODS, USUAL, learning_rate_of
+from sparse_jax.methods.lookup import learning_rate_of
+from sparse_jax.methods.registry import METHODS, USUAL
 from sparse_jax.params.fields import Json, checked, fields_of, from_json
 from sparse_jax.samplers.registry import SAMPLERS, sampler_class
 from sparse_jax.training.settings import setting_options

@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, cast
 from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.glue import CAUSAL, TASKS
 from sparse_jax.errors import InputError, brief
-from sparse_jax.methods.registry import (
-    METHODS,
-    MethodOptions,
-    learning_rate_of,
-    learning_rates,
-    word_of,
-)
+from sparse_jax.methods.lookup import learning_rate_of, learning_rates, word_of
+from sparse_jax.methods.registry import METHODS, MethodOptions
 from sparse_jax.params.fields import (
     Option,
     checked,
