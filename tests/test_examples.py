@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import tiny_settings, write_files
 
 from experiments import examples
+from sparse_jax import finetune
 
 EXAMPLES = {path.stem for path in Path(examples.__file__).parent.glob("[a-z]*.py")}
 
@@ -37,6 +39,22 @@ def test_the_trainer_of_tunix_takes_sift():
     assert found, run.stderr
     before, after, state, full = (float(n.replace(",", "")) for n in found.groups())
     assert after < before / 2 and state < full / 8
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_the_readme_serves_a_run_with_peft(tmp_path, monkeypatch):
+    """What is run is the text, with a tiny model in the place of the one it names."""
+    pytest.importorskip("peft")
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(import jax, torch\n.*?)```", text, re.DOTALL)
+    assert code.count("\n") <= 20
+    monkeypatch.chdir(tmp_path)
+    files = write_files(tmp_path)
+    finetune(tiny_settings(**files, output="runs/mrpc", method="sift", max_steps=2))
+    found = {}
+    exec(code.replace("FacebookAI/roberta-large", str(files["model"])), found)
+    assert found["adapter"].support and found["logits"].shape == (1, 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

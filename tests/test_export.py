@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_adapters import random_adapter
 from tiny_decoders import batch_of, padded, random_model
 from tiny_run import WORDS, write_model
@@ -40,6 +40,7 @@ from sparse_jax.models.hf.pretrained import (
     leaf_digests,
     new_leaves,
 )
+from sparse_jax.models.hf.tensors import LazyTensor, write_tensors
 from sparse_jax.params.names import map_named
 
 SIZES = {
@@ -311,6 +312,7 @@ def code_of(card):
         ("llama, sift", "patch"),
         ("llama, sift", "delta"),
         ("encoder, sift", "delta"),
+        ("encoder, sift", "patch"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -320,7 +322,8 @@ def test_the_code_of_a_card_loads_the_folder(name, to, made, tmp_path, monkeypat
     export(one.path, to=to, output=tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     code = code_of((tmp_path / "out" / "README.md").read_text())
-    assert len([line for line in code.splitlines() if "import" not in line]) <= 4
+    lines = [line for line in code.splitlines() if line and "import" not in line]
+    assert len(lines) <= 4
     found = {}
     exec(code.replace("FOLDER_OF_THE_BASE", str(one.base)), found)
     batch = batch_of(*tokens(one.model))
@@ -328,12 +331,44 @@ def test_the_code_of_a_card_loads_the_folder(name, to, made, tmp_path, monkeypat
     if to == "delta":
         given = found["model"](found["params"], batch, attachment=found["attachment"])
         np.testing.assert_allclose(given, ours, rtol=0, atol=1e-5)
-    elif to == "patch":
-        export(one.path, to="merged", output=tmp_path / "merged")
-        for key, tensor in load_file(tmp_path / "merged/model.safetensors").items():
-            np.testing.assert_array_equal(found["tensors"][key], tensor)
     else:
         require_equal_logits(found["model"].eval(), one.model, ours)
+    if to == "patch":
+        assert_same_weights(found["model"], one.merged, one.model, tmp_path)
+
+
+def assert_same_weights(theirs, params, model, folder):
+    save_pretrained(model, params, folder / "merged")
+    for key, tensor in load_file(folder / "merged" / "model.safetensors").items():
+        np.testing.assert_array_equal(theirs.state_dict()[key].float().numpy(), tensor)
+
+
+# The encoder's base has no head in its checkpoint.
+@pytest.mark.parametrize("change", ["no prefix", "shards", "bfloat16"])
+def test_the_code_of_a_patch_loads_any_checkpoint_of_the_base(
+    change, encoder, tmp_path, monkeypatch
+):
+    dtype = "bfloat16" if change == "bfloat16" else None
+    export(encoder.path, to="patch", output=tmp_path / "out", dtype=dtype)
+    base = shutil.copytree(encoder.base, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    if change == "no prefix":
+        tensors = {name.removeprefix("bert."): x for name, x in tensors.items()}
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    if change == "shards":
+        tensors = {name: lazy(tensor) for name, tensor in tensors.items()}
+        write_tensors(tensors, base, shard_size=4_000)
+        assert (base / "model.safetensors.index.json").exists()
+    monkeypatch.chdir(tmp_path)
+    code, found = code_of((tmp_path / "out" / "README.md").read_text()), {}
+    exec(code.replace("FOLDER_OF_THE_BASE", str(base)), found)
+    cast = lambda leaf: leaf.astype(dtype or leaf.dtype).astype("float32")
+    params = jax.tree.map(cast, encoder.merged)
+    assert_same_weights(found["model"], params, encoder.model, tmp_path)
+
+
+def lazy(array):
+    return LazyTensor(array.shape, array.dtype, lambda: array)
 
 
 @pytest.mark.parametrize("to", ["merged", "delta"])

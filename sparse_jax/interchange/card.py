@@ -42,6 +42,7 @@ def write_card(
     name: str,
     repo: str | None,
     base: str | None,
+    dtype: str | None,
     results: Results,
     settings: Mapping[str, Json],
 ) -> None:
@@ -55,6 +56,7 @@ def write_card(
       repo: id of the repository on the Hub; None is not known.
       base: id of the base on the Hub; None is a folder, whose place is nobody's
         business.
+      dtype: of what was exported; None is that of the training.
       results: of the run; empty if there are none.
       settings: of the run.
     """
@@ -64,7 +66,7 @@ def write_card(
         f"---\n{_metadata(target, source, name, base, results, data)}\n---",
         f"# {name}",
         _summary(source, base),
-        f"## Load\n\n{_load(target, source, name, repo, base)}",
+        f"## Load\n\n{_load(target, source, name, repo, base, dtype)}",
         *([f"## Results\n\n{_results_table(results)}"] if results else []),
         f"## Settings\n\n{_settings_table(source, settings)}",
     ]
@@ -150,7 +152,12 @@ def _local(source: Source) -> str:
 
 
 def _load(
-    target: Target, source: Source, name: str, repo: str | None, base: str | None
+    target: Target,
+    source: Source,
+    name: str,
+    repo: str | None,
+    base: str | None,
+    dtype: str | None,
 ) -> str:
     """Returns how to load what was exported."""
     is_causal, settings = source.is_causal, source.adapter.settings
@@ -158,8 +165,8 @@ def _load(
     count = 0 if is_causal else source.model.config.num_labels
     options = "head=sj.CausalLM" if is_causal else f"num_labels={count}"
     options = options if source.labels is None else "labels=adapter.labels"
-    if (dtype := settings.get("dtype") or "float32") != "float32":
-        options += f', dtype="{dtype}"'
+    trained = settings.get("dtype") or "float32"
+    options += f', dtype="{trained}"' if trained != "float32" else ""
     code = target.load.format(
         name=name,
         repo=repo or name,
@@ -167,6 +174,7 @@ def _load(
         auto=f"AutoModelFor{kind}",
         labels=f", num_labels={count}" if count else "",
         options=options,
+        dtype=dtype or trained,
     )
     fetch = f"```bash\nhf download {repo} --local-dir {name}\n```\n\n"
     return (

@@ -20,8 +20,9 @@ class Target:
       relation: of what is written to the base, as the Hub names it.
       options: of `export` that apply.
       load: Python that loads the folder `{name}`, or the repository `{repo}`. `{base}`
-        is the base, `{auto}` its class in transformers, and `{labels}` and `{options}`
-        are what loading the base takes in transformers and here.
+        is the base, `{auto}` its class in transformers, `{dtype}` that of the values,
+        and `{labels}` and `{options}` are what loading the base takes in transformers
+        and here.
     """
 
     help: str
@@ -72,11 +73,13 @@ model = PeftModel.from_pretrained(base, "{repo}")
             options=("dtype",),
             load="""\
 import sparse_jax as sj
-from safetensors.numpy import load_file
+import torch
+from transformers import {auto}
 
-patches = sj.load_patches("{name}")
-tensors = load_file("{base}/model.safetensors")
-sj.apply_patches(tensors, patches)
+model = {auto}.from_pretrained("{base}"{labels}, dtype="{dtype}")
+for name, _, values, indices in sj.load_patches("{name}"):
+    values = torch.tensor(values.astype("float32")).to(model.dtype)
+    model.state_dict()[name].view(-1)[torch.tensor(indices)] = values
 """,
         ),
         "delta": Target(

@@ -101,6 +101,7 @@ def export(
             name=(push or path.resolve().name).rpartition("/")[2],
             repo=push,
             base=hub_id(model),
+            dtype=dtype,
             results=facts.results,
             settings=facts.settings,
         )

@@ -133,7 +133,7 @@ class Weights:
             layers, crc, array = [len(names)] if is_stacked(leaf) else [], 0, None
             for name in names:
                 array = self.files[self.names[name]].get_tensor(self.names[name])
-                crc = zlib.crc32(np.atleast_1d(array).view(np.uint8), crc)
+                crc = zlib.crc32(np.atleast_1d(array).view(np.uint8).data, crc)
             assert array is not None
             found[leaf] = f"{array.dtype}{[*layers, *array.shape]} {crc:08x}"
 
