@@ -41,6 +41,7 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     # A run of an earlier version lacks some of these.
     examples = metrics.get("examples", {}).items()
     seconds, warnings = metrics.get("selection_seconds"), metrics.get("warnings")
+    strength = metrics.get("strength", 1)
     # Their loss or gradient was not finite.
     skipped = metrics["skipped_batches"]
     head = "" if without_head == trained else _share(without_head, total)
@@ -55,6 +56,7 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("selection", "" if seconds is None else f"{seconds:.3g} s"),
         ("time per update", f"{metrics['seconds_per_step']:.3g} s"),
         ("updates", f"{metrics['steps']:,}"),
+        ("strength in the KL budget", "" if strength == 1 else f"{strength:.3g}"),
         ("skipped batches", f"{skipped:,}" if skipped else ""),
         ("warnings", f"{len(warnings)}, in metrics.json" if warnings else ""),
     ]

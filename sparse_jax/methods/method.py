@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -56,6 +56,8 @@ class Method:
     The base class trains nothing; each method overrides what it needs.
     """
 
+    # Whether a model with the method is the base model before it is trained.
+    starts_at_base: ClassVar[bool] = True
     # Expressions of the leaves trained in full, such as the classifier.
     dense: Rule | None = None
     # Top-level subtree whose leaves start with the layer axis [L] and which the model

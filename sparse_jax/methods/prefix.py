@@ -49,6 +49,7 @@ class Prefix(Method):
       Liu et al., 2022, https://arxiv.org/abs/2110.07602
     """
 
+    starts_at_base = False
     length: int = field(metadata=option(name="prefix_length"))
 
     def __post_init__(self):

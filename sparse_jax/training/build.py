@@ -17,6 +17,7 @@ from sparse_jax.compact.avoid import entries_to_avoid, is_own
 from sparse_jax.compact.compact import Compact, Loss, Tuner
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.compact.model_taps import in_stack
+from sparse_jax.data.batches import Batches
 from sparse_jax.errors import InputError
 from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.methods.method import Method
@@ -31,6 +32,7 @@ from sparse_jax.samplers.simple import Static
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.supports.roles import DENSE, SPARSE, is_role
 from sparse_jax.training.feed import Feed
+from sparse_jax.training.forgetting import text_batches
 from sparse_jax.training.objective import Objective
 from sparse_jax.training.optimizer import (
     MAX_NORM,
@@ -58,6 +60,7 @@ class Job:
     feed: Feed
     earlier: tuple[Adapter, ...] = ()  # whose entries are left alone
     start: Adapter | None = None  # that the run goes on from; `base` has its entries
+    text: Batches | None = None  # to compare with the base on
 
     @functools.cached_property
     def avoid(self) -> dict[str, jax.Array]:
@@ -154,9 +157,14 @@ def make_job(settings: Settings) -> Job:
         require_base(adapter, base.hash, base.model, base.folder)
         if start is not None:
             _require_apart(start, adapter, base)
-    job = Job(settings, objective, base, method, sampler, head, feed, earlier, start)
     # Now, while the files are there: the adapter that is written at the end names them.
     _ = base.leaves
+    text = None
+    if settings.kl_text is not None:
+        text = text_batches(settings.kl_text, base, settings)
+    job = Job(
+        settings, objective, base, method, sampler, head, feed, earlier, start, text
+    )
     # Before the parameters are donated, and before anything is written.
     _ = job.schedule(is_selected=True)
     with base.placement.active():

@@ -5,7 +5,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from sparse_jax.training.run_directory import RunDirectory
 __all__ = ["Checkpoints", "Position"]
 
 _log = logging.getLogger(__name__)
+
+Begin = Callable[[optax.Params, optax.Params], None]
 
 
 class Checkpoints:
@@ -98,12 +100,16 @@ class Checkpoints:
         self._writer = threading.Thread(target=write, name="checkpoint")
         self._writer.start()
 
-    def restore(self, state: CompactState) -> tuple[CompactState, Position]:
+    def restore(
+        self, state: CompactState, begin: Begin | None = None
+    ) -> tuple[CompactState, Position]:
         """Returns the newest checkpoint on the parameters of a fresh state.
 
         Args:
           state: as `MeshRunner.init` returns it for the base model; returned as it is
             if there is no checkpoint.
+          begin: is called with the parameters and the supports of a checkpoint before
+            anything is written to them.
 
         Raises:
           InputError: if all checkpoints are damaged, or of another optimizer.
@@ -128,7 +134,8 @@ class Checkpoints:
             # The run will come to these again.
             for damaged in steps[:tried] if is_first_process() else ():
                 self._remove(str(damaged))
-            return self._rebuilt(state, trained, position), position
+            begin = begin if position.is_selected else None
+            return self._rebuilt(state, trained, position, begin), position
         require_agreement("checkpoint", None)
         if steps:
             raise InputError(
@@ -244,11 +251,17 @@ class Checkpoints:
         return self._before if is_first else self._tuner
 
     def _rebuilt(
-        self, state: CompactState, trained: CompactState, at: Position
+        self,
+        state: CompactState,
+        trained: CompactState,
+        at: Position,
+        begin: Begin | None,
     ) -> CompactState:
         """Returns the state whose reduced form is `trained`; `state` is donated."""
         roles = self._maker(at.is_selected).roles(state.params)
         trained = self._placement.hold(roles, trained)
+        if begin is not None:
+            begin(state.params, trained.support)
 
         def write(
             role: Role, leaf: jax.Array, support: jax.Array, values: jax.Array

@@ -24,6 +24,7 @@ from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.build import Job, make_job
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.feed import usage_text
+from sparse_jax.training.kl_budget import KlBudget
 from sparse_jax.training.loop import Loop, stop_signals
 from sparse_jax.training.objective import Results
 from sparse_jax.training.output_folder import NAMED, require_unlocked, require_usable
@@ -38,6 +39,7 @@ from sparse_jax.training.results import (
     adapter_of,
     count_trained,
     draw_pictures,
+    kl_of,
     metrics_of,
     optimizer_bytes,
     provenance,
@@ -126,6 +128,7 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
     state = runner.init(job.base.params, key)
     if job.start is not None and job.start.added:
         state = runner.start(state, job.start.added)
+    budget = None if job.text is None else KlBudget(job, tuner, state)
     counts = count_trained(job.method, state.params, state.added, job.head)
     _announce(job, counts, optimizer_bytes(state))
     first = None if before is None else MeshRunner(before, placement)
@@ -133,7 +136,7 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
         state = first.take_over(state, key)
     # A run that is stopped still writes the checkpoint it has begun.
     with closing(checkpoints), stop_signals() as signals:
-        state, at = checkpoints.restore(state)
+        state, at = checkpoints.restore(state, budget and budget.begin)
         directory.rewind(at.batches)
         if job.settings.resume:
             _log.info("resuming after update %d of %d", at.batches, job.total)
@@ -141,13 +144,15 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
             evaluate = _evaluate(job, tuner, state)
             loop = Loop(
                 job, runner, evaluate, directory, checkpoints, progress, signals, patch,
-                first,
+                first, budget,
             )  # fmt: skip
             state, at = loop.run(state, at)
     if job.settings.patch_every is not None:
         patch(state, at.batches)
     # All processes hold parts of it; the first one writes it.
     adapter = adapter_of(job, tuner, state)
+    held = {} if budget is None else kl_of(job, directory.rows)
+    adapter = replace(adapter, settings={**adapter.settings, **held})
     require_finite(adapter)
     size = directory.add_adapter(lambda path: save_adapter(path, adapter))
     if is_first_process():
@@ -163,6 +168,7 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
         "skipped_batches": at.skipped,
         "peak_memory_bytes": peak_bytes(),
         "learning_rate": job.settings.resolved_learning_rate,
+        **held,
         "examples": {name: use._asdict() for name, use in job.feed.usage.items()},
         "warnings": warnings,
     }

@@ -24,7 +24,8 @@ from sparse_jax.sharding.processes import of_all_processes
 from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.build import Job
 from sparse_jax.training.checkpoint import Checkpoints, Position
-from sparse_jax.training.objective import Results
+from sparse_jax.training.kl_budget import KlBudget
+from sparse_jax.training.objective import Metrics, Results
 from sparse_jax.training.optimizer import learning_rate_at
 from sparse_jax.training.progress import Progress
 from sparse_jax.training.run_directory import RunDirectory
@@ -128,6 +129,7 @@ class Loop:
       patch: writes the changed weights of a state after some number of updates; until
         the selection there are none.
       before: makes the updates before the selection, if there are any.
+      budget: compares states with the base on a text; None where there is no text.
     """
 
     job: Job
@@ -139,17 +141,20 @@ class Loop:
     signals: StopSignals
     patch: Callable[[CompactState, int], None]
     before: MeshRunner | None = None
+    budget: KlBudget | None = None
     _shapes: set[tuple[int, ...]] = field(default_factory=set)
     _known: dict[str, Json] = field(default_factory=dict)
 
     def __post_init__(self):
         self._schedules = {then: self.job.schedule(then) for then in (False, True)}
+        self._text: Metrics = {}  # of the last comparison with the base
 
     def run(self, state: CompactState, at: Position) -> tuple[CompactState, Position]:
         """Trains from a position to the end; the state is donated.
 
         The end of an epoch is saved before it is evaluated: a run that stops between
-        the two evaluates when it is resumed.
+        the two evaluates when it is resumed. At the end a model outside its KL budget
+        is brought into it.
 
         Raises:
           InputError: if too many batches in a row, or all of them, are skipped because
@@ -157,6 +162,7 @@ class Loop:
           KeyboardInterrupt: or `SystemExit`, after a signal and a checkpoint.
         """
         length, total = self.job.feed.batches_per_epoch, self.job.total
+        epoch = 0
         for epoch in range(math.ceil(total / length)):
             end = min((epoch + 1) * length, total)
             if at.batches > end:
@@ -165,10 +171,30 @@ class Loop:
                 state, at = self._epoch(epoch, state, at, end)
                 self._save(state, at)
             with self.signals.at_once():
-                self._evaluate(state, at, epoch)
+                state = self._evaluate(state, at, epoch)
+            if self._is_stopped:
+                break
         if at.skipped == at.batches:
             self._give_up(at)
+        if self._is_over and self.budget is not None:
+            with self.signals.at_once():
+                state, strength = self.budget.held(state, self._text["kl"])
+                _log.warning(
+                    "the KL to the base was %.4g nats per token, above `kl_budget`: "
+                    "the adapter has %.3g of its strength", self._text["kl"], strength
+                )  # fmt: skip
+                state = self._evaluate(state, at, epoch, strength=strength)
         return state, at
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the last comparison was outside the budget."""
+        return self.budget is not None and self.budget.is_over(self._text)
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether that ends the training."""
+        return self.job.settings.kl_stop and self._is_over
 
     def _epoch(
         self, epoch: int, state: CompactState, at: Position, end: int
@@ -177,6 +203,10 @@ class Loop:
         start = epoch * self.job.feed.batches_per_epoch
         batches = self.job.feed.train(epoch, start=at.batches - start)
         for batch in itertools.islice(batches, end - at.batches):
+            # Before the update, so that a run resumed here compares, too.
+            state = self._compare(state, at, epoch)
+            if self._is_stopped:
+                break
             state, at = self._batch(state, at, batch)
             if at.batches == end:
                 break
@@ -205,6 +235,8 @@ class Loop:
             at = at._replace(is_selected=finite)
             if not finite:
                 return state, self._skip(at, "the gradient to select by")
+            if self.budget is not None:
+                self.budget.begin(state.params, state.support)
         is_first = self._is_first(batch)
         began = time.perf_counter()
         schedule = self._schedules[at.is_selected]
@@ -314,11 +346,35 @@ class Loop:
         self._shapes.add(shape)
         return is_first
 
-    def _evaluate(self, state: CompactState, at: Position, epoch: int) -> None:
-        """Evaluates every split."""
+    def _evaluate(
+        self, state: CompactState, at: Position, epoch: int, **more: float
+    ) -> CompactState:
+        """Evaluates every split, and compares with the base; adds `more` to rows."""
         self.progress.wait("evaluating")
-        for split, metrics in self.evaluate(state).items():
+        self._note(self.evaluate(state), at, epoch, **more)
+        if self.budget is not None:
+            state, self._text = self.budget.measure(state)
+            self._note({"text": self._text}, at, epoch, **more)
+        return state
+
+    def _compare(self, state: CompactState, at: Position, epoch: int) -> CompactState:
+        """Compares with the base if it is time to, between evaluations."""
+        every, start = (
+            self.job.settings.kl_every,
+            epoch * self.job.feed.batches_per_epoch,
+        )
+        if self.budget is None or every is None:
+            return state
+        if at.batches % every == 0 and at.batches > start:
+            with self.signals.at_once():
+                state, self._text = self.budget.measure(state)
+            self._note({"text": self._text}, at, epoch)
+        return state
+
+    def _note(self, results: Results, at: Position, epoch: int, **more: float) -> None:
+        """Adds the rows of an evaluation."""
+        for split, metrics in results.items():
             place = {"step": at.batches, "epoch": epoch + 1, "split": split}
-            self.directory.add_row({**place, **metrics})
+            self.directory.add_row({**place, **metrics, **more})
             words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             self.progress.note(f"epoch {epoch + 1}  {split}  {words}")

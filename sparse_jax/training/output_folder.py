@@ -159,6 +159,7 @@ NAMED = {
     "examples_hash": "data",
     "adapter_hash": "adapter",
     "avoid_hash": "avoid",
+    "kl_text_hash": "kl_text",
 }
 
 

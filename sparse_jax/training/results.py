@@ -6,6 +6,7 @@ import platform
 import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ from sparse_jax.training.run_files import (
     selection_seconds,
     updates_of,
 )
+from sparse_jax.training.setup import file_hash
 from sparse_jax.training.start import with_start
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "adapter_of",
     "count_trained",
     "draw_pictures",
+    "kl_of",
     "metrics_of",
     "optimizer_bytes",
     "provenance",
@@ -54,7 +57,7 @@ _PACKAGES = ("sparse_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transform
 
 def provenance(job: Job) -> dict[str, Json]:
     """Returns what `config.json` says beside the settings."""
-    device = jax.local_devices()[0]
+    device, text = jax.local_devices()[0], job.settings.kl_text
     return {
         "base_hash": job.base.hash,
         "base_config": base_config(job.base.model, training=True),
@@ -63,6 +66,7 @@ def provenance(job: Job) -> dict[str, Json]:
         "examples_hash": job.feed.digest,
         "adapter_hash": None if job.start is None else adapter_digest(job.start),
         "avoid_hash": [adapter_digest(one) for one in job.earlier],
+        "kl_text_hash": text and file_hash(Path(text)),
         "new_parameters": list(job.base.new),
         "versions": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
@@ -194,13 +198,22 @@ def metrics_of(job: Job, rows: MetricRows) -> dict[str, Json]:
     }
 
 
+def kl_of(job: Job, rows: MetricRows) -> dict[str, Json]:
+    """Returns the KL budget of a run, and how much of what it learned is in that."""
+    strength = rows[-1].get("strength", 1.0)
+    return {"kl_budget": job.settings.kl_budget, "strength": strength}
+
+
 def _last_results(rows: MetricRows) -> Results:
-    """Returns the metrics of the last evaluation, by split."""
+    """Returns the metrics of the last evaluation, by split, a text last."""
     last = [row for row in evaluations_of(rows) if row["step"] == rows[-1]["step"]]
-    place = ("step", "epoch", "split")
-    return {
-        row["split"]: {k: v for k, v in row.items() if k not in place} for row in last
-    }
+    place = ("step", "epoch", "split", "strength")
+    found: Results = {}
+    for row in last:
+        # A text may be compared before and after the others are evaluated.
+        found.pop(row["split"], None)
+        found[row["split"]] = {k: v for k, v in row.items() if k not in place}
+    return found
 
 
 def _speed(rows: MetricRows) -> dict[str, float]:

@@ -55,7 +55,7 @@ from sparse_jax.training.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Base", "ModelAndData", "load_model_and_data"]
+__all__ = ["Base", "ModelAndData", "file_hash", "load_model_and_data"]
 
 _log = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
     tokenizer = _tokenizer(base, adapter)
     template = PROMPTS[settings.resolved_template]
     files = data_files(settings.data)
-    hashes = [None if file is None else _file_hash(file) for file in files]
+    hashes = [None if file is None else file_hash(file) for file in files]
     path, part = _part_to_use(settings.data, files, hashes, adapter)
     if part in (_RUN, _HELD_OUT):
         share = {"held_out": settings.resolved_held_out, "seed": settings.seed}
@@ -291,7 +291,7 @@ def _part_to_use(
     return path, _HELD_OUT if validation is None else _TRAINED
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
