@@ -2,18 +2,27 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from tiny_text import tiny_decoder, write_decoder
+from tiny_text import CONFIG, random_params, tiny_decoder, write_decoder
 
 from experiments import arithmetic, commonsense
+from sparse_jax.data.batches import TokenSequences
 from sparse_jax.data.conversations import PromptTemplate
 from sparse_jax.data.llm_adapters import Question
+from sparse_jax.data.prefix_trees import tree_batches
 from sparse_jax.data.tokenizer import load_tokenizer
 from sparse_jax.errors import InputError
-from sparse_jax.generation.ranking import rank_candidates
+from sparse_jax.generation.ranking import rank_candidates, score_sequences
+from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.config import ClassicConfig
+from sparse_jax.models.families.bloom import BLOOM
+from sparse_jax.models.families.gpt2 import GPT2
+from sparse_jax.models.families.llama import LLAMA
+from sparse_jax.models.functional import Model
 
 PLAIN = PromptTemplate("{instruction} {input}", "{instruction}")
 COLORS = ("red", "blue", "green red")
@@ -63,13 +72,51 @@ def test_the_likeliest_response_wins(per_token, batch_size, tokenizer):
         assert text == max(scores, key=scores.__getitem__)
 
 
-def test_a_question_has_candidates_and_fits_the_model(tokenizer):
+def test_a_question_has_candidates(tokenizer):
     model, params = tiny_decoder()
     with pytest.raises(InputError, match="must have candidates, got none for question"):
         rank_candidates(model, params, tokenizer, [Question("say", "", "1")])
+
+
+def test_a_question_that_does_not_fit_is_counted_and_gets_no_answer(tokenizer, caplog):
+    model, params = tiny_decoder()
     long = Question("say " * 40, "", "red", COLORS)
-    with pytest.raises(InputError, match="at most 32 tokens, .* got 4[0-9] for quest"):
-        rank_candidates(model, params, tokenizer, [QUESTIONS[0], long], template=PLAIN)
+    asked = [QUESTIONS[0], long, QUESTIONS[1]]
+    found = rank_candidates(model, params, tokenizer, asked, template=PLAIN)
+    assert found[1] == ""
+    alone = rank_candidates(model, params, tokenizer, QUESTIONS[:2], template=PLAIN)
+    assert [found[0], found[2]] == alone
+    assert "1 of 3 questions are longer than the 32 positions" in caplog.text
+
+
+SMALL = {"vocab_size": 17, "hidden_size": 16, "num_layers": 2}
+SMALL |= {"num_heads": 2, "intermediate_size": 24}
+DECODERS = {
+    "window": Model(CausalLM, LLAMA, replace(CONFIG, sliding_window=3)),
+    "table of positions": Model(CausalLM, GPT2, ClassicConfig(**SMALL)),
+    "linear biases": Model(CausalLM, BLOOM, ClassicConfig(**SMALL)),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_sequences_that_share_a_row_score_as_each_alone(name):
+    """Three beginnings, branches of branches, one sequence twice, one that is short."""
+    model = DECODERS[name]
+    params = random_params(model)
+    texts = ["1234567", "1234568", "123459", "12345", "1234567", "35", "3512", "99"]
+    ids = [np.array([*map(int, text)], np.int32) for text in texts]
+    marks = [np.arange(len(one)) >= len(one) // 2 for one in ids]
+    sequences = TokenSequences(ids, marks, 8, 0)
+    batches = [*tree_batches(sequences, 1)]
+    assert sum(int(b.inputs["attention_mask"].sum()) for b in batches) == 11
+    found = score_sequences(model, params, sequences)
+    for one, is_target, total, is_greedy in zip(ids, marks, *found, strict=True):
+        whole = {"input_ids": one[None], "attention_mask": np.ones_like(one)[None]}
+        logs = jax.nn.log_softmax(model(params, whole)[0])
+        places = np.flatnonzero(is_target)
+        wanted = float(logs[places - 1, one[places]].sum())
+        assert total == pytest.approx(wanted, rel=1e-5)
+        assert is_greedy == (logs[places - 1].argmax(-1) == one[places]).all()
 
 
 def run(monkeypatch, capsys, main, *arguments):

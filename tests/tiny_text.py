@@ -29,13 +29,18 @@ CONFIG = DecoderConfig(
 def tiny_decoder(seed=0):
     """Returns a Llama of four layers and random parameters."""
     model = Model(CausalLM, LLAMA, CONFIG)
+    return model, random_params(model, seed)
+
+
+def random_params(model, seed=0):
+    """Returns parameters that are large enough to matter."""
     random = np.random.default_rng(seed)
 
     def draw(name, leaf):
         scale = 1.0 if name.endswith("/scale") else 0.0
         return jnp.asarray(scale + 0.3 * random.normal(size=leaf.shape), leaf.dtype)
 
-    return model, map_named(draw, model.abstract())
+    return map_named(draw, model.abstract())
 
 
 def write_decoder(folder, seed=0):

@@ -92,7 +92,9 @@ class CausalLM(nnx.Module):
         Args:
           batch: int32 `[B, T]` arrays `input_ids`, `attention_mask` (1 at tokens, 0 at
             padding on either side) and, optionally, `positions` (from the mask if
-            absent) and `segment_ids` (attention never crosses from one to another).
+            absent), `segment_ids` (attention never crosses from one to another) and
+            `ends` (of trees of sequences: the column from which on a token is not
+            seen; then `positions` are depths).
           key: source of the dropout; None turns it off.
           **options: the others of `run_layers`.
         """
@@ -102,7 +104,7 @@ class CausalLM(nnx.Module):
             self.layers,
             self.embeddings(batch["input_ids"], positions, key),
             self.family.parts.position_info(self.config, positions, positions),
-            self._mask(is_token, batch.get("segment_ids")),
+            self._mask(is_token, positions, batch),
             key=key,
             **options,
         )
@@ -176,20 +178,35 @@ class CausalLM(nnx.Module):
         )
         return self.norm(x), cache
 
-    def _mask(self, is_token: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def _mask(
+        self, is_token: jax.Array, positions: jax.Array, batch: Inputs
+    ) -> jax.Array:
         """Returns which keys every token sees, bool `[B, 1, T, T]`."""
-        mask = self._seen(jnp.arange(is_token.shape[1]), is_token)
-        if segment_ids is None:
+        columns = jnp.arange(is_token.shape[1])
+        if "ends" in batch:
+            # The branches between a token and its parent do not count as a distance.
+            distance = positions[:, :, None] - positions[:, None, :]
+            columns = columns[None, :, None]
+            is_past = columns >= jnp.swapaxes(columns, 1, 2)
+            is_open = columns < batch["ends"][:, None]
+            mask = is_past & is_open & self._near(distance) & is_token[:, None]
+            return mask[:, None]
+        mask = self._seen(columns, is_token)
+        if "segment_ids" not in batch:
             return mask
-        return mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        segments = batch["segment_ids"]
+        return mask & (segments[:, None, :, None] == segments[:, None, None, :])
 
     def _seen(self, columns: jax.Array, is_token: jax.Array) -> jax.Array:
         """Returns which of S keys the tokens in some columns see, `[B, 1, T, S]`."""
         distance = columns[:, None] - jnp.arange(is_token.shape[1])[None]
+        return self._near(distance)[None, None] & is_token[:, None, None, :]
+
+    def _near(self, distance: jax.Array) -> jax.Array:
+        """Returns whether a key is not ahead, and within the window if there is one."""
+        window = self.config.sliding_window
         is_near = distance >= 0
-        if self.config.sliding_window is not None:
-            is_near &= distance < self.config.sliding_window
-        return is_near[None, None] & is_token[:, None, None, :]
+        return is_near if window is None else is_near & (distance < window)
 
 
 def _positions(is_token: jax.Array) -> jax.Array:

@@ -1,0 +1,151 @@
+"""Sequences that begin alike share a row, which holds what they share once.
+
+A row holds trees in depth-first order: a token sees those on its path from the root.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sparse_jax.data.batches import Batch, TokenSequences
+from sparse_jax.data.packing import pack_rows
+
+__all__ = ["TreeBatch", "tree_batches"]
+
+# Columns of a row: more pack better, and attend to more strangers.
+_COLUMNS = 512
+# Columns up to which other sequences join a tree, such as the questions that follow
+# the same five examples.
+_MOST_SHARED = 1024
+_FEWEST = 16  # fewer columns cost as much
+
+
+class TreeBatch(NamedTuple):
+    """Trees of sequences, and the M tokens that are predicted there.
+
+    `inputs` has int32 `[B, T]` arrays: `input_ids`, `attention_mask`, `positions`, and
+    `ends`, the column from which on a token is not seen any more.
+    """
+
+    inputs: Batch
+    numbers: np.ndarray  # shape=(M,): of the sequence
+    places: np.ndarray  # shape=(M,): of the last token before it, row * T + column
+    tokens: np.ndarray  # shape=(M,): what is predicted
+
+
+class _Tree:
+    """Sequences of one beginning, added in the order of their tokens."""
+
+    def __init__(self):
+        self.branches: list[tuple[np.ndarray, np.ndarray]] = []  # (tokens, depths)
+        self.ends = np.zeros(0, np.int32)
+        self.last = np.zeros(0, np.int32)  # what was read of the last sequence
+        self.path = np.zeros(0, np.int64)  # and its columns
+        self.targets: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def shared(self, read: np.ndarray) -> int:
+        """Returns how many tokens begin both a sequence and the last one."""
+        length = min(len(read), len(self.last))
+        differs = read[:length] != self.last[:length]
+        return int(differs.argmax()) if differs.any() else length
+
+    def add(self, number: int, ids: np.ndarray, is_target: np.ndarray) -> None:
+        """Adds a sequence, whose last token is predicted but never read."""
+        read = ids[:-1]
+        shared, size = self.shared(read), len(self)
+        self.ends[self.path[shared:]] = size
+        self.branches.append((read[shared:], np.arange(shared, len(read))))
+        new = size + np.arange(len(read) - shared)
+        self.path = np.concatenate([self.path[:shared], new])
+        # Open until another branch begins.
+        self.ends = np.append(self.ends, np.full(len(new), np.iinfo(np.int32).max))
+        self.last = read
+        predicted = np.flatnonzero(is_target)
+        self.targets.append((number, self.path[predicted - 1], ids[predicted]))
+
+
+def tree_batches(sequences: TokenSequences, batch_size: int) -> Iterator[TreeBatch]:
+    """Yields all sequences, what neighbors in the order of tokens share read once.
+
+    There are few shapes: rows have a power of two of columns, and no more batches or
+    rows than needed.
+
+    Args:
+      sequences: tokens, with marks on those that are predicted.
+      batch_size: rows of 512 columns of a batch; of wider ones there are fewer.
+
+    Example:
+      >>> ids = [np.array([5, 6, 7]), np.array([5, 6, 8]), np.array([5, 9, 7])]
+      >>> marks = [np.array([False, False, True])] * 3
+      >>> batch, = tree_batches(TokenSequences(ids, marks, 3, 0), 8)
+      >>> [batch.inputs[name][0, :4].tolist() for name in ("input_ids", "positions")]
+      [[5, 6, 9, 0], [0, 1, 1, 0]]
+      >>> batch.inputs["ends"][0, :3].tolist(), batch.places.tolist()
+      ([3, 2, 3], [1, 1, 2])
+    """
+    trees = _trees(sequences)
+    sizes = np.array([len(tree) for tree in trees])
+    least = min(_COLUMNS, _power(int(sizes.sum())))
+    widths = np.array([max(least, _power(size)) for size in sizes.tolist()])
+    for width in np.unique(widths):
+        chosen = np.flatnonzero(widths == width)
+        rows = [chosen[row] for row in pack_rows(sizes[chosen], int(width))]
+        count = -(-len(rows) // max(1, batch_size * least // int(width)))
+        # Batches of equal size, with few empty rows.
+        size = -(-len(rows) // count)
+        for start in range(0, len(rows), size):
+            part = [[trees[i] for i in row] for row in rows[start : start + size]]
+            yield _batch(part, (size, int(width)), sequences.pad_id)
+
+
+def _trees(sequences: TokenSequences) -> list[_Tree]:
+    """Returns trees of sequences that share half of their tokens with a neighbor."""
+    ids = sequences.input_ids
+    # The bytes of numbers of one sign and width, the greatest first, sort like them.
+    order = sorted(range(len(ids)), key=lambda i: ids[i].astype(">u4").tobytes())
+    trees: list[_Tree] = []
+    for number in order:
+        read = ids[number][:-1]
+        shared = trees[-1].shared(read) if trees else 0
+        is_alike = trees and 2 * shared >= len(read)
+        if not is_alike or len(trees[-1]) + len(read) - shared > _MOST_SHARED:
+            trees.append(_Tree())
+        trees[-1].add(number, ids[number], sequences.is_target[number])
+    return trees
+
+
+def _batch(
+    rows: Sequence[Sequence[_Tree]], shape: tuple[int, int], pad_id: int
+) -> TreeBatch:
+    """Returns the arrays of rows of trees."""
+    inputs = {
+        "input_ids": np.full(shape, pad_id, np.int32),
+        "attention_mask": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "ends": np.zeros(shape, np.int32),
+    }
+    numbers, places, tokens = [], [], []
+    for row, trees in enumerate(rows):
+        start = 0
+        for tree in trees:
+            end = start + len(tree)
+            here = (row, slice(start, end))
+            ids, depths = map(np.concatenate, zip(*tree.branches, strict=True))
+            inputs["input_ids"][here], inputs["positions"][here] = ids, depths
+            inputs["attention_mask"][here] = 1
+            inputs["ends"][here] = start + np.minimum(tree.ends, len(tree))
+            for number, columns, predicted in tree.targets:
+                numbers.append(np.full(len(columns), number))
+                places.append(row * shape[1] + start + columns)
+                tokens.append(predicted)
+            start = end
+    return TreeBatch(inputs, *map(np.concatenate, (numbers, places, tokens)))
+
+
+def _power(size: int) -> int:
+    """Returns the least power of two that is large enough, and not very small."""
+    return max(_FEWEST, 1 << (size - 1).bit_length())
