@@ -247,8 +247,8 @@ class Checkpoints:
 
     def _maker(self, is_selected: bool) -> Tuner:
         """Returns the tuner that makes the states after the selection, or before."""
-        is_first = self._before is not None and not is_selected
-        return self._before if is_first else self._tuner
+        before = self._before
+        return self._tuner if before is None or is_selected else before
 
     def _rebuilt(
         self,

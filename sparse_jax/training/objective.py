@@ -247,7 +247,7 @@ def head_bias(labels: np.ndarray, num_outputs: int) -> np.ndarray:
         fit = labels.sum(axis=0, dtype=np.float64)
         return np.log(fit + 1) - np.log(len(labels) - fit + 1)
     if num_outputs == 1:
-        return np.mean(labels, dtype=np.float64, keepdims=True)
+        return np.array([np.mean(labels, dtype=np.float64)])
     counts = np.bincount(labels, minlength=num_outputs) + 1
     logs = np.log(counts / np.mean(counts))
     return logs - np.mean(logs)

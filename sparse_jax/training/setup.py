@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.use import require_base
+from sparse_jax.data.batches import Encoded
 from sparse_jax.data.chat_template import template_digest, warn_of_template
 from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.files import load
@@ -167,7 +168,8 @@ def _labeled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAn
     tokenizer = _tokenizer(base, adapter)
     feed = labeled_feed(splits, tokenizer, base.model, settings)
     if adapter is None and settings.head_bias == "labels":
-        base = _with_head_bias(base, feed.examples["train"].labels)
+        train = cast(Encoded, feed.examples["train"])
+        base = _with_head_bias(base, train.labels)
     if adapter is not None:
         sizes = {name: size for name, size in feed.sizes.items() if name != "train"}
         parts = [f"{size} examples in {name}" for name, size in sizes.items()]
