@@ -1,0 +1,69 @@
+"""Shapes and plans of the models in the papers' tables, which no small machine runs."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from sparse_jax import Settings
+
+__all__ = ["MODELS", "print_plan"]
+
+_ROBERTA = {
+    "model_type": "roberta", "vocab_size": 50265, "hidden_size": 1024,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+    "max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1,
+    "hidden_act": "gelu", "layer_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def _llama(width: int, layers: int, heads: int, hidden: int) -> dict[str, object]:
+    """Returns the `config.json` of a first Llama."""
+    return {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": width,
+        "num_hidden_layers": layers, "num_attention_heads": heads,
+        "intermediate_size": hidden, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+# What `config.json` of each says, of which `sparse-jax plan` needs no more.
+MODELS: dict[str, dict[str, object]] = {
+    "roberta-large": _ROBERTA,
+    "llama-7b": _llama(4096, 32, 32, 11008),
+    "llama-13b": _llama(5120, 40, 40, 13824),
+    "llama-33b": _llama(6656, 60, 52, 17920),
+}
+
+
+def print_plan(
+    model: str, rows: Mapping[str, Settings], *, length: int, target: str
+) -> None:
+    """Prints what one update of every row needs on devices that need not be here.
+
+    Args:
+      model: of `MODELS`.
+      rows: settings of one batch size and one mesh.
+      length: tokens of every example.
+      target: as `sparse-jax plan --target` takes it.
+    """
+    from sparse_jax.cli.plan_table import print_plans
+    from sparse_jax.planning.abstract import read_model
+    from sparse_jax.planning.plan import make_plan
+    from sparse_jax.planning.target import find_target
+    from sparse_jax.sharding.mesh import MeshShape, parse_mesh
+
+    first = next(iter(rows.values()))
+    shape = parse_mesh(first.mesh) if first.mesh else MeshShape()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(MODELS[model]))
+        network = read_model(folder)
+    found = find_target(target, shape.size)
+    plans = []
+    for number, (name, settings) in enumerate(rows.items(), 1):
+        print(f"[{number}/{len(rows)}] {name}: compiling", flush=True)
+        plans.append(
+            make_plan(network, settings, length=length, shape=shape, target=found)
+        )
+    print_plans(plans, found, shape, (first.batch_size, length))

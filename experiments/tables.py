@@ -1,0 +1,35 @@
+"""The tables of the papers, and ours beside them: one command each.
+
+    python -m experiments.tables NAME [--scale tiny|small|paper] [--plan TARGET] ...
+
+NAME: glue, memory. Each has the options of its module, which `NAME --help` lists.
+`tiny` shows in minutes on two cores that a table can be made, `small` is for a genuine
+small model, `paper` has the paper's settings and is meant for accelerators;
+`--plan v5p:2x2x1` reports what those would need there. Runs are kept, so the same
+command again collects what it has made and goes on where it was.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+TABLES = {
+    "glue": "experiments.glue",
+    "memory": "experiments.benchmarks.memory",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Makes one of the tables."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], usage="%(prog)s NAME [options]"
+    )
+    parser.add_argument("name", choices=TABLES)
+    args = sys.argv[1:] if argv is None else argv
+    name = parser.parse_args(args[:1]).name
+    importlib.import_module(TABLES[name]).main(args[1:])
+
+
+if __name__ == "__main__":
+    main()
