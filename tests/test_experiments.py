@@ -9,7 +9,9 @@ import jax
 import pytest
 from tiny_run import write_data, write_model
 
-from experiments import glue, quickstart, sweep
+from experiments import glue, quickstart, sweep, tables
+from experiments.report import Report
+from sparse_jax import Settings
 from sparse_jax.data.glue import find_task
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import ROBERTA
@@ -39,7 +41,8 @@ def test_the_settings_of_the_paper_train_what_it_counts():
         type_vocab_size=1, pad_id=1,
     )  # fmt: skip
     params = Model(SequenceClassifier, ROBERTA, config).abstract()
-    method = method_of(glue.CONFIGS["mrpc"], ("^classifier/",))
+    settings = glue.paper_settings("mrpc", "sift")
+    method = method_of(settings, ("^classifier/",))
     sizes = map_roles(
         lambda role, leaf: leaf.shape[0] * method.support_size(role),
         method.roles(params), params, only=(SPARSE,),
@@ -50,8 +53,8 @@ def test_the_settings_of_the_paper_train_what_it_counts():
 
 
 def test_every_published_number_belongs_to_a_setting():
-    assert glue.PUBLISHED.keys() == glue.CONFIGS.keys()
-    for task in glue.CONFIGS:
+    assert glue.PUBLISHED.keys() == glue.RELEASED.keys()
+    for task in glue.RELEASED:
         assert find_task(task).name == task
 
 
@@ -79,3 +82,46 @@ def test_a_sweep_continues_where_it_was(tmp_path, monkeypatch, capsys):
     stored.write_text(json.dumps({**metrics, "eval": {"accuracy": 0.123}}))
     sweep.main()
     assert "12.3" in capsys.readouterr().out and "12.3" not in first
+
+
+ROW_OF_24 = {"trained, no head": "1,544", "rate": "0.001"}
+
+
+def test_a_report_shows_ours_with_its_spread_above_the_papers(tmp_path, capsys):
+    rows = {"sift": {"mrpc": [0.5, 0.7], "rte": [0.2, 0.4]}}
+    published = {"SIFT": {"mrpc": 90.4, "rte": 85.9}}
+    report = Report(
+        title="GLUE", rows=rows, notes={"sift": ROW_OF_24}, published=published
+    )
+    report.show()
+    shown = capsys.readouterr().out
+    # Means of the seeds are 35 and 55: 45, and 14.1 apart from it by the deviation.
+    for cell in ("1,544", "60.0 ± 14.1", "30.0 ± 14.1", "45.0 ± 14.1", "88.2"):
+        assert cell in shown, cell
+    report.save(tmp_path / "glue")
+    assert json.loads((tmp_path / "glue.json").read_text())["rows"] == rows
+    assert (tmp_path / "glue.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_at_equal_budget_trains_as_many_entries_as_lora():
+    base = Settings(model="", task="mrpc", output="", max_steps=4)
+    settings = glue.settings_of("sift", base, 1e-3, 384)
+    assert round(settings.density * (384 * 384 + 384)) == 2 * glue.RANK * 384
+    assert glue.settings_of("released", base, 1e-3, 384).optimizer is not None
+
+
+def test_a_table_collects_the_runs_that_it_has_made(tmp_path, monkeypatch):
+    made = []
+
+    def run_once(settings):
+        made.append(Path(settings.output).name)
+        return {"trained_parameters_without_head": 8, "eval": {"accuracy": 0.5}}
+
+    monkeypatch.setattr(glue, "run_once", run_once)
+    words = "glue --tasks rte --rows sift --learning-rates 1e-3 1e-2 --seeds 0 1"
+    tables.main([*words.split(), "--output", str(tmp_path)])
+    assert made == [
+        "sift-rte-lr0.001-seed0", "sift-rte-lr0.01-seed0",
+        "sift-rte-lr0.001-seed0", "sift-rte-lr0.001-seed1",
+    ]  # fmt: skip
+    assert (tmp_path / "glue-tiny.json").is_file()
