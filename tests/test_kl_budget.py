@@ -29,7 +29,7 @@ def files(tmp_path_factory):
 def budget_settings(files, output, **changes):
     *places, text = files
     fields = {"method": "sift", "density": 0.1, "kl_text": text, "kl_budget": BUDGET}
-    fields |= {"kl_every": 1, "save_every": 1}
+    fields |= {"evaluate_every": 1, "save_every": 1}
     return text_settings(*places, output, **{**fields, **changes})
 
 
@@ -57,7 +57,7 @@ def test_the_strength_is_lowered_to_the_budget_at_the_end(files, whole):
     assert (metrics["kl_budget"], metrics["eval"]["kl_text"]) == (BUDGET, kls[4])
     assert "`kl_budget`: the adapter has" in metrics["warnings"][0]
     # The evaluation of the task is that of the adapter in the file, too.
-    first, last = (row["loss"] for row in rows_of(whole, "validation"))
+    *_, first, last = (row["loss"] for row in rows_of(whole, "validation"))
     assert first < last == metrics["eval"]["loss"]
     adapter = load_adapter(whole)
     assert adapter.settings["strength"] == metrics["strength"]
@@ -108,7 +108,12 @@ METHODS = {
     "name", ["full", *(pytest.param(name, marks=SLOW) for name in [*METHODS][1:])]
 )
 def test_every_method_is_brought_into_the_budget(name, files, tmp_path):
-    changes = {"kl_every": None, "save_every": 100, "max_steps": 3, **METHODS[name]}
+    changes = {
+        "evaluate_every": None,
+        "save_every": 100,
+        "max_steps": 3,
+        **METHODS[name],
+    }
     settings = budget_settings(files, tmp_path / "run", **changes)
     metrics = finetune(settings)
     assert metrics["strength"] < 1
@@ -129,7 +134,7 @@ def test_every_method_is_brought_into_the_budget(name, files, tmp_path):
     ("options", "message"),
     [
         ({"kl_budget": 0.1}, "`kl_text` must be given with `kl_budget`, got nothing"),
-        ({"kl_every": 5}, "`kl_text` must be given with `kl_every`"),
+        ({"evaluate_every": 0}, "`evaluate_every` must be positive, got 0"),
         ({"kl_text": "t", "kl_stop": True}, "`kl_budget` must be given with `kl_stop`"),
         ({"kl_text": "t", "kl_budget": -1.0}, "`kl_budget` must be positive, got -1"),
         (

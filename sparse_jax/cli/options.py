@@ -11,7 +11,7 @@ from typer import Option
 from sparse_jax.errors import InputError
 from sparse_jax.methods.registry import MethodOptions, require_method_has
 from sparse_jax.samplers.registry import SamplerOptions, require_sampler_has
-from sparse_jax.training.kl_options import KlOptions
+from sparse_jax.training.evaluation_options import EvaluationOptions
 from sparse_jax.training.settings import Settings, setting_options
 
 __all__ = [
@@ -32,13 +32,15 @@ __all__ = [
 Command = TypeVar("Command", bound=Callable[..., None])
 _METHOD_OPTIONS = {one.name for one in fields(MethodOptions)}
 _SAMPLER_OPTIONS = {one.name for one in fields(SamplerOptions)}
-_KL_OPTIONS = {one.name for one in fields(KlOptions)}
+_EVALUATION_OPTIONS = {one.name for one in fields(EvaluationOptions)}
 # Those of methods and samplers last.
 _FIELDS = {
     one.name: one
     for one in sorted(
         setting_options().values(),
-        key=lambda one: one.name in {*_METHOD_OPTIONS, *_SAMPLER_OPTIONS, *_KL_OPTIONS},
+        key=lambda one: (
+            one.name in {*_METHOD_OPTIONS, *_SAMPLER_OPTIONS, *_EVALUATION_OPTIONS}
+        ),
     )
 }
 

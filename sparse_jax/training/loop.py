@@ -201,12 +201,15 @@ class Loop:
     ) -> tuple[CompactState, Position]:
         """Trains to the end of an epoch, or of the run."""
         start = epoch * self.job.feed.batches_per_epoch
+        every = self.job.settings.evaluate_every or math.inf
         batches = self.job.feed.train(epoch, start=at.batches - start)
         for batch in itertools.islice(batches, end - at.batches):
-            # Before the update, so that a run resumed here compares, too.
-            state = self._compare(state, at, epoch)
-            if self._is_stopped:
-                break
+            # Before the update, so that a run resumed here evaluates, too.
+            if at.batches > start and at.batches % every == 0:
+                with self.signals.at_once():
+                    state = self._evaluate(state, at, epoch)
+                if self._is_stopped:
+                    break
             state, at = self._batch(state, at, batch)
             if at.batches == end:
                 break
@@ -351,30 +354,13 @@ class Loop:
     ) -> CompactState:
         """Evaluates every split, and compares with the base; adds `more` to rows."""
         self.progress.wait("evaluating")
-        self._note(self.evaluate(state), at, epoch, **more)
+        results = self.evaluate(state)
         if self.budget is not None:
             state, self._text = self.budget.measure(state)
-            self._note({"text": self._text}, at, epoch, **more)
-        return state
-
-    def _compare(self, state: CompactState, at: Position, epoch: int) -> CompactState:
-        """Compares with the base if it is time to, between evaluations."""
-        every, start = (
-            self.job.settings.kl_every,
-            epoch * self.job.feed.batches_per_epoch,
-        )
-        if self.budget is None or every is None:
-            return state
-        if at.batches % every == 0 and at.batches > start:
-            with self.signals.at_once():
-                state, self._text = self.budget.measure(state)
-            self._note({"text": self._text}, at, epoch)
-        return state
-
-    def _note(self, results: Results, at: Position, epoch: int, **more: float) -> None:
-        """Adds the rows of an evaluation."""
+            results["text"] = self._text
         for split, metrics in results.items():
             place = {"step": at.batches, "epoch": epoch + 1, "split": split}
             self.directory.add_row({**place, **metrics, **more})
             words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             self.progress.note(f"epoch {epoch + 1}  {split}  {words}")
+        return state

@@ -21,7 +21,7 @@ from sparse_jax.params.fields import (
     to_json,
 )
 from sparse_jax.samplers.registry import SAMPLERS, SamplerOptions, word_of_sampler
-from sparse_jax.training.kl_options import KlOptions
+from sparse_jax.training.evaluation_options import EvaluationOptions
 
 # JAX takes seconds to import, and the help of the command line reads these fields.
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _TEXT = {"loss_on": None, "packing": False, "template": None, "held_out": None}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(MethodOptions, SamplerOptions, KlOptions):
+class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
     """What `finetune` does: the options of `sparse-jax finetune`, one to one.
 
     In Python `method` and `sampler` may also be objects, which bring their own options
@@ -226,7 +226,7 @@ class Settings(MethodOptions, SamplerOptions, KlOptions):
         self._require_consistent()
         self._require_text()
         self._require_layers()
-        self.require_kl_options(self.task, self.adapter, self.method)
+        self.require_evaluation_options(self.task, self.adapter, self.method)
         if self.patch_every is not None and METHODS[self.method_word].adds_arrays:
             raise InputError(
                 f"`patch_every` must be left out with method {self.method_word!r}, got "

@@ -1,4 +1,4 @@
-"""The options of a comparison with the base, which the help reads without JAX."""
+"""The options of evaluations, which the help of the command line reads."""
 
 import math
 from dataclasses import dataclass
@@ -12,13 +12,18 @@ from sparse_jax.params.fields import setting
 if TYPE_CHECKING:
     from sparse_jax.methods.method import Method
 
-__all__ = ["KlOptions"]
+__all__ = ["EvaluationOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class KlOptions:
-    """How far a run may take a decoder from its base."""
+class EvaluationOptions:
+    """When a run is evaluated, and how far it may take a decoder from its base."""
 
+    evaluate_every: int | None = setting(
+        None,
+        "Updates between two evaluations; every epoch ends with one, too.",
+        "an epoch",
+    )
     kl_text: str | None = setting(
         None,
         "File of texts that are not trained on, to compare a decoder with its base on "
@@ -31,14 +36,11 @@ class KlOptions:
         "adapter is lowered to it at the end.",
         "no limit",
     )
-    kl_every: int | None = setting(
-        None, "Updates between two comparisons with the base.", "an epoch"
-    )
     kl_stop: bool = setting(
-        False, "End the training at the first comparison above the budget."
+        False, "End the training at the first evaluation above the budget."
     )
 
-    def require_kl_options(
+    def require_evaluation_options(
         self, task: str, adapter: str | None, method: "str | Method"
     ) -> None:
         """Raises `InputError` if an option breaks its rule, or does not fit the run.
@@ -48,11 +50,11 @@ class KlOptions:
           adapter: that the run goes on from.
           method: of the run.
         """
-        for name in ("kl_budget", "kl_every"):
+        for name in ("evaluate_every", "kl_budget"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"`{name}` must be positive, got {value}.")
-        needed = {"kl_budget": "kl_text", "kl_every": "kl_text", "kl_stop": "kl_budget"}
+        needed = {"kl_budget": "kl_text", "kl_stop": "kl_budget"}
         for name, other in needed.items():
             if getattr(self, name) and getattr(self, other) is None:
                 raise InputError(
