@@ -342,7 +342,9 @@ def test_a_density_under_inject_hyperparams_must_be_static():
     tx = optax.inject_hyperparams(sift)(inner=SGD, density=0.1)
     with pytest.raises(InputError, match="must be static"):
         jax.jit(tx.init)(PARAMS)
-    tx = optax.inject_hyperparams(sift, static_args=("select_from",))(SGD, density=0.1)
+    tx = optax.inject_hyperparams(sift, static_args=("select_batches",))(
+        SGD, density=0.1
+    )
     with pytest.raises(InputError, match="`density` must be static"):
         jax.jit(tx.init)(PARAMS)
 

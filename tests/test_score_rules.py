@@ -112,7 +112,7 @@ def test_the_smallest_are_chosen_in_exact_order_and_what_is_not_finite_last():
 
 def test_fisher_adds_squares_of_several_gradients():
     grads = DRAW.normal(size=(3, 50)).astype(np.float32)
-    tx = sift(optax.sgd(1.0), density=0.2, score="fisher", select_from=3)
+    tx = sift(optax.sgd(1.0), density=0.2, score="fisher", select_batches=3)
     params = jnp.ones(50)
     state = tx.init(params)
     for grad in grads:

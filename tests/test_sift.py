@@ -129,7 +129,7 @@ def test_bfloat16_parameters_follow_their_float32_masters():
 
 def test_several_gradients_are_summed_before_the_selection():
     params = {"w": jnp.zeros(4)}
-    tx = sift(optax.sgd(1.0), density=0.25, select_from=2)
+    tx = sift(optax.sgd(1.0), density=0.25, select_batches=2)
     state = tx.init(params)
     updates, state = tx.update({"w": jnp.array([3.0, 2.0, 0.0, 0.0])}, state, params)
     np.testing.assert_array_equal(updates["w"], np.zeros(4))
@@ -285,8 +285,11 @@ ERRORS = {
     "density-large": (dict(density=1.5), r"`density` must be in \(0, 1\], got 1.5"),
     "density-nan": (dict(density=float("nan")), r"got nan"),
     "score": (dict(score="saliency"), r"`score` must be one of 'gradient'"),
-    "select": (dict(select_from=0), r"`select_from` must be at least 1"),
-    "reselect": (dict(select_from=3, reselect_every=2), r"at least select_from=3"),
+    "select": (dict(select_batches=0), r"`select_batches` must be at least 1"),
+    "reselect": (
+        dict(select_batches=3, reselect_every=2),
+        r"at least select_batches=3",
+    ),
     "policy": (dict(reselect_state="drop"), r"`reselect_state` must be"),
     "key": (dict(score="random"), r"`key` must be given"),
     "compat": (dict(compat="lomo"), r"`compat` must be 'torch-sift'"),

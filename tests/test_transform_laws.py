@@ -34,7 +34,7 @@ TRANSFORMS = {
     "sift": sift(optax.adamw(1e-2), density=0.1),
     "rules": sift(optax.adamw(1e-2), 0.1, where="query", dense="bias"),
     "stacked": sift(optax.adamw(1e-2), 0.1, stacked="query"),
-    "several": sift(optax.adam(1e-2), 0.1, select_from=2),
+    "several": sift(optax.adam(1e-2), 0.1, select_batches=2),
     "reselect": sift(optax.adam(1e-2), 0.1, reselect_every=2),
     "restart": sift(optax.adam(1e-2), 0.1, reselect_every=2, reselect_state="restart"),
     "random": sift(optax.adam(1e-2), 0.1, score="random", key=jax.random.key(0)),
@@ -287,7 +287,7 @@ TARGETS = {
 ONE_LAYER = {"layer_of": "^0$", "num_layers": 1, "num_active": 1}
 SOLVERS = {
     "sift": sift(optax.adam(0.1), density=1.0),
-    "sift, several": sift(optax.adam(0.1), density=1.0, select_from=3),
+    "sift, several": sift(optax.adam(0.1), density=1.0, select_batches=3),
     "ist": ist(optax.adam(0.1), key=jax.random.key(0), sampler="cyclic", **ONE_LAYER),
 }
 
@@ -315,11 +315,11 @@ def test_with_all_entries_trained_it_finds_the_minimum(tx, loss, start, end, dty
 
 def test_arguments_that_fix_shapes_are_static_under_inject_hyperparams():
     tx = optax.inject_hyperparams(
-        lambda learning_rate, density, select_from: sift(
-            optax.adam(learning_rate), density, select_from=select_from
+        lambda learning_rate, density, select_batches: sift(
+            optax.adam(learning_rate), density, select_batches=select_batches
         ),
-        static_args=("density", "select_from"),
-    )(learning_rate=1e-2, density=0.1, select_from=2)
+        static_args=("density", "select_batches"),
+    )(learning_rate=1e-2, density=0.1, select_batches=2)
     params = make_params()
     updates, state = tx.update(make_grads(0), tx.init(params), params)
     assert float(state.hyperparams["learning_rate"]) == np.float32(1e-2)

@@ -115,7 +115,7 @@ def test_both_tiers_choose_by_the_same_sum_over_batches(score):
     select = jax.jit(tuner.select)
     chosen, finite = select(state, None, KEY, None, total)
     rules = {"where": "map", "dense": "head/bias", "score": score}
-    tx = sift(optax.sgd(0.1), 1 / WIDTH, **rules, select_from=3)
+    tx = sift(optax.sgd(0.1), 1 / WIDTH, **rules, select_batches=3)
     other, update = tx.init(params), jax.jit(tx.update)
     for batch in batches:
         _, other = update(gradient(params, batch), other, params)

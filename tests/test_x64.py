@@ -41,7 +41,7 @@ TRANSFORMS = {
     "prodigy": sift(optax.contrib.prodigy(1.0), 0.1),
     "schedule": sift(optax.adam(optax.cosine_decay_schedule(0.1, 9)), 0.1),
     "dense": sift(ADAM, 0.1, where="w", dense="b"),
-    "several": sift(ADAM, 0.1, select_from=2),
+    "several": sift(ADAM, 0.1, select_batches=2),
     "again": sift(ADAM, 0.1, stacked="w", reselect_every=2),
     "random": sift(ADAM, 0.1, score="random", key=jax.random.key(0)),
     "original": sift(ADAM, 0.1, compat="torch-sift"),

@@ -38,13 +38,13 @@ class Selections(NamedTuple):
         require_whole("select_after", self.after)
         if self.after < 0:
             raise InputError(f"`select_after` must be at least 0, got {self.after}.")
-        require_count("select_from", self.by)
+        require_count("select_batches", self.by)
         if self.every is None:
             return
         require_count("reselect_every", self.every)
         if self.every < self.by:
             raise InputError(
-                f"`reselect_every` must be at least select_from={self.by}, got "
+                f"`reselect_every` must be at least select_batches={self.by}, got "
                 f"{self.every}. Use None to select once."
             )
 

@@ -59,7 +59,7 @@ class SiftState(NamedTuple):
     skipped: jax.typing.ArrayLike  # shape=(), int32: non-finite gradients skipped
     support: optax.Params  # sparse leaves: shape=(k,) or (L, k), int32; see `Layout`
     masters: optax.Updates  # trained leaves below float32: their float32 values
-    summed: optax.Updates  # sparse leaves if select_from > 1: float32 gradients
+    summed: optax.Updates  # sparse leaves if select_batches > 1: float32 gradients
     inner_state: optax.OptState
 
 
@@ -71,7 +71,7 @@ def sift(
     dense: Rule | None = None,
     score: str | Score | Callable[..., jax.Array] = "gradient",
     select_after: int = 0,
-    select_from: int = 1,
+    select_batches: int = 1,
     reselect_every: int | None = None,
     reselect_state: Literal["carry", "restart"] = "carry",
     stacked: Rule | None = None,
@@ -111,7 +111,7 @@ def sift(
         shape, of which the largest magnitudes win. Static under `inject_hyperparams`.
       select_after: updates of the `dense` leaves alone before the selection, for which
         `inner` sees zeros elsewhere. At the selection all of its state starts again.
-      select_from: gradients summed (of "fisher" squares) for the selection; nothing
+      select_batches: gradients summed (of "fisher" squares) for the selection; nothing
         moves meanwhile. More than one keeps a dense float32 sum in the state.
       reselect_every: updates between two selections; None selects once, which the
         paper does and later studies confirm (arXiv 2412.13488).
@@ -156,7 +156,7 @@ def sift(
     if key is not None:
         require_key("key", key)
     rank, layout = score_named(score), granularity_named(granularity)
-    selections = Selections(select_after, select_from, reselect_every)
+    selections = Selections(select_after, select_batches, reselect_every)
     selections.require()
     if reselect_state not in ("carry", "restart"):
         raise InputError(
@@ -204,7 +204,7 @@ def sift(
             if role.kind == DENSE
             else jnp.zeros(support.shape, value_dtype(leaf))
         )
-        summed = (SPARSE,) if select_from > 1 else ()
+        summed = (SPARSE,) if select_batches > 1 else ()
         support = map_roles(empty, roles, params, only=(SPARSE,))
         # Only shapes matter here, the values come with the first selection: `init`
         # accepts abstract parameters.
@@ -253,7 +253,7 @@ def sift(
             if select_after:
                 ready = lax.cond(state.count == 0, begin, same, ready)
             ready = lax.cond(due, reselect, same, ready)
-            if select_from == 1:
+            if select_batches == 1:
                 return move(ready)
             return lax.cond(selections.waits(state.count), wait, move, ready)
 
@@ -279,12 +279,12 @@ def sift(
                 args = (rank, gradient, param, k, own)
                 return layout.choose(*args, stacked=role.stacked)[0]
 
-            source = scored() if select_from == 1 else ready.summed
+            source = scored() if select_batches == 1 else ready.summed
             support = map_roles(choose, roles, source, params, only=(SPARSE,))
             values = pack(roles, support, params)
             kept = (values, tx.init(values))
             if reselect_every is not None:
-                again = jnp.asarray(state.count) >= select_after + select_from
+                again = jnp.asarray(state.count) >= select_after + select_batches
                 kept = lax.cond(again, carry, lambda support, kept: kept, support, kept)
             values, inner_state = kept
             return ready._replace(
@@ -370,7 +370,7 @@ def _require_original(
         raise InputError(f"`compat` must be 'torch-sift' or None, got {compat!r}.")
     if changed:
         raise InputError(
-            "`score`, `select_after`, `select_from`, `reselect_every` and "
+            "`score`, `select_after`, `select_batches`, `reselect_every` and "
             "`granularity` must keep their defaults with `compat='torch-sift'`, got "
             f"{changed}. The released code selects entries once, from one gradient."
         )
