@@ -61,6 +61,7 @@ def test_every_published_number_belongs_to_a_setting():
 def test_the_quickstart_compares_equal_budgets():
     layers, width = 4, 192
     settings = quickstart.BASE
+    assert settings.rank is not None and settings.density is not None
     lora = layers * 4 * settings.rank * 2 * width
     entries = layers * 4 * (width * width + width)
     assert abs(lora - settings.density * entries) < 0.02 * lora
@@ -106,6 +107,7 @@ def test_a_report_shows_ours_with_its_spread_above_the_papers(tmp_path, capsys):
 def test_a_row_at_equal_budget_trains_as_many_entries_as_lora():
     base = Settings(model="", task="mrpc", output="", max_steps=4)
     settings = glue.settings_of("sift", base, 1e-3, 384)
+    assert settings.density is not None
     assert round(settings.density * (384 * 384 + 384)) == 2 * glue.RANK * 384
     assert glue.settings_of("released", base, 1e-3, 384).optimizer is not None
 
