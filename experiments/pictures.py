@@ -1,17 +1,53 @@
 """The pictures of the experiments."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from sparse_jax.training.run_files import updates_of
 
-__all__ = ["draw_comparison", "draw_rows", "draw_sweep"]
+__all__ = [
+    "COLORS",
+    "canvas",
+    "draw_choices",
+    "draw_comparison",
+    "draw_rows",
+    "draw_sweep",
+    "save",
+]
 
 # Tol's bright palette, which keeps its order in gray and for the color-blind.
 COLORS = ("#BBBBBB", "#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377")
+
+
+def canvas(number: int) -> tuple[Any, Any]:
+    """Returns a figure with so many panels in a row, and the panels."""
+    # Matplotlib takes half a second to import.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (max(4.7 * number, 7), 4.2)
+    figure, panels = plt.subplots(
+        1, number, figsize=size, layout="constrained", squeeze=False
+    )
+    return figure, panels[0]
+
+
+def save(figure: Any, path: Path, title: str) -> None:
+    """Writes a figure of `canvas` to a PNG, with a light grid and a title."""
+    import matplotlib.pyplot as plt
+
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def draw_comparison(
@@ -129,6 +165,62 @@ def draw_rows(path: Path, tasks: Mapping[str, Mapping[str, list[float]]]) -> Non
     figure.supxlabel("metric of the task (%), mean and every seed")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+class _Probes(Protocol):
+    """What the probes of a run found."""
+
+    @property
+    def updates(self) -> Sequence[int]: ...
+    @property
+    def losses(self) -> Sequence[Sequence[float]]: ...
+    @property
+    def importance(self) -> Sequence[Sequence[float]]: ...
+
+
+def draw_choices(
+    path: Path,
+    values: Mapping[str, Sequence[float]],
+    probes: Mapping[str, _Probes],
+    *,
+    unit: str,
+    title: str,
+) -> None:
+    """Draws a metric by choice of layers, and what the probes of IST taught it.
+
+    Args:
+      path: PNG file to write.
+      values: the metric of every seed, by choice.
+      probes: of the choices that make some.
+      unit: of the metric, for the axis.
+      title: of the picture.
+    """
+    figure, (left, middle, right) = canvas(3)
+    for place, found in enumerate(values.values()):
+        left.plot(found, [place] * len(found), "o", color=COLORS[1], alpha=0.5)
+        left.plot(np.mean(found), place, "|", color=COLORS[3], markersize=18, mew=2.5)
+    left.set_yticks(range(len(values)), [*values])
+    left.invert_yaxis()
+    left.set(xlabel=unit)
+    left.set_title("Every seed, and the mean", loc="left")
+    for color, (name, one) in zip(COLORS[1:], probes.items(), strict=False):
+        importance, losses = np.array(one.importance), np.array(one.losses)
+        weights = 1 / (1 + np.exp(-importance))
+        lines = middle.plot(one.updates, weights, color=color, linewidth=1.3)
+        lines[0].set_label(name)
+        for style, spread in (("-", losses), ("--", np.exp(-losses))):
+            label = name if style == "-" else None
+            right.plot(one.updates, spread.std(axis=1), style, color=color, label=label)
+    middle.set(xlabel="update", ylabel="sigmoid(importance), one line a layer")
+    middle.set_title("Weight that a layer is drawn with", loc="left")
+    right.set(
+        xlabel="update", ylabel="standard deviation over the probes", yscale="log"
+    )
+    right.set_title("Of losses (solid), of exp(-loss) (dashed)", loc="left")
+    if probes:
+        middle.legend(frameon=False)
+        right.legend(frameon=False)
+    save(figure, path, title)
 
 
 def _losses(path: Path, window: int = 15) -> tuple[np.ndarray, np.ndarray]:

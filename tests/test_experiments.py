@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tiny_run import write_data, write_model
 
-from experiments import glue, quickstart, sweep, tables
+from experiments import glue, quickstart, sift_science, sweep, tables
 from experiments.report import Report
 from sparse_jax import Settings
 from sparse_jax.data.glue import find_task
@@ -56,6 +57,34 @@ def test_every_published_number_belongs_to_a_setting():
     assert glue.PUBLISHED.keys() == glue.RELEASED.keys()
     for task in glue.RELEASED:
         assert find_task(task).name == task
+
+
+def test_the_share_of_the_norm_in_the_largest_entries():
+    # 4 of (1, 2, 2, 4) is 4 / 5 of the norm, and a quarter of the entries.
+    found = sift_science.coverage([np.array([[1.0, -4.0]]), np.array([2.0, 2.0])])
+    shares = dict(zip(sift_science.FRACTIONS.round(4), found, strict=True))
+    assert shares[0.01] == shares[0.0001] == pytest.approx(0.8)
+    assert shares[1.0] == 1
+    # Of normal numbers, by as many of them.
+    normal = np.random.default_rng(0).normal(size=400_000)
+    one = sift_science.coverage([normal])[sift_science.ONE_PERCENT]
+    assert sift_science.normal_coverage(0.01) == pytest.approx(one, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("question", sift_science.QUESTIONS)
+def test_the_questions_about_sift_are_answered(question, tmp_path, monkeypatch):
+    model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data")
+    words = (
+        f"sift_science {question} --model {model} --tasks sst2={data} sst2={data} "
+        f"--scale tiny --updates 2 --output {tmp_path}"
+    )
+    monkeypatch.setattr(sys, "argv", words.split())
+    sift_science.main()
+    report = json.loads((tmp_path / f"{question}.json").read_text())
+    assert question == "landscape" or report[question]
+    picture = (tmp_path / f"{question}.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
 
 
 def test_the_quickstart_compares_equal_budgets():

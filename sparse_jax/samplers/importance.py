@@ -185,9 +185,12 @@ class Importance(Sampler[ImportanceMemory]):
         )
 
     def shown(self, memory: ImportanceMemory) -> dict[str, jax.Array]:
-        """Returns the importance and the probes that were skipped."""
-        skipped = jnp.asarray(memory.skipped)
-        return {"importance": memory.importance, "skipped_probes": skipped}
+        """Returns the importance, what the last probe found, and how many were not."""
+        return {
+            "importance": memory.importance,
+            "probe_losses": memory.losses,
+            "skipped_probes": jnp.asarray(memory.skipped),
+        }
 
     def _rewards(self, losses: jax.Array) -> jax.Array:
         """Returns the reward of every probe, shape=(num_probes,), float32."""
