@@ -64,8 +64,8 @@ def evaluate_adapter(
     found = open_adapter(adapter, model, task, labels)
     if not (task or found.task):
         raise InputError(
-            "`task` must be given for an adapter that names none, got none. Pass the "
-            "task whose data it is evaluated on."
+            "`task` must be given for an adapter that names none, got none. Pass one "
+            "of GLUE, or `classification` with the folder of your own data as --data."
         )
     kept = {name: found.settings.get(name) for name in _KEPT}
     passed = {"max_length": max_length, "batch_size": batch_size}
