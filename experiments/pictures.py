@@ -14,7 +14,6 @@ __all__ = [
     "canvas",
     "draw_choices",
     "draw_comparison",
-    "draw_rows",
     "draw_sweep",
     "save",
 ]
@@ -131,38 +130,6 @@ def draw_sweep(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def draw_rows(path: Path, tasks: Mapping[str, Mapping[str, list[float]]]) -> None:
-    """Draws a metric of several tasks, a line for each row of a table.
-
-    Args:
-      path: PNG file to write.
-      tasks: task -> row -> values in [0, 1], one a seed.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [*dict.fromkeys(row for rows in tasks.values() for row in rows)]
-    size = (3 + 2.5 * len(tasks), 1.5 + 0.35 * len(names))
-    figure, panels = plt.subplots(
-        1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, (task, rows) in zip(panels[0], tasks.items(), strict=True):
-        for row, values in rows.items():
-            place, percent = names.index(row), 100 * np.array(values)
-            axes.plot(percent, [place] * len(values), ".", color=COLORS[0])
-            axes.plot(np.mean(percent), place, "o", color=COLORS[1])
-        axes.set_title(task, loc="left")
-        axes.set_yticks(range(len(names)), names)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylim(len(names) - 0.5, -0.5)
-    figure.supxlabel("metric of the task (%), mean and every seed")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

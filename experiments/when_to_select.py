@@ -12,7 +12,7 @@ updates (2.5 % of the entries, then 2.5 % more); beside them are a random suppor
 and full fine-tuning. "unbalanced" is SST-2 with nine positive texts for a negative one
 to train on, and as many of both to evaluate on. Every row has its learning rate from
 the same grid, the best mean over the seeds. An interrupted run goes on where it was;
-`results.json` and `results.png` hold the table.
+`TASK.json` and `TASK.png` hold the tables.
 """
 
 import argparse
@@ -22,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from experiments.pictures import draw_rows
-from experiments.trials import measure_of, run_folder, run_once
+from experiments.report import Report
+from experiments.trials import Measure, measure_of, run_folder, run_once
 from sparse_jax import Settings
 
 DENSITY = 0.05
@@ -79,58 +77,43 @@ def run(row: str, settings: Settings) -> dict[str, Any]:
     return run_once(replace(settings, adapter=str(first), **second))
 
 
-def values_of(task: str, row: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Returns the metric of every seed, by learning rate."""
+def settings_of(task: str, row: str, args: argparse.Namespace) -> Settings:
+    """Returns the settings of a row, but for learning rate, seed and output."""
     data, word = args.data / TASKS[task], task
     if task == "unbalanced":
         data, word = unbalanced(data, args.output / "unbalanced-data"), "sst2"
-    settings = Settings(
+    changes = {"method": "sift", **ROWS[row]}
+    if changes["method"] in ("sift", "random"):
+        changes = {"density": DENSITY, **changes}
+    return Settings(
         model=args.model,
         data=str(data),
         task=word,
         output="",
-        method="sift",
-        density=DENSITY,
         batch_size=args.batch_size,
         epochs=1000,
         max_steps=args.max_steps,
+        **changes,
     )
-    settings = replace(settings, **ROWS[row])
-    if settings.method in ("lora", "full"):
-        settings = replace(settings, density=Settings.density)
-    found: dict[str, list[float]] = {}
+
+
+def best_of(
+    task: str, row: str, measure: Measure, args: argparse.Namespace
+) -> tuple[float, list[float]]:
+    """Returns the learning rate with the best mean, and the metric of its seeds."""
     name = f"{task}-{row.replace(', ', '-').replace(' ', '-')}"
+    found = []
     for rate in args.learning_rates:
+        # Full fine-tuning wants a tenth of the rates of the others.
         peak = rate / 10 if row == "full" else rate
+        values = []
         for seed in args.seeds:
             output = str(run_folder(args.output, name, peak, seed))
-            one = replace(settings, learning_rate=peak, seed=seed, output=output)
-            value = run(row, one)["eval"][measure_of(word).key]
-            found.setdefault(f"{peak:g}", []).append(value)
-    return found
-
-
-def show(results: dict[str, dict[str, dict[str, list[float]]]], output: Path) -> None:
-    """Prints the table, and writes it and its picture."""
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = Table("support chosen", title="mean (deviation) of the seeds, at the rate")
-    for task in results:
-        table.add_column(task, justify="right")
-    points: dict[str, dict[str, list[float]]] = {}
-    for row in ROWS:
-        cells = []
-        for task, rows in results.items():
-            if row not in rows:
-                cells.append("")
-                continue
-            rate, best = max(rows[row].items(), key=lambda item: np.mean(item[1]))
-            spread = f" ({100 * np.std(best, ddof=1):.1f})" if len(best) > 1 else ""
-            cells.append(f"{100 * np.mean(best):.1f}{spread} {rate}")
-            points.setdefault(task, {})[row] = best
-        if any(cells):
-            table.add_row(row, *cells)
-    Console(width=120).print(table)
-    draw_rows(output / "results.png", points)
+            own = {"learning_rate": peak, "seed": seed, "output": output}
+            metrics = run(row, replace(settings_of(task, row, args), **own))
+            values.append(metrics["eval"][measure.key])
+        found.append((peak, values))
+    return measure.choose(found, key=lambda one: np.mean(one[1]))
 
 
 def main() -> None:
@@ -146,13 +129,18 @@ def main() -> None:
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[5e-4, 2e-3])
     parser.add_argument("--output", type=Path, default=Path("runs/when_to_select"))
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    stored = args.output / "results.json"
-    results = json.loads(stored.read_text()) if stored.exists() else {}
     for task in args.tasks:
+        word = "sst2" if task == "unbalanced" else task
+        measure = measure_of(word)
+        rows: dict[str, dict[str, list[float]]] = {}
+        notes = {}
         for row in args.rows:
-            results.setdefault(task, {})[row] = values_of(task, row, args)
-            show(results, args.output)
+            rate, values = best_of(task, row, measure, args)
+            rows[row], notes[row] = {measure.unit: values}, {"rate": f"{rate:g}"}
+            title = f"When to select, {task}, {args.max_steps} updates"
+            report = Report(title=title, rows=rows, notes=notes)
+            report.save(args.output / task)
+        report.show()
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def planted_loss(params, batch, key, attachment):
     return jnp.sum((outputs - y) ** 2), len(y)
 
 
+WITHOUT_HEAD = Sparse(density=0.1, where="query", dense=())
 METHOD = Sparse(density=1 / WIDTH, where="map", dense="head/bias", stack=None)
 
 
@@ -232,3 +233,39 @@ def test_a_run_stopped_before_its_selection_ends_like_one_that_was_not(
     rates = [row["learning_rate"] / 3e-2 for row in updates_of(rows)]
     # Three updates rise at once and fall, and so do the three after the selection.
     np.testing.assert_allclose(rates, 2 * [1, 2 / 3, 1 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"select_after": 3}, "`select_after` must be less than 3, the updates of the"),
+        (
+            {"select_after": 1, "method": "lora"},
+            "with a method that chooses no entries",
+        ),
+        ({"select_after": 1, "method": WITHOUT_HEAD}, "trains no parameters in full"),
+    ],
+    ids=["as long as the run", "no entries", "nothing dense"],
+)
+def test_updates_before_a_selection_that_never_comes_are_refused(
+    files, tmp_path, changes, message
+):
+    with pytest.raises(InputError, match=message):
+        make_job(tiny_settings(**files, output=tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("asked", "updates"), [(None, 0), (0.0, 0), (0.4, 1), (2.0, 2)]
+)
+def test_updates_before_the_selection_are_a_number_or_a_fraction(
+    files, tmp_path, asked, updates
+):
+    job = make_job(tiny_settings(**files, output=tmp_path, select_after=asked))
+    assert job.total == 3
+    assert job.select_after == updates
+
+
+@pytest.mark.parametrize("asked", [-0.1, 1.5, float("nan")])
+def test_a_fraction_above_one_is_no_number_of_updates(asked):
+    with pytest.raises(InputError, match="`select_after` must be a fraction of the"):
+        tiny_settings("m", "d", "o", select_after=asked)

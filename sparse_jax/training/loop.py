@@ -158,7 +158,7 @@ class Loop:
 
         Raises:
           InputError: if too many batches in a row, or all of them, are skipped because
-            their loss or gradient is not finite.
+            their loss or gradient is not finite, or the run ends before the selection.
           KeyboardInterrupt: or `SystemExit`, after a signal and a checkpoint.
         """
         length, total = self.job.feed.batches_per_epoch, self.job.total
@@ -176,6 +176,13 @@ class Loop:
                 break
         if at.skipped == at.batches:
             self._give_up(at)
+        if not at.is_selected:
+            raise InputError(
+                "`select_after` must leave updates after the selection, got "
+                f"{self.job.select_after} in a run that ended after "
+                f"{at.batches - at.skipped}, the batches that were skipped left out. "
+                "Lower it, or train for longer. No adapter is written."
+            )
         if self._is_over and self.budget is not None:
             with self.signals.at_once():
                 state, strength = self.budget.held(state, self._text["kl"])
