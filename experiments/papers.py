@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sparse_jax import Settings
+from sparse_jax.models.functional import Model
 
-__all__ = ["MODELS", "print_plan"]
+__all__ = ["MODELS", "network_of", "print_plan"]
 
 _ROBERTA = {
     "model_type": "roberta", "vocab_size": 50265, "hidden_size": 1024,
@@ -30,10 +31,21 @@ def _llama(width: int, layers: int, heads: int, hidden: int) -> dict[str, object
 # What `config.json` of each says, of which `sparse-jax plan` needs no more.
 MODELS: dict[str, dict[str, object]] = {
     "roberta-large": _ROBERTA,
+    "llama-tiny": _llama(256, 2, 4, 768),
+    "llama-1b": _llama(2048, 16, 32, 8192),
     "llama-7b": _llama(4096, 32, 32, 11008),
     "llama-13b": _llama(5120, 40, 40, 13824),
     "llama-33b": _llama(6656, 60, 52, 17920),
 }
+
+
+def network_of(model: str) -> Model:
+    """Returns the network of a model of `MODELS`, without weights."""
+    from sparse_jax.planning.abstract import read_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
+        return read_model(folder)
 
 
 def print_plan(
@@ -48,17 +60,13 @@ def print_plan(
       target: as `sparse-jax plan --target` takes it.
     """
     from sparse_jax.cli.plan_table import print_plans
-    from sparse_jax.planning.abstract import read_model
     from sparse_jax.planning.plan import make_plan
     from sparse_jax.planning.target import find_target
     from sparse_jax.sharding.mesh import MeshShape, parse_mesh
 
     first = next(iter(rows.values()))
     shape = parse_mesh(first.mesh) if first.mesh else MeshShape()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps(MODELS[model]))
-        network = read_model(folder)
+    network = network_of(model)
     found = find_target(target, shape.size)
     plans = []
     for number, (name, settings) in enumerate(rows.items(), 1):
