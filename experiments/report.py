@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -115,7 +116,7 @@ class Report:
 
         height = 1.2 + 0.32 * len(self.rows)
         figure, panels = plt.subplots(
-            1, len(self.columns), figsize=(2.2 + 2.6 * len(self.columns), height),
+            1, len(self.columns), figsize=(3.4 + 2.6 * len(self.columns), height),
             sharey=True, squeeze=False, layout="constrained",
         )  # fmt: skip
         names = list(self.rows)
@@ -133,6 +134,7 @@ class Report:
             axes.spines[["top", "right"]].set_visible(False)
         panels[0][0].set_yticks(range(len(names)), names)
         panels[0][0].set_ylim(len(names) - 0.5, -0.5)
-        figure.suptitle(f"{self.title}; a dot a seed, a bar the mean", fontsize=10)
+        # A dot for every seed, a bar for the mean.
+        figure.suptitle(textwrap.fill(self.title, 60), fontsize=10)
         figure.savefig(path, dpi=150)
         plt.close(figure)
