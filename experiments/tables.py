@@ -2,9 +2,10 @@
 
     python -m experiments.tables NAME [--scale tiny|small|paper] [--plan TARGET] ...
 
-NAME: glue, memory. Each has the options of its module, which `NAME --help` lists.
-`tiny` shows in minutes on two cores that a table can be made, `small` is for a genuine
-small model, `paper` has the paper's settings and is meant for accelerators;
+NAME: forgetting, glue, instruct, memory. Each has the options of its module, which
+`NAME --help` lists. `tiny` shows in minutes on two cores that a table can be made,
+`small` is for a genuine small model, `paper` has the paper's settings and is meant for
+accelerators;
 `--plan v5p:2x2x1` reports what those would need there. Runs are kept, so the same
 command again collects what it has made and goes on where it was.
 """
@@ -15,7 +16,9 @@ import sys
 from collections.abc import Sequence
 
 TABLES = {
+    "forgetting": "experiments.forgetting",
     "glue": "experiments.glue",
+    "instruct": "experiments.instruct",
     "memory": "experiments.benchmarks.memory",
 }
 

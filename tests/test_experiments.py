@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from tiny_run import write_data, write_model
 
-from experiments import glue, quickstart, sift_science, sweep, tables
+from experiments import (
+    forgetting,
+    glue,
+    instruct,
+    quickstart,
+    sift_science,
+    sweep,
+    tables,
+)
 from experiments.report import Report
 from sparse_jax import Settings
 from sparse_jax.data.glue import find_task
@@ -85,6 +93,27 @@ def test_the_questions_about_sift_are_answered(question, tmp_path, monkeypatch):
     assert question == "landscape" or report[question]
     picture = (tmp_path / f"{question}.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
+
+
+def test_instruction_tuning_has_the_settings_of_the_paper():
+    # density, learning rate, micro-batch of an update of 128, of SIFT.
+    sift = {"7b": (0.05, 2e-4, 4), "13b": (0.04, 9e-5, 4), "33b": (0.03, 8e-5, 2)}
+    for size, (density, rate, rows) in sift.items():
+        found = instruct.settings_of(size, "sift")
+        assert (found.density, found.learning_rate) == (density, rate)
+        assert (found.batch_size, found.batch_size // found.accumulate) == (128, rows)
+        assert (found.epochs, found.warmup, found.dtype) == (3, 0.03, "bfloat16")
+    lora = instruct.settings_of("33b", "lora")
+    assert (lora.rank, lora.alpha, lora.learning_rate) == (128, 256.0, 1e-4)
+    assert "full" not in instruct.SIZES["33b"].rates
+
+
+def test_ways_are_compared_where_they_come_down_to_a_loss():
+    way = forgetting.Way((3.0, 2.0, 2.5, 1.0), (0.0, 0.2, 0.1, 0.4), (1, 2, 3, 4), 9)
+    # Halfway between the first two, whatever comes later.
+    assert forgetting.at_loss(way, 2.5) == pytest.approx((0.1, 1.5))
+    assert forgetting.at_loss(way, 3.5) == (0.0, 1)
+    assert forgetting.at_loss(way, 0.5) is None
 
 
 def test_the_quickstart_compares_equal_budgets():
