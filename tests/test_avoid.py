@@ -31,7 +31,7 @@ from sparse_jax.models.hf.pretrained import base_hash
 from sparse_jax.supports.layout import Shards
 
 HEAD = ("classifier/", "pooler/")
-WHERE = ("^layers/attention/",)
+WHERE = ("^layers/attention/(query|output)/",)
 SIFT = {"method": "sift", "density": 0.2, "where": WHERE, "max_steps": 2}
 
 

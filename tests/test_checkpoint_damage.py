@@ -39,9 +39,9 @@ class Stopped:
     def __init__(self, folder, **changes):
         files = write_decoder(folder / "model"), write_chats(folder / "chats.jsonl")
         fields = {"method": "sift", "density": 0.1, "sampler": "ist", "active": 0.5}
-        fields |= {"save_every": 1, "resume": False, **changes}
+        fields |= {"where": ("query", "down"), "save_every": 1, "resume": False}
         self.path = folder / "run"
-        self.settings = text_settings(*files, self.path, **fields)
+        self.settings = text_settings(*files, self.path, **{**fields, **changes})
         step = Loop._batch
 
         def stop(loop, state, at, batch):
@@ -72,7 +72,8 @@ class Stopped:
         settings = replace(self.settings, output=str(folder), resume=True)
         directory = RunDirectory.create(settings, provenance(self.job))
         with closing(directory), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Checkpoints, "_rebuilt", lambda self, state, trained: trained)
+            as_stored = lambda self, state, trained, *others: trained
+            patch.setattr(Checkpoints, "_rebuilt", as_stored)
             checkpoints = Checkpoints(directory, self.tuner, self.job.base.placement)
             state, at = checkpoints.restore(self.state)
             directory.rewind(at.batches)

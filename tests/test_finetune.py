@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import CONFIG, tiny_settings, write_data, write_model
 
 from sparse_jax import InputError, Settings, evaluate_adapter, finetune, load_adapter
@@ -25,20 +24,6 @@ MAPS = L * 4 * (D * D + D)  # query, key, value and attention output
 SPARSE = L * 4 * (26 + 2)  # a tenth of 256 and of 16 entries, rounded up
 LORA = L * 4 * 2 * (D * 2)
 BIASES = L * (4 * D + 2 * D + 24 + D) + D  # maps, two norms, MLP; embedding norm
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Keeps compiled programs: most tests run the same one again."""
-    before = jax.config.jax_compilation_cache_dir
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.samplers.registry import num_active, sampler_class
 from sparse_jax.training.build import make_job, sampler_of
 
-METHODS = ["lora", "sift", "full", "bitfit"]
+METHODS = {"lora": {}, "sift": {"where": ("query",)}, "full": {}, "bitfit": {}}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_run_with_ist_tells_which_layers_it_trained(
     method, files, tmp_path, pictures
 ):
     output = tmp_path / "run"
-    options = {"method": method, "sampler": "ist", "probe_every": 2}
+    options = {"method": method, "sampler": "ist", "probe_every": 2, **METHODS[method]}
     metrics = finetune(tiny_settings(*files, output, epochs=2, max_steps=5, **options))
     rows = rows_of(output)
     assert metrics["steps"] == 5 == len(rows)

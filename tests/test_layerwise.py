@@ -39,6 +39,14 @@ METHODS = {
     "biases": Dense(dense=("^layers/.*bias", HEAD)),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+# Biases are dense leaves as those of full layers are.
+main_methods = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=[pytest.mark.slow] * (name == "biases"))
+        for name, method in METHODS.items()
+    ],
+)
 # Not Adam: the gradient of the key's bias is zero but for rounding, which Adam would
 # blow up to whole steps.
 TX = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
@@ -127,7 +135,7 @@ def test_it_gives_the_numbers_of_the_optax_tier(sampler):
     assert_close(state.params, now)
 
 
-@every_method
+@main_methods
 def test_frozen_layers_stay_to_the_last_bit(method):
     tuner = tuner_of(method, sampler=Static.of(1, num_layers=LAYERS))
     start = jax.jit(tuner.init)(make_params(), jax.random.key(1))
@@ -156,7 +164,7 @@ def test_sparse_entries_move_inside_their_support_only():
     assert np.flatnonzero(moved[2]).tolist() == get(state.support)[2].tolist()
 
 
-@every_method
+@main_methods
 def test_bfloat16_weights_keep_float32_masters(method):
     state, losses = run_compact(tuner_of(method), make_params(jnp.bfloat16), 3)
     assert np.isfinite(losses).all()
@@ -170,7 +178,7 @@ def test_bfloat16_weights_keep_float32_masters(method):
         np.testing.assert_array_equal(chosen, get(state.masters).astype(jnp.bfloat16))
 
 
-@every_method
+@main_methods
 def test_the_strength_runs_from_the_base_model_to_the_trained_one(method):
     sampler = Importance(**SIZES, num_suppressed=1)
     tuner = tuner_of(method, optax.adam(1e-2), sampler=sampler)

@@ -346,7 +346,8 @@ def test_a_run_writes_patches_while_it_trains(dtype, tmp_path):
 def test_a_resumed_run_patches_again_and_a_new_one_starts_over(tmp_path, monkeypatch):
     base, output = write_decoder(tmp_path / "base"), tmp_path / "run"
     data = write_chats(tmp_path / "chats.jsonl")
-    more = {"method": "sift", "density": 0.05, "patch_every": 2, "save_every": 1}
+    more = {"method": "sift", "density": 0.05, "where": ("query", "down")}
+    more |= {"patch_every": 2, "save_every": 1}
     settings = text_settings(base, data, output, max_steps=5, epochs=2, **more)
     with monkeypatch.context() as patch:
         patch.setattr(StopSignals, "requested", stop_after(4))

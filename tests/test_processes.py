@@ -45,6 +45,10 @@ def files(tmp_path_factory):
     return write_decoder(folder / "model"), write_chats(folder / "chats.jsonl")
 
 
+# Every matrix compiles a selection of its own, here three times.
+WHERE = "query|down"
+
+
 def options(settings, **changes):
     """Returns the options of the command for settings."""
     fields = {
@@ -54,6 +58,7 @@ def options(settings, **changes):
         "task": "causal",
         "method": "sift",
         "density": 0.1,
+        "where": WHERE,
         "sampler": "ist",
         "active": 0.5,
         "batch_size": 8,
@@ -72,7 +77,8 @@ def options(settings, **changes):
 
 
 def test_two_processes_train_what_one_trains(files, tmp_path):
-    changes = {"method": "sift", "density": 0.1, "sampler": "ist", "active": 0.5}
+    changes = {"method": "sift", "density": 0.1, "where": (WHERE,)}
+    changes |= {"sampler": "ist", "active": 0.5}
     one = finetune(text_settings(*files, tmp_path / "one", **changes))
     settings = text_settings(*files, tmp_path / "two")
     first, second = run_two([options(settings)] * 2)

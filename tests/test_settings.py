@@ -158,13 +158,14 @@ def arrays_of(folder):
 
 def test_a_run_of_objects_is_that_of_their_words_to_the_last_bit(files, tmp_path):
     """Also from the `config.json` of the first, which its words are not in."""
-    made, words = OBJECTS["sift"]
+    where = ("^layers/attention/query/",)
+    made, words = Sparse(density=0.1, where=where), {"method": "sift", "density": 0.1}
     sampler = Uniform(num_layers=2, num_active=1, hold=2)
     names = ("one", "two", "three")
     one, two, three = (tmp_path / name for name in names)
     objects = {"method": made, "sampler": sampler, "max_steps": 2}
     metrics = finetune(tiny_settings(*files, one, **objects))
-    words = {**words, "sampler": "uniform", "active": 0.5, "hold": 2}
+    words |= {"where": where, "sampler": "uniform", "active": 0.5, "hold": 2}
     again = finetune(tiny_settings(*files, two, **words), max_steps=2)
     read = read_settings(one / "config.json")
     assert (read["method"], read["sampler"]) == (made, sampler)

@@ -94,7 +94,7 @@ def loss_of(params, batch, key, attachment):
 
 
 METHODS = {
-    "sift": Sparse(density=0.1, where="kernel", dense="classifier"),
+    "sift": Sparse(density=0.1, where="(query|down)/kernel", dense="classifier"),
     "lora": LoRA(rank=2, dense="classifier"),
     "dora": DoRA(rank=2),
     "prefix": Prefix(length=2),
