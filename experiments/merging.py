@@ -1,15 +1,16 @@
 """Can one model do several tasks?  Sums of sparse adapters against summed LoRAs.
 
-    python -m experiments.merging --model FOLDER --data FOLDER [--scale tiny|small]
+    python -m experiments.merging --data FOLDER [--scale tiny|small] [--model FOLDER]
         [--tasks mrpc rte cola sst2 qnli] [--output runs/merging]
 
 FOLDER of the data has the folders CoLA, MRPC, RTE, and SST-2 and QNLI in `samples`.
 `disjoint` trains each task outside of the entries of those before it (SIFT with
 `avoid`), `overlapping` every task as if it were alone (SIFT), and so does `lora`, with
-as many parameters. Then 2, 3, ... of the adapters are added, and each task is evaluated
-with its own classifier: the table has the metric of the sum in relation to that of the
-adapter alone, as a mean over the tasks in the sum. A task whose metric alone is zero is
-left out of that mean. An interrupted run goes on where it was.
+as many parameters; `tiny` takes the quickstart's encoder. Then 2, 3, ... adapters
+are added, and each task is evaluated with its own classifier. The table has the metric
+of the sum in relation to that of the adapter alone, as a mean over the tasks in the
+sum; a task whose metric alone is zero is left out of it. An interrupted run goes on
+where it was.
 """
 
 import json
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 
 from experiments.five_tasks import HEAD, TASKS
+from experiments.glue import TINY
 from experiments.report import Report, fill_in, table_parser
 from experiments.trials import run_once
 from sparse_jax import (
@@ -32,17 +34,17 @@ from sparse_jax import (
     save_adapter,
 )
 from sparse_jax.data.glue import find_task
+from sparse_jax.planning.abstract import read_model
 
-METHODS = ("disjoint", "overlapping", "lora")
-# LoRA of rank 4 has as many parameters as there are entries at a width of 384.
+METHODS, RANK = ("disjoint", "overlapping", "lora"), 4
 SCALES: dict[str, dict[str, Any]] = {
     "tiny": {
         "tasks": ("sst2", "qnli", "rte"), "max_steps": 25, "batch_size": 16,
-        "max_length": 48, "density": 0.0208, "rank": 4,
+        "max_length": 48,
     },
     "small": {
         "tasks": tuple(TASKS), "max_steps": 300, "batch_size": 32,
-        "max_length": 128, "density": 0.0208, "rank": 4,
+        "max_length": 128,
     },
 }  # fmt: skip
 
@@ -92,8 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", choices=TASKS, nargs="+")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args(argv)
+    if args.scale == "tiny":
+        fill_in(args, {"model": str(TINY)})
     if args.scale not in SCALES or args.plan or args.model is None:
         parser.error(f"give --model, and a --scale of {', '.join(SCALES)}")
+    # LoRA has 2 r d parameters at a kernel of d x d with a bias of d.
+    density = 2 * RANK / (read_model(args.model).config.hidden_size + 1)
     scale = SCALES[args.scale]
     fill_in(args, {"tasks": scale["tasks"], "max_steps": scale["max_steps"]})
     common = {
@@ -113,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 task=task,
                 output=str(run_of(method, task, args.output)),
                 method="lora" if method == "lora" else "sift",
-                density=scale["density"],
-                rank=scale["rank"],
+                density=density,
+                rank=RANK,
                 avoid=tuple(map(str, earlier)) if method == "disjoint" else (),
                 learning_rate=args.learning_rate,
                 epochs=1000,  # until `max_steps`
