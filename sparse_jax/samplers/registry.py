@@ -225,7 +225,9 @@ def require_no_measuring(sampler: "str | Sampler") -> None:
     Raises:
       InputError: naming the sampler.
     """
-    rule = sampler_class(sampler) if isinstance(sampler, str) else sampler
+    from sparse_jax.samplers.sampler import Sampler
+
+    rule = sampler if isinstance(sampler, Sampler) else sampler_class(sampler)
     if rule.measures:
         raise InputError(
             "`sampler` must be one that measures no model before the first update, "
