@@ -113,7 +113,8 @@ def paper_settings(task: str, row: str) -> Settings:
         learning_rate=rate,
         epochs=epochs,
         dense=("^classifier/",) if row not in ("full", "head") else None,
-        **ROWS[row],
+        head_bias="zeros",
+        **{"select_after": 0.0, **ROWS[row]},
         **(sparse if ROWS[row]["method"] in SPARSE else {}),
     )
 
@@ -142,7 +143,8 @@ def settings_of(row: str, base: Settings, rate: float, width: int) -> Settings:
         method = Dense(dense=(f"^{SITES}", "^classifier/"))
         # An object has its own options; those of the base are of another method.
         blank = {one.name: None for one in fields(MethodOptions)}
-        return replace(base, method=method, optimizer=tx, **blank)
+        own = {"method": method, "optimizer": tx, "head_bias": "zeros", **blank}
+        return replace(base, **own)
     settings = replace(base, learning_rate=rate, **ROWS[row])
     return replace(settings, density=density) if settings.method in SPARSE else settings
 
