@@ -186,6 +186,25 @@ def test_a_mesh_chooses_by_the_same_sum_over_batches():
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
+@pytest.mark.slow
+def test_a_mesh_makes_the_same_updates_before_the_selection():
+    method, found = replace(ONE_LEAF, dense="norm"), []
+    for mesh in (mesh_of(None), make_mesh(MeshShape(data=2, fsdp=4))):
+        placement = Placement.of(tuner_of(method)[1], mesh)
+        tuner, params = tuner_of(method, placement)
+        runner = MeshRunner(tuner, placement)
+        first = MeshRunner(before_selection(tuner), placement)
+        batch = placement.put(random_batch())
+        state = first.init(jax.device_put(params, placement.params), KEY)
+        for _ in range(2):
+            state, _ = first.step(state, batch, KEY)
+        state, _ = runner.select(runner.take_over(state, KEY), batch, KEY)
+        state, metrics = runner.step(state, batch, KEY)
+        found.append((supports_of(state), float(metrics["loss"])))
+    jax.tree.map(np.testing.assert_array_equal, found[0][0], found[1][0])
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)
+
+
 def test_a_run_chooses_by_several_batches_and_trains_on_the_same_ones(files, tmp_path):
     options = {"where": ("query",), "max_steps": 2}
     runs = [
