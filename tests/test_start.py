@@ -113,7 +113,7 @@ def test_lora_keeps_its_settings(files, old, tmp_path, caplog):
 
 
 def test_a_head_for_other_labels_is_left_out(files, old, tmp_path, caplog):
-    adapter = replace(load_adapter(old["sift"]), labels=("neg", "pos"))
+    adapter = replace(load_adapter(old["sift"]), labels=("0", "1"))
     save_adapter(tmp_path / "other.safetensors", adapter)
     options = {**SIFT, "learning_rate": 1e-30, "max_steps": 1}
     run = train(
@@ -121,7 +121,10 @@ def test_a_head_for_other_labels_is_left_out(files, old, tmp_path, caplog):
     )
     head = [one.dense["classifier/kernel"] for one in (load_adapter(run), adapter)]
     assert not np.allclose(*head)
-    assert "the head of the adapter is left out" in caplog.text
+    assert (
+        "the head of the adapter is left out: it is for sst2 with 0, 1" in caplog.text
+    )
+    assert "To keep it, name the labels of its outputs as `id2label`" in caplog.text
     assert "newly initialized" in caplog.text
 
 

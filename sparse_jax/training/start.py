@@ -21,6 +21,7 @@ from sparse_jax.adapter.use import (
 from sparse_jax.adapter.whole import require_sites, require_stack
 from sparse_jax.errors import InputError, listed
 from sparse_jax.methods.method import Method
+from sparse_jax.models.hf.labels import are_numbers
 from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.names import leaves_by_name, patterns
 from sparse_jax.supports.positions import fetch, read_entries, union_of
@@ -32,6 +33,10 @@ __all__ = ["start_from", "with_start"]
 
 _log = logging.getLogger(__name__)
 
+_NAMELESS = (
+    ". To keep it, name the labels of its outputs as `id2label` in the `config.json` "
+    "of the base"
+)
 _MERGE = "Export the adapter with `--to merged`, and train on that folder"
 
 
@@ -60,11 +65,12 @@ def start_from(
     theirs, ours = (adapter.task, adapter.labels), (objective.name, objective.labels)
     base_part = without_leaves(adapter, lambda name: name.startswith(HEADS))
     if theirs != ours and base_part.entries != adapter.entries:
+        is_nameless = are_numbers(theirs[1]) and len(theirs[1]) == len(ours[1]) > 0
         _log.warning(
             "the head of the adapter is left out: it is for %s with %s, and this run "
-            "for %s with %s",
+            "for %s with %s%s",
             theirs[0] or "no task", listed(theirs[1]) or "no labels",
-            ours[0], listed(ours[1]) or "no labels",
+            ours[0], listed(ours[1]) or "no labels", _NAMELESS if is_nameless else "",
         )  # fmt: skip
         adapter = base_part
     require_fit(base.params, adapter)
