@@ -49,7 +49,7 @@ ROWS: dict[str, dict[str, object]] = {
     "lora+ist": {"method": "lora", "rank": RANK, **_IST},
     "random": {"method": "random"},
     "sift": {"method": "sift"},
-    "sift at once": {"method": "sift", "select_after": 0.0},
+    "sift after head": {"method": "sift", "select_after": 0.2},
     "sift+ist": {"method": "sift", **_IST},
     "lift": {"method": "lift"},
     "fisher": {"method": "sift", "score": "fisher", "select_batches": 8},
@@ -114,7 +114,7 @@ def paper_settings(task: str, row: str) -> Settings:
         epochs=epochs,
         dense=("^classifier/",) if row not in ("full", "head") else None,
         head_bias="zeros",
-        **{"select_after": 0.0, **ROWS[row]},
+        **ROWS[row],
         **(sparse if ROWS[row]["method"] in SPARSE else {}),
     )
 

@@ -32,17 +32,16 @@ TASKS = {
     "stsb": "samples/STS-B", "unbalanced": "samples/SST-2", "rte": "RTE",
     "mrpc": "MRPC", "cola": "CoLA",
 }  # fmt: skip
-BEFORE = {"head_bias": "zeros", "select_after": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
-    "sift, from zero": BEFORE,
-    "bias": {"select_after": 0.0},
+    "sift, from zero": {"head_bias": "zeros"},
+    "bias": {},
     "after 30": {"head_bias": "zeros", "select_after": 30.0},
     "bias, after 10": {"select_after": 10.0},
     "bias, after 30": {"select_after": 30.0},
     "bias, after 60": {"select_after": 60.0},
-    "bias, 8 batches": {"select_after": 0.0, "select_batches": 8},
+    "bias, 8 batches": {"select_batches": 8},
     "bias, after 30, 8 batches": {"select_after": 30.0, "select_batches": 8},
-    "bias, again after 30": {"select_after": 0.0, "density": DENSITY / 2},
+    "bias, again after 30": {"density": DENSITY / 2},
     "random": {"method": "random"},
     "random, from zero": {"method": "random", "head_bias": "zeros"},
     "lora": {"method": "lora"},

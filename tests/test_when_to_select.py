@@ -273,9 +273,7 @@ def test_updates_before_a_selection_that_never_comes_are_refused(
         make_job(tiny_settings(**files, output=tmp_path, **changes))
 
 
-@pytest.mark.parametrize(
-    ("asked", "updates"), [(None, 0), (0.0, 0), (0.4, 1), (2.0, 2)]
-)
+@pytest.mark.parametrize(("asked", "updates"), [(0.0, 0), (0.4, 1), (2.0, 2)])
 def test_updates_before_the_selection_are_a_number_or_a_fraction(
     files, tmp_path, asked, updates
 ):

@@ -40,7 +40,7 @@ from sparse_jax.training.optimizer import (
     make_optimizer,
     schedule_of,
 )
-from sparse_jax.training.settings import SELECT_AFTER, Settings
+from sparse_jax.training.settings import Settings
 from sparse_jax.training.setup import Base, load_model_and_data
 from sparse_jax.training.start import start_from
 
@@ -78,21 +78,16 @@ class Job:
     @functools.cached_property
     def select_after(self) -> int:
         """Updates before entries are chosen, of all that is trained but these."""
-        asked, method = self.settings.select_after, self.method
-        roles = jax.tree.leaves(method.roles(self.base.params), is_leaf=is_role)
-        of_kind = lambda kind: {role.name for role in roles if role.kind == kind}
-        dense, score = of_kind(DENSE), method.ranking
-        if asked is None:
-            started = () if self.start is None else self.start.dense
-            is_new = dense & ({*self.base.new} - {*started})
-            by_gradient = score is not None and score.needs_gradient
-            asked = SELECT_AFTER if is_new and by_gradient else 0
-        elif asked and not (dense and of_kind(SPARSE)):
-            lacks = "trains no parameters in full" if score else "chooses no entries"
+        asked, roles = self.settings.select_after, self.method.roles(self.base.params)
+        kinds = {role.kind for role in jax.tree.leaves(roles, is_leaf=is_role)}
+        if asked and not {SPARSE, DENSE} <= kinds:
+            lacks = "chooses no entries"
+            if SPARSE in kinds:
+                lacks = "trains no parameters in full"
             raise InputError(
-                "`select_after` must be left out with a method that "
-                f"{lacks}, got {asked:g} with {self.settings.method_word!r}. It is the "
-                "updates of what is trained in full before entries are chosen."
+                f"`select_after` must be left out with a method that {lacks}, got "
+                f"{asked:g} with {self.settings.method_word!r}. It is the updates of "
+                "what is trained in full before entries are chosen."
             )
         updates = round(asked * self.total) if asked < 1 else int(asked)
         if updates >= self.total:

@@ -39,7 +39,6 @@ DTYPES = ("float32", "bfloat16")
 LOSSES = ("response", "all")
 HEAD_BIASES = ("labels", "zeros")
 HELD_OUT, TEMPLATE = 0.05, "alpaca"
-SELECT_AFTER = 0.0  # fraction of the updates, where a head is new
 WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
@@ -158,11 +157,10 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
         "128, for causal 512",
     )
     dtype: str = setting("float32", f"Dtype of the parameters: {one_of(DTYPES)}.")
-    select_after: float | None = setting(
-        None,
+    select_after: float = setting(
+        0.0,
         "Updates of the head, and of all else that is trained in full, before sift "
         "chooses entries: below 1 a fraction of the updates, else their number.",
-        f"{SELECT_AFTER:g} if the head is new",
     )
     select_batches: int = setting(
         1,
@@ -212,11 +210,11 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
                 "`warmup` must be a fraction of the updates in [0, 1), or a number, "
                 f"got {self.warmup}. Commonly it is {WARM_UP}."
             )
-        after = self.select_after or 0.0
+        after = self.select_after
         if not after >= 0 or (after > 1 and after % 1):
             raise InputError(
                 "`select_after` must be a fraction of the updates in [0, 1), or a "
-                f"number, got {after}. Commonly it is {SELECT_AFTER}."
+                f"number, got {after}. Leave it out to choose at once."
             )
         require_word("head_bias", self.head_bias, HEAD_BIASES)
         for name in _POSITIVE:
