@@ -35,6 +35,7 @@ from sparse_jax.methods.registry import METHODS
 from sparse_jax.samplers.registry import SAMPLERS
 from sparse_jax.training.build import method_of, sampler_of
 from sparse_jax.training.config_file import read_settings
+from sparse_jax.training.output_folder import require_usable
 
 RUN = {"model": "m", "task": "sst2", "output": "o"}
 HEAD = ("^classifier/",)
@@ -342,6 +343,20 @@ def test_what_an_earlier_run_resolved_is_beside_its_settings(tmp_path):
     beside = {"learning_rate": 1e-3, "max_length": 128, "dense": ["bias$", "^head/"]}
     path.write_text(json.dumps({"settings": record, "versions": {}, **beside}))
     assert Settings(**read_settings(path)) == Settings(**RUN, method="bitfit")
+
+
+@pytest.mark.parametrize("method", ["sift", LoRA(rank=2)])
+def test_a_run_of_an_earlier_version_had_the_usual_options(method, tmp_path):
+    run = Settings(**{**RUN, "output": str(tmp_path)}, method=method, resume=True)
+    record = {**run.record(), "rank": 8, "density": 0.008}
+    del record["granularity"]
+    text = json.dumps({"settings": record})
+    (tmp_path / "config.json").write_text(text)
+    require_usable(run)
+    (tmp_path / "config.json").write_text(text.replace("0.008", "0.1"))
+    if method == "sift":
+        with pytest.raises(InputError, match="`density` must be 0.1 as in the run"):
+            require_usable(run)
 
 
 def test_earlier_runs_recorded_usual_options_beside_an_object(tmp_path):

@@ -252,7 +252,7 @@ def _require_same(path: Path, settings: Settings) -> None:
     # A setting that came with a later version was at its default, or at what that
     # version does without it.
     defaults = {field.name: field.default for field in fields(settings)}
-    before = defaults | _WITHOUT | before
+    before = defaults | USUAL | _WITHOUT | before
     # Earlier versions recorded a single rule as a text.
     for name in ("where", "dense"):
         before[name] = [one] if isinstance(one := before[name], str) else one
