@@ -112,7 +112,8 @@ def best_of(
             metrics = run(row, replace(settings_of(task, row, args), **own))
             values.append(metrics["eval"][measure.key])
         found.append((peak, values))
-    return measure.choose(found, key=lambda one: np.mean(one[1]))
+    means = [float(np.mean(values)) for _, values in found]
+    return found[means.index(measure.choose(means))]
 
 
 def main() -> None:
@@ -139,7 +140,7 @@ def main() -> None:
             title = f"When to select, {task}, {args.max_steps} updates"
             report = Report(title=title, rows=rows, notes=notes)
             report.save(args.output / task)
-        report.show()
+            report.show()
 
 
 if __name__ == "__main__":
