@@ -132,7 +132,8 @@ def share(args: argparse.Namespace) -> dict[str, Any]:
     middle.set_title("Each layer", loc="left")
     right.set(xlabel="updates of full training", ylabel="share of the norm in 1 %")
     right.set_title("Over training", loc="left")
-    middle.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (middle, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, middle, right):
         axes.set_ylim(0, 1.03)
     left.legend(frameon=False, fontsize=8, loc="lower right")
