@@ -71,8 +71,8 @@ class _Tree:
 def tree_batches(sequences: TokenSequences, batch_size: int) -> Iterator[TreeBatch]:
     """Yields all sequences, what neighbors in the order of tokens share read once.
 
-    There are few shapes: rows have a power of two of columns, and no more batches or
-    rows than needed.
+    There are few shapes and no empty rows: columns are a power of two, and so are the
+    rows of a batch with fewer than `batch_size`.
 
     Args:
       sequences: tokens, with marks on those that are predicted.
@@ -94,12 +94,13 @@ def tree_batches(sequences: TokenSequences, batch_size: int) -> Iterator[TreeBat
     for width in np.unique(widths):
         chosen = np.flatnonzero(widths == width)
         rows = [chosen[row] for row in pack_rows(sizes[chosen], int(width))]
-        count = -(-len(rows) // max(1, batch_size * least // int(width)))
-        # Batches of equal size, with few empty rows.
-        size = -(-len(rows) // count)
-        for start in range(0, len(rows), size):
-            part = [[trees[i] for i in row] for row in rows[start : start + size]]
+        most = max(1, batch_size * least // int(width))
+        while rows:
+            # 13 rows are 8, 4 and 1: no empty rows, and no other sizes next time.
+            size = min(most, 1 << (len(rows).bit_length() - 1))
+            part = [[trees[i] for i in row] for row in rows[:size]]
             yield _batch(part, (size, int(width)), sequences.pad_id)
+            rows = rows[size:]
 
 
 def _trees(sequences: TokenSequences) -> list[_Tree]:

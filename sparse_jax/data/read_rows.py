@@ -5,7 +5,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,15 @@ from typing import NamedTuple
 from sparse_jax.data.glue import Task
 from sparse_jax.errors import InputError, brief, listed, reason_of
 
-__all__ = ["SUFFIXES", "Rows", "Source", "read_objects", "read_rows", "read_text"]
+__all__ = [
+    "SUFFIXES",
+    "Rows",
+    "Source",
+    "read_objects",
+    "read_rows",
+    "read_table",
+    "read_text",
+]
 
 # Of characters; the reader of the standard library refuses fields above 131,072.
 _LONGEST_FIELD = 2**31 - 1
@@ -81,6 +89,17 @@ def read_objects(path: str | Path) -> Rows:
       InputError: as `read_rows`.
     """
     return _rows(Path(path), _OBJECTS)
+
+
+def read_table(path: Path, columns: Sequence[str]) -> Rows:
+    """Returns the rows of a CSV file without a header, with their numbers.
+
+    Raises:
+      InputError: as `read_rows`.
+    """
+    source = Source(f"`{path}`", "line", has_types=False)
+    rows = iter(_csv_rows(read_text(path), source))
+    return Rows(source, _table(source, 1, [*columns], rows))
 
 
 def _rows(path: Path, readers: Mapping[str, Callable[[str, Source], Numbered]]) -> Rows:

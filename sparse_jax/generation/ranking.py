@@ -12,7 +12,7 @@ import numpy as np
 
 from sparse_jax.data.batches import TokenSequences
 from sparse_jax.data.causal_tokens import tokenize
-from sparse_jax.data.conversations import ALPACA, PromptTemplate
+from sparse_jax.data.conversations import ALPACA, Conversation, PromptTemplate
 from sparse_jax.data.llm_adapters import Question
 from sparse_jax.data.prefix_trees import tree_batches
 from sparse_jax.data.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.modules import Inputs
 
-__all__ = ["Scored", "rank_candidates", "score_sequences"]
+__all__ = ["Scored", "rank_candidates", "score_responses", "score_sequences"]
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +79,46 @@ def rank_candidates(
                 f"`questions` must have candidates, got none for question {number}, "
                 "whose answer is a number. Let the model write it."
             )
+    scores = score_responses(
+        model,
+        params,
+        tokenizer,
+        responses,
+        per_token=per_token,
+        attachment=attachment,
+        batch_size=batch_size,
+    )
+    return [
+        one[int(np.argmax(found))].pieces[-1].text if len(found) else ""
+        for one, found in zip(responses, scores, strict=True)
+    ]
+
+
+def score_responses(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    responses: Sequence[Sequence[Conversation]],
+    *,
+    per_token: bool = False,
+    attachment: Attachment = Attachment(),  # noqa: B008 - a tuple
+    batch_size: int = 8,
+) -> list[np.ndarray]:
+    """Returns the log-likelihoods of the responses to every question, in nats.
+
+    Args:
+      model: a model with the head `CausalLM`.
+      params: its parameters.
+      tokenizer: of the model.
+      responses: for each question, its prompt with one response and another.
+      per_token: as in `rank_candidates`.
+      attachment: what a method adds to the layers.
+      batch_size: rows of 512 tokens at a time.
+
+    Returns:
+      A float64 array for each question, as long as its responses; without entries if
+      the question is too long for the model, and a warning counts those.
+    """
     sequences = tokenize(
         [one for candidates in responses for one in candidates],
         tokenizer,
@@ -95,25 +135,17 @@ def rank_candidates(
             "count as wrong", len(too_long), len(responses), model.config.max_positions
         )  # fmt: skip
     kept = np.flatnonzero(~np.isin(owners, [*too_long]))
-    scores = np.full(len(owners), -np.inf)
-    scores[kept] = score_sequences(
-        model,
-        params,
-        replace(
-            sequences,
-            input_ids=[sequences.input_ids[i] for i in kept],
-            is_target=[sequences.is_target[i] for i in kept],
-        ),
-        attachment=attachment,
-        batch_size=batch_size,
+    fitting = replace(
+        sequences,
+        input_ids=[sequences.input_ids[i] for i in kept],
+        is_target=[sequences.is_target[i] for i in kept],
+    )
+    scores = score_sequences(
+        model, params, fitting, attachment=attachment, batch_size=batch_size
     ).log_likelihood
     if per_token:
-        scores /= [marks.sum() for marks in sequences.is_target]
-    parts = np.split(scores, np.cumsum([len(one) for one in responses])[:-1])
-    return [
-        "" if owner in too_long else one[int(np.argmax(part))].pieces[-1].text
-        for owner, (one, part) in enumerate(zip(responses, parts, strict=True))
-    ]
+        scores /= [marks.sum() for marks in fitting.is_target]
+    return [scores[owners[kept] == owner] for owner in range(len(responses))]
 
 
 def score_sequences(
