@@ -57,6 +57,7 @@ from .samplers.simple import Fixed as Fixed
 from .samplers.simple import Middle as Middle
 from .samplers.simple import Static as Static
 from .samplers.simple import Uniform as Uniform
+from .supports.blocks import Blocks as Blocks
 from .supports.granularity import ENTRY as ENTRY
 from .supports.granularity import LANE as LANE
 from .supports.granularity import gather as gather

@@ -51,7 +51,7 @@ TABLES = {"--method": METHODS, "--score": SCORES}
 def test_the_command_line_is_documented_with_all_names(option):
     text = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     [values] = re.findall(rf"^\| `{option}` \| (.*) \|$", text, re.MULTILINE)
-    named = re.findall(r"[a-z0-9_/]+", values.partition(";")[0])
+    named = re.findall(r"[a-z0-9_/-]+", values.partition(";")[0])
     assert set(TABLES[option]) <= set(named), "docs/command_line.md"
 
 

@@ -110,8 +110,7 @@ def reaching(
     layout: Layout, shape: Shape, density: float, place: jax.sharding.Sharding
 ) -> tuple[Program, Program]:
     """Returns packing the gradient of a matrix, and writing its trained entries."""
-    size = math.prod(shape)
-    k = layout.size(density, size)
+    k = layout.size(density, shape)
     empty = jax.eval_shape(lambda: layout.empty(shape, k))
     on_tpu = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     support = on_tpu(empty)

@@ -11,7 +11,7 @@ from sparse_jax.adapter.whole import require_stack
 from sparse_jax.compact.compact import Tuner
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Params
-from sparse_jax.supports.lanes import Lanes
+from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.positions import place_entries, union_of
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
 
@@ -76,10 +76,10 @@ def entries_to_avoid(
             )
         if role.kind != SPARSE:
             return
-        if isinstance(role.layout, Lanes):
+        if role.layout.sharded(None) != ENTRY:
             raise InputError(
-                "`granularity` must be 'entry' to avoid entries, got 'lane', which "
-                "takes some of every 128 rows. Leave it out."
+                "`granularity` must be 'entry' to avoid entries, got one of groups: "
+                "they may have some of both. Leave it out."
             )
         for one in owners:
             require_stack("avoid", role, one)

@@ -285,7 +285,8 @@ class Layerwise(Tuner):
         def row_of(role: Role, leaf: jax.Array, support: jax.Array) -> jax.Array:
             # The values of sparse entries are in the weights; a tap does not read them.
             if role.kind == SPARSE:
-                return jnp.zeros(support.shape, jnp.float32)
+                shape = role.layout.packed_shape(support.shape, leaf.shape)
+                return jnp.zeros(shape, jnp.float32)
             return leaf.astype(jnp.float32)
 
         def rows_of(layer_params: Arrays, layer: LayerValues) -> LayerValues:

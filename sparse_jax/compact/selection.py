@@ -1,19 +1,22 @@
-"""What comes before a selection: updates without it, gradients of several batches."""
+"""Around a selection: updates before it, gradients of several batches, and the next."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sparse_jax.compact.checks import sums_of
 from sparse_jax.compact.compact import Compact, CompactState, Tuner
 from sparse_jax.methods.method import Method
 from sparse_jax.models.attachment import Added, Attachment, LayerValues
-from sparse_jax.supports.packing import value_dtype
+from sparse_jax.supports.packing import keep_masters, pack, value_dtype
 from sparse_jax.supports.roles import FROZEN, SPARSE, Role, Roles, is_role, map_roles
+from sparse_jax.transforms.carry import Box, carry_state, carry_values, origins_of
 
-__all__ = ["before_selection", "selection_statistic"]
+__all__ = ["before_selection", "reselect", "selection_statistic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +127,59 @@ def selection_statistic(
     assert score is not None
     found = jax.tree.map(lambda g: score.added(g).astype(value_dtype(g)), grads)
     return found if before is None else optax.tree.add(before, found)
+
+
+def reselect(
+    tuner: Tuner,
+    state: CompactState,
+    batch: object,
+    key: jax.Array,
+    avoid: Mapping[str, jax.Array] | None = None,
+    statistic: optax.Params | None = None,
+) -> tuple[CompactState, jax.Array]:
+    """Chooses the supports again, and carries the state of the optimizer over.
+
+    As `sift` does with `reselect_every`: entries in both supports keep their moments
+    and masters, new ones start fresh, and counts run on. Those that are left keep
+    their values in the parameters, but are in no support: note the old one.
+
+    Args:
+      tuner: of all layers at once, whose leaves are whole on every device.
+      state: after any number of steps.
+      batch, key, avoid, statistic: as of `Compact.select`.
+
+    Returns:
+      The new state, and whether the gradient was finite: if not, the state is as
+      before.
+
+    Example:
+      >>> from sparse_jax import Sparse
+      >>> loss = lambda params, x, key, attachment: (params["w"] @ x, 1.0)
+      >>> method = Sparse(density=0.5, stack=None)
+      >>> tuner = Compact(loss, method, optax.sgd(0.1, momentum=0.9))
+      >>> state = tuner.init({"w": jnp.zeros(4)}, key := jax.random.key(0))
+      >>> x = jnp.array([3.0, 2.0, 1.0, 0.0])
+      >>> state, _ = tuner.select(state, x, key)
+      >>> state, _ = tuner.step(state, x, key)
+      >>> state, _ = reselect(tuner, state, x[jnp.array([0, 2, 1, 3])], key)
+      >>> state.support["w"], optax.tree.get(state.opt_state, "trace")["leaves"]["w"]
+      (Array([0, 2], dtype=int32), Array([3., 0.], dtype=float32))
+    """
+    support, finite, _ = tuner.choose(state, batch, key, avoid, statistic)
+    roles = tuner.roles(state.params)
+    fresh = tuner.begin(state.params, support, state.added)
+    origins = origins_of(roles, state.support, support)
+    values = carry_values(
+        roles, origins, state.masters, pack(roles, support, state.params)
+    )
+    stays = jax.tree.map(lambda _: Box(None), state.added)
+    both = {"added": stays, "leaves": origins}
+    chosen = fresh._replace(
+        count=state.count,
+        masters=keep_masters(roles, values, state.params),
+        opt_state=carry_state(tuner.tx, both, state.opt_state, fresh.opt_state),
+    )
+    pick = lambda new, old: jnp.where(finite, new, old)
+    before = state._replace(params=())
+    small = jax.tree.map(pick, chosen._replace(params=()), before)
+    return small._replace(params=state.params), finite

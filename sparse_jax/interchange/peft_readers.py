@@ -92,7 +92,7 @@ def sparse_reader(form: SparseForm) -> Callable[[PeftSource], Trained]:
         for leaf, stack in leaves.items():
             whole = base.read(leaf)
             rows = whole.reshape(-1, math.prod(source.shapes[leaf][-2:]))
-            count = ENTRY.size(density, rows.shape[1])
+            count = ENTRY.size(density, rows.shape[1:2])
             pairs = [
                 _padded(row, stack.get(i), count, form) for i, row in enumerate(rows)
             ]
@@ -112,8 +112,8 @@ def _density(counts: Sequence[tuple[int, int]]) -> float:
     count, size = max(counts, key=lambda one: one[0] / one[1])
     density = max(count, 1) / size
     while density > 0 and ENTRY.size(
-        math.nextafter(density, 0), size
-    ) == count != ENTRY.size(density, size):
+        math.nextafter(density, 0), (size,)
+    ) == count != ENTRY.size(density, (size,)):
         density = math.nextafter(density, 0)
     return min(density, 1.0)
 

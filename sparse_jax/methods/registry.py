@@ -47,7 +47,8 @@ class MethodOptions:
     granularity: str | None = _usual(
         "granularity",
         "Where the sparse methods choose entries: entry (anywhere in a "
-        "matrix) or lane (as many in every 128 rows of a column, for TPUs).",
+        "matrix), lane (as many in every 128 rows of a column, for TPUs), or whole "
+        "blocks: row or column of a kernel, 4x4, 256x256.",
     )
     score: str | None = _usual(
         "score",
@@ -57,7 +58,7 @@ class MethodOptions:
     )
     score_rank: int | None = setting(
         None,
-        "Rank at which lift and off-principal look at a matrix.",
+        "Rank at which a score of low rank looks at a matrix.",
         "that of the LoRA which trains as much",
     )
     rank: int | None = _usual("rank", "Rank of the matrices that lora and dora add.")

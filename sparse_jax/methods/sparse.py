@@ -88,7 +88,7 @@ class Sparse(Method):
 
     def support_size(self, role: Role) -> int:
         """Returns the entries trained in a sparse leaf, or in one layer of it."""
-        return role.layout.size(self.density, role.size)
+        return role.layout.size(self.density, role.shape)
 
 
 def _as_word(table: Mapping[str, _T], value: _T) -> str | _T:

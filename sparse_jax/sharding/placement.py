@@ -240,7 +240,8 @@ def moved(
         before, after = (role.layout.sharded(way.get(role.name)) for way in (old, new))
         if before == after:
             return support
-        shape, numbers = support.shape, range(len(leaves))
+        shape = before.packed_shape(support.shape, role.shape)
+        numbers = range(len(leaves))
         places = [
             i for i in numbers if owners[i] == role.name and leaves[i].shape == shape
         ]

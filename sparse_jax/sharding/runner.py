@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AxisType
 
 from sparse_jax.compact.compact import CompactState, Tuner
-from sparse_jax.compact.selection import selection_statistic
+from sparse_jax.compact.selection import reselect, selection_statistic
 from sparse_jax.methods.sites import Added
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
@@ -42,6 +42,8 @@ class MeshRunner:
         self._measure = _Compiled(each, placement, self._after_measure, (3,))
         self._choose = _Compiled(tuner.choose, placement, self._after_choice)
         self._select = _Compiled(tuner.select, placement, self._after_update, (0,))
+        again = functools.partial(reselect, tuner)
+        self._reselect = _Compiled(again, placement, self._after_update, (0,))
         self._begin = _Compiled(self._shortened, placement, self._state, (0,))
         self._update = _Compiled(self._step, placement, self._after_update, (0,))
 
@@ -66,10 +68,13 @@ class MeshRunner:
         key: jax.Array,
         avoid: Mapping[str, jax.Array] | None = None,
         more: Iterable[tuple[object, jax.Array]] = (),
+        *,
+        is_again: bool = False,
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; also returns whether the gradient was finite.
 
         If there are `more` batches with their keys, the gradients of all are summed.
+        If it is done again, the state of the optimizer is carried over.
         Supports of shards that turn out too short are made again, and those with too
         much room are shortened: a second selection costs a backward pass, unused places
         would cost memory for as long as the run lasts.
@@ -82,7 +87,8 @@ class MeshRunner:
         args = (batch, key, avoid or {}, statistic)
         if not self.tuner.shards:
             # No support has a length to find: one program does all.
-            state, finite = self._select(state, *args)
+            select = self._reselect if is_again else self._select
+            state, finite = select(state, *args)
             return state, bool(finite)
         return self._select_shards(state, *args)
 
@@ -203,7 +209,7 @@ class MeshRunner:
         found: dict[str, int] = {}
 
         def add(role: Role, leaf: jax.Array) -> None:
-            length = role.layout.capacity(most(role, leaf), role.size)
+            length = role.layout.capacity(most(role, leaf), role.shape)
             if length is not None:
                 found[role.name] = length
 

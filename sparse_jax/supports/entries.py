@@ -132,16 +132,16 @@ class ShardedEntries(Layout):
         """Returns the axes of the array for the axis of the shards."""
         return jax.P(*(None,) * stacked, self.shards.axes, None)
 
-    def capacity(self, most: float, size: int) -> int | None:
+    def capacity(self, most: float, shape: Sequence[int]) -> int | None:
         """Returns a length that ends at a full register, or with the shard.
 
         Example:
           >>> layout = ShardedEntries(Shards((("fsdp",),), (2,)))
-          >>> layout.capacity(130, 2000), layout.capacity(130, 400)
+          >>> layout.capacity(130, (2000,)), layout.capacity(130, (400,))
           (256, 200)
         """
         registers = max(1, math.ceil(most / _REGISTER))
-        return min(size // self.shards.number, registers * _REGISTER)
+        return min(math.prod(shape) // self.shards.number, registers * _REGISTER)
 
     def _empty(self, shape: Sequence[int], k: int, capacity: int | None) -> jax.Array:
         """Returns positions past the end."""

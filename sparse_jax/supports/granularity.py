@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sparse_jax.errors import InputError
+from sparse_jax.supports.blocks import Blocks
 from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.lanes import LANE
 from sparse_jax.supports.layout import Layout
@@ -16,13 +17,23 @@ __all__ = [
     "ENTRY",
     "GRANULARITIES",
     "LANE",
+    "Blocks",
     "gather",
     "granularity_named",
     "scatter",
 ]
 
 # The words of the library and of the command line.
-GRANULARITIES: dict[str, Layout] = {"entry": ENTRY, "lane": LANE}
+GRANULARITIES: dict[str, Layout] = {
+    "entry": ENTRY,
+    "lane": LANE,
+    # A channel of a kernel [in, out]: what an input does, and what an output sees.
+    "row": Blocks(rows=1, columns=None),
+    "column": Blocks(rows=None, columns=1),
+    "4x4": Blocks(rows=4, columns=4),
+    # As sparse matrix tuning does (SMT: He et al., 2025, arXiv 2405.15525).
+    "256x256": Blocks(rows=256, columns=256),
+}
 
 
 def granularity_named(granularity: str | Layout) -> Layout:
@@ -65,7 +76,7 @@ def gather(
       granularity: what the support counts, as in `sift`.
 
     Returns:
-      The entries, in the shape of `support`.
+      The entries, in the shape of `support`; of blocks with an axis behind it.
 
     Raises:
       InputError: if the support is not one of such an array, by its type and shape, or
@@ -99,7 +110,7 @@ def scatter(
 
     Args:
       x, support, layers, granularity: as for `gather`; other layers stay as they are.
-      packed: values in the shape of `support`; cast to the dtype of `x`.
+      packed: values in the shape that `gather` returns; cast to the dtype of `x`.
 
     Raises:
       InputError: as `gather`, or if `packed` has another shape than `support`.
@@ -112,10 +123,12 @@ def scatter(
     """
     layout = granularity_named(granularity)
     _require_support(layout, x, support, layers)
-    if packed.shape != support.shape:
+    shape = x.shape[int(support.ndim > layout.ndim) :]
+    wanted = layout.packed_shape(support.shape, shape)
+    if packed.shape != wanted:
         raise InputError(
-            f"`packed` must have the shape of `support`, {list(support.shape)}, got "
-            f"{list(packed.shape)}."
+            f"`packed` must have the shape of what `gather` returns, {list(wanted)}, "
+            f"got {list(packed.shape)}."
         )
     return layout.scatter(x, support, packed, layers)
 

@@ -67,9 +67,9 @@ class Lanes(Layout):
                 "entries."
             )
 
-    def size(self, density: float | Fraction, size: int) -> int:
+    def size(self, density: float | Fraction, shape: Sequence[int]) -> int:
         """Returns ceil(density * 128) for every 128 entries."""
-        return support_size(density, GROUP) * (size // GROUP)
+        return support_size(density, GROUP) * (math.prod(shape) // GROUP)
 
     def spec(self, stacked: bool) -> jax.P:
         """Returns the partition of the array: groups as rows, columns as columns."""

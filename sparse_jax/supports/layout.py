@@ -1,11 +1,12 @@
 """Layouts: what is chosen in an array, and how the chosen entries are reached.
 
-A support is a plain array of numbers, and packed values have its shape. What the
+A support is a plain array of numbers, and packed values have its shape, or of numbers
+that stand for several entries an axis of these behind it. What the
 numbers mean is said by a layout, which is static and hashable: it follows from the
 method, the shape of the leaf and the mesh, so no state holds one. There are layouts of
 single entries, of the entries of a sharded array (`entries.py`), and of rows in groups
-of 128 (`lanes.py`). Another, of blocks or channels, would be one more subclass in a
-file of its own, with a word in `granularity.py`.
+of 128 (`lanes.py`), and of blocks (`blocks.py`). Another would be one more subclass in
+a file of its own, with a word in `granularity.py`.
 """
 
 import math
@@ -99,21 +100,33 @@ class Layout(ABC):
           InputError: naming the leaf.
         """
 
-    def size(self, density: float | Fraction, size: int) -> int:
-        """Returns the number of entries trained in an array of `size` entries."""
-        return support_size(density, size)
+    def size(self, density: float | Fraction, shape: Sequence[int]) -> int:
+        """Returns the number of entries trained in an array of some shape."""
+        return support_size(density, math.prod(shape))
 
-    def capacity(self, most: float, size: int) -> int | None:
+    def packed_shape(
+        self, support: Sequence[int], shape: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Returns the shape of packed values.
+
+        Args:
+          support: shape of the support, of an array or of a stack.
+          shape: of the array, or of one layer.
+        """
+        del shape
+        return tuple(support)
+
+    def capacity(self, most: float, shape: Sequence[int]) -> int | None:
         """Returns the room that `most` entries need in the support of a shard.
 
         Args:
           most: entries of the fullest shard.
-          size: entries of the array, or of one layer of a stack.
+          shape: of the array, or of one layer of a stack.
 
         Returns:
           The length of the last axis; None if it follows from the shape of the array.
         """
-        del most, size
+        del most, shape
         return None
 
     @abstractmethod
@@ -179,13 +192,14 @@ class Layout(ABC):
             gradient = None if gradient is None else replicated(gradient)
         if not stacked:
             scores = score(gradient, param, key, k)
-            if score.lowest:
-                scores = reversed_order(scores)
             if avoid is not None:
                 # What is not finite ranks below zero.
                 nothing = jnp.full(avoid.shape, jnp.nan, scores.dtype)
                 scores = self.scatter(scores, avoid, nothing)
-            return self._best(scores, k, capacity)
+            scores, numbers = self._pooled(scores, k)
+            scores = reversed_order(scores) if score.lowest else scores
+            support, counts = self._best(scores, numbers, capacity)
+            return support, counts * (k // numbers)
 
         def choose_layer(
             layer: tuple[jax.Array, jax.Array | None, jax.Array, jax.Array | None],
@@ -200,11 +214,15 @@ class Layout(ABC):
         layers = jnp.arange(param.shape[0])
         return lax.map(choose_layer, (layers, gradient, param, avoid))
 
+    def _pooled(self, scores: jax.Array, k: int) -> tuple[jax.Array, int]:
+        """Returns a score for each number, and how many numbers k entries have."""
+        return scores, k
+
     @abstractmethod
     def _best(
         self, scores: jax.Array, k: int, capacity: int | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns what `choose` returns, for the scores of one array."""
+        """Returns the support of the k best scores, and how many each row has."""
 
     @abstractmethod
     def gather(

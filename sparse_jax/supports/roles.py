@@ -49,8 +49,13 @@ class Role(NamedTuple):
     kind: str  # SPARSE, DENSE or FROZEN
     name: str
     stacked: bool  # whether the first axis counts layers
-    size: int  # entries of the array, or of one layer of the stack
+    shape: tuple[int, ...]  # of the array, or of one layer of the stack
     layout: Layout = ENTRY  # what is chosen in a sparse leaf
+
+    @property
+    def size(self) -> int:
+        """Entries of the array, or of one layer of the stack."""
+        return math.prod(self.shape)
 
     def packed_shape(self, shape: tuple[int, ...], k: int) -> tuple[int, ...]:
         """Returns (k,), or (L, k) for a stack of L layers."""
@@ -130,7 +135,7 @@ def roles_of(
             layout.require(name, shape)
         if kind == SPARSE and score is not None:
             score.require(name, shape)
-        return Role(kind, name, is_stacked, size, layout)
+        return Role(kind, name, is_stacked, tuple(shape), layout)
 
     return map_named(role, tree)
 

@@ -160,6 +160,7 @@ def make_job(settings: Settings) -> Job:
     job = Job(
         settings, objective, base, method, sampler, head, feed, earlier, start, text
     )
+    _require_reselection(job)
     # Before the parameters are donated, and before anything is written.
     _ = job.schedule(is_selected=True)
     with base.placement.active():
@@ -175,6 +176,25 @@ def _require_selection(settings: Settings, method: Method) -> None:
             "`select_batches` must be left out where no gradient chooses entries, got "
             f"{settings.select_batches} with method {settings.method_word!r}. It "
             "belongs to sift with a score of gradients."
+        )
+
+
+def _require_reselection(job: Job) -> None:
+    """Raises if entries are to be chosen again where that cannot be done."""
+    settings = job.settings
+    if settings.reselect_every is None:
+        return
+    has_entries = job.method.ranking is not None
+    reasons = {
+        "a method that chooses no entries: it belongs to sift": not has_entries,
+        "a sampler: train all layers": job.sampler is not None,
+        "sharded weights: take a mesh of data alone": bool(job.tuner().shards),
+        "a budget of the KL, which is of one selection": settings.kl_budget is not None,
+    }
+    if reason := next((reason for reason, is_so in reasons.items() if is_so), None):
+        raise InputError(
+            f"`reselect_every` must be left out with {reason}, got "
+            f"{settings.reselect_every}. Or choose entries once."
         )
 
 

@@ -5,7 +5,8 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ import optax
 
 from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.errors import InputError
+from sparse_jax.params.names import leaves_by_name, map_named
 from sparse_jax.sharding.placement import Placement, moved
 from sparse_jax.sharding.processes import is_first_process, require_agreement
 from sparse_jax.supports.layout import Shards
 from sparse_jax.supports.packing import current_values, keep_masters
+from sparse_jax.supports.positions import read_entries, write_entries
 from sparse_jax.supports.roles import FROZEN, SPARSE, TRAINED, Role, map_roles
 from sparse_jax.training.checkpoint_file import (
     UNFINISHED,
@@ -35,6 +38,10 @@ __all__ = ["Checkpoints", "Position"]
 _log = logging.getLogger(__name__)
 
 Begin = Callable[[optax.Params, optax.Params], None]
+# Before the name of a leaf, of which the positions and values of entries follow.
+_EARLIER = "earlier/"
+# Leaf -> positions and values.
+Entries: TypeAlias = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 class Checkpoints:
@@ -45,6 +52,10 @@ class Checkpoints:
     several processes the first one writes. Checksums cover all of it: arrays with
     their names, the position, and which run and rows it belongs to. A checkpoint may be
     read by a run on another mesh.
+
+    Attributes:
+      earlier: positions of the entries that earlier selections chose, by leaf; saved
+        and restored with their values.
 
     Args:
       directory: of the run.
@@ -65,6 +76,7 @@ class Checkpoints:
         self._directory, self._folder = directory, directory.checkpoints
         self._tuner, self._placement, self._keep = tuner, placement, keep
         self._before = before
+        self.earlier: dict[str, np.ndarray] = {}
         self._writer: threading.Thread | None = None
         # Compiled, because on a mesh every operation by itself is a program to compile.
         self._copied = {
@@ -84,6 +96,10 @@ class Checkpoints:
         names, leaves = _named(self._copied[position.is_selected](state))
         # Of several processes all take part, also if the first cannot write.
         leaves = [self._whole(_plain(leaf)) for leaf in leaves]
+        params = leaves_by_name(state.params)
+        for name, positions in self.earlier.items():
+            names += [f"{_EARLIER}{name}"] * 2
+            leaves += [positions, read_entries(params[name], positions)]
         if not is_first_process():
             return
         if not self._directory.write_rows():
@@ -119,7 +135,7 @@ class Checkpoints:
         steps = self._steps()
         for tried, step in enumerate(steps):
             try:
-                trained, position = self._read(step, state)
+                trained, position, left = self._read(step, state)
             except InputError:
                 raise
             # A damaged file may raise anything at all.
@@ -135,6 +151,8 @@ class Checkpoints:
             for damaged in steps[:tried] if is_first_process() else ():
                 self._remove(str(damaged))
             begin = begin if position.is_selected else None
+            self.earlier.update({name: entries[0] for name, entries in left.items()})
+            state = _with(state, left)
             return self._rebuilt(state, trained, position, begin), position
         require_agreement("checkpoint", None)
         if steps:
@@ -172,8 +190,10 @@ class Checkpoints:
         except Exception as error:
             self._report(reason_of_orbax(error))
 
-    def _read(self, step: int, state: CompactState) -> tuple[CompactState, Position]:
-        """Returns the reduced state in a checkpoint of this run."""
+    def _read(
+        self, step: int, state: CompactState
+    ) -> tuple[CompactState, Position, Entries]:
+        """Returns the reduced state in a checkpoint, and what was trained earlier."""
         record, arrays = read_checkpoint(self._folder / str(step))
         self._require_own(step, record)
         tuner, key = self._maker(record.position.is_selected), jax.random.key(0)
@@ -186,6 +206,11 @@ class Checkpoints:
         }
         # Earlier versions kept supports in classes with a field.
         written = [name.removesuffix(".positions") for name in record.names]
+        count = sum(not name.startswith(_EARLIER) for name in written)
+        owners = [name.removeprefix(_EARLIER) for name in written[count::2]]
+        pairs = zip(arrays[count::2], arrays[count + 1 :: 2], strict=True)
+        left = dict(zip(owners, pairs, strict=True)) if written else {}
+        written, arrays = written[:count], arrays[: count or None]
         if written not in ([], names):
             raise InputError(
                 "`optimizer` must be that of the run to resume, got one with other "
@@ -203,7 +228,7 @@ class Checkpoints:
             of = np.ndim if self._tuner.shards else np.shape
             if of(found) != of(leaf) or found.dtype != leaf.dtype:
                 raise ValueError(f"it has an array of {found.shape} for {leaf.shape}")
-        return trained, record.position
+        return trained, record.position, left
 
     def _require_own(self, step: int, record: Record) -> None:
         """Raises `ValueError` unless a checkpoint is one of this run at a step."""
@@ -297,6 +322,15 @@ def _trained(tuner: Tuner, state: CompactState) -> CompactState:
 def _copied(tuner: Tuner, state: CompactState) -> CompactState:
     """Returns a copy of the state, so reduced."""
     return jax.tree.map(jnp.copy, _trained(tuner, state))
+
+
+def _with(state: CompactState, entries: Entries) -> CompactState:
+    """Returns a state with some entries of its parameters replaced."""
+
+    def write(name: str, leaf: jax.Array) -> jax.Array:
+        return write_entries(leaf, *entries[name]) if name in entries else leaf
+
+    return state._replace(params=map_named(write, state.params))
 
 
 def _plain(leaf: jax.Array) -> jax.Array:

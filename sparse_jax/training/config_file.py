@@ -137,9 +137,9 @@ def _require_same(
         if is_earlier and name == "learning_rate" and said is None:
             method = settings.get("method")
             word = method.get("name") if isinstance(method, Mapping) else method
-            is_known = isinstance(word, str) and word in METHODS
+            known = word if isinstance(word, str) and word in METHODS else ""
             options = method if isinstance(method, Mapping) else settings
-            said = learning_rate_of(word, options) if is_known else found[name]
+            said = learning_rate_of(known, options) if known else found[name]
         elif is_earlier and name in _RESOLVED and (said is None or name == "dense"):
             continue
         if found[name] not in (said, None):

@@ -120,7 +120,7 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
 
     def patch(state: CompactState, update: int) -> None:
         # All processes hold parts of it; the first one writes it.
-        adapter = adapter_of(job, tuner, state)
+        adapter = adapter_of(job, tuner, state, checkpoints.earlier)
         directory.patch(
             lambda folder: save_patches(folder, adapter, job.base.model, update=update)
         )
@@ -150,7 +150,7 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
     if job.settings.patch_every is not None:
         patch(state, at.batches)
     # All processes hold parts of it; the first one writes it.
-    adapter = adapter_of(job, tuner, state)
+    adapter = adapter_of(job, tuner, state, checkpoints.earlier)
     held = {} if budget is None else kl_of(job, directory.rows)
     adapter = replace(adapter, settings={**adapter.settings, **held})
     require_finite(adapter)

@@ -30,6 +30,7 @@ from sparse_jax.training.optimizer import learning_rate_at
 from sparse_jax.training.progress import Progress
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.run_files import skipped_at_end
+from sparse_jax.training.start import note_entries
 
 __all__ = ["Loop", "StopSignals", "stop_signals"]
 
@@ -247,6 +248,10 @@ class Loop:
                 return state, self._skip(at, "the gradient to select by")
             if self.budget is not None:
                 self.budget.begin(state.params, state.support)
+        elif self._is_due(count):
+            state, finite = self._select(state, self._put(batch), key, at)
+            if not finite:
+                return state, self._skip(at, "the gradient to select by")
         is_first = self._is_first(batch)
         began = time.perf_counter()
         schedule = self._schedules[at.is_selected]
@@ -276,6 +281,11 @@ class Loop:
             self.patch(state, step)
         return state, at
 
+    def _is_due(self, count: int) -> bool:
+        """Returns whether entries are chosen again after some number of updates."""
+        every, made = self.job.settings.reselect_every, count - self.job.select_after
+        return every is not None and made > 0 and made % every == 0
+
     def _put(self, batch: Batch) -> dict[str, jax.Array]:
         """Returns a batch where it is used."""
         return self.job.base.placement.put(batch, self.job.settings.accumulate)
@@ -301,10 +311,13 @@ class Loop:
         self.progress.note("selecting the entries to train")
         began = time.perf_counter()
         avoid, more = self.job.avoid, self._after(at.batches)
-        if self.before is not None:
+        if at.is_selected:
+            note_entries(self.checkpoints.earlier, self.runner.tuner, state)
+        elif self.before is not None:
             state = self.runner.take_over(state, key)
-        state, finite = self.runner.select(state, batch, key, avoid, more)
-        if self.before is not None and not finite:
+        args = (state, batch, key, avoid, more)
+        state, finite = self.runner.select(*args, is_again=at.is_selected)
+        if self.before is not None and not (finite or at.is_selected):
             state = self.before.take_over(state, key)
         jax.block_until_ready(state.support)
         seconds = time.perf_counter() - began

@@ -4,7 +4,7 @@ import logging
 import math
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -75,8 +75,20 @@ def provenance(job: Job) -> dict[str, Json]:
     }
 
 
-def adapter_of(job: Job, tuner: Tuner, state: CompactState) -> Adapter:
-    """Returns the trained values of a run, with all that an evaluation needs."""
+def adapter_of(
+    job: Job,
+    tuner: Tuner,
+    state: CompactState,
+    earlier: Mapping[str, np.ndarray] | None = None,
+) -> Adapter:
+    """Returns the trained values of a run, with all that an evaluation needs.
+
+    Args:
+      job: the run.
+      tuner: made the state.
+      state: whose values they are.
+      earlier: positions of entries of earlier selections, by the name of the leaf.
+    """
     kept = ("batch_size", "dtype", "seed")
     settings = {name: getattr(job.settings, name) for name in kept}
     settings["learning_rate"] = job.settings.resolved_learning_rate
@@ -92,6 +104,9 @@ def adapter_of(job: Job, tuner: Tuner, state: CompactState) -> Adapter:
         task=job.objective.name,
         labels=job.objective.labels,
     )
+    if earlier:
+        chosen = Adapter({**earlier}, {**earlier})
+        trained = with_start(chosen, trained, state.params, job.earlier)
     if job.start is None:
         return trained
     return with_start(job.start, trained, state.params, job.earlier)

@@ -43,6 +43,7 @@ WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
     "max_steps", "max_length", "learning_rate", "select_batches",
+    "reselect_every",
 )  # fmt: skip
 _PATHS = ("model", "output", "data", "adapter", "kl_text")
 # Words for objects: the check of the words says which there are.
@@ -166,6 +167,11 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
         1,
         "Batches whose gradients are summed to choose entries by. More than one holds "
         "a dense gradient until then.",
+    )
+    reselect_every: int | None = setting(
+        None,
+        "Updates between two selections of entries; moments of those in both are kept.",
+        "one selection",
     )
     head_bias: str = setting(
         HEAD_BIASES[0],

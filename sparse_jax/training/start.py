@@ -19,17 +19,18 @@ from sparse_jax.adapter.use import (
     without_leaves,
 )
 from sparse_jax.adapter.whole import require_sites, require_stack
+from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.errors import InputError, listed
 from sparse_jax.methods.method import Method
 from sparse_jax.models.hf.labels import are_numbers
 from sparse_jax.models.hf.weights import HEADS
 from sparse_jax.params.names import leaves_by_name, patterns
 from sparse_jax.supports.positions import fetch, read_entries, union_of
-from sparse_jax.supports.roles import map_roles
+from sparse_jax.supports.roles import SPARSE, Role, map_roles
 from sparse_jax.training.objective import Objective
 from sparse_jax.training.setup import Base
 
-__all__ = ["start_from", "with_start"]
+__all__ = ["note_entries", "start_from", "with_start"]
 
 _log = logging.getLogger(__name__)
 
@@ -133,6 +134,26 @@ def with_start(
     more = (f"^{re.escape(name)}$" for name in dense if name not in trained.dense)
     rules = (*patterns(trained.method.dense), *more)
     return replace(found, method=replace(trained.method, dense=rules))
+
+
+def note_entries(
+    earlier: dict[str, np.ndarray], tuner: Tuner, state: CompactState
+) -> None:
+    """Adds the entries that a state trains to those that were trained earlier.
+
+    Args:
+      earlier: positions by the name of the leaf, shape=(k,) or (L, k).
+      tuner: made the state.
+      state: with supports.
+    """
+
+    def note(role: Role, support: jax.Array, leaf: jax.Array) -> None:
+        (positions,) = role.layout.to_positions(fetch(support), leaf.shape)
+        before = [earlier[role.name]] if role.name in earlier else []
+        earlier[role.name] = union_of([*before, positions])
+
+    roles = tuner.roles(state.params)
+    map_roles(note, roles, state.support, state.params, only=(SPARSE,))
 
 
 def _going_on(adapter: Adapter, method: Method) -> Method:

@@ -10,7 +10,7 @@ from sparse_jax.params.names import Tree
 from sparse_jax.supports.layout import Origin
 from sparse_jax.supports.roles import DENSE, TRAINED, Role, Roles, map_roles
 
-__all__ = ["carry_state", "carry_values"]
+__all__ = ["Box", "carry_state", "carry_values", "origins_of"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class _Moving:
 
 
 @dataclass(frozen=True)
-class _Box:
+class Box:
     """The origin of the entries of a trained leaf, None if it is dense; a leaf too."""
 
     origin: Origin | None
@@ -30,11 +30,9 @@ class _Box:
 
 def carry_state(
     inner: optax.GradientTransformation,
-    roles: Roles,
+    origins: Tree[Box],
     state: optax.OptState,
     fresh: optax.OptState,
-    old_support: optax.Params,
-    new_support: optax.Params,
 ) -> optax.OptState:
     """Returns the state of `inner` for a new support.
 
@@ -43,13 +41,10 @@ def carry_state(
 
     Args:
       inner: the transformation whose state it is.
-      roles: role of every leaf.
+      origins: of the entries of what it was initialized with, as of `origins_of`.
       state: its state at the old support.
       fresh: its state as initialized at the new support.
-      old_support: positions or rows of groups, per sparse leaf.
-      new_support: the same for the new support.
     """
-    origins = _origins(roles, old_support, new_support)
     moving = optax.tree.map_params(
         inner, lambda leaf, box: _Moving(leaf, box.origin), state, origins
     )
@@ -58,19 +53,17 @@ def carry_state(
 
 def carry_values(
     roles: Roles,
+    origins: Tree[Box],
     values: optax.Params,
     fresh: optax.Params,
-    old_support: optax.Params,
-    new_support: optax.Params,
 ) -> optax.Params:
     """Returns packed values for a new support: kept where it can be, else `fresh`.
 
     Leaves of `values` that are `optax.MaskedNode()` take those of `fresh`.
     """
-    origins = _origins(roles, old_support, new_support)
 
     def carry(
-        role: Role, value: jax.Array | optax.MaskedNode, fresh: jax.Array, box: _Box
+        role: Role, value: jax.Array | optax.MaskedNode, fresh: jax.Array, box: Box
     ) -> jax.Array:
         if isinstance(value, optax.MaskedNode):
             return fresh
@@ -79,13 +72,19 @@ def carry_values(
     return map_roles(carry, roles, values, fresh, origins, only=TRAINED)
 
 
-def _origins(
+def origins_of(
     roles: Roles, old_support: optax.Params, new_support: optax.Params
-) -> Tree[_Box]:
-    """Returns the origins of the entries of every trained leaf."""
+) -> Tree[Box]:
+    """Returns the origins of the entries of every trained leaf.
 
-    def origin(role: Role, old: jax.Array, new: jax.Array) -> _Box:
-        return _Box(None if role.kind == DENSE else role.layout.origins(old, new))
+    Args:
+      roles: role of every leaf.
+      old_support: positions or rows of groups, per sparse leaf.
+      new_support: the same for the new support.
+    """
+
+    def origin(role: Role, old: jax.Array, new: jax.Array) -> Box:
+        return Box(None if role.kind == DENSE else role.layout.origins(old, new))
 
     return map_roles(origin, roles, old_support, new_support, only=TRAINED)
 
@@ -94,8 +93,12 @@ def _carry(leaf: jax.Array | _Moving, fresh: jax.Array) -> jax.Array:
     """Returns one leaf of the new state."""
     if not isinstance(leaf, _Moving):
         return leaf
-    if leaf.origin is None or leaf.leaf.shape != leaf.origin.place.shape:
-        return leaf.leaf
     origin = leaf.origin
-    kept = jnp.take_along_axis(leaf.leaf, origin.place, axis=origin.axis)
-    return jnp.where(origin.stays, kept, fresh)
+    if origin is None or leaf.leaf.shape[: origin.place.ndim] != origin.place.shape:
+        return leaf.leaf
+    # Behind the numbers there may be an axis of what each stands for.
+    more = range(origin.place.ndim, leaf.leaf.ndim)
+    place, stays = (jnp.expand_dims(x, tuple(more)) for x in origin[:2])
+    axis = origin.axis % origin.place.ndim
+    kept = jnp.take_along_axis(leaf.leaf, place, axis=axis)
+    return jnp.where(stays, kept, fresh)

@@ -38,7 +38,7 @@ from sparse_jax.supports.roles import (
     roles_of,
 )
 from sparse_jax.supports.scores import SCORES, Score, leaf_key, score_named
-from sparse_jax.transforms.carry import carry_state, carry_values
+from sparse_jax.transforms.carry import carry_state, carry_values, origins_of
 from sparse_jax.transforms.selections import Selections
 from sparse_jax.transforms.torch_sift import torch_sift
 
@@ -126,7 +126,7 @@ def sift(
       granularity: "entry", or "lane" to choose as many entries of every 128 rows of a
         column, ceil(128 * density), which a TPU reaches without gather or scatter:
         `inner` then sees arrays of shape (m, rows / 128, columns), of a stack with L
-        in front. Or a `Layout`.
+        in front. Or blocks: "row", "column", "4x4", "256x256", a `Blocks`.
 
     Returns:
       A transformation whose updates have the shapes and dtypes of the gradients. For
@@ -196,13 +196,15 @@ def sift(
         selections.require_roles(roles)
 
         empty = lambda role, leaf: layout.empty(
-            leaf.shape, layout.size(density, role.size), stacked=role.stacked
+            leaf.shape, layout.size(density, role.shape), stacked=role.stacked
         )
         zeros = lambda role, leaf: jnp.zeros_like(leaf, value_dtype(leaf))
         packed = lambda role, leaf, support: (
             zeros(role, leaf)
             if role.kind == DENSE
-            else jnp.zeros(support.shape, value_dtype(leaf))
+            else jnp.zeros(
+                layout.packed_shape(support.shape, role.shape), value_dtype(leaf)
+            )
         )
         summed = (SPARSE,) if select_batches > 1 else ()
         support = map_roles(empty, roles, params, only=(SPARSE,))
@@ -275,7 +277,7 @@ def sift(
             draw = jax.random.fold_in(base_key, state.count)
 
             def choose(role: Role, gradient: jax.Array, param: jax.Array) -> jax.Array:
-                k, own = layout.size(density, role.size), leaf_key(draw, role.name)
+                k, own = layout.size(density, role.shape), leaf_key(draw, role.name)
                 args = (rank, gradient, param, k, own)
                 return layout.choose(*args, stacked=role.stacked)[0]
 
@@ -298,13 +300,11 @@ def sift(
             support: optax.Params, fresh: tuple[optax.Params, optax.OptState]
         ) -> tuple[optax.Params, optax.OptState]:
             values, inner_state = fresh
-            supports = (state.support, support)
+            origins = origins_of(roles, state.support, support)
             if has_masters:
-                values = carry_values(roles, state.masters, values, *supports)
+                values = carry_values(roles, origins, state.masters, values)
             if reselect_state == "carry":
-                inner_state = carry_state(
-                    tx, roles, state.inner_state, inner_state, *supports
-                )
+                inner_state = carry_state(tx, origins, state.inner_state, inner_state)
             return values, inner_state
 
         def wait(ready: SiftState) -> tuple[optax.Updates, SiftState]:
