@@ -110,7 +110,7 @@ def test_a_run_that_chooses_again_resumes_bit_for_bit_and_its_adapter_has_it_all
 
 NOT_AGAIN = {
     "no entries": ({"method": "lora"}, "a method that chooses no entries"),
-    "layers": ({"sampler": "ist"}, "a sampler of layers"),
+    "layers": ({"sampler": "ist"}, "a sampler: train all layers"),
     "shards": ({"mesh": "fsdp=8"}, "sharded weights"),
     "never": ({"reselect_every": 0}, "`reselect_every` must be positive"),
 }
