@@ -214,7 +214,7 @@ def show_ways(
     axes.invert_xaxis()
     axes.set_yscale("log")
     axes.set_xlabel("loss of the task, not trained on (nats per token), falling")
-    axes.set_ylabel("KL to the base on untouched text (nats per token)")
+    axes.set_ylabel("KL to the base on the text (nats per token)")
     axes.legend(frameon=False)
     save(figure, stem.with_suffix(".png"), title)
 
