@@ -9,6 +9,7 @@ As `experiments/commonsense.py`, with worked solutions: the answer is the last n
 that the model writes, or for AQuA the first letter from A to E.
 """
 
+from experiments.predictions import run_command
 from experiments.questions import compare, parser_of
 
 SETS = ("gsm8k", "AQuA", "mawps", "SVAMP")
@@ -21,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,6 +14,7 @@ names; `rank` takes the candidate that is likeliest as the response. An interrup
 of this file goes on where it was.
 """
 
+from experiments.predictions import run_command
 from experiments.questions import compare, parser_of
 
 SETS = (
@@ -31,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

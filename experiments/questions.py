@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,26 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.predictions import Predictions, fingerprint
 from experiments.trials import LOSS, grid_of, make_trial, run_folder, trial_parser
 from sparse_jax import Beams, Greedy, Settings
-from sparse_jax.data.conversations import PROMPTS
-from sparse_jax.data.llm_adapters import QUESTION_SETS, accuracy, load_questions
+from sparse_jax.data.conversations import PROMPTS, PromptTemplate
+from sparse_jax.data.llm_adapters import (
+    QUESTION_SETS,
+    Question,
+    accuracy,
+    load_questions,
+)
+from sparse_jax.generation.choice import Choice
 from sparse_jax.generation.ranking import rank_candidates
-from sparse_jax.generation.writer import load_writer, text_tokens
+from sparse_jax.generation.writer import Writer, load_writer, text_tokens
 
 __all__ = ["compare", "parser_of"]
+
+_log = logging.getLogger(__name__)
+
+# Questions between two writes.
+_CHUNK = 128
 
 # The maps of the paper: query, key, value, and the two of the MLP.
 _MAPS = ("^attention/(query|key|value)$", "^mlp/(up|down)$")
@@ -98,35 +111,78 @@ def _accuracies(
     max_new_tokens: int,
     answer_by: str,
 ) -> dict[str, float]:
-    """Returns the accuracy of a run on every set, from its folder if it is there."""
-    stored = run / f"{answer_by}-{args.max_questions or 'all'}.json"
-    known = json.loads(stored.read_text()) if stored.is_file() else {}
-    missing = [name for name in args.sets if name not in known]
-    if not missing:
-        return {name: known[name] for name in args.sets}
+    """Returns the accuracy of a run on every set; its predictions are in its folder."""
     writer = load_writer(None, run)
-    for name in missing:
+    identity = {
+        "model": fingerprint(writer),
+        "template": template,
+        "max_new_tokens": max_new_tokens,
+        "beams": args.beams,
+    }
+    kept = Predictions(run, f"{answer_by}-predictions", ("set", "number"), identity)
+    found = {}
+    for name in args.sets:
         questions = QUESTION_SETS[name]
         asked = load_questions(questions, args.tests)[: args.max_questions]
-        if answer_by == "rank":
-            texts = rank_candidates(
-                writer.model,
-                writer.params,
-                writer.tokenizer,
-                asked,
-                template=PROMPTS[template],
-                attachment=writer.attachment,
+        missing = [i for i in range(len(asked)) if (name, i) not in kept.found]
+        for start in range(0, len(missing), _CHUNK):
+            numbers = missing[start : start + _CHUNK]
+            part = [asked[i] for i in numbers]
+            if answer_by == "rank":
+                texts = _ranked(writer, part, PROMPTS[template])
+            else:
+                choice = Greedy() if args.beams == 1 else Beams(args.beams)
+                texts = _written(
+                    writer, part, PROMPTS[template], choice, max_new_tokens
+                )
+            kept.add(
+                [
+                    {"set": name, "number": i, "answer": one.answer, "text": text}
+                    for i, one, text in zip(numbers, part, texts, strict=True)
+                ]
             )
-        else:
-            prompts = [question.prompt(PROMPTS[template]) for question in asked]
-            texts = writer.write(
-                [text_tokens(prompt, writer.tokenizer) for prompt in prompts],
-                choice=Greedy() if args.beams == 1 else Beams(args.beams),
-                max_new_tokens=max_new_tokens,
-            )
-        known[name] = accuracy(questions, asked, texts)
-        stored.write_text(json.dumps(known, indent=2), encoding="utf-8")
-    return {name: known[name] for name in args.sets}
+        texts = [kept.found[name, i]["text"] for i in range(len(asked))]
+        found[name] = accuracy(questions, asked, texts)
+    return found
+
+
+def _ranked(
+    writer: Writer, asked: Sequence[Question], template: PromptTemplate
+) -> list[str]:
+    """Returns the likeliest responses."""
+    return rank_candidates(
+        writer.model,
+        writer.params,
+        writer.tokenizer,
+        asked,
+        template=template,
+        attachment=writer.attachment,
+    )
+
+
+def _written(
+    writer: Writer,
+    asked: Sequence[Question],
+    template: PromptTemplate,
+    choice: Choice,
+    max_new_tokens: int,
+) -> list[str]:
+    """Returns what the model writes; after a question that does not fit, nothing."""
+    prompts = [text_tokens(one.prompt(template), writer.tokenizer) for one in asked]
+    room = writer.model.config.max_positions - max_new_tokens
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    if len(fitting) < len(prompts):
+        _log.warning(
+            "%d of %d questions leave no room for %d tokens and count as wrong",
+            len(prompts) - len(fitting), len(prompts), max_new_tokens,
+        )  # fmt: skip
+    texts = [""] * len(prompts)
+    if fitting:
+        chosen = [prompts[i] for i in fitting]
+        written = writer.write(chosen, choice=choice, max_new_tokens=max_new_tokens)
+        for i, text in zip(fitting, written, strict=True):
+            texts[i] = text
+    return texts
 
 
 def _show(
