@@ -39,7 +39,7 @@ from sparse_jax.models.attachment import Recompute
 
 MIB = 2**20
 LAYERS, ACTIVE = stacks.LAYERS, stacks.LAYERS // 4
-SIZES = {"num_layers": LAYERS, "num_active": ACTIVE}
+SIZES: dict[str, Any] = {"num_layers": LAYERS, "num_active": ACTIVE}
 BASELINE = "LoRA, all layers, in a loop"
 LORA = LoRA(rank=16, where="query|key|value|up|down")
 # As many trained entries a layer as LoRA: 16 times the widths of q, k, v, up and down.
