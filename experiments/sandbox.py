@@ -83,30 +83,36 @@ def run_contained(program: str, limits: Limits = Limits()) -> str:
         for part in ("python", "work"):
             (Path(folder) / part).mkdir()
         source = f"{program}\n__import__('os').write({_RESULT}, b'{word}')\n"
-        task = {"folder": folder, "source": source, "limits": asdict(limits)}
+        task = {
+            "folder": folder,
+            "source": source,
+            "word": word,
+            "limits": asdict(limits),
+        }
         launcher = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             cwd="/",
             start_new_session=True,
         )
         try:
-            written, reason = launcher.communicate(
+            _, reason = launcher.communicate(
                 json.dumps(task).encode(), limits.seconds + 60
             )
         except subprocess.TimeoutExpired:
-            written, reason = b"", b""
+            reason = b""
         finally:
             # The first process of the namespace dies with its parent, and all others
             # with it.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)
             code = launcher.wait()
-    if code == _REFUSED:
+    # A program may exit with any code, but cannot write to standard error.
+    if code == _REFUSED and reason:
         raise _refusal(reason.decode(errors="replace").strip())
-    if code == _PASSED and written == word.encode():
+    if code == _PASSED:
         return "passed"
     return "timed out" if code in (_TIMED_OUT, -signal.SIGKILL) else "failed"
 
@@ -125,19 +131,19 @@ def _main() -> NoReturn:
     """Contains the program that standard input states, and exits with its outcome."""
     task = json.load(sys.stdin)
     limits = Limits(**task["limits"])
-    result = os.dup(1)
     try:
         user = _enter_namespaces()
         first = os.fork()
         if first:
-            os.close(result)
-            os.close(1)
             os._exit(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 0xFF)
         _call("prctl", _PARENT_DEATH, signal.SIGKILL, 0, 0, 0)
         folder = Path(task["folder"])
         _hide_files(folder, limits)
         path = folder / "work" / "program.py"
         path.write_text(task["source"], encoding="utf-8")
+        # Read to the length of the word only: a program may write without end.
+        written, result = os.pipe()
+        os.set_blocking(written, False)
         worker = os.fork()
         if not worker:
             _run(path, user, limits, result)
@@ -149,9 +155,19 @@ def _main() -> NoReturn:
         ended, status = os.waitpid(-1, os.WNOHANG)
         if ended == worker:
             code = os.waitstatus_to_exitcode(status)
+            if code == _PASSED and _read(written) != task["word"].encode():
+                code = _FAILED
             os._exit(code if code in (_PASSED, _REFUSED) else _FAILED)
         time.sleep(0 if ended else 0.005)
     os._exit(_TIMED_OUT)
+
+
+def _read(pipe: int) -> bytes:
+    """Returns the beginning of what a program wrote as its result."""
+    try:
+        return os.read(pipe, 64)
+    except BlockingIOError:
+        return b""
 
 
 def _enter_namespaces() -> int | None:

@@ -47,6 +47,12 @@ def blocks_of(layout, x):
     ])  # fmt: skip
 
 
+def test_means_that_bfloat16_cannot_tell_apart_are_told_apart():
+    x = jnp.array([[1, 1], [1, 1.0078125]], jnp.bfloat16)  # means 1 and 1.00390625
+    support, _ = KINDS["row"].choose(SCORES["magnitude"], None, x, 2, KEY)
+    assert support.tolist() == [1]
+
+
 @every_kind
 def test_the_blocks_of_largest_mean_magnitude_are_chosen(layout):
     x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)

@@ -66,6 +66,20 @@ def test_samples_are_run_once_and_counted(data, tmp_path, monkeypatch, capsys):
     run(monkeypatch, data, tmp_path, samples(), *words)
 
 
+def test_other_tests_of_a_problem_run_its_samples_again(data, tmp_path, monkeypatch):
+    outcomes = iter(["passed", "failed"])
+    monkeypatch.setattr(humaneval, "require_containment", lambda limits: None)
+    monkeypatch.setattr(humaneval, "run_contained", lambda *args: next(outcomes))
+    other = tmp_path / "more.jsonl.gz"
+    with gzip.open(other, "wt") as file:
+        problem = {**PROBLEMS[0], "test": "def check(f):\n    assert f(1) == 5\n"}
+        file.write(json.dumps(problem))
+    for path, rate in ((data, 1), (other, 0)):
+        run(monkeypatch, path, tmp_path, samples()[:1], "--allow-code-execution")
+        found = json.loads((tmp_path / "results" / "humaneval.json").read_text())
+        assert found["pass@1"] == rate
+
+
 def test_nothing_is_run_without_being_allowed(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(humaneval, "run_contained", None)
     run(monkeypatch, data, tmp_path, samples())

@@ -27,6 +27,7 @@ PROGRAMS = {
     "one that ends": ("assert sorted([2, 1]) == [1, 2]", "passed"),
     "one that is wrong": ("assert 1 == 2", "failed"),
     "one that exits in front of the tests": ("import sys; sys.exit(0)", "failed"),
+    "one that exits with the code of a refusal": ("import os; os._exit(97)", "failed"),
     "one that is no program": ("def f(:", "failed"),
     "an endless loop": ("while True: pass", "timed out"),
     "a huge allocation": ("x = bytearray(2**30)", "failed"),
@@ -67,6 +68,11 @@ PROGRAMS = {
     "one large file": ("open('x', 'wb').write(bytes(2**24))", "failed"),
     "printing much": ("for _ in range(9999): print('x' * 999)", "passed"),
     "writing into the result": ("import os\nos.write(3, b'x')", "failed"),
+    # Nobody reads it, so that it fills no memory but the program's.
+    "writing much into the result": (
+        "import os; os.write(3, bytes(2**20))",
+        "timed out",
+    ),
     "looking at other processes": (
         "import os; assert not os.listdir('/proc')",
         "passed",

@@ -103,7 +103,10 @@ class Blocks(Layout):
         rows, columns = self._block(scores.shape)
         high, wide = self._grid(scores.shape)
         magnitudes = jnp.abs(scores).reshape(high, rows, wide, columns)
-        return jnp.mean(magnitudes, axis=(1, 3)), k // (rows * columns)
+        # In bfloat16 most means of large blocks would be equal.
+        wide = jnp.promote_types(scores.dtype, jnp.float32)
+        means = jnp.mean(magnitudes, axis=(1, 3), dtype=wide)
+        return means, k // (rows * columns)
 
     def _best(
         self, scores: jax.Array, k: int, capacity: int | None
