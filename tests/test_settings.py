@@ -345,6 +345,22 @@ def test_what_an_earlier_run_resolved_is_beside_its_settings(tmp_path):
     assert Settings(**read_settings(path)) == Settings(**RUN, method="bitfit")
 
 
+@pytest.mark.parametrize(
+    "method", ["random", Sparse(density=0.1, score="random")], ids=["word", "object"]
+)
+def test_an_earlier_run_keeps_its_learning_rate_and_its_head(method, tmp_path):
+    run = Settings(**{**RUN, "output": str(tmp_path)}, method=method)
+    record, path = json.loads(json.dumps(run.record())), tmp_path / "config.json"
+    del record["head_bias"]
+    beside = {"learning_rate": 7e-4, "max_length": 128, "dense": []}
+    path.write_text(json.dumps({"settings": record, "versions": {}, **beside}))
+    read = Settings(**{**read_settings(path), "resume": True})
+    assert (read.learning_rate, read.head_bias) == (7e-4, "zeros")
+    require_usable(read)
+    with pytest.raises(InputError, match="`learning_rate` must be 0.0007 as in the ru"):
+        require_usable(replace(read, learning_rate=None))
+
+
 @pytest.mark.parametrize("method", ["sift", LoRA(rank=2)])
 def test_a_run_of_an_earlier_version_had_the_usual_options(method, tmp_path):
     run = Settings(**{**RUN, "output": str(tmp_path)}, method=method, resume=True)

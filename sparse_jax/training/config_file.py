@@ -15,6 +15,7 @@ from sparse_jax.methods.lookup import learning_rate_of
 from sparse_jax.methods.registry import METHODS, USUAL
 from sparse_jax.params.fields import Json, checked, fields_of, from_json
 from sparse_jax.samplers.registry import SAMPLERS, sampler_class
+from sparse_jax.training.output_folder import WITHOUT
 from sparse_jax.training.settings import setting_options
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["read_settings"]
 
 _RESOLVED = ("learning_rate", "max_length", "dense")
+_EARLIER_RANDOM = 7e-4  # the usual learning rate of random entries
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -39,6 +41,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     found = _mapping(Path(path))
     if isinstance(inner := found.get("settings"), Mapping):
+        if _is_earlier(found):
+            inner = _as_earlier(found, inner)
         _require_same(found, inner, f"`{path}`")
         # Replacing the folder was meant for the run that recorded it, and no other.
         inner = {name: one for name, one in inner.items() if name != "overwrite"}
@@ -126,20 +130,42 @@ def _mapping(path: Path) -> Mapping[str, Json]:
     return found
 
 
+def _is_earlier(found: Mapping[str, Json]) -> bool:
+    """Returns whether a run recorded what its settings came to beside them."""
+    return "versions" in found and {*_RESOLVED} <= found.keys()
+
+
+def _as_earlier(
+    found: Mapping[str, Json], settings: Mapping[str, Json]
+) -> Mapping[str, Json]:
+    """Returns the settings of an earlier run, and what it did where they lack it."""
+    settings = {"head_bias": WITHOUT["head_bias"], **settings}
+    rate, is_silent = found["learning_rate"], settings.get("learning_rate") is None
+    is_random = _usual_rate(settings) == METHODS["random"].learning_rate
+    if is_silent and is_random and rate == _EARLIER_RANDOM:
+        settings["learning_rate"] = rate
+    return settings
+
+
+def _usual_rate(settings: Mapping[str, Json]) -> float | None:
+    """Returns the usual learning rate of the method that settings name, if any."""
+    method = settings.get("method")
+    word = method.get("name") if isinstance(method, Mapping) else method
+    if not isinstance(word, str) or word not in METHODS:
+        return None
+    return learning_rate_of(word, method if isinstance(method, Mapping) else settings)
+
+
 def _require_same(
     found: Mapping[str, Json], settings: Mapping[str, Json], place: str
 ) -> None:
     """Raises if a setting stands beside others with another value than among them."""
-    # Beside its settings a run of an earlier version recorded what they came to.
-    is_earlier = "versions" in found and {*_RESOLVED} <= found.keys()
+    is_earlier = _is_earlier(found)
     for name in found.keys() & {*setting_options()}:
         said = settings.get(name)
         if is_earlier and name == "learning_rate" and said is None:
-            method = settings.get("method")
-            word = method.get("name") if isinstance(method, Mapping) else method
-            known = word if isinstance(word, str) and word in METHODS else ""
-            options = method if isinstance(method, Mapping) else settings
-            said = learning_rate_of(known, options) if known else found[name]
+            rate = _usual_rate(settings)
+            said = found[name] if rate is None else rate
         elif is_earlier and name in _RESOLVED and (said is None or name == "dense"):
             continue
         if found[name] not in (said, None):

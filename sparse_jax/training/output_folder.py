@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from sparse_jax.adapter.file import ADAPTER
 from sparse_jax.errors import InputError, brief, listed, reason_of
+from sparse_jax.methods.lookup import learning_rate_of
 from sparse_jax.methods.registry import USUAL
 from sparse_jax.models.hf.pretrained import changed_field
 from sparse_jax.training.run_files import read_json
@@ -152,7 +153,7 @@ FREE = (
     "output", "overwrite", "resume", "save_every", "patch_every", "keep", "mesh",
 )  # fmt: skip
 # What earlier versions did, which had no such setting.
-_WITHOUT = {"group_by_length": True, "head_bias": "zeros"}
+WITHOUT = {"group_by_length": True, "head_bias": "zeros"}
 # What the settings only name, and has to be the same: key -> what it is.
 NAMED = {
     "base_hash": "model",
@@ -236,7 +237,8 @@ def _require_same(path: Path, settings: Settings) -> None:
             f"`output` must hold the `{CONFIG}` of a run to resume, got `{path}`, "
             "which has none. Leave out --resume to start one."
         )
-    before = read_json(path / CONFIG).get("settings")
+    config = read_json(path / CONFIG)
+    before = config.get("settings")
     if not isinstance(before, dict) or not {"model", "task"} <= before.keys():
         raise InputError(
             f"`{path / CONFIG}` must have the settings of a run, and has none. Put it "
@@ -252,10 +254,17 @@ def _require_same(path: Path, settings: Settings) -> None:
     # A setting that came with a later version was at its default, or at what that
     # version does without it.
     defaults = {field.name: field.default for field in fields(settings)}
-    before = defaults | USUAL | _WITHOUT | before
+    before = defaults | USUAL | WITHOUT | before
     # Earlier versions recorded a single rule as a text.
     for name in ("where", "dense"):
         before[name] = [one] if isinstance(one := before[name], str) else one
+    # And what the usual learning rate was, which may be another by now.
+    usual = learning_rate_of(settings.method, vars(settings))
+    if before["learning_rate"] is None and config.get("learning_rate") != usual:
+        before["learning_rate"] = config.get("learning_rate")
+    # There is no new head.
+    if settings.is_causal:
+        before["head_bias"] = settings.head_bias
     # And the usual options beside an object, which has its own.
     if isinstance(before["method"], Mapping):
         before |= dict.fromkeys(USUAL)
