@@ -1,6 +1,7 @@
 """A run that stays near its base: compared, stopped, and brought into its budget."""
 
 import json
+import math
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from tiny_text import WORDS, text_settings, tiny_decoder, write_chats, write_decoder
 
 from sparse_jax import InputError, Settings, evaluate_adapter, finetune, load_adapter
-from sparse_jax.training.kl_budget import strength_within
+from sparse_jax.training.kl_budget import KlBudget, strength_within
 from sparse_jax.training.loop import Loop
 
 BUDGET = 0.02
@@ -141,6 +142,7 @@ def test_every_method_is_brought_into_the_budget(name, files, tmp_path):
             {"kl_text": "t", "task": "mrpc"},
             "`kl_text` must be left out with task 'mrpc",
         ),
+        ({"kl_text": "t", "reselect_every": 2}, "be left out with `reselect_every`"),
         ({"kl_text": "t", "adapter": "a"}, "`kl_text` must be left out with `adapter`"),
         (
             {"kl_text": "t", "kl_budget": 0.1, "method": "prefix"},
@@ -151,6 +153,13 @@ def test_every_method_is_brought_into_the_budget(name, files, tmp_path):
 def test_a_budget_that_means_nothing_is_refused(options, message):
     with pytest.raises(InputError, match=message):
         Settings(**{"model": "m", "task": "causal", "output": "o", **options})
+
+
+def test_what_is_not_a_number_is_over_a_budget_only_where_there_is_one():
+    budget = object.__new__(KlBudget)
+    for budget._most in (0.1, math.inf):
+        assert budget.is_over({"kl": math.nan}) == (budget._most == 0.1)
+        assert not budget.is_over({"kl": 0.05})
 
 
 def test_the_strength_is_found_where_the_kl_is_no_square():

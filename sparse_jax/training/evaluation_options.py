@@ -41,7 +41,11 @@ class EvaluationOptions:
     )
 
     def require_evaluation_options(
-        self, task: str, adapter: str | None, method: "str | Method"
+        self,
+        task: str,
+        adapter: str | None,
+        method: "str | Method",
+        reselect_every: int | None,
     ) -> None:
         """Raises `InputError` if an option breaks its rule, or does not fit the run.
 
@@ -49,6 +53,7 @@ class EvaluationOptions:
           task: of the run.
           adapter: that the run goes on from.
           method: of the run.
+          reselect_every: updates between two selections of the run.
         """
         for name in ("evaluate_every", "kl_budget"):
             value = getattr(self, name)
@@ -73,6 +78,12 @@ class EvaluationOptions:
                 f"`kl_text` must be left out with `adapter`, got {self.kl_text!r}: the "
                 "run does not start at its base. Export the adapter with `--to "
                 "merged`, and train on that folder."
+            )
+        if reselect_every is not None:
+            raise InputError(
+                f"`kl_text` must be left out with `reselect_every`, got "
+                f"{self.kl_text!r}: the base is known at the entries of one selection. "
+                "Compare the adapter at the end, by `evaluate --text`."
             )
         kind = METHODS[method].kind if isinstance(method, str) else type(method)
         if self.kl_budget is not None and not kind.starts_at_base:

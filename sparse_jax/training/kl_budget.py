@@ -69,8 +69,8 @@ class KlBudget:
         return state._replace(params=switch.to()), found
 
     def is_over(self, metrics: Metrics) -> bool:
-        """Returns whether a state is outside the budget; what is NaN is."""
-        return not metrics.get("kl", 0.0) <= self._most
+        """Returns whether a state is outside the budget, if any; what is NaN is."""
+        return self._most < math.inf and not metrics.get("kl", 0.0) <= self._most
 
     def held(self, state: CompactState, kl: float) -> tuple[CompactState, float]:
         """Returns a state within the budget, and its strength; `state` is used up.

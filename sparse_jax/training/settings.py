@@ -230,7 +230,9 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
         self._require_consistent()
         self._require_text()
         self._require_layers()
-        self.require_evaluation_options(self.task, self.adapter, self.method)
+        self.require_evaluation_options(
+            self.task, self.adapter, self.method, self.reselect_every
+        )
         if self.patch_every is not None and METHODS[self.method_word].adds_arrays:
             raise InputError(
                 f"`patch_every` must be left out with method {self.method_word!r}, got "
