@@ -12,6 +12,7 @@ from test_scores import loss
 from tiny_run import tiny_settings, write_files
 
 from sparse_jax import (
+    Adapter,
     Compact,
     InputError,
     Sparse,
@@ -23,6 +24,7 @@ from sparse_jax import (
 from sparse_jax.compact.selection import reselect
 from sparse_jax.training.build import make_job
 from sparse_jax.training.checkpoint import Checkpoints
+from sparse_jax.training.start import note_entries
 
 KEY = jax.random.key(0)
 
@@ -77,6 +79,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     after, finite = reselect(tuner, state, bad, KEY)
     assert not finite
     jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_layers_with_fewer_entries_are_filled_outside_those_of_other_adapters():
+    tuner = Compact(loss, Sparse(density=1 / 8), optax.sgd(1.0))
+    state = tuner.init({"layers": {"w": jnp.zeros((2, 8))}}, KEY)
+    other, known = Adapter({"layers/w": np.array([[0], [0]])}), {}
+    for support in ([[5], [6]], [[5], [7]]):
+        chosen = state._replace(support={"layers": {"w": jnp.array(support)}})
+        note_entries(known, tuner, chosen, [other])
+    assert known["layers/w"].tolist() == [[1, 5], [6, 7]]
 
 
 AGAIN = {"reselect_every": 1, "learning_rate": 0.1, "batch_size": 6, "save_every": 1}

@@ -249,6 +249,8 @@ def test_a_run_stopped_before_its_selection_ends_like_one_that_was_not(
     assert paths[0].read_bytes() == paths[1].read_bytes()
     rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
     assert [row["step"] for row in rows if "is_selection" in row] == [4]
+    # Both programs are compiled, and neither is timed.
+    assert [row["step"] for row in updates_of(rows) if row["is_compiling"]] == [1, 4]
     rates = [row["learning_rate"] / 3e-2 for row in updates_of(rows)]
     # Three updates rise at once and fall, and so do the three after the selection.
     np.testing.assert_allclose(rates, 2 * [1, 2 / 3, 1 / 3], rtol=1e-6)
@@ -263,8 +265,12 @@ def test_a_run_stopped_before_its_selection_ends_like_one_that_was_not(
             "with a method that chooses no entries",
         ),
         ({"select_after": 1, "method": WITHOUT_HEAD}, "trains no parameters in full"),
+        (
+            {"select_after": 3, "optimizer": optax.sgd(1.0), "learning_rate": None},
+            "`select_after` must be less than 3",
+        ),
     ],
-    ids=["as long as the run", "no entries", "nothing dense"],
+    ids=["as long as the run", "no entries", "nothing dense", "own optimizer"],
 )
 def test_updates_before_a_selection_that_never_comes_are_refused(
     files, tmp_path, changes, message

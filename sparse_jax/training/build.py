@@ -162,6 +162,7 @@ def make_job(settings: Settings) -> Job:
     )
     _require_reselection(job)
     # Before the parameters are donated, and before anything is written.
+    _ = job.select_after
     _ = job.schedule(is_selected=True)
     with base.placement.active():
         _ = job.avoid
@@ -189,7 +190,6 @@ def _require_reselection(job: Job) -> None:
         "a method that chooses no entries: it belongs to sift": not has_entries,
         "a sampler: train all layers": job.sampler is not None,
         "sharded weights: take a mesh of data alone": bool(job.tuner().shards),
-        "a budget of the KL, which is of one selection": settings.kl_budget is not None,
     }
     if reason := next((reason for reason, is_so in reasons.items() if is_so), None):
         raise InputError(

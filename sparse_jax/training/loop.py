@@ -143,7 +143,7 @@ class Loop:
     patch: Callable[[CompactState, int], None]
     before: MeshRunner | None = None
     budget: KlBudget | None = None
-    _shapes: set[tuple[int, ...]] = field(default_factory=set)
+    _shapes: set[tuple[bool, tuple[int, ...]]] = field(default_factory=set)
     _known: dict[str, Json] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -252,7 +252,7 @@ class Loop:
             state, finite = self._select(state, self._put(batch), key, at)
             if not finite:
                 return state, self._skip(at, "the gradient to select by")
-        is_first = self._is_first(batch)
+        is_first = self._is_first(batch, runner)
         began = time.perf_counter()
         schedule = self._schedules[at.is_selected]
         extra = {} if schedule is None else {"schedule": schedule}
@@ -312,7 +312,8 @@ class Loop:
         began = time.perf_counter()
         avoid, more = self.job.avoid, self._after(at.batches)
         if at.is_selected:
-            note_entries(self.checkpoints.earlier, self.runner.tuner, state)
+            known = self.checkpoints.earlier
+            note_entries(known, self.runner.tuner, state, self.job.earlier)
         elif self.before is not None:
             state = self.runner.take_over(state, key)
         args = (state, batch, key, avoid, more)
@@ -362,9 +363,9 @@ class Loop:
             if not isinstance(value, list) or value != known.get(name)
         }
 
-    def _is_first(self, batch: Batch) -> bool:
-        """Returns whether a batch is the first of its shape, which compiles."""
-        shape = np.shape(batch["input_ids"])
+    def _is_first(self, batch: Batch, runner: MeshRunner) -> bool:
+        """Returns whether a batch is a runner's first of its shape, which compiles."""
+        shape = runner is self.before, np.shape(batch["input_ids"])
         is_first = shape not in self._shapes
         self._shapes.add(shape)
         return is_first

@@ -116,10 +116,8 @@ def with_start(
             continue
         union = positions
         if name in support:
-            theirs = [one.support[name] for one in earlier if name in one.support]
-            avoid = np.concatenate(theirs, axis=-1) if theirs else None
             size = math.prod(leaves[name].shape[positions.ndim - 1 :])
-            union = union_of([positions, support[name]], avoid, size)
+            union = _union(name, [positions, support[name]], earlier, size)
         support[name], values[name] = union, read_entries(leaves[name], union)
     same = {*dense} == {*trained.dense} and all(
         name in trained.support and np.array_equal(array, trained.support[name])
@@ -137,23 +135,36 @@ def with_start(
 
 
 def note_entries(
-    earlier: dict[str, np.ndarray], tuner: Tuner, state: CompactState
+    known: dict[str, np.ndarray],
+    tuner: Tuner,
+    state: CompactState,
+    earlier: Sequence[Adapter] = (),
 ) -> None:
     """Adds the entries that a state trains to those that were trained earlier.
 
     Args:
-      earlier: positions by the name of the leaf, shape=(k,) or (L, k).
+      known: positions by the name of the leaf, shape=(k,) or (L, k).
       tuner: made the state.
       state: with supports.
+      earlier: adapters whose entries are left alone.
     """
 
     def note(role: Role, support: jax.Array, leaf: jax.Array) -> None:
         (positions,) = role.layout.to_positions(fetch(support), leaf.shape)
-        before = [earlier[role.name]] if role.name in earlier else []
-        earlier[role.name] = union_of([*before, positions])
+        before = [known[role.name]] if role.name in known else []
+        known[role.name] = _union(role.name, [*before, positions], earlier, role.size)
 
     roles = tuner.roles(state.params)
     map_roles(note, roles, state.support, state.params, only=(SPARSE,))
+
+
+def _union(
+    name: str, supports: Sequence[np.ndarray], earlier: Sequence[Adapter], size: int
+) -> np.ndarray:
+    """Returns positions in a leaf, filled up outside the entries of other adapters."""
+    theirs = [one.support[name] for one in earlier if name in one.support]
+    avoid = np.concatenate(theirs, axis=-1) if theirs else None
+    return union_of(supports, avoid, size)
 
 
 def _going_on(adapter: Adapter, method: Method) -> Method:
