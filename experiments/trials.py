@@ -13,6 +13,7 @@ from rich.table import Table
 
 from sparse_jax import Settings, finetune
 from sparse_jax.data.glue import find_task
+from sparse_jax.training.output_folder import require_usable
 
 __all__ = [
     "LOSS",
@@ -127,12 +128,20 @@ def make_trial(
 
 
 def run_once(settings: Settings) -> dict[str, Any]:
-    """Returns the metrics of a run, from its directory if it has been made."""
+    """Returns the metrics of a run, from its directory if it has been made.
+
+    Raises:
+      InputError: as `finetune`, or if the run that was made had other settings.
+    """
     output = Path(settings.output)
     stored = output / "metrics.json"
-    if stored.is_file():
-        return json.loads(stored.read_text())
-    return finetune(replace(settings, resume=(output / "config.json").is_file()))
+    settings = replace(settings, resume=(output / "config.json").is_file())
+    if not stored.is_file():
+        return finetune(settings)
+    if settings.resume:
+        # Another scale or number of updates may have been meant for this folder.
+        require_usable(settings)
+    return json.loads(stored.read_text())
 
 
 def trial_parser(

@@ -1,11 +1,12 @@
 """A trial chooses its learning rate on the first seed, and makes no run twice."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from experiments import trials
-from sparse_jax import Settings
+from sparse_jax import InputError, Settings
 
 SETTINGS = Settings(model="m", task="mrpc", output="", method="head")
 MEASURE = trials.measure_of("mrpc")
@@ -49,6 +50,18 @@ def test_a_run_that_was_made_is_read(calls, tmp_path):
     metrics = {"eval": {"accuracy": 0.9}, "trained_parameters_without_head": 1234}
     (made / "metrics.json").write_text(json.dumps(metrics))
     assert trial(tmp_path).values == (0.9, 0.6, 0.5)
+
+
+def test_a_run_that_was_made_with_other_settings_is_not_taken_for_it(calls, tmp_path):
+    made = replace(SETTINGS, output=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    config = {"settings": made.record()}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "run" / "metrics.json").write_text("{}")
+    assert trials.run_once(made) == {}
+    with pytest.raises(InputError, match="`max_steps` must be None as in the run"):
+        trials.run_once(replace(made, max_steps=3))
+    assert not calls
 
 
 def test_a_run_that_was_interrupted_goes_on(calls, tmp_path):
