@@ -16,7 +16,11 @@ PAIRS = [
     ("say red twice : " * 9, "red"),
 ]
 TEXTS = ["say red twice : red red", "say blue once : " * 15]
-PROMPTS = [("say red", {"until": ["blue"], "max_gen_toks": 6}), ("say", {"until": []})]
+PROMPTS = [
+    ("say red", {"until": ["blue"], "max_gen_toks": 6}),
+    ("say", {"until": [], "max_gen_toks": 8}),
+    ("say", {"until": [], "max_new_tokens": 3}),
+]
 
 
 def requests(kind, arguments):
@@ -39,7 +43,6 @@ def test_every_method_returns_what_the_model_of_the_harness_does(tmp_path):
     asked = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
     found, wanted = (one.loglikelihood_rolling(asked) for one in (ours, theirs))
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
-    prompts = [(text, {"max_gen_toks": 8, **options}) for text, options in PROMPTS]
-    asked = requests("generate_until", prompts)
+    asked = requests("generate_until", PROMPTS)
     found, wanted = (one.generate_until(asked) for one in (ours, theirs))
     assert [one.strip() for one in found] == [one.strip() for one in wanted]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["harness_model"]
 
 _MAX_NEW_TOKENS = 256  # unless a task says so, as for the harness' own models
+# What tasks call it; of several the first counts, as there.
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 def harness_model(writer: Writer, *, batch_size: int = 8) -> "TemplateLM":
@@ -167,7 +169,8 @@ def _written(
     writer: Writer, prompts: Sequence[list[int]], options: dict[str, Any]
 ) -> list[str]:
     """Writes after prompts, of which the ends are kept if they are too long."""
-    most = int(options.get("max_gen_toks", _MAX_NEW_TOKENS))
+    given = [options[name] for name in _LIMITS if options.get(name) is not None]
+    most = int(next(iter(given), _MAX_NEW_TOKENS))
     most = min(most, writer.model.config.max_positions - 1)
     room = writer.model.config.max_positions - most
     until = options.get("until") or []
