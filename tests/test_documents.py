@@ -36,6 +36,16 @@ def test_links_between_documents_lead_to_files():
             assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
+def test_the_experiments_that_documents_run_are_commands():
+    places = ("*.md", "docs/*.md", "experiments/**/*.md", "experiments/**/*.py")
+    texts = [path.read_text("utf-8") for place in places for path in ROOT.glob(place)]
+    named = set(re.findall(r"python -m (experiments[.\w]*\w)", "".join(texts)))
+    assert len(named) > 20
+    for name in named:
+        module = ROOT / f"{name.replace('.', '/')}.py"
+        assert "__main__" in module.read_text("utf-8"), name
+
+
 def test_the_files_that_contributing_names_are_there():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9.]*)`", text))
