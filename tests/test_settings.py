@@ -385,6 +385,15 @@ def test_earlier_runs_recorded_usual_options_beside_an_object(tmp_path):
         Settings(**read_settings(path))
 
 
+def test_an_object_takes_the_place_of_a_name_and_its_usual_options(tmp_path):
+    places = {"model": str(tmp_path), "output": str(tmp_path / "run")}
+    run = Settings(**{**RUN, **places}, method="sift")
+    with pytest.raises(InputError, match="config.json"):
+        finetune(run, method=LoRA(rank=2))
+    with pytest.raises(InputError, match="`density` must be left out with method LoRA"):
+        finetune(run, method=LoRA(rank=2), density=0.1)
+
+
 def test_a_run_that_replaced_another_is_resumed_from_its_file(tmp_path):
     path = tmp_path / "config.json"
     record = Settings(**RUN, overwrite=True).record()
