@@ -106,6 +106,8 @@ def _write(
                     max_new_tokens=args.max_new_tokens,
                     seed=seed,
                     stop=stop,
+                    # A body indented by three and four is no program.
+                    keep_space=True,
                 )
                 if fitting
                 else []

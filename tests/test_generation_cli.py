@@ -11,6 +11,8 @@ import pytest
 from tiny_run import write_model
 from tiny_text import CONFIG, WORDS, text_settings, tiny_decoder, write_decoder
 from tiny_tokenizers import CHATML, characters
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from sparse_jax import (
     Adapter,
@@ -117,6 +119,19 @@ def test_an_adapter_knows_its_base(command, place):
     writer = load_writer(None, place / "adapter.safetensors")
     prompts = [[0, 1]]
     assert writer.write(prompts, choice=Greedy(), max_new_tokens=6) == [adapted[:-1]]
+
+
+def test_a_text_may_keep_the_space_that_it_begins_with(place):
+    """Tokenizers of SentencePiece take it from all that they decode."""
+    vocabulary = {f"▁{word}": i for i, word in enumerate(WORDS)}
+    spaced = Tokenizer(models.WordLevel(vocabulary, unk_token="▁<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    spaced.decoder = decoders.Sequence(steps)
+    spaced = PreTrainedTokenizerFast(tokenizer_object=spaced)
+    writer = replace(load_writer(place / "model"), tokenizer=spaced)
+    options = {"choice": Greedy(), "max_new_tokens": 6}
+    (alone,) = writer.write([[0, 1]], **options)
+    assert writer.write([[0, 1]], **options, keep_space=True) == [f" {alone}"]
 
 
 def test_texts_end_where_the_model_says(command, place):

@@ -157,6 +157,7 @@ class Writer:
         max_new_tokens: int,
         seed: int = 0,
         stop: Sequence[Stop] = (),
+        keep_space: bool = False,
     ) -> list[str]:
         """Returns what follows each prompt, special tokens left out.
 
@@ -166,6 +167,8 @@ class Writer:
           max_new_tokens: most tokens to write after a prompt.
           seed: of what is drawn at random.
           stop: what ends a text beside the tokens that the model itself ends with.
+          keep_space: whether prompt and text are one text, such as a program. Without
+            it tokenizers of SentencePiece leave out a space that a text begins with.
 
         Raises:
           InputError: as `generate`.
@@ -184,6 +187,13 @@ class Writer:
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
         with tokenizing("`tokenizer` must be able to decode every token"):
             texts = [cast("str", decode(row.tolist())) for row in rows]
+            if keep_space:
+                befores = [cast("str", decode([*prompt])) for prompt in prompts]
+                both = zip(prompts, rows, strict=True)
+                wholes = [
+                    cast("str", decode([*one, *row.tolist()])) for one, row in both
+                ]
+                texts = [*map(_after, befores, wholes, texts)]
         # A text can be spelled in other tokens than those it was expected in.
         return [_before(text, [one.text for one in stop if one.text]) for text in texts]
 
@@ -235,6 +245,11 @@ def load_writer(
             "the model has no end-of-sequence token: only `max_new_tokens` ends a text"
         )
     return Writer(lm, params, attachment, tokenizer, tuple(sorted(stop)), placement)
+
+
+def _after(before: str, whole: str, alone: str) -> str:
+    """Returns what follows a text in a whole one, or what it is alone."""
+    return whole[len(before) :] if whole.startswith(before) else alone
 
 
 def _before(text: str, ends: Sequence[str]) -> str:
