@@ -9,7 +9,8 @@ text), the text is like what it was trained on before. Each method is evaluated 
 few updates on examples not trained on, and compared with its base on the text,
 at every rate of its grid. The task loss of the comparison is the lowest that all
 methods reach: each is shown where it first gets there, between two evaluations, at the
-rate where it has forgotten least by then. Trained entries are as many for all but full.
+rate where it has forgotten least by then; "<=" where its first evaluation is below
+that loss already. Trained entries are as many for all but full.
 The picture has the whole ways. An interrupted run goes on where it was.
 """
 
@@ -183,6 +184,7 @@ def show_ways(
         seeds, points = rates[rate], whole[rate]
         best[method] = seeds
         mean = lambda values: float(np.mean(values))
+        most = "<= " * any(way.loss[0] < target for way in seeds)
         table.add_row(
             method,
             f"{seeds[0].trained:,}",
@@ -190,8 +192,8 @@ def show_ways(
             f"{mean([way.loss[-1] for way in seeds]):.3f}",
             f"{mean([way.kl[-1] for way in seeds]):.4f}",
             f"x {mean([way.perplexity[-1] for way in seeds]):.3f}",
-            f"{mean([kl for kl, _ in points]):.4f}",
-            f"x {mean([perplexity for _, perplexity in points]):.3f}",
+            f"{most}{mean([kl for kl, _ in points]):.4f}",
+            f"{most}x {mean([perplexity for _, perplexity in points]):.3f}",
         )
     Console(width=130).print(table)
     record = {

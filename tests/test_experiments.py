@@ -116,6 +116,16 @@ def test_ways_are_compared_where_they_come_down_to_a_loss():
     assert forgetting.at_loss(way, 0.5) is None
 
 
+def test_a_way_that_begins_below_the_loss_of_the_comparison_says_so(tmp_path, capsys):
+    slow = forgetting.Way((3.0, 2.0), (0.01, 0.02), (1.0, 1.25), 9)
+    fast = forgetting.Way((1.5, 1.0), (0.125, 0.25), (1.5, 2.0), 9)
+    ways = {"slow": {1e-3: [slow]}, "fast": {1e-3: [fast]}}
+    forgetting.show_ways(ways, "title", tmp_path / "forgetting")
+    cells = capsys.readouterr().out.split("│")
+    shown = [cell.strip() for cell in cells if "0.0200" in cell or "0.1250" in cell]
+    assert shown == ["0.0200", "0.0200", "<= 0.1250"]
+
+
 def test_the_quickstart_compares_equal_budgets():
     layers, width = 4, 192
     settings = quickstart.BASE
