@@ -1,11 +1,14 @@
 """What a fine-tuned model has changed on text that it was not trained on."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import tiny_settings, write_files
-from tiny_text import WORDS, tiny_decoder, write_chats, write_decoder
+from tiny_text import WORDS, text_settings, tiny_decoder, write_chats, write_decoder
 
 from sparse_jax import (
     Adapter,
@@ -16,7 +19,9 @@ from sparse_jax import (
     finetune,
     save_adapter,
 )
+from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.models.hf.pretrained import base_hash
+from sparse_jax.training import forgetting
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,23 @@ def test_an_encoder_is_compared_by_its_hidden_states(tmp_path):
     assert found["tokens_text"] == 9
     assert 1e-4 < found["drift_text"] < 1
     assert "accuracy" in found
+
+
+def test_instructions_to_compare_on_are_written_by_the_template_of_the_run(
+    place, monkeypatch
+):
+    base: Any = SimpleNamespace(folder=place / "model", model=tiny_decoder()[0])
+    found, load = [], forgetting.load_whole
+
+    def keep(*args, **options):
+        found.append(options)
+        return load(*args, **options)
+
+    monkeypatch.setattr(forgetting, "load_whole", keep)
+    for word in PROMPTS:
+        settings = text_settings(place / "model", "d", "o", template=word)
+        forgetting.text_batches(place / "text.txt", base, settings)
+    assert found == [{"template": template} for template in PROMPTS.values()]
 
 
 def test_a_file_without_text_is_refused(place, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.switch import AdapterSwitch
 from sparse_jax.data.batches import Batches, eval_batches
+from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.examples import Examples
 from sparse_jax.data.instructions import load_whole
 from sparse_jax.data.read_rows import read_text
@@ -64,7 +65,8 @@ def text_batches(path: str | Path, base: Base, settings: Settings) -> Batches:
     tokenizer, config = load_tokenizer(base.folder), base.model.config
     if base.model.head is CausalLM:
         whole = {"loss_on": "all", "packing": False, "accumulate": 1}
-        conversations = load_whole(path, tokenizer)
+        template = PROMPTS[settings.resolved_template]
+        conversations = load_whole(path, tokenizer, template=template)
         settings = replace(settings, **whole)
         feed = causal_feed(conversations, tokenizer, base.model, settings)
         size = _MOST_LOGITS // (feed.max_length * config.vocab_size)
