@@ -284,6 +284,17 @@ def test_texts_end_where_those_of_the_training_did(llama, tmp_path):
     assert fields["bos_token_id"] == 1
 
 
+def test_a_card_has_the_usual_rate_that_an_earlier_run_recorded(llama, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(llama.path, run / "adapter.safetensors")
+    config = {"settings": {"learning_rate": None}, "learning_rate": 0.0625}
+    (run / "config.json").write_text(json.dumps(config))
+    export(run, to="delta", output=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| learning_rate | `0.0625` |" in card
+
+
 def test_a_delta_is_the_adapter_with_a_license(llama, tmp_path):
     export(llama.path, to="delta", output=tmp_path / "out", license="mit")
     files = sorted(path.name for path in (tmp_path / "out").iterdir())

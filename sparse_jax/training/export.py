@@ -125,8 +125,12 @@ def _facts(run: Path) -> _Facts:
         # Runs of earlier versions have no splits.
         results = metrics.get("splits") or {"validation": metrics["eval"]}
     if (run / CONFIG).is_file():
-        told = read_json(run / CONFIG).get("settings")
-        settings = told if isinstance(told, dict) else {}
+        config = read_json(run / CONFIG)
+        told = config.get("settings")
+        settings = {**told} if isinstance(told, dict) else {}
+        # Earlier runs say the usual rate here, and not in the adapter.
+        if settings.get("learning_rate") is None:
+            settings["learning_rate"] = config.get("learning_rate")
     return _Facts(results, settings)
 
 
