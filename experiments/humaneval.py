@@ -26,7 +26,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.predictions import Predictions, fingerprint, run_command
+from experiments.predictions import (
+    Predictions,
+    digest_of,
+    fingerprint,
+    run_command,
+)
 from experiments.sandbox import Limits, require_containment, run_contained
 from sparse_jax import Greedy, Sample
 from sparse_jax.data import humaneval
@@ -90,7 +95,11 @@ def _write(
     stop = [read_stop(word, writer.tokenizer) for word in _STOP]
     choice = Sample(temperature=args.temperature) if args.temperature else Greedy()
     for number in range(args.num_samples):
-        missing = [one for one in problems if (one.task_id, number) not in kept.found]
+        missing = [
+            one
+            for one in problems
+            if not kept.has((one.task_id, number), digest_of(one.prompt))
+        ]
         starts = range(0, len(missing), _ROWS)
         for start in track(starts, f"Writing sample {number + 1}"):
             asked = missing[start : start + _ROWS]
@@ -117,6 +126,7 @@ def _write(
                 [
                     {
                         "task_id": one.task_id,
+                        "asked": digest_of(one.prompt),
                         # Nothing after a prompt that is too long.
                         "completion": texts.get(i, ""),
                         "number": number,

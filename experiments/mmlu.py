@@ -22,7 +22,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.predictions import Predictions, fingerprint, run_command
+from experiments.predictions import (
+    Predictions,
+    digest_of,
+    fingerprint,
+    run_command,
+)
 from sparse_jax.data.mmlu import (
     LETTERS,
     MMLU_SUBJECTS,
@@ -46,6 +51,7 @@ class _Asked(NamedTuple):
     question: ChoiceQuestion
     prompt: str
     shots: int
+    digest: str = ""  # of the question with all examples, and its answer
 
 
 def main() -> None:
@@ -73,12 +79,15 @@ def main() -> None:
     name = f"mmlu-{args.shots}-shot"
     identity = {"model": fingerprint(writer), "shots": args.shots}
     kept = Predictions(args.output, name, ("subject", "number"), identity)
-    asked = [
-        _asked(writer, subject, number, dev[subject][: args.shots], question)
-        for subject in args.subjects
-        for number, question in enumerate(tests[subject][: args.limit])
-        if (subject, number) not in kept.found
-    ]
+    asked = []
+    for subject in args.subjects:
+        examples = dev[subject][: args.shots]
+        for number, question in enumerate(tests[subject][: args.limit]):
+            whole = mmlu_prompt(subject, examples, question)
+            digest = digest_of(f"{whole} {question.answer}")
+            if not kept.has((subject, number), digest):
+                one = _asked(writer, subject, number, examples, question)
+                asked.append(one._replace(digest=digest))
     for start in track(range(0, len(asked), _CHUNK), "Answering"):
         kept.add(answer(writer, asked[start : start + _CHUNK]))
     chosen = [
@@ -128,6 +137,7 @@ def answer(writer: Writer, asked: Sequence[_Asked]) -> list[dict[str, Any]]:
             "subject": one.subject,
             "number": one.number,
             "shots": one.shots,
+            "asked": one.digest,
             "answer": one.question.answer,
             "prediction": LETTERS[int(np.argmax(found))] if len(found) else "",
             "log_likelihoods": found.tolist(),

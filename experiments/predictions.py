@@ -13,7 +13,7 @@ import numpy as np
 from sparse_jax.errors import InputError, printable
 from sparse_jax.generation.writer import Writer
 
-__all__ = ["Predictions", "fingerprint", "run_command"]
+__all__ = ["Predictions", "digest_of", "fingerprint", "run_command"]
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -31,6 +31,11 @@ def fingerprint(writer: Writer) -> str:
     for leaf in jax.tree.leaves((writer.params, writer.attachment.trained)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def digest_of(text: str) -> str:
+    """Returns what a line has as `asked`: a digest of the question and its answer."""
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 
 class Predictions:
@@ -70,6 +75,26 @@ class Predictions:
         else:
             stated.write_text(json.dumps(identity, indent=2), encoding="utf-8")
         self.found = {self._key_of(line): line for line in self._read()}
+
+    def has(self, key: tuple, asked: str) -> bool:
+        """Says whether there is a prediction with a key.
+
+        Args:
+          key: its fields.
+          asked: the digest that its line has as `asked`.
+
+        Raises:
+          InputError: if the prediction is of another question.
+        """
+        line = self.found.get(key)
+        # Earlier lines have no digest.
+        if line is not None and line.get("asked", asked) != asked:
+            raise InputError(
+                f"`output` must be a folder of the same data, got `{self.path}`, whose "
+                f"prediction of {' '.join(map(str, key))} is for another question. "
+                "Choose another folder."
+            )
+        return line is not None
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Adds predictions, and writes them at once."""

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.predictions import Predictions, fingerprint
+from experiments.predictions import Predictions, digest_of, fingerprint
 from experiments.trials import LOSS, grid_of, make_trial, run_folder, trial_parser
 from sparse_jax import Beams, Greedy, Settings
 from sparse_jax.data.conversations import PROMPTS, PromptTemplate
@@ -124,7 +124,12 @@ def _accuracies(
     for name in args.sets:
         questions = QUESTION_SETS[name]
         asked = load_questions(questions, args.tests)[: args.max_questions]
-        missing = [i for i in range(len(asked)) if (name, i) not in kept.found]
+        prompts = (one.prompt(PROMPTS[template]) for one in asked)
+        digests = [
+            digest_of(f"{prompt} {one.answer}")
+            for prompt, one in zip(prompts, asked, strict=True)
+        ]
+        missing = [i for i, one in enumerate(digests) if not kept.has((name, i), one)]
         for start in range(0, len(missing), _CHUNK):
             numbers = missing[start : start + _CHUNK]
             part = [asked[i] for i in numbers]
@@ -137,7 +142,13 @@ def _accuracies(
                 )
             kept.add(
                 [
-                    {"set": name, "number": i, "answer": one.answer, "text": text}
+                    {
+                        "set": name,
+                        "number": i,
+                        "asked": digests[i],
+                        "answer": one.answer,
+                        "text": text,
+                    }
                     for i, one, text in zip(numbers, part, texts, strict=True)
                 ]
             )

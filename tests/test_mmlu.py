@@ -143,3 +143,14 @@ def test_results_of_another_model_are_refused(files, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, files, model="model1", output="own")
     assert "`output` must be a folder of the same model" in capsys.readouterr().err
+
+
+def test_predictions_of_other_questions_are_refused(files, monkeypatch, capsys):
+    run(monkeypatch, files, output="other")
+    path = files / "test" / "virology_test.csv"
+    before = path.read_text()
+    path.write_text(before.replace("red,red,red,red,blue,A", "red,red,red,red,blue,B"))
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, files, output="other")
+    assert "prediction of virology 0 is for another" in capsys.readouterr().err
+    path.write_text(before)
