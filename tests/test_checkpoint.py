@@ -294,8 +294,8 @@ def test_what_is_saved_is_the_state_before_the_next_step(files, tmp_path, monkey
     stop_at(monkeypatch, settings, 3)
     read = Checkpoints.restore
 
-    def checking(checkpoints, state):
-        state, position = read(checkpoints, state)
+    def checking(checkpoints, state, *begin):
+        state, position = read(checkpoints, state, *begin)
         for stored, known in zip(
             jax.tree.leaves(state.params), seen[position.batches], strict=True
         ):

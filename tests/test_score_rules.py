@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sparse_jax import Compact, InputError, Score, Settings, Sparse, low_rank, sift
+from sparse_jax import InputError, Score, Settings, Sparse, low_rank, sift
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.low_rank import low_rank_approximation
@@ -162,10 +162,6 @@ def test_a_score_has_one_learning_rate_however_it_is_asked_for():
 
 
 def test_a_score_that_needs_a_gradient_is_refused_where_none_is_computed():
-    never = lambda params, batch, key, attachment: (jnp.sum(params["w"]), 1)
-    tuner = Compact(never, Sparse(density=0.1, stack=None), optax.sgd(1.0))
-    with pytest.raises(InputError, match="`batch` must be given for a score"):
-        tuner.select(tuner.init(TREE, KEY), None, KEY)
     looks = Score(lambda gradient, param: gradient * param, needs_gradient=False)
     with pytest.raises(InputError, match="`score` must not look at the gradient"):
         ENTRY.choose(looks, None, TREE["w"], 3, KEY)

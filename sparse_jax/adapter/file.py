@@ -144,18 +144,18 @@ def load_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
             )
         path = path / ADAPTER
     metadata, tensors = _read(path)
-    if _KEY not in metadata:
+    words = _words(path, metadata[_KEY]) if _KEY in metadata else {}
+    if "format" not in words:
         require_no_peft("adapter", path.parent)
         raise InputError(
             f"`{path}` must be an adapter of sparse_jax, got a safetensors file of "
             "something else. Pass what a run or `save_adapter` wrote; a whole model "
             "is the base of an adapter, passed as --model."
         )
-    words = _words(path, metadata[_KEY])
-    if words.get("format") not in (FORMAT, FORMAT_1):
+    if words["format"] not in (FORMAT, FORMAT_1):
         raise InputError(
             f"`{path}` must be an adapter of format {FORMAT!r}, got "
-            f"{brief(words.get('format'))}{_writer(words)}. Write it with "
+            f"{brief(words['format'])}{_writer(words)}. Write it with "
             "`save_adapter` of this version."
         )
     # Files of earlier versions have none.

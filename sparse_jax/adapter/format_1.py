@@ -15,7 +15,7 @@ __all__ = ["FORMAT_1", "method_of_format_1"]
 FORMAT_1 = "sparse_jax adapter 1"
 
 # Options that came after the first files. Those lack them, and mean the defaults.
-_LATER = ("alpha", "rslora", "dropout", "granularity", "score")
+_LATER = ("alpha", "rslora", "dropout", "granularity", "score", "score_rank")
 
 
 def method_of_format_1(

@@ -101,11 +101,6 @@ def require_groups(batch: object, accumulate: int) -> None:
     Raises:
       InputError: naming the leaf.
     """
-    if batch is None:
-        raise InputError(
-            "`batch` must be given for a score that needs a gradient, got None. Pass "
-            "one, or choose a score of weights alone, such as 'lift'."
-        )
     if accumulate == 1:
         return
 
