@@ -145,6 +145,19 @@ def test_a_signal_stops_an_evaluation_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_state_is_saved_before_it_is_evaluated(files, tmp_path, monkeypatch):
+    options = {"save_every": 100, "evaluate_every": 2}
+    settings = sift_settings(files, tmp_path / "run", **options)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "_evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(settings)
+    assert steps_of(tmp_path / "run") == [2]
+
+
 def test_a_killed_run_ends_like_one_that_was_not(files, whole, tmp_path):
     """SIGKILL comes whenever it comes: here while a checkpoint may be half written."""
     settings = sift_settings(files, tmp_path / "run")

@@ -153,8 +153,8 @@ class Loop:
     def run(self, state: CompactState, at: Position) -> tuple[CompactState, Position]:
         """Trains from a position to the end; the state is donated.
 
-        The end of an epoch is saved before it is evaluated: a run that stops between
-        the two evaluates when it is resumed. At the end a model outside its KL budget
+        A state is saved before it is evaluated: a run that stops between the two
+        evaluates when it is resumed. At the end a model outside its KL budget
         is brought into it.
 
         Raises:
@@ -214,6 +214,9 @@ class Loop:
         for batch in itertools.islice(batches, end - at.batches):
             # Before the update, so that a run resumed here evaluates, too.
             if at.batches > start and at.batches % every == 0:
+                # A signal stops an evaluation at once.
+                if at.batches % self.job.settings.save_every:
+                    self._save(state, at)
                 with self.signals.at_once():
                     state = self._evaluate(state, at, epoch)
                 if self._is_stopped:
