@@ -82,7 +82,8 @@ def test_the_share_of_the_norm_in_the_largest_entries():
 @pytest.mark.slow
 @pytest.mark.parametrize("question", sift_science.QUESTIONS)
 def test_the_questions_about_sift_are_answered(question, tmp_path, monkeypatch):
-    model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data")
+    model = write_model(tmp_path / "model", max_positions=32)
+    data = write_data(tmp_path / "data")
     words = (
         f"sift_science {question} --model {model} --tasks sst2={data} sst2={data} "
         f"--scale tiny --updates 2 --output {tmp_path}"

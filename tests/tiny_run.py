@@ -34,11 +34,11 @@ CONFIG = EncoderConfig(
 )
 
 
-def write_model(folder, dropout=0.0):
+def write_model(folder, dropout=0.0, **sizes):
     """Writes a masked language model: it has neither pooler nor classifier."""
     from transformers import BertTokenizer
 
-    model = Model(MaskedLM, BERT, replace(CONFIG, hidden_dropout=dropout))
+    model = Model(MaskedLM, BERT, replace(CONFIG, hidden_dropout=dropout, **sizes))
     random = np.random.default_rng(0)
 
     def draw(name, leaf):
