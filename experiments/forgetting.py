@@ -49,12 +49,12 @@ METHODS: dict[str, dict[str, Any]] = {
 # parameters as there are entries: of BabyLlama, and of SmolLM2-135M.
 SCALES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "max_steps": 60, "batch_size": 8, "max_length": 128, "evaluate_every": 6,
+        "max_steps": 60, "batch_size": 8, "max_length": 128, "eval_every": 6,
         "rank": 4, "density": 0.0507, "held_out": 3_000, "characters": 3_000,
         "full_rates": (1e-3,), "rates": (5e-3,), "seeds": (0,),
     },
     "small": {
-        "max_steps": 32, "batch_size": 4, "max_length": 192, "evaluate_every": 8,
+        "max_steps": 32, "batch_size": 4, "max_length": 192, "eval_every": 8,
         "rank": 16, "density": 0.046, "held_out": 12, "characters": 8_000,
         "full_rates": (2e-5,), "rates": (5e-4,), "seeds": (0,),
     },
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs=1000,  # until `max_steps`
         max_steps=args.max_steps,
         **{name: scale[name] for name in (
-            "batch_size", "max_length", "evaluate_every", "rank", "density"
+            "batch_size", "max_length", "eval_every", "rank", "density"
         )},
     )  # fmt: skip
     ways = {

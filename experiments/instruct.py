@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.max_steps is not None:
             # Some epochs of a few examples; four evaluations draw a curve.
             changes |= {"max_steps": args.max_steps, "epochs": 1000}
-            changes["evaluate_every"] = max(1, args.max_steps // 4)
+            changes["eval_every"] = max(1, args.max_steps // 4)
         rate = SIZES[args.size].rates[method]
         made = []
         for seed in args.seeds:

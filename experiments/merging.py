@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shares = [
                 evaluated(method, tasks, i, common, args.output) / alone[i]
                 for i in range(count)
-                if alone[i]
+                if alone[i] > 0  # a correlation may be 0 or less
             ]
             rows[method][f"sum of {count}"] = [float(np.mean(shares))]
     report = Report(

@@ -146,7 +146,7 @@ def test_a_signal_stops_an_evaluation_at_once():
 
 
 def test_a_state_is_saved_before_it_is_evaluated(files, tmp_path, monkeypatch):
-    options = {"save_every": 100, "evaluate_every": 2}
+    options = {"save_every": 100, "eval_every": 2}
     settings = sift_settings(files, tmp_path / "run", **options)
 
     def stop(*args):

@@ -30,7 +30,7 @@ def files(tmp_path_factory):
 def budget_settings(files, output, **changes):
     *places, text = files
     fields = {"method": "sift", "density": 0.1, "kl_text": text, "kl_budget": BUDGET}
-    fields |= {"evaluate_every": 1, "save_every": 1}
+    fields |= {"eval_every": 1, "save_every": 1}
     return text_settings(*places, output, **{**fields, **changes})
 
 
@@ -110,7 +110,7 @@ METHODS = {
 )
 def test_every_method_is_brought_into_the_budget(name, files, tmp_path):
     changes = {
-        "evaluate_every": None,
+        "eval_every": None,
         "save_every": 100,
         "max_steps": 3,
         **METHODS[name],
@@ -135,7 +135,7 @@ def test_every_method_is_brought_into_the_budget(name, files, tmp_path):
     ("options", "message"),
     [
         ({"kl_budget": 0.1}, "`kl_text` must be given with `kl_budget`, got nothing"),
-        ({"evaluate_every": 0}, "`evaluate_every` must be positive, got 0"),
+        ({"eval_every": 0}, "`eval_every` must be positive, got 0"),
         ({"kl_text": "t", "kl_stop": True}, "`kl_budget` must be given with `kl_stop`"),
         ({"kl_text": "t", "kl_budget": -1.0}, "`kl_budget` must be positive, got -1"),
         (

@@ -13,9 +13,9 @@ from experiments import arithmetic, commonsense
 from sparse_jax.data.batches import TokenSequences
 from sparse_jax.data.conversations import PromptTemplate
 from sparse_jax.data.llm_adapters import Question
-from sparse_jax.data.prefix_trees import tree_batches
 from sparse_jax.data.tokenizer import load_tokenizer
 from sparse_jax.errors import InputError
+from sparse_jax.generation.prefix_trees import tree_batches
 from sparse_jax.generation.ranking import rank_candidates, score_sequences
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import ClassicConfig

@@ -177,9 +177,11 @@ def _written(
     until = [until] if isinstance(until, str) else until
     temperature = float(options.get("temperature") or 0.0)
     draws = options.get("do_sample", temperature > 0) and temperature > 0
+    # To transformers 0 keeps all tokens.
+    kept = {"top_k": options.get("top_k") or None, "top_p": options.get("top_p")}
     return writer.write(
         [prompt[-room:] for prompt in prompts],
-        choice=Sample(temperature, top_p=options.get("top_p")) if draws else Greedy(),
+        choice=Sample(temperature, **kept) if draws else Greedy(),
         max_new_tokens=most,
         # As texts, since a stop may begin within a token; the model's own end is known.
         stop=[Stop((), word) for word in until if word],

@@ -30,14 +30,15 @@ class Prompts(NamedTuple):
     numbers: ArrayLike  # shape=(B,), int32: of the rows among all prompts
 
 
-def bucket(length: int, most: int) -> int:
-    """Returns the columns for prompts of this length: a power of two, or `most`.
+def bucket(length: int, most: int | None = None) -> int:
+    """Returns the columns for rows of this length: a power of two, or at most `most`.
 
     Example:
       >>> [bucket(length, 1000) for length in (1, 16, 17, 600)]
       [16, 16, 32, 1000]
     """
-    return min(max(_LEAST, 1 << (length - 1).bit_length()), most)
+    columns = max(_LEAST, 1 << (length - 1).bit_length())
+    return columns if most is None else min(columns, most)
 
 
 def padded_batches(

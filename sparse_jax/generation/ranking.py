@@ -14,9 +14,9 @@ from sparse_jax.data.batches import TokenSequences
 from sparse_jax.data.causal_tokens import tokenize
 from sparse_jax.data.conversations import ALPACA, Conversation, PromptTemplate
 from sparse_jax.data.llm_adapters import Question
-from sparse_jax.data.prefix_trees import tree_batches
 from sparse_jax.data.tokenizer import Tokenizer
 from sparse_jax.errors import InputError
+from sparse_jax.generation.prefix_trees import tree_batches
 from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.modules import Inputs

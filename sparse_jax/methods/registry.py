@@ -32,8 +32,10 @@ __all__ = [
 
 SIZE, PREFIX_LENGTH = 64, 16  # of the methods that add arrays of a width
 # What options with the name of a method are if they are left out; objects have theirs.
-USUAL: dict[str, Any] = {"density": 0.008, "granularity": "entry", "score": "gradient"}
-USUAL |= {"rank": 8, "rslora": False}
+USUAL: dict[str, Any] = {
+    "density": 0.008, "granularity": "entry", "score": "gradient", "rank": 8,
+    "rslora": False,
+}  # fmt: skip
 _usual = lambda name, text: setting(None, text, str(USUAL[name]))
 
 

@@ -19,7 +19,7 @@ __all__ = ["EvaluationOptions"]
 class EvaluationOptions:
     """When a run is evaluated, and how far it may take a decoder from its base."""
 
-    evaluate_every: int | None = setting(
+    eval_every: int | None = setting(
         None,
         "Updates between two evaluations; every epoch ends with one, too.",
         "an epoch",
@@ -55,7 +55,7 @@ class EvaluationOptions:
           method: of the run.
           reselect_every: updates between two selections of the run.
         """
-        for name in ("evaluate_every", "kl_budget"):
+        for name in ("eval_every", "kl_budget"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"`{name}` must be positive, got {value}.")

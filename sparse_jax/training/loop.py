@@ -209,7 +209,7 @@ class Loop:
     ) -> tuple[CompactState, Position]:
         """Trains to the end of an epoch, or of the run."""
         start = epoch * self.job.feed.batches_per_epoch
-        every = self.job.settings.evaluate_every or math.inf
+        every = self.job.settings.eval_every or math.inf
         batches = self.job.feed.train(epoch, start=at.batches - start)
         for batch in itertools.islice(batches, end - at.batches):
             # Before the update, so that a run resumed here evaluates, too.

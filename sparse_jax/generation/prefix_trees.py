@@ -10,6 +10,7 @@ import numpy as np
 
 from sparse_jax.data.batches import Batch, TokenSequences
 from sparse_jax.data.packing import pack_rows
+from sparse_jax.generation.prompts import bucket
 
 __all__ = ["TreeBatch", "tree_batches"]
 
@@ -18,7 +19,6 @@ _COLUMNS = 512
 # Columns up to which other sequences join a tree, such as the questions that follow
 # the same five examples.
 _MOST_SHARED = 1024
-_FEWEST = 16  # fewer columns cost as much
 
 
 class TreeBatch(NamedTuple):
@@ -89,8 +89,8 @@ def tree_batches(sequences: TokenSequences, batch_size: int) -> Iterator[TreeBat
     """
     trees = _trees(sequences)
     sizes = np.array([len(tree) for tree in trees])
-    least = min(_COLUMNS, _power(int(sizes.sum())))
-    widths = np.array([max(least, _power(size)) for size in sizes.tolist()])
+    least = bucket(int(sizes.sum()), _COLUMNS)
+    widths = np.array([max(least, bucket(size)) for size in sizes.tolist()])
     for width in np.unique(widths):
         chosen = np.flatnonzero(widths == width)
         rows = [chosen[row] for row in pack_rows(sizes[chosen], int(width))]
@@ -145,8 +145,3 @@ def _batch(
                 tokens.append(predicted)
             start = end
     return TreeBatch(inputs, *map(np.concatenate, (numbers, places, tokens)))
-
-
-def _power(size: int) -> int:
-    """Returns the least power of two that is large enough, and not very small."""
-    return max(_FEWEST, 1 << (size - 1).bit_length())
