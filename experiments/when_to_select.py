@@ -62,7 +62,8 @@ def unbalanced(source: Path, folder: Path) -> Path:
         most = min(len(by_label["0"]), len(by_label["1"]))
         fewer = most // 9 if name == "train" else most
         kept = by_label["0"][:fewer] + by_label["1"][:most]
-        (folder / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
+        if not (written := folder / f"{name}.jsonl").is_file():
+            written.write_text("\n".join(kept) + "\n")
     return folder
 
 
