@@ -70,6 +70,7 @@ from .supports.top_k import top_k_support as top_k_support
 from .training.evaluate import evaluate_adapter as evaluate_adapter
 from .training.export import export as export
 from .training.finetune import finetune as finetune
+from .training.predict import predict as predict
 from .training.settings import Settings as Settings
 from .transforms.ist import IstState as IstState
 from .transforms.ist import ist as ist

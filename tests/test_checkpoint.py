@@ -21,7 +21,8 @@ from sparse_jax.adapter.file import load_adapter
 from sparse_jax.errors import InputError
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.checkpoint_file import write_checkpoint
-from sparse_jax.training.loop import Loop, stop_signals
+from sparse_jax.training.loop import Loop
+from sparse_jax.training.stop_signals import stop_signals
 
 
 @pytest.fixture(scope="module")

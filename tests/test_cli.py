@@ -83,7 +83,10 @@ def test_a_run_and_its_evaluation(command, place):
     assert "step 2/2" in err
     metrics = json.loads((place / "run" / "metrics.json").read_text())
     code, out, _ = command("evaluate", "--adapter", "PLACE/run", "--data", "PLACE/data")
-    assert (code, json.loads(out)) == (0, metrics["eval"])
+    assert (code, json.loads(out)) == (
+        0,
+        metrics["eval"] | {"report": metrics["reports"]},
+    )
 
 
 def drop_column(place):

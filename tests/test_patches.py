@@ -37,7 +37,7 @@ from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.read_config import read_config
 from sparse_jax.params.names import map_named
-from sparse_jax.training.loop import StopSignals
+from sparse_jax.training.stop_signals import StopSignals
 
 CLASSIC = {
     "gpt2": {"n_embd": 32, "n_inner": 48, "n_positions": 64},

@@ -138,7 +138,9 @@ def test_a_run_that_goes_on_is_resumed(files, old, tmp_path, monkeypatch):
     whole = train(files, tmp_path / "whole", **options, max_steps=3)
     settings = tiny_settings(**files, output=tmp_path / "run", **options, max_steps=3)
     with monkeypatch.context() as patch:
-        patch.setattr("sparse_jax.training.loop.StopSignals.requested", stop_after(2))
+        patch.setattr(
+            "sparse_jax.training.stop_signals.StopSignals.requested", stop_after(2)
+        )
         with pytest.raises(KeyboardInterrupt):
             finetune(settings)
     finetune(settings, resume=True)
@@ -156,7 +158,9 @@ def test_a_run_is_not_resumed_with_another_adapter(
     given = {name: str(path) if name == "adapter" else (str(path),)}
     settings = tiny_settings(**files, output=tmp_path / "run", **SIFT, **given)
     with monkeypatch.context() as patch:
-        patch.setattr("sparse_jax.training.loop.StopSignals.requested", stop_after(1))
+        patch.setattr(
+            "sparse_jax.training.stop_signals.StopSignals.requested", stop_after(1)
+        )
         with pytest.raises(KeyboardInterrupt):
             finetune(settings)
     values = {leaf: values + 1 for leaf, values in adapter.values.items()}

@@ -78,7 +78,7 @@ def test_a_message_does_not_list_hundreds_of_labels(splits_of):
 def test_numbers_with_decimals_are_a_regression(splits_of):
     splits = splits_of([1, 2.5, -3.0], dev=[7])
     assert splits.task.name == "regression"
-    assert splits.task.metrics == ("pearson", "spearman", "mse")
+    assert splits.task.metrics == ("pearson", "spearman", "rmse")
     assert splits.train.labels.tolist() == [1, 2.5, -3]
     assert splits.train.labels.dtype == splits["validation"].labels.dtype == np.float32
     assert splits.notes == (

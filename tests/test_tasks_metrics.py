@@ -11,15 +11,18 @@ from sparse_jax.data.glue import TASKS
 from sparse_jax.data.metrics import (
     accuracy,
     evaluate,
-    exact_match,
     f1,
+    is_greater_better,
+    macro_f1,
     majority_baseline,
     matthews,
     micro_f1,
-    mse,
     one_class_warning,
     pearson,
+    report,
+    rmse,
     spearman,
+    subset_accuracy,
 )
 
 
@@ -117,8 +120,9 @@ def test_evaluation_gives_the_metrics_of_the_task_primary_first(task):
     labels = outputs[:, 0] if task.is_regression else np.array([0, 1], np.int32)
     labels = outputs if task.is_multilabel else labels
     metrics = evaluate(task, outputs, labels)
-    assert tuple(metrics) == task.metrics
-    best = [0.0 if name == "mse" else 1.0 for name in metrics]
+    assert tuple(metrics) == (*task.metrics, "loss")
+    del metrics["loss"]
+    best = [1.0 if is_greater_better(name) else 0.0 for name in metrics]
     assert list(metrics.values()) == pytest.approx(best)
 
 
@@ -134,25 +138,60 @@ def test_values_may_have_one_axis_or_two():
 @given(st.lists(st.lists(st.integers(0, 1), min_size=6, max_size=6), min_size=1))
 def test_sets_of_labels_agree_with_scikit_learn(rows):
     predictions, labels = np.array(rows)[:, :3], np.array(rows)[:, 3:]
-    assert exact_match(predictions, labels) == pytest.approx(
+    assert subset_accuracy(predictions, labels) == pytest.approx(
         sklearn.metrics.accuracy_score(labels, predictions)
     )
     if predictions.any() or labels.any():
-        expected = sklearn.metrics.f1_score(labels, predictions, average="micro")
-        assert micro_f1(predictions, labels) == pytest.approx(expected)
+        for average, metric in (("micro", micro_f1), ("macro", macro_f1)):
+            options = {"average": average, "zero_division": 0.0}
+            expected = sklearn.metrics.f1_score(labels, predictions, **options)
+            assert metric(predictions, labels) == pytest.approx(expected)
     else:
         assert micro_f1(predictions, labels) == 0.0
 
 
-def test_the_squared_error_is_a_mean():
-    assert mse(np.array([1.0, 2.0]), np.array([0.0, 4.0])) == 2.5
+def test_the_root_of_the_squared_error_is_that_of_a_mean():
+    assert rmse(np.array([1.0, 2.0]), np.array([0.0, 4.0])) == 2.5**0.5
+
+
+@settings(deadline=None, max_examples=30)
+@given(pairs(st.integers(0, 3)))
+def test_the_report_of_classes_agrees_with_scikit_learn(rows):
+    predictions, labels = rows
+    task = replace(TASKS["classification"], labels=tuple("abcd"))
+    outputs = np.eye(4)[predictions]
+    expected = sklearn.metrics.precision_recall_fscore_support(
+        labels, predictions, labels=range(4), zero_division=0.0
+    )
+    found = report(task, outputs, labels)
+    scores = [[*one.values()] for one in found["classes"].values()]
+    np.testing.assert_allclose(np.transpose(scores), expected)
+    matrix = sklearn.metrics.confusion_matrix(labels, predictions, labels=range(4))
+    assert found["confusion_matrix"] == matrix.tolist()
+    metrics = evaluate(task, outputs, labels)
+    both = {"y_true": labels, "y_pred": predictions, "average": "macro"}
+    assert metrics["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(**both))
+    shares = np.exp(outputs) / np.exp(outputs).sum(axis=-1, keepdims=True)
+    loss = sklearn.metrics.log_loss(labels, shares, labels=range(4))
+    assert metrics["loss"] == pytest.approx(loss)
+
+
+def test_reports_have_what_is_known_without_a_model():
+    task = replace(TASKS["multilabel"], labels=("a", "b"))
+    outputs, labels = np.array([[1.0, -1.0]] * 3), np.array([[1, 0], [1, 0], [0, 1]])
+    found = report(task, outputs, labels)
+    baseline = {"labels": ["a"], "subset_accuracy": pytest.approx(2 / 3)}
+    assert found["majority_baseline"] == baseline
+    assert found["classes"]["b"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
+    found = report(TASKS["regression"], np.array([0.0, 0.0]), np.array([1.0, 3.0]))
+    assert found == {"mean_baseline": {"value": 2.0, "rmse": 1.0}}
 
 
 @pytest.mark.parametrize("name", ["mrpc", "stsb"])
 def test_outputs_that_are_not_finite_have_no_metrics(name):
     outputs = np.array([[1.0, 2.0], [np.nan, 1.0]])[:, : TASKS[name].num_outputs]
     metrics = evaluate(TASKS[name], outputs, np.array([1, 0]))
-    assert tuple(metrics) == TASKS[name].metrics
+    assert tuple(metrics) == (*TASKS[name].metrics, "loss")
     assert np.isnan(list(metrics.values())).all()
 
 
@@ -160,8 +199,11 @@ def test_f1_is_about_the_same_class_in_any_order():
     outputs = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     labels = np.array([1, 1, 0, 0])
     turned = replace(TASKS["mrpc"], labels=("equivalent", "not_equivalent"))
-    expected = {"accuracy": 0.75, "f1": 0.8}
-    assert evaluate(TASKS["mrpc"], outputs, labels) == pytest.approx(expected)
+    found = evaluate(TASKS["mrpc"], outputs, labels)
+    assert found | {"loss": 0} == pytest.approx(
+        {"accuracy": 0.75, "f1": 0.8, "loss": 0}
+    )
+    expected = found
     found = evaluate(turned, outputs[:, ::-1], 1 - labels)
     assert found == pytest.approx(expected)
 

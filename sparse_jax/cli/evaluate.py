@@ -1,11 +1,13 @@
 """The command `sparse-jax evaluate`."""
 
 import json
+import re
 
 from sparse_jax.cli.options import (
     ADAPTER,
     BASE,
     DEVICES,
+    LABELS,
     option,
     take_devices,
     takes_settings,
@@ -14,7 +16,7 @@ from sparse_jax.cli.options import (
 __all__ = ["evaluate"]
 
 
-@takes_settings("data", "drop_unlabeled", "mesh")
+@takes_settings("max_eval_samples", "drop_unlabeled", "mesh")
 def evaluate(
     *,
     adapter: str = option(..., ADAPTER),
@@ -22,20 +24,19 @@ def evaluate(
     task: str | None = option(
         None, "Task to evaluate on.", "the one it was trained on"
     ),
-    labels: list[str] | None = option(
+    labels: list[str] | None = LABELS,
+    data: str | None = option(
         None,
-        "Label of a classifier whose adapter has only numbers for them, as those of "
-        "PEFT mostly do; repeated, in the order of its outputs.",
-        "those that it names",
-        metavar="<str>",
+        "File to evaluate on, or folder of the task's files.",
+        "that of the run; of an adapter alone GLUE from the Hub",
     ),
-    data: str | None,
     batch_size: int | None = option(None, "Examples per batch.", "as in training"),
     max_length: int | None = option(
         None,
         "Maximum number of tokens per example; longer ones are truncated.",
         "as in training",
     ),
+    max_eval_samples: int | None,
     drop_unlabeled: bool,
     mesh: str | None,
     devices: int | None = DEVICES,
@@ -46,7 +47,11 @@ def evaluate(
         "none",
     ),
 ) -> None:
-    """Evaluate a saved adapter, and print its metrics as JSON."""
+    """Evaluate a saved adapter, and print its metrics as JSON.
+
+    Of labels, `report` has scores of every class, a confusion matrix (rows are true
+    classes) and the score of always predicting the most frequent one.
+    """
     take_devices(devices, mesh=mesh)
     # JAX takes seconds to import, and `--help` has to be quick.
     from sparse_jax.training.evaluate import evaluate_adapter
@@ -59,8 +64,17 @@ def evaluate(
         data=data,
         batch_size=batch_size,
         max_length=max_length,
+        max_eval_samples=max_eval_samples,
         drop_unlabeled=drop_unlabeled,
         mesh=mesh,
         text=text,
+        report=True,
     )
-    print(json.dumps(metrics, indent=2))
+    text = json.dumps(metrics, indent=2, ensure_ascii=False)
+    # The rows of a confusion matrix are lines.
+    print(re.sub(r"\[\s+([\d,\s]+?)\s+\]", _on_one_line, text))
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    """Returns a list of numbers without its line breaks."""
+    return f"[{' '.join(found[1].split())}]"

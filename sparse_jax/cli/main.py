@@ -14,6 +14,7 @@ from sparse_jax.cli.export import export
 from sparse_jax.cli.finetune import finetune
 from sparse_jax.cli.generate import generate
 from sparse_jax.cli.plan import plan
+from sparse_jax.cli.predict import predict
 from sparse_jax.errors import InputError, printable
 
 __all__ = ["app", "main"]
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(finetune)
 app.command()(evaluate)
+app.command()(predict)
 app.command()(generate)
 app.command()(export)
 app.command()(combine)

@@ -20,6 +20,8 @@ __all__ = [
     "CONFIG",
     "DEVICES",
     "IST",
+    "LABELS",
+    "OVERWRITE",
     "choose_settings",
     "flag",
     "named_on_command_line",
@@ -63,6 +65,14 @@ BASE = option(
     "Folder of the base model, or its id on the Hugging Face Hub.",
     "the adapter's, if it is on this machine",
 )
+LABELS = option(
+    None,
+    "Label of a classifier whose adapter has only numbers for them, as those of "
+    "PEFT mostly do; repeated, in the order of its outputs.",
+    "those that it names",
+    metavar="<str>",
+)
+OVERWRITE = flag("--overwrite", "Replace the output file, or start it over.")
 CONFIG = option(
     None,
     "YAML or JSON file of settings, such as the config.json of a run; options "

@@ -1,6 +1,6 @@
 """Examples: texts and labels, as they stand in rows and with labels as numbers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +29,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.text_a)
+
+    def take(self, numbers: Sequence[int]) -> "Examples":
+        """Returns some of the examples."""
+        some = lambda texts: texts and [texts[i] for i in numbers]
+        return Examples(some(self.text_a), some(self.text_b), self.labels[[*numbers]])
 
 
 @dataclass(frozen=True, eq=False)

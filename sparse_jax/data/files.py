@@ -1,15 +1,17 @@
 """The data of a task: a folder of files, or a data set of the Hub."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import NamedTuple, cast
+
+import numpy as np
 
 from sparse_jax.data.data_checks import kind_of, oddities
-from sparse_jax.data.examples import Columns, Splits, read_columns
+from sparse_jax.data.examples import Columns, Examples, Splits, read_columns
 from sparse_jax.data.glue import Task
 from sparse_jax.data.labels import (
     class_numbers,
@@ -24,7 +26,18 @@ from sparse_jax.data.read_rows import SUFFIXES, Record, Rows, Source, read_rows
 from sparse_jax.errors import InputError, brief, first_line, listed, reason_of
 from sparse_jax.models.hf.labels import order_of
 
-__all__ = ["GLUE", "fetch_rows", "find_file", "is_folder", "is_hub_name", "load"]
+__all__ = [
+    "GLUE",
+    "OneSplit",
+    "fetch_rows",
+    "find_file",
+    "is_file",
+    "is_folder",
+    "is_hub_name",
+    "load",
+    "load_one",
+    "require_new_split",
+]
 
 GLUE = "nyu-mll/glue"  # on the Hub
 
@@ -118,6 +131,7 @@ def load(
     *,
     order: Sequence[str] = (),
     drop_unlabeled: bool = False,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> Splits:
     """Returns the training and evaluation examples of a task.
 
@@ -134,6 +148,7 @@ def load(
       order: names of the labels in the order of a model; labels of the same names are
         numbered like this, others as they are.
       drop_unlabeled: whether to leave out rows without a label.
+      more: other files to evaluate on, by the names of their splits.
 
     Raises:
       InputError: if `data` is neither, has no training split or no evaluation split,
@@ -146,6 +161,10 @@ def load(
         if name != "test" or has_labels(one):
             _require_same_texts(columns["train"], one)
             columns[name] = one
+    for name, path in more.items():
+        require_new_split(name, path, columns)
+        one = columns[name] = read_columns(read_rows(path, task), task)
+        _require_same_texts(columns["train"], one)
     task = resolved(task, columns["train"])
     if drop_unlabeled:
         for name, one in columns.items():
@@ -167,6 +186,80 @@ def load(
     kind = kind_of(asked, task, examples["train"], are_flags=count > 0)
     notes = (*([kind] if is_own else []), *dropped)
     return Splits(task, examples, notes, tuple(oddities(task, examples)))
+
+
+class OneSplit(NamedTuple):
+    """The examples of one split, as they are predicted."""
+
+    name: str
+    task: Task  # with the names of the labels
+    examples: Examples  # labels are 0 where they are not asked for
+    ids: list[object]  # of the rows: what they have as `id`, or their number from 0
+    labels: list[object]  # as they stand in the data, None where there is none
+
+
+_IDS = ("id", "idx", "index", "guid")
+
+
+def load_one(
+    task: Task,
+    data: str | Path | None,
+    labels: Sequence[str],
+    *,
+    split: str | None = None,
+    needs_labels: bool = True,
+    drop_unlabeled: bool = False,
+) -> OneSplit:
+    """Returns the examples of a file, or of one split of what `load` takes.
+
+    Args:
+      task: what the columns mean.
+      data: file, folder, or name on the Hub; None is `nyu-mll/glue`.
+      labels: names of the labels in the order of a model.
+      split: of a folder or a data set; None is the first to evaluate on.
+      needs_labels: whether the examples get the numbers of their labels.
+      drop_unlabeled: whether to leave out rows without a label.
+
+    Raises:
+      InputError: as of `load`, or if there is no such split.
+    """
+    name, ids = split or "validation", []
+    if data is not None and is_file(data):
+        name, rows = Path(data).stem, read_rows(data, task)
+    else:
+        found = _splits(task, data)
+        name = split or next((one for one in found if one != "train"), "train")
+        if name not in found:
+            raise InputError(f"`split` must be one of {listed(found)}, got {name!r}.")
+        rows = found[name]()
+
+    def noted() -> Iterator[tuple[int, Record]]:
+        for number, fields in rows.numbered:
+            known = (fields[one] for one in _IDS if fields.get(one) is not None)
+            ids.append(next(known, len(ids)))
+            yield number, fields
+
+    read = Rows(rows.source, noted())
+    columns = read_columns(read, task, needs_labels=needs_labels)
+    if drop_unlabeled:
+        columns, _ = without_unlabeled(columns, task)
+    if task.labels is None:
+        task, words = (
+            replace(task, labels=(*labels,)),
+            {n: i for i, n in enumerate(labels)},
+        )
+    else:
+        task, words = _numbered(task, columns, labels)
+    if task.is_multilabel and flag_count(columns) == len(task.labels or ()):
+        columns = labels_of_flags(columns, len(labels))
+    if needs_labels:
+        examples = number_labels(columns, task, words)
+    else:
+        none = np.zeros(
+            (len(ids), len(labels)) if task.is_multilabel else len(ids), int
+        )
+        examples = Examples(columns.text_a, columns.text_b, none)
+    return OneSplit(name, task, examples, ids, columns.labels)
 
 
 def _numbered(
@@ -221,6 +314,11 @@ def is_folder(path: Path) -> bool:
         ) from error
 
 
+def is_file(data: str | Path | None) -> bool:
+    """Says whether data are a single file; errors are those of `is_folder`."""
+    return data is not None and not is_folder(Path(data)) and Path(data).is_file()
+
+
 def _files(task: Task, folder: Path) -> dict[str, Callable[[], Rows]]:
     """Returns readers of the files of a folder."""
     names = ("train", *task.evaluation)
@@ -254,6 +352,15 @@ def find_file(
         if files := known or [path for path in paths if path.is_file()]:
             return files[0]
     return None
+
+
+def require_new_split(name: str, path: str, splits: Iterable[str]) -> None:
+    """Raises `InputError` if there is a split of the name of another file."""
+    if name in splits:
+        raise InputError(
+            f"`eval_data` must have a name that no other split has, got {brief(name)} "
+            f"for {brief(path)}. Pass it as NAME=FILE."
+        )
 
 
 def _require_same_texts(train: Columns, other: Columns) -> None:

@@ -61,6 +61,7 @@ _OWN = Task(
     text_b=("text_b", "text_pair"),
     label=("label", "labels"),
     labels=None,
+    metrics=("accuracy", "macro_f1"),
     has_optional_text_b=True,
 )
 
@@ -122,7 +123,7 @@ _ALL = (
     replace(
         _OWN,
         name="multilabel",
-        metrics=("micro_f1", "exact_match"),
+        metrics=("micro_f1", "macro_f1", "subset_accuracy"),
         is_multilabel=True,
     ),
     replace(
@@ -130,7 +131,7 @@ _ALL = (
         name="regression",
         label=("label", "score"),
         labels=(),
-        metrics=("pearson", "spearman", "mse"),
+        metrics=("pearson", "spearman", "rmse"),
     ),
     _OWN,
 )

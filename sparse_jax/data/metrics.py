@@ -6,26 +6,36 @@ regression, or 0 or 1 for every label `[N, C]`.
 
 import math
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
 from sparse_jax.data.glue import Task
 from sparse_jax.errors import brief, listed
+from sparse_jax.params.fields import Json
 
 __all__ = [
     "METRICS",
     "accuracy",
     "evaluate",
-    "exact_match",
     "f1",
+    "is_greater_better",
+    "macro_f1",
     "majority_baseline",
     "matthews",
     "micro_f1",
-    "mse",
     "one_class_warning",
     "pearson",
+    "predicted",
+    "report",
+    "rmse",
     "spearman",
+    "subset_accuracy",
 ]
+
+_LESS_IS_BETTER = ("loss", "perplexity", "rmse", "kl")
+# A confusion matrix of more is no longer read.
+_MOST_CLASSES = 100
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -94,13 +104,13 @@ def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
     return pearson(rankdata(predictions), rankdata(labels))
 
 
-def mse(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the mean squared error of values."""
+def rmse(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the root of the mean squared error of values."""
     errors = np.asarray(predictions, np.float64) - np.asarray(labels, np.float64)
-    return float(np.mean(errors**2))
+    return float(np.sqrt(np.mean(errors**2)))
 
 
-def exact_match(predictions: np.ndarray, labels: np.ndarray) -> float:
+def subset_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Returns the fraction of examples whose sets of labels `[N, C]` are right."""
     return float(np.mean(np.all(predictions == labels, axis=-1)))
 
@@ -108,6 +118,39 @@ def exact_match(predictions: np.ndarray, labels: np.ndarray) -> float:
 def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Returns the F1 score of all labels `[N, C]` of all examples together."""
     return f1(np.ravel(predictions), np.ravel(labels))
+
+
+def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the mean of the F1 scores of the labels.
+
+    Of classes, those that no example has and that are never predicted are left out.
+
+    Example:
+      >>> macro_f1(np.array([0, 2, 2]), np.array([0, 2, 0]))
+      0.6666666666666666
+    """
+    if np.ndim(labels) == 1:
+        kinds = np.union1d(predictions, labels)
+        predictions, labels = (np.equal.outer(x, kinds) for x in (predictions, labels))
+    return float(np.mean(_scores(predictions, labels).f1))
+
+
+class _Scores(NamedTuple):
+    """Scores of every label, shape=(C,); 0 where they are not defined."""
+
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    support: np.ndarray  # examples that have the label
+
+
+def _scores(predictions: np.ndarray, labels: np.ndarray) -> _Scores:
+    """Returns the scores of labels that are predicted or not, and fit or not."""
+    claimed, true = np.asarray(predictions, bool), np.asarray(labels, bool)
+    hits, claims, support = (x.sum(axis=0) for x in (claimed & true, claimed, true))
+    share = lambda part, whole: part / np.maximum(whole, 1)
+    of_both = share(2 * hits, claims + support)
+    return _Scores(share(hits, claims), share(hits, support), of_both, support)
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
@@ -124,19 +167,30 @@ def _centred(values: np.ndarray) -> np.ndarray:
 METRICS = MappingProxyType(
     {
         "accuracy": accuracy,
-        "exact_match": exact_match,
         "f1": f1,
+        "macro_f1": macro_f1,
         "matthews": matthews,
         "micro_f1": micro_f1,
-        "mse": mse,
         "pearson": pearson,
+        "rmse": rmse,
         "spearman": spearman,
+        "subset_accuracy": subset_accuracy,
     }
 )
 
 
+def is_greater_better(name: str) -> bool:
+    """Returns whether a model with a greater value of a metric is a better one.
+
+    Example:
+      >>> is_greater_better("accuracy"), is_greater_better("loss_test")
+      (True, False)
+    """
+    return not name.startswith(_LESS_IS_BETTER)
+
+
 def evaluate(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Returns the metrics of a task, the primary one first.
+    """Returns the metrics of a task, the primary one first, and last the mean loss.
 
     They are NaN if an output is not finite.
 
@@ -147,17 +201,90 @@ def evaluate(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, f
 
     Example:
       >>> from sparse_jax.data.glue import TASKS
-      >>> evaluate(TASKS["rte"], np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 0]))
-      {'accuracy': 0.5}
+      >>> evaluate(TASKS["rte"], np.array([[2.0, 1.0], [2.0, 2.0]]), np.array([0, 1]))
+      {'accuracy': 0.5, 'loss': 0.5032044340393841}
     """
     outputs = np.asarray(outputs)
     if not np.isfinite(outputs).all():
-        return dict.fromkeys(task.metrics, math.nan)
-    predictions = _predictions(task, outputs)
+        return dict.fromkeys((*task.metrics, "loss"), math.nan)
+    loss, predictions = _mean_loss(task, outputs, labels), predicted(task, outputs)
     if task.positive is not None and task.labels:
         positive = task.labels.index(task.positive)
         predictions, labels = predictions == positive, labels == positive
-    return {name: METRICS[name](predictions, labels) for name in task.metrics}
+    found = {name: METRICS[name](predictions, labels) for name in task.metrics}
+    return {**found, "loss": loss}
+
+
+def _mean_loss(task: Task, outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the mean of what training minimizes, in float64."""
+    outputs = np.asarray(outputs, np.float64)
+    if task.is_regression:
+        return float(np.mean((outputs.ravel() - labels) ** 2))
+    if task.is_multilabel:
+        return float(np.mean(np.logaddexp(0.0, outputs) - labels * outputs))
+    from scipy.special import log_softmax  # half of the time of importing this library
+
+    logs = log_softmax(outputs, axis=-1)
+    return float(-np.mean(logs[np.arange(len(labels)), labels]))
+
+
+def report(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, Json]:
+    """Returns what a table of results says beside the metrics.
+
+    - `classes`: of every label `precision`, `recall`, `f1` and `support`, the number
+      of examples that have it.
+    - `confusion_matrix`, of at most 100 classes: examples of each (row) that are
+      predicted to be of each (column), in the order of `classes`.
+    - `majority_baseline`: the most frequent label or set of labels, and the accuracy of
+      always predicting it; of values `mean_baseline`: their mean, and its RMSE.
+
+    Args:
+      task: names the labels.
+      outputs: as of `evaluate`.
+      labels: as of `evaluate`.
+
+    Example:
+      >>> from sparse_jax.data.glue import TASKS
+      >>> outputs, labels = np.array([[1.0, 0.0]] * 3), np.array([0, 1, 1])
+      >>> found = report(TASKS["sst2"], outputs, labels)
+      >>> found["confusion_matrix"], found["classes"]["negative"]["recall"]
+      ([[1, 0], [2, 0]], 1.0)
+      >>> found["majority_baseline"]
+      {'label': 'positive', 'accuracy': 0.6666666666666666}
+    """
+    if task.is_regression:
+        values = np.asarray(labels, np.float64)
+        mean, error = float(np.mean(values)), float(np.std(values))
+        return {"mean_baseline": {"value": mean, "rmse": error}}
+    names, size = task.labels or (), len(task.labels or ())
+    predictions, (usual, share) = predicted(task, outputs), majority_baseline(labels)
+    if task.is_multilabel:
+        words: list[Json] = [
+            name for name, has in zip(names, usual, strict=True) if has
+        ]
+        baseline: dict[str, Json] = {"labels": words, "subset_accuracy": share}
+        claimed, true = predictions, labels
+    else:
+        baseline = {"label": names[int(usual)], "accuracy": share}
+        claimed, true = (np.equal.outer(x, range(size)) for x in (predictions, labels))
+    found: dict[str, Json] = {"majority_baseline": baseline}
+    columns = [column.tolist() for column in _scores(claimed, true)]
+    found["classes"] = {
+        name: dict(zip(_Scores._fields, scores, strict=True))
+        for name, *scores in zip(names, *columns, strict=True)
+    }
+    if not task.is_multilabel and size <= _MOST_CLASSES:
+        pairs = np.bincount(size * labels + predictions, minlength=size**2)
+        found["confusion_matrix"] = pairs.reshape(size, size).tolist()
+    return found
+
+
+def predicted(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """Returns values `[N]`, classes `[N]`, or whether every label fits `[N, C]`."""
+    if task.is_regression:
+        return outputs.ravel()
+    # The sigmoid of a logit is above one half exactly if the logit is positive.
+    return (outputs > 0) if task.is_multilabel else outputs.argmax(axis=-1)
 
 
 def majority_baseline(labels: np.ndarray) -> tuple[np.ndarray, float]:
@@ -193,7 +320,7 @@ def one_class_warning(
       "all 3 predictions are 'entailment'. Always predictin"
     """
     outputs = np.asarray(outputs)
-    predictions = _predictions(task, outputs)
+    predictions = predicted(task, outputs)
     is_varied = np.any(predictions != predictions[0])
     if is_varied or len(predictions) < 2 or not np.isfinite(outputs).all():
         return None
@@ -208,14 +335,6 @@ def one_class_warning(
         f"{_answer(task, usual)}, the most frequent answer, is right for {share:.4f} "
         "of the examples."
     )
-
-
-def _predictions(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """Returns values, classes, or 0 or 1 for every label."""
-    if task.is_regression:
-        return outputs.ravel()
-    # The sigmoid of a logit is above one half exactly if the logit is positive.
-    return (outputs > 0) if task.is_multilabel else outputs.argmax(axis=-1)
 
 
 def _answer(task: Task, label: np.ndarray) -> str:

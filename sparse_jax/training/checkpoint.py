@@ -56,6 +56,7 @@ class Checkpoints:
     Attributes:
       earlier: positions of the entries that earlier selections chose, by leaf; saved
         and restored with their values.
+      pinned: step of a checkpoint to keep beside the newest; None is none.
 
     Args:
       directory: of the run.
@@ -77,6 +78,7 @@ class Checkpoints:
         self._tuner, self._placement, self._keep = tuner, placement, keep
         self._before = before
         self.earlier: dict[str, np.ndarray] = {}
+        self.pinned: int | None = None
         self._writer: threading.Thread | None = None
         # Compiled, because on a mesh every operation by itself is a program to compile.
         self._copied = {
@@ -162,6 +164,27 @@ class Checkpoints:
             )
         return state, Position()
 
+    def at_pinned(self, state: CompactState) -> CompactState | None:
+        """Returns the state of the pinned checkpoint, for which `state` is donated.
+
+        It is None, and `state` is left, if the checkpoint cannot be read, which is
+        reported.
+        """
+        self.close()
+        assert self.pinned is not None
+        found = None
+        try:
+            found = self._read(self.pinned, state)
+        # A damaged file may raise anything at all.
+        except Exception as error:
+            _log.warning(
+                "the best model, %s, cannot be read (%s): the last one is kept",
+                self._folder / str(self.pinned),
+                reason_of_orbax(error),
+            )
+        require_agreement("best model", found and found[1])
+        return found and self._rebuilt(state, found[0], found[1], None)
+
     def close(self) -> None:
         """Waits until what was begun is written."""
         if self._writer is not None:
@@ -185,7 +208,8 @@ class Checkpoints:
             finally:
                 self._remove_unfinished()
             for step in self._steps()[self._keep :]:
-                self._remove(str(step))
+                if step != self.pinned:
+                    self._remove(str(step))
         # Orbax passes on what its threads met: the run can do without a checkpoint.
         except Exception as error:
             self._report(reason_of_orbax(error))

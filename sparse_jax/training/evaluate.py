@@ -3,25 +3,50 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.use import apply_adapter, base_folder
-from sparse_jax.data.glue import CAUSAL, TASKS
+from sparse_jax.data.examples import Splits
+from sparse_jax.data.files import is_file, load_one
+from sparse_jax.data.glue import CAUSAL, TASKS, find_task
 from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.interchange.open_adapter import open_adapter
+from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.functional import Params
 from sparse_jax.models.hf.labels import are_numbers, label_leaves, use_of_head
+from sparse_jax.training.feed import Feed
 from sparse_jax.training.forgetting import distance_of
-from sparse_jax.training.objective import Objective, Results, flattened
+from sparse_jax.training.objective import Evaluated, Objective, flattened
+from sparse_jax.training.output_folder import CONFIG
+from sparse_jax.training.run_files import read_json
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.setup import Base, load_model_and_data
 
-__all__ = ["evaluate_adapter"]
+__all__ = ["adapted", "evaluate_adapter", "opened"]
 
 # What the evaluation of an adapter takes from the run that wrote it.
 _KEPT = (
     "dtype", "seed", "max_length", "batch_size", "loss_on", "packing", "template",
     "held_out", "drop_unlabeled",
 )  # fmt: skip
+
+
+class Opened(NamedTuple):
+    """An adapter, and the settings that it is evaluated by."""
+
+    adapter: Adapter
+    settings: Settings
+
+
+class Adapted(NamedTuple):
+    """A base with an adapter on it, and what it is evaluated on."""
+
+    objective: Objective
+    base: Base
+    feed: Feed
+    params: Params
+    attachment: Attachment
 
 
 def evaluate_adapter(
@@ -33,10 +58,12 @@ def evaluate_adapter(
     data: str | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
+    max_eval_samples: int | None = None,
     drop_unlabeled: bool = False,
     mesh: str | None = None,
     text: str | Path | None = None,
-) -> dict[str, float]:
+    report: bool = False,
+) -> dict[str, Any]:
     """Returns the metrics of an adapter, those that its run reported.
 
     Args:
@@ -46,20 +73,69 @@ def evaluate_adapter(
       task: None is the task of the adapter.
       labels: of a classifier that has only numbers for them, as those of PEFT mostly
         do, in the order of its outputs; none are those that it names.
-      data: folder of the task's files; None asks the Hub. Of the file that a causal
-        language model was trained on, the part held out; of others, all.
+      data: a file, or the folder of the task's files; None is that of the run, of an
+        adapter alone GLUE on the Hub. Of the file that a causal language model was
+        trained on, the part held out; of others, all.
       batch_size: examples at a time; None is as in training.
       max_length: most tokens of an example; None is as in training.
+      max_eval_samples: most examples of every split, spread evenly; None is all.
       drop_unlabeled: whether to leave out rows without a label, as the adapter's run
         may have done.
       mesh: devices to share the work, such as "data=4"; None is one device.
       text: file of texts that the adapter was not trained on, to measure what it has
         changed there. The metrics of `make_comparison` bear the name of a split `text`;
         of a decoder without `data` they are all. A few thousand tokens are enough.
+      report: whether to return, as `report`, what `metrics.report` says of every split
+        with labels: scores of every class, a confusion matrix, a baseline.
 
     Raises:
       InputError: if the adapter cannot be read, the base is another one, or the data
         are wrong or have other labels.
+    """
+    passed = {"batch_size": batch_size, "max_length": max_length}
+    passed["max_eval_samples"] = max_eval_samples
+    passed["drop_unlabeled"] = drop_unlabeled or None
+    found = opened(adapter, model, task, labels, data, text, mesh=mesh, **passed)
+    settings, splits = found.settings, None
+    if not settings.is_causal and is_file(settings.data):
+        one = load_one(
+            find_task(settings.task),
+            settings.data,
+            found.adapter.labels,
+            drop_unlabeled=settings.drop_unlabeled,
+        )
+        splits = Splits(one.task, {"validation": one.examples})
+    ready = adapted(found, splits)
+    results, reports = Evaluated({"validation": {}}, {})
+    if not (text is not None and data is None and settings.is_causal):
+        evaluate = ready.objective.make_evaluate(
+            ready.base.model, ready.attachment, ready.feed, ready.base.placement
+        )
+        results, reports = evaluate(ready.params, ready.attachment.trained)
+    if text is not None:
+        base, ready = ready.base, None
+        results["text"] = distance_of(found.adapter, base, text, settings)
+    metrics: dict[str, Any] = {**flattened(results)}
+    return {**metrics, "report": reports} if report and reports else metrics
+
+
+def opened(
+    adapter: str | Path,
+    model: str | None,
+    task: str | None,
+    labels: Sequence[str],
+    data: str | None,
+    text: str | Path | None = None,
+    **passed: Any,
+) -> Opened:
+    """Opens an adapter, and returns it with the settings that it is evaluated by.
+
+    Args:
+      adapter, model, task, labels, data, text: as of `evaluate_adapter`.
+      **passed: other settings; None is as in training.
+
+    Raises:
+      InputError: if it cannot be read, or no task or data are named.
     """
     found = open_adapter(adapter, model, task, labels)
     if not (task or found.task):
@@ -68,33 +144,65 @@ def evaluate_adapter(
             "of GLUE, or `classification` with the folder of your own data as --data."
         )
     kept = {name: found.settings.get(name) for name in _KEPT}
-    passed = {"max_length": max_length, "batch_size": batch_size}
-    passed["drop_unlabeled"] = drop_unlabeled or None
-    kept |= {name: value for name, value in passed.items() if value is not None}
     task = task or found.task
-    is_text_alone = text is not None and data is None and task.lower() == CAUSAL
+    if data is None and text is not None and task.lower() == CAUSAL:
+        data = str(text)
+    elif data is None and task == found.task:
+        kept |= _own_data(Path(adapter))
+    else:
+        kept["data"] = data
+    kept |= {name: value for name, value in passed.items() if value is not None}
     settings = Settings(
         model=str(base_folder(found, model)),
         task=task,
         output="",
-        data=str(text) if is_text_alone else data,
-        mesh=mesh,
-        **{name: value for name, value in kept.items() if value is not None},
+        **{"data": data, **{k: v for k, v in kept.items() if v is not None}},
     )
-    objective, base, feed = load_model_and_data(settings, adapter=found)
-    _require_labels(found, objective)
-    _require_same_head(found, objective, base)
+    return Opened(found, settings)
+
+
+def _own_data(run: Path) -> dict[str, Any]:
+    """Returns the data that a run names, if they are on this machine.
+
+    Raises:
+      InputError: if they are not.
+    """
+    config = (run if run.is_dir() else run.parent) / CONFIG
+    said = read_json(config).get("settings") if config.is_file() else None
+    if not isinstance(said, dict) or said.get("data") is None:
+        return {}
+    more = said.get("eval_data") or ()
+    for place in (said["data"], *(one.partition("=")[2] or one for one in more)):
+        # Nothing is fetched that a file names.
+        if not isinstance(place, str) or not Path(place).exists():
+            raise InputError(
+                f"`data` must be given, as that of the run, {brief(place)}, is not "
+                "here. Pass the file or folder."
+            )
+    return {"data": said["data"], "eval_data": tuple(more) or None}
+
+
+def adapted(found: Opened, splits: Splits | None = None) -> Adapted:
+    """Returns a base with an adapter on it, and its data.
+
+    Args:
+      found: the adapter.
+      splits: labeled examples, in place of those that the settings name.
+
+    Raises:
+      InputError: if the base is another one, or the data are wrong or have other
+        labels.
+    """
+    adapter, settings = found
+    objective, base, feed = load_model_and_data(
+        settings, adapter=adapter, splits=splits
+    )
+    _require_labels(adapter, objective)
+    _require_same_head(adapter, objective, base)
     params, attachment = apply_adapter(
-        base.params, found, base_hash=base.hash, model=base.model, new=base.new
+        base.params, adapter, base_hash=base.hash, model=base.model, new=base.new
     )
-    results: Results = {"validation": {}}
-    if not is_text_alone:
-        evaluate = objective.make_evaluate(base.model, attachment, feed, base.placement)
-        results = evaluate(params, attachment.trained)
-    if text is not None:
-        del params
-        results["text"] = distance_of(found, base, text, settings)
-    return flattened(results)
+    return Adapted(objective, base, feed, params, attachment)
 
 
 def _require_labels(adapter: Adapter, objective: Objective) -> None:

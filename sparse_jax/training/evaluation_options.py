@@ -1,11 +1,13 @@
 """The options of evaluations, which the help of the command line reads."""
 
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_jax.data.glue import CAUSAL
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.params.fields import setting
 
@@ -17,12 +19,41 @@ __all__ = ["EvaluationOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """When a run is evaluated, and how far it may take a decoder from its base."""
+    """When and on what a run is evaluated, and which of its models is kept."""
 
     eval_every: int | None = setting(
         None,
         "Updates between two evaluations; every epoch ends with one, too.",
         "an epoch",
+    )
+    eval_on_start: bool = setting(False, "Also evaluate before the first update.")
+    eval_data: tuple[str, ...] | None = setting(
+        None,
+        "Another file to evaluate on, as FILE or NAME=FILE; may be repeated. Of a "
+        "single file of texts nothing is held out then.",
+        "none",
+    )
+    max_eval_samples: int | None = setting(
+        None,
+        "Most examples of every split to evaluate on, spread evenly over it.",
+        "all",
+    )
+    load_best_model_at_end: bool = setting(
+        False, "End with the best of the models that were evaluated, not the last one."
+    )
+    metric_for_best_model: str | None = setting(
+        None,
+        "Metric that models are compared by, such as loss or accuracy; of splits after "
+        "the first as in accuracy_test. Whether less is better is known.",
+        "the first of the task",
+    )
+    early_stopping_patience: int | None = setting(
+        None,
+        "Evaluations in a row without a better model that end the training.",
+        "never",
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "How much better the metric must be to count for early stopping."
     )
     kl_text: str | None = setting(
         None,
@@ -55,7 +86,9 @@ class EvaluationOptions:
           method: of the run.
           reselect_every: updates between two selections of the run.
         """
-        for name in ("eval_every", "kl_budget"):
+        for name in (
+            "eval_every", "kl_budget", "early_stopping_patience", "max_eval_samples",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"`{name}` must be positive, got {value}.")
@@ -66,6 +99,8 @@ class EvaluationOptions:
                     f"`{other}` must be given with `{name}`, got nothing. The text is "
                     "a file that is not trained on, the budget a KL divergence there."
                 )
+        self._require_best(reselect_every)
+        _ = self.eval_files
         if self.kl_text is None:
             return
         if task.lower() != CAUSAL:
@@ -91,3 +126,58 @@ class EvaluationOptions:
                 f"`kl_budget` must be left out with {kind.__name__}, got "
                 f"{self.kl_budget}: it changes the base before it is trained."
             )
+
+    @property
+    def chooses_model(self) -> bool:
+        """Whether the models that are evaluated are compared."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @property
+    def eval_files(self) -> dict[str, str]:
+        """The files of `eval_data` by the names of their splits.
+
+        Raises:
+          InputError: if two have one name.
+        """
+        found: dict[str, str] = {}
+        for one in self.eval_data or ():
+            named = re.fullmatch(r"([\w-]+)=(.+)", one)
+            name, path = named.groups() if named else (Path(one).stem, one)
+            if name in (*found, "train", "text"):
+                raise InputError(
+                    f"`eval_data` must have a name of its own for every file, got "
+                    f"{brief(name)} for {brief(path)}. Pass it as NAME=FILE."
+                )
+            found[name] = path
+        return found
+
+    def _require_best(self, reselect_every: int | None) -> None:
+        """Raises if the choice of a model breaks a rule."""
+        threshold = self.early_stopping_threshold
+        if not 0 <= threshold < math.inf:
+            raise InputError(
+                f"`early_stopping_threshold` must not be negative, got {threshold}."
+            )
+        if threshold and self.early_stopping_patience is None:
+            raise InputError(
+                "`early_stopping_threshold` must come with `early_stopping_patience`, "
+                f"got {threshold} alone."
+            )
+        if self.metric_for_best_model is not None and not self.chooses_model:
+            raise InputError(
+                "`metric_for_best_model` must come with `load_best_model_at_end` or "
+                f"`early_stopping_patience`, got {self.metric_for_best_model!r} alone."
+            )
+        others = {"kl_budget": self.kl_budget, "reselect_every": reselect_every}
+        for name, value in others.items():
+            if self.load_best_model_at_end and value is not None:
+                raise InputError(
+                    f"`load_best_model_at_end` must be left out with `{name}`, got "
+                    f"both: {_REASONS[name]}."
+                )
+
+
+_REASONS = {
+    "kl_budget": "the strength of the last model is lowered to the budget",
+    "reselect_every": "the base is not kept at the entries of later selections",
+}

@@ -120,10 +120,12 @@ def labeled_feed(
     """
     positions = model.config.max_positions
     length = settings.max_length or min(MAX_LENGTH, positions)
-    encoded = {
-        name: encode(examples, tokenizer, max_length=length, positions=positions)
-        for name, examples in splits.items()
-    }
+    encoded = {}
+    for name, examples in splits.items():
+        if (few := _few(name, len(examples), settings)) is not None:
+            examples = examples.take(few)
+        bounds = {"max_length": length, "positions": positions}
+        encoded[name] = encode(examples, tokenizer, **bounds)
     for name, part in encoded.items():
         _require_embedded(part.input_ids, model)
         _require_embedded(part.token_type_ids or (), model, kind="token type")
@@ -160,10 +162,16 @@ def causal_feed(
     positions = model.config.max_positions
     length = settings.max_length or min(_CAUSAL_MAX_LENGTH, positions)
     bounds = {"max_length": length, "positions": positions}
-    sequences = {
-        name: tokenize(part, tokenizer, **bounds, loss=settings.resolved_loss_on)
-        for name, part in splits.items()
-    }
+    sequences = {}
+    for name, texts in splits.items():
+        if (few := _few(name, len(texts), settings)) is not None:
+            texts = [texts[i] for i in few]
+        part = tokenize(texts, tokenizer, **bounds, loss=settings.resolved_loss_on)
+        # A long text is many sequences.
+        if (few := _few(name, len(part), settings)) is not None:
+            ids, marks = ([x[i] for i in few] for x in (part.input_ids, part.is_target))
+            part = replace(part, input_ids=ids, is_target=marks)
+        sequences[name] = part
     for name, part in sequences.items():
         _require_embedded(part.input_ids, model)
         pad_id = _embedded_pad(part.pad_id, model)
@@ -182,6 +190,17 @@ def causal_feed(
         ),
         end_ids=tuple(sorted({*chain.from_iterable(part.end_ids for part in parts)})),
     )
+
+
+def _few(split: str, count: int, settings: Settings) -> Sequence[int] | None:
+    """Returns the examples of a split to evaluate on, None if these are all.
+
+    They are spread evenly: files are often sorted by their labels.
+    """
+    most = settings.max_eval_samples
+    if split == "train" or most is None or most >= count:
+        return None
+    return [i * count // most for i in range(most)]
 
 
 def _require_embedded(

@@ -22,12 +22,13 @@ from sparse_jax.sharding.processes import (
     require_agreement,
 )
 from sparse_jax.sharding.runner import MeshRunner
+from sparse_jax.training.best_model import BestModel, best_model_of
 from sparse_jax.training.build import Job, make_job
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.feed import usage_text
 from sparse_jax.training.kl_budget import KlBudget
-from sparse_jax.training.loop import Loop, stop_signals
-from sparse_jax.training.objective import Results
+from sparse_jax.training.loop import Loop
+from sparse_jax.training.objective import Evaluated
 from sparse_jax.training.output_folder import NAMED, require_unlocked, require_usable
 from sparse_jax.training.progress import (
     bytes_shown,
@@ -48,6 +49,7 @@ from sparse_jax.training.results import (
 )
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.settings import Settings
+from sparse_jax.training.stop_signals import stop_signals
 
 __all__ = ["finetune"]
 
@@ -97,6 +99,7 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Json]:
     require_agreement("settings", settings.record())
     on_first_process(lambda: require_unlocked(Path(settings.output)))
     job = make_job(settings)
+    best = best_model_of(job)
     about = provenance(job)
     same = [about[name] for name in (*NAMED, "base_config")]
     require_agreement("model, data and adapters", same)
@@ -113,10 +116,12 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Json]:
             _log.info("the run in %s is complete: nothing to resume", directory.path)
             return metrics
         with job.base.placement.active():
-            return _run(job, directory, warnings)
+            return _run(job, directory, warnings, best)
 
 
-def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Json]:
+def _run(
+    job: Job, directory: RunDirectory, warnings: list[str], best: BestModel | None
+) -> dict[str, Json]:
     """Trains, from the last checkpoint if there is one, and returns the metrics."""
     tuner, placement = job.tuner(), job.base.placement
     runner, key = MeshRunner(tuner, placement), jax.random.key(job.settings.seed)
@@ -149,9 +154,14 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
             evaluate = _evaluate(job, tuner, state)
             loop = Loop(
                 job, runner, evaluate, directory, checkpoints, progress, signals, patch,
-                first, budget,
+                first, budget, best,
             )  # fmt: skip
             state, at = loop.run(state, at)
+            step, best_step = at.batches, checkpoints.pinned
+            if best_step not in (None, step):
+                found = checkpoints.at_pinned(state)
+                best_step = None if found is None else best_step
+                state, step = (state, step) if found is None else (found, best_step)
     if job.settings.patch_every is not None:
         patch(state, at.batches)
     # All processes hold parts of it; the first one writes it.
@@ -163,13 +173,14 @@ def _run(job: Job, directory: RunDirectory, warnings: list[str]) -> dict[str, Js
     if is_first_process():
         draw_pictures(job, directory)
     metrics = {
-        **metrics_of(job, directory.rows),
+        **metrics_of(job, directory.rows, step),
         "trained_parameters": counts.trained,
         "trained_parameters_without_head": counts.trained_without_head,
         "total_parameters": counts.total,
         "optimizer_bytes": optimizer_bytes(state),
         "adapter_bytes": size,
         "steps": at.batches - at.skipped,
+        "best_step": best_step,
         "skipped_batches": at.skipped,
         "peak_memory_bytes": peak_bytes(),
         "learning_rate": job.settings.resolved_learning_rate,
@@ -202,7 +213,7 @@ def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
 
 def _evaluate(
     job: Job, tuner: Tuner, state: CompactState
-) -> Callable[[CompactState], Results]:
+) -> Callable[[CompactState], Evaluated]:
     """Returns the evaluation of states like this one."""
     evaluate = job.objective.make_evaluate(
         job.base.model, tuner.attach(state), job.feed, job.base.placement

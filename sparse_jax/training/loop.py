@@ -3,13 +3,9 @@
 import itertools
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import NoReturn
 
 import jax
@@ -20,92 +16,22 @@ from sparse_jax.data.batches import Batch
 from sparse_jax.errors import InputError
 from sparse_jax.models.modules import Inputs
 from sparse_jax.params.fields import Json
-from sparse_jax.sharding.processes import of_all_processes
 from sparse_jax.sharding.runner import MeshRunner
+from sparse_jax.training.best_model import BestModel
 from sparse_jax.training.build import Job
 from sparse_jax.training.checkpoint import Checkpoints, Position
 from sparse_jax.training.kl_budget import KlBudget
-from sparse_jax.training.objective import Metrics, Results
+from sparse_jax.training.objective import Evaluated, Metrics
 from sparse_jax.training.optimizer import learning_rate_at
 from sparse_jax.training.progress import Progress
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.run_files import skipped_at_end
 from sparse_jax.training.start import note_entries
+from sparse_jax.training.stop_signals import StopSignals
 
-__all__ = ["Loop", "StopSignals", "stop_signals"]
+__all__ = ["Loop"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _log = logging.getLogger(__name__)
-
-
-class StopSignals:
-    """Remembers that a run was asked to stop, until the run is ready for it.
-
-    A second signal, and one that comes where nothing is left to save, stops at once.
-    """
-
-    def __init__(self):
-        self._received, self._is_at_once = 0, False
-
-    def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Takes a signal, as a handler of `signal.signal`."""
-        del frame
-        if self._received or self._is_at_once:
-            _stop(number)
-        self._received = number
-        name = signal.Signals(number).name
-        _log.warning("%s: saving after this update; once more stops at once", name)
-
-    def requested(self) -> int:
-        """Returns the signal that any of the processes received, or 0."""
-        # All of them save the same step: signals reach hosts at different times.
-        return int(of_all_processes(np.asarray(self._received, np.int32)).max())
-
-    def stop_if_requested(self) -> None:
-        """Leaves the run if it was asked to stop; all it has is saved by now.
-
-        Raises:
-          KeyboardInterrupt: after SIGINT.
-          SystemExit: with the exit code 143 after SIGTERM.
-        """
-        if number := self.requested():
-            _stop(number)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Lets signals stop what changes nothing, such as an evaluation."""
-        self.stop_if_requested()
-        self._is_at_once = True
-        try:
-            yield
-        finally:
-            self._is_at_once = False
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopSignals]:
-    """Yields the signals SIGINT and SIGTERM, which do not end the program meanwhile.
-
-    Only the main thread may take signals: in any other one they act as before.
-    """
-    signals = StopSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    before = {number: signal.signal(number, signals.receive) for number in _SIGNALS}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stop(number: int) -> NoReturn:
-    """Raises what a signal stands for."""
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
-
 
 # Batches in a row whose loss or gradient is not finite. Some are bad luck; a model that
 # has diverged does not come back.
@@ -122,7 +48,7 @@ class Loop:
     Attributes:
       job: what is trained, on which batches.
       runner: makes the updates.
-      evaluate: state -> metrics of every split.
+      evaluate: state -> what is found on every split.
       directory: takes the rows.
       checkpoints: of the states.
       progress: is reported to.
@@ -131,11 +57,12 @@ class Loop:
         the selection there are none.
       before: makes the updates before the selection, if there are any.
       budget: compares states with the base on a text; None where there is no text.
+      best: compares the states that are evaluated; None if they are not.
     """
 
     job: Job
     runner: MeshRunner
-    evaluate: Callable[[CompactState], Results]
+    evaluate: Callable[[CompactState], Evaluated]
     directory: RunDirectory
     checkpoints: Checkpoints
     progress: Progress
@@ -143,6 +70,7 @@ class Loop:
     patch: Callable[[CompactState, int], None]
     before: MeshRunner | None = None
     budget: KlBudget | None = None
+    best: BestModel | None = None
     _shapes: set[tuple[bool, tuple[int, ...]]] = field(default_factory=set)
     _known: dict[str, Json] = field(default_factory=dict)
 
@@ -164,6 +92,10 @@ class Loop:
         """
         length, total = self.job.feed.batches_per_epoch, self.job.total
         epoch = 0
+        self._pin()
+        if self.job.settings.eval_on_start and not at.batches:
+            with self.signals.at_once():
+                state = self._evaluate(state, at, -1)
         for epoch in range(math.ceil(total / length)):
             end = min((epoch + 1) * length, total)
             if at.batches > end:
@@ -171,8 +103,10 @@ class Loop:
             if at.batches < end:
                 state, at = self._epoch(epoch, state, at, end)
                 self._save(state, at)
-            with self.signals.at_once():
-                state = self._evaluate(state, at, epoch)
+            # What stops the training in an epoch is an evaluation.
+            if not self._is_stopped:
+                with self.signals.at_once():
+                    state = self._evaluate(state, at, epoch)
             if self._is_stopped:
                 break
         if at.skipped == at.batches:
@@ -201,8 +135,15 @@ class Loop:
 
     @property
     def _is_stopped(self) -> bool:
-        """Whether that ends the training."""
+        """Whether that, or the want of a better model, ends the training."""
+        if self.best is not None and self.best.is_over(self.directory.rows):
+            return True
         return self.job.settings.kl_stop and self._is_over
+
+    def _pin(self) -> None:
+        """Has the checkpoint of the best model so far kept."""
+        if self.best is not None and self.job.settings.load_best_model_at_end:
+            self.checkpoints.pinned = self.best.standing(self.directory.rows).step
 
     def _epoch(
         self, epoch: int, state: CompactState, at: Position, end: int
@@ -378,13 +319,25 @@ class Loop:
     ) -> CompactState:
         """Evaluates every split, and compares with the base; adds `more` to rows."""
         self.progress.wait("evaluating")
-        results = self.evaluate(state)
+        results, reports = self.evaluate(state)
         if self.budget is not None:
             state, self._text = self.budget.measure(state)
             results["text"] = self._text
+        rows = self.directory.rows
         for split, metrics in results.items():
-            place = {"step": at.batches, "epoch": epoch + 1, "split": split}
-            self.directory.add_row({**place, **metrics, **more})
+            row = {"step": at.batches, "epoch": epoch + 1, "split": split, **metrics}
             words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            # Without entries there is no adapter; after batches that were skipped,
+            # there is no checkpoint.
+            is_compared = at.is_selected and not skipped_at_end(rows)
+            if self.best is not None and split == self.best.split and is_compared:
+                row["is_best"] = self.best.is_better(rows, metrics)
+                words += "  (best so far)" if row["is_best"] else ""
+            if split in reports:
+                row["report"] = reports[split]
+            self.directory.add_row({**row, **more})
             self.progress.note(f"epoch {epoch + 1}  {split}  {words}")
+        self._pin()
+        if self.best is not None and self.best.is_over(self.directory.rows):
+            self.progress.note(self.best.reason)
         return state

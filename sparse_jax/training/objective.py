@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +12,30 @@ import numpy as np
 import optax
 
 from sparse_jax.compact.compact import Loss
+from sparse_jax.data.batches import Batch
 from sparse_jax.data.glue import CAUSAL, Task
-from sparse_jax.data.metrics import evaluate, one_class_warning
+from sparse_jax.data.metrics import evaluate, one_class_warning, report
 from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.next_token import summed_token_loss
+from sparse_jax.params.fields import Json
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.training.feed import Feed
 
 __all__ = [
     "Evaluate",
+    "Evaluated",
     "Metrics",
     "Objective",
+    "Outputs",
     "Results",
     "classification",
     "flattened",
     "head_bias",
     "language_modeling",
     "make_loss",
+    "make_outputs",
     "make_token_loss",
     "model_inputs",
     "perplexity",
@@ -46,8 +51,20 @@ _LARGEST = 709.0
 
 Metrics = dict[str, float]
 Results = dict[str, Metrics]  # by evaluation split
-# (parameters, arrays of the attachment) -> metrics of every evaluation split
-Evaluate = Callable[[optax.Params, LayerValues], Results]
+Report = Mapping[str, Json]  # of a split, beside its metrics
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation finds on every split."""
+
+    results: Results
+    reports: Mapping[str, Report]  # of classes and values
+
+
+# (parameters, arrays of the attachment) -> what is found on every evaluation split
+Evaluate = Callable[[optax.Params, LayerValues], Evaluated]
+# (parameters, arrays of the attachment, batch) -> outputs of its examples
+Outputs = Callable[[optax.Params, LayerValues, Batch], np.ndarray]
 _Arrays = Mapping[str, jax.Array]
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
 
@@ -58,7 +75,7 @@ class Objective:
 
     name: str  # the task, as on the command line
     labels: tuple[str, ...]  # names of the classes, none if there are no classes
-    primary: str  # the metric that pictures show
+    metrics: tuple[str, ...]  # the first is the one that pictures show
     loss_name: str  # the loss and its unit
     head: tuple[str, ...]  # subtrees of the parameters that belong to the task
     # What an adapter has to say for its evaluation to be repeated.
@@ -66,6 +83,11 @@ class Objective:
     make_loss: Callable[..., Loss]  # (model, checkpointing=) -> what training minimizes
     # Returns the evaluation of a model with an attachment of this structure.
     make_evaluate: Callable[[Model, Attachment, Feed, Placement], Evaluate]
+
+    @property
+    def primary(self) -> str:
+        """The metric that pictures show, and that models are compared by."""
+        return self.metrics[0]
 
 
 def flattened(results: Mapping[str, Metrics]) -> Metrics:
@@ -109,38 +131,29 @@ def classification(task: Task, settings: Mapping[str, Any]) -> Objective:
     def make_evaluate(
         model: Model, attachment: Attachment, feed: Feed, placement: Placement
     ) -> Evaluate:
-        # The arrays of the attachment are an argument, so that training and a loaded
-        # adapter run the same program and give the same bits.
-        @placement.compiled
-        def predict(params: Params, trained: LayerValues, inputs: _Arrays) -> jax.Array:
-            return model(
-                params, inputs, attachment=attachment._replace(trained=trained)
-            )
+        outputs_of = make_outputs(model, attachment, placement)
 
-        def run(params: optax.Params, trained: LayerValues) -> Results:
-            results = {}
+        def run(params: optax.Params, trained: LayerValues) -> Evaluated:
+            results, reports = {}, {}
             for split, batches in feed.evaluation.items():
                 outputs, labels = [], []
                 for batch in batches:
-                    is_example = batch["weights"] == 1
-                    logits = predict(
-                        params, trained, placement.put(model_inputs(batch))
-                    )
-                    outputs.append(np.asarray(logits)[is_example])
-                    labels.append(batch["labels"][is_example])
+                    outputs.append(outputs_of(params, trained, batch))
+                    labels.append(batch["labels"][batch["weights"] == 1])
                 found = np.concatenate(outputs), np.concatenate(labels)
                 results[split] = evaluate(task, *found)
+                reports[split] = report(task, *found)
                 warning = one_class_warning(task, *found)
                 if warning is not None and is_first_process():
                     _log.warning("%s: %s", split, warning)
-            return results
+            return Evaluated(results, reports)
 
         return run
 
     return Objective(
         name=task.name,
         labels=task.labels or (),
-        primary=task.primary,
+        metrics=(*task.metrics, "loss"),
         loss_name="squared error" if task.is_regression else f"cross-entropy{per}",
         head=("classifier",),
         settings=settings,
@@ -170,7 +183,7 @@ def language_modeling(settings: Mapping[str, Any]) -> Objective:
         ) -> tuple[jax.Array, jax.typing.ArrayLike]:
             return loss(params, batch, None, attachment._replace(trained=trained))
 
-        def run(params: optax.Params, trained: LayerValues) -> Results:
+        def run(params: optax.Params, trained: LayerValues) -> Evaluated:
             results = {}
             for split, batches in feed.evaluation.items():
                 # Python adds in float64: a split may have millions of tokens.
@@ -180,20 +193,42 @@ def language_modeling(settings: Mapping[str, Any]) -> Objective:
                     total, weight = total + float(part), weight + float(part_weight)
                 mean = total / weight
                 results[split] = {"loss": mean, "perplexity": perplexity(mean)}
-            return results
+            return Evaluated(results, {})
 
         return run
 
     return Objective(
         name=CAUSAL,
         labels=(),
-        primary="loss",
+        metrics=("loss", "perplexity"),
         loss_name="cross-entropy, nats per token",
         head=(),
         settings=settings,
         make_loss=make_token_loss,
         make_evaluate=make_evaluate,
     )
+
+
+def make_outputs(model: Model, attachment: Attachment, placement: Placement) -> Outputs:
+    """Returns what computes the outputs of a classifier, `[N, C]` for N examples.
+
+    Args:
+      model: a classifier.
+      attachment: of this structure; its arrays are an argument of the result.
+      placement: of the parameters.
+    """
+
+    # The arrays of the attachment are an argument, so that training and a loaded
+    # adapter run the same program and give the same bits.
+    @placement.compiled
+    def predict(params: Params, trained: LayerValues, inputs: _Arrays) -> jax.Array:
+        return model(params, inputs, attachment=attachment._replace(trained=trained))
+
+    def outputs(params: optax.Params, trained: LayerValues, batch: Batch) -> np.ndarray:
+        found = predict(params, trained, placement.put(model_inputs(batch)))
+        return np.asarray(found)[batch["weights"] == 1]
+
+    return outputs
 
 
 def make_loss(

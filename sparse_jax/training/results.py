@@ -25,7 +25,7 @@ from sparse_jax.params.names import first_match
 from sparse_jax.supports.roles import FROZEN, SPARSE, Role, map_roles
 from sparse_jax.training.build import Job
 from sparse_jax.training.figures import draw_curve, draw_layers
-from sparse_jax.training.objective import Results, flattened
+from sparse_jax.training.objective import Evaluated, flattened
 from sparse_jax.training.output_folder import CURVE, LAYERS
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.run_files import (
@@ -199,15 +199,22 @@ def draw_pictures(job: Job, directory: RunDirectory) -> None:
         directory.draw(LAYERS, lambda path: draw_layers(path, rows, **about))
 
 
-def metrics_of(job: Job, rows: MetricRows) -> dict[str, Json]:
-    """Returns what `metrics.json` says that follows from the rows of a run."""
-    results = _last_results(rows)
+def metrics_of(job: Job, rows: MetricRows, step: int) -> dict[str, Json]:
+    """Returns what `metrics.json` says that follows from the rows of a run.
+
+    Args:
+      job: the run.
+      rows: all of them.
+      step: updates of the model that the run ends with.
+    """
+    results, reports = _results_at(rows, step)
     vocab_size = job.base.model.config.vocab_size
     for line in outcome_warnings(rows, results, vocab_size):
         _log.warning(line)
     return {
         "eval": flattened(results),
         "splits": results,
+        "reports": reports,
         **_speed(rows),
         "selection_seconds": selection_seconds(rows),
     }
@@ -219,16 +226,18 @@ def kl_of(job: Job, rows: MetricRows) -> dict[str, Json]:
     return {"kl_budget": job.settings.kl_budget, "strength": strength}
 
 
-def _last_results(rows: MetricRows) -> Results:
-    """Returns the metrics of the last evaluation, by split, a text last."""
-    last = [row for row in evaluations_of(rows) if row["step"] == rows[-1]["step"]]
-    place = ("step", "epoch", "split", "strength")
-    found: Results = {}
-    for row in last:
-        # A text may be compared before and after the others are evaluated.
-        found.pop(row["split"], None)
-        found[row["split"]] = {k: v for k, v in row.items() if k not in place}
-    return found
+def _results_at(rows: MetricRows, step: int) -> Evaluated:
+    """Returns the last evaluation after some updates, by split, a text last."""
+    place = ("step", "epoch", "split", "strength", "is_best", "report")
+    found, reports = {}, {}
+    for row in evaluations_of(rows):
+        if row["step"] == step:
+            # A text may be compared before and after the others are evaluated.
+            found.pop(row["split"], None)
+            found[row["split"]] = {k: v for k, v in row.items() if k not in place}
+            if "report" in row:
+                reports[row["split"]] = row["report"]
+    return Evaluated(found, reports)
 
 
 def _speed(rows: MetricRows) -> dict[str, float]:

@@ -41,6 +41,7 @@ _COUNTS = (
 )  # fmt: skip
 _LARGEST = 2.0**1000
 _OF_UPDATES = ("seconds", "tokens", "is_compiling")  # beside the loss, null or not
+_OF_EVALUATIONS = ("split", "report")  # are no numbers
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -147,7 +148,8 @@ def _row(place: str, line: bytes) -> dict[str, Any]:
                 f"{place} must have a name as `split`, got {brief(row['split'])}. "
                 f"{_REMEDY}"
             )
-        wrong = [name for name in row if name != "split" and not _is_result(row[name])]
+        numbers = [name for name in row if name not in _OF_EVALUATIONS]
+        wrong = [name for name in numbers if not _is_result(row[name])]
     elif updates_of([row]):
         wrong = [name for name in _OF_UPDATES if not _is_number(row.get(name))]
         wrong += [] if _is_result(row["loss"]) else ["loss"]

@@ -18,7 +18,8 @@ from sparse_jax.adapter.use import require_base
 from sparse_jax.data.batches import Encoded
 from sparse_jax.data.chat_template import template_digest, warn_of_template
 from sparse_jax.data.conversations import PROMPTS
-from sparse_jax.data.files import load
+from sparse_jax.data.examples import Splits
+from sparse_jax.data.files import load, require_new_split
 from sparse_jax.data.glue import CAUSAL, find_task
 from sparse_jax.data.instructions import (
     data_files,
@@ -93,7 +94,7 @@ class ModelAndData(NamedTuple):
 
 
 def load_model_and_data(
-    settings: Settings, *, adapter: Adapter | None = None
+    settings: Settings, *, adapter: Adapter | None = None, splits: Splits | None = None
 ) -> ModelAndData:
     """Loads the data and the model that settings name.
 
@@ -101,6 +102,7 @@ def load_model_and_data(
       settings: of a run, or of the run that an adapter comes from.
       adapter: that is evaluated; None trains. Of the file that it was trained on, the
         part held out is used, of any other all; a line says which.
+      splits: labeled examples, in place of those that the settings name.
 
     Raises:
       InputError: for anything wrong with the task, its files, the model's folder, or
@@ -112,7 +114,7 @@ def load_model_and_data(
     if settings.is_causal:
         loaded = _causal(settings, adapter, mesh)
     else:
-        loaded = _labeled(settings, adapter, mesh)
+        loaded = _labeled(settings, adapter, mesh, splits)
     loaded.base.placement.require_batch(settings.batch_size, settings.accumulate)
     feed = loaded.feed
     for split, usage in feed.usage.items() if adapter is not None else ():
@@ -148,16 +150,19 @@ def _load_base(settings: Settings, mesh: Mesh, labels: Sequence[str] | None) -> 
     return Base(folder, base_hash(folder), model, params, new, placement)
 
 
-def _labeled(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAndData:
+def _labeled(
+    settings: Settings, adapter: Adapter | None, mesh: Mesh, splits: Splits | None
+) -> ModelAndData:
     """Returns classes, or numbers, and a model that predicts them."""
     _, config = read_config(local_folder(settings.model))
     # In the order of its outputs; none if it is no encoder, or has no names.
     base_labels = getattr(config, "label_names", None) or ()
-    splits = load(
+    splits = splits or load(
         find_task(settings.task),
         settings.data,
         order=base_labels if adapter is None else adapter.labels,
         drop_unlabeled=settings.drop_unlabeled,
+        more=settings.eval_files,
     )
     if is_first_process():
         for note in splits.notes:
@@ -216,18 +221,24 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
     files = data_files(settings.data)
     hashes = [None if file is None else file_hash(file) for file in files]
     path, part = _part_to_use(settings.data, files, hashes, adapter)
+    held_out = _held_out(settings)
     if part in (_RUN, _HELD_OUT):
-        share = {"held_out": settings.resolved_held_out, "seed": settings.seed}
+        share = {"held_out": held_out or 0.0, "seed": settings.seed}
         splits = load_conversations(path, tokenizer, template=template, **share)
+    elif part == _TRAINED and settings.eval_files:
+        splits = {}
     else:
         splits = load_whole(path, tokenizer, template=template)
+    for name, file in settings.eval_files.items():
+        require_new_split(name, file, splits)
+        (splits[name],) = load_whole(file, tokenizer, template=template).values()
     feed = causal_feed(splits, tokenizer, base.model, settings)
     kept: dict[str, Json] = {
         "max_length": feed.max_length,
         "loss_on": settings.resolved_loss_on,
         "packing": settings.packing,
         "template": settings.resolved_template,
-        "held_out": settings.resolved_held_out,
+        "held_out": held_out,
         "data_hash": hashes[0],
         "validation_hash": hashes[1],
         "tokenizer_hash": tokenizer_digest(tokenizer),
@@ -240,9 +251,21 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
         if has_chats:
             warn_of_template(adapter.settings.get("chat_template_hash"), tokenizer)
         _warn_of_ends(adapter, feed.end_ids)
-        count = feed.sizes["validation"]
-        _log.warning("evaluating on %d examples of `%s`: %s", count, path, part)
+        places = {"validation": f"`{path}`: {part}"} | {
+            name: f"`{file}`: {_WHOLE}" for name, file in settings.eval_files.items()
+        }
+        for name, place in places.items():
+            if name in splits:
+                count = feed.sizes[name]
+                _log.warning("evaluating on %d examples of %s", count, place)
     return ModelAndData(language_modeling(kept), base, feed)
+
+
+def _held_out(settings: Settings) -> float | None:
+    """Returns the fraction of a single file that is not trained on, None if all is."""
+    if settings.eval_data and settings.held_out is None:
+        return None
+    return settings.resolved_held_out
 
 
 def _warn_of_ends(adapter: Adapter, end_ids: Sequence[int]) -> None:
@@ -290,7 +313,9 @@ def _part_to_use(
         return path, _HELD_OUT
     if found != trained or found == validation:
         return path, _WHOLE
-    return path, _HELD_OUT if validation is None else _TRAINED
+    # A run with other files to evaluate on held nothing out.
+    is_held_out = validation is None and adapter.settings.get("held_out", 0) is not None
+    return path, _HELD_OUT if is_held_out else _TRAINED
 
 
 def file_hash(path: Path) -> str:

@@ -1,0 +1,75 @@
+"""The command `sparse-jax predict`."""
+
+import sys
+
+from typer import Argument
+
+from sparse_jax.cli.options import (
+    ADAPTER,
+    BASE,
+    DEVICES,
+    LABELS,
+    OVERWRITE,
+    option,
+    take_devices,
+    takes_settings,
+)
+from sparse_jax.errors import printable
+
+__all__ = ["predict"]
+
+
+@takes_settings("mesh")
+def predict(
+    *,
+    run: str = Argument(..., help=ADAPTER),
+    output: str | None = option(
+        None, "File of JSON lines to write.", "standard output"
+    ),
+    data: str | None = option(
+        None,
+        "File or folder to predict, with or without labels.",
+        "the data of the run",
+    ),
+    split: str | None = option(
+        None, "Split of a folder, such as test.", "the first to evaluate on"
+    ),
+    model: str | None = BASE,
+    task: str | None = option(
+        None, "Task to read the data for.", "the one it was trained on"
+    ),
+    labels: list[str] | None = LABELS,
+    batch_size: int | None = option(None, "Examples per batch.", "as in training"),
+    max_length: int | None = option(
+        None,
+        "Maximum number of tokens per example; longer ones are truncated.",
+        "as in training",
+    ),
+    mesh: str | None,
+    devices: int | None = DEVICES,
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Predict labels or values, and write them as JSON lines.
+
+    A line has the id, the prediction, the scores of the labels, and the label if the
+    data have it. The same command goes on after an interruption.
+    """
+    take_devices(devices, mesh=mesh)
+    # JAX takes seconds to import, and `--help` has to be quick.
+    from sparse_jax.training.predict import predict
+
+    count = predict(
+        run,
+        output=output,
+        data=data,
+        split=split,
+        model=model,
+        task=task,
+        labels=labels or (),
+        batch_size=batch_size,
+        max_length=max_length,
+        mesh=mesh,
+        overwrite=overwrite,
+    )
+    if output is not None:
+        print(f"{count:,} lines in {printable(output)}", file=sys.stderr)
