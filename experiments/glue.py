@@ -7,7 +7,7 @@
 FOLDER of the data has the folders MRPC, RTE and so on; without it, the Hub's are read.
 
 tiny   the encoder of the quickstart, 20 updates, one seed: shows that it runs.
-small  all-MiniLM-L6-v2 (22.7 M parameters), 200 updates of 16 examples, three seeds.
+small  all-MiniLM-L6-v2 (22.7 M parameters), 500 updates of 16 examples, three seeds.
        Every row trains the classifier, and all but full, head and biases as many
        entries of the query, key, value and output of the attention as LoRA of rank 8
        has parameters. Each learning rate is the best of one grid on the first task and
@@ -91,7 +91,7 @@ SCALES: dict[str, dict[str, object]] = {
     },
     "small": {
         "model": None, "tasks": ("mrpc", "rte", "cola"), "rows": tuple(ROWS),
-        "seeds": (0, 1, 2), "learning_rates": (1e-4, 5e-4, 2e-3), "max_steps": 200,
+        "seeds": (0, 1, 2), "learning_rates": (1e-4, 5e-4, 2e-3), "max_steps": 500,
     },
     "paper": {
         "model": "FacebookAI/roberta-large", "tasks": tuple(RELEASED),
