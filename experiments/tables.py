@@ -2,12 +2,12 @@
 
     python -m experiments.tables NAME [--scale tiny|small|paper] [--plan TARGET] ...
 
-NAME: forgetting, glue, instruct, memory. Each has the options of its module, which
-`NAME --help` lists. `tiny` shows in minutes on two cores that a table can be made,
-`small` is for a genuine small model, `paper` has the paper's settings and is meant for
-accelerators;
-`--plan v5p:2x2x1` reports what those would need there. Runs are kept, so the same
-command again collects what it has made and goes on where it was.
+NAME: arithmetic, commonsense, forgetting, glue, instruct, memory. Each has the options
+of its module, which `NAME --help` lists. `tiny` shows in minutes on two cores that a
+table can be made, `small` is for a genuine small model, `paper` has the paper's
+settings and is meant for accelerators; `--plan v5p:2x2x1` reports what those would need
+there. Runs are kept, so the same command again collects what it has made and goes on
+where it was.
 """
 
 import argparse
@@ -15,7 +15,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from experiments.predictions import run_command
+
 TABLES = {
+    "arithmetic": "experiments.arithmetic",
+    "commonsense": "experiments.commonsense",
     "forgetting": "experiments.forgetting",
     "glue": "experiments.glue",
     "instruct": "experiments.instruct",
@@ -35,4 +39,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

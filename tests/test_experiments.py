@@ -9,12 +9,16 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import write_data, write_model
+from tiny_text import write_decoder
 
 from experiments import (
+    commonsense,
     forgetting,
     glue,
     instruct,
+    questions,
     quickstart,
+    report,
     sift_science,
     sweep,
     tables,
@@ -196,3 +200,30 @@ def test_a_table_collects_the_runs_that_it_has_made(tmp_path, monkeypatch):
         "sift-rte-lr0.001-seed0", "sift-rte-lr0.001-seed1",
     ]  # fmt: skip
     assert (tmp_path / "glue-tiny.json").is_file()
+
+
+def test_differences_are_those_of_the_same_questions():
+    right = np.array([True, True, False, True])
+    other = {"a": right, "b": ~right}
+    # Equal accuracies of the same answers differ by nothing, without an error.
+    assert questions.paired([other], [other])["all"] == (0.0, 0.0)
+    # One question of four, in one seed of two: 1 / 8 of a set of two.
+    ours = [{"a": right | True, "b": ~right}, other]
+    found = questions.paired(ours, [other, other])
+    assert found["a"] == pytest.approx((1 / 8, 1 / 8))
+    assert found["b"] == (0.0, 0.0)
+    assert found["all"] == pytest.approx((1 / 16, 1 / 16))
+
+
+def test_rows_on_questions_train_as_many_entries_as_lora(tmp_path):
+    args = questions.parser_of("Table.", commonsense.BENCHMARK).parse_args([])
+    args.model = str(write_decoder(tmp_path))
+    changes = {"rank": 1, "answer_by": "cloze"}
+    report.fill_in(args, {**questions.SCALES["small"], **changes})
+    rows = questions.rows_of(args, commonsense.BENCHMARK)
+    assert [*rows] == [*args.rows][1:]
+    # 4 layers, 16 wide: query 16, key and value 8 and up and down 24 the other way.
+    sides = (16 + 16) + 2 * (16 + 8) + 2 * (16 + 24)
+    sizes = 16 * 16 + 2 * 16 * 8 + 2 * 16 * 24
+    assert rows["sift"].density == pytest.approx(sides / sizes)
+    assert (rows["lora+ist"].sampler, rows["lora+random"].sampler) == ("ist", "uniform")

@@ -1,7 +1,6 @@
 """Candidates ranked by likelihood: that of a forward pass for each of them."""
 
 import json
-import sys
 from dataclasses import replace
 
 import jax
@@ -9,7 +8,8 @@ import numpy as np
 import pytest
 from tiny_text import CONFIG, random_params, tiny_decoder, write_decoder
 
-from experiments import arithmetic, commonsense
+from experiments import tables
+from experiments.answers import cloze
 from sparse_jax.data.batches import TokenSequences
 from sparse_jax.data.conversations import PromptTemplate
 from sparse_jax.data.llm_adapters import Question
@@ -119,44 +119,51 @@ def test_sequences_that_share_a_row_score_as_each_alone(name):
         assert is_greedy == (logs[places - 1].argmax(-1) == one[places]).all()
 
 
-def run(monkeypatch, capsys, main, *arguments):
-    """Runs a script and returns what it prints."""
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-    main()
-    return capsys.readouterr().out
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rank", "write", "arithmetic"])
+@pytest.mark.parametrize("name", ["cloze", "rank", "write", "arithmetic"])
 def test_genuine_questions_are_asked_and_a_finished_run_is_not_made_again(
-    name, shared_data, tmp_path, monkeypatch, capsys
+    name, shared_data, tmp_path, capsys
 ):
     adapters = shared_data / "llm_adapters"
     questions = json.loads((adapters / "training" / "math_data.json").read_text())
     short = sorted(questions, key=lambda q: len(q["instruction"] + q["output"]))[:24]
     (tmp_path / "train.json").write_text(json.dumps(short))
-    sets = {"rank": ["winogrande"], "write": ["ARC-Easy"], "arithmetic": ["mawps"]}
-    for one in sets[name]:
-        folder = tmp_path / "tests" / one
-        folder.mkdir(parents=True)
-        asked = json.loads((adapters / "test_sets" / one / "test.json").read_text())
-        # A small model has few positions, and the prompt takes many.
-        asked = [{**q, "instruction": q["instruction"][-60:]} for q in asked[:3]]
-        (folder / "test.json").write_text(json.dumps(asked))
-    arguments = [
-        "--model", shared_data / "models" / "tinystories-656k",
-        "--data", tmp_path / "train.json", "--tests", tmp_path / "tests",
-        "--sets", *sets[name], "--layers", "ist", "--seeds", 0,
-        "--learning-rates", 1e-3, "--max-steps", 1, "--beams", 2,
-        "--max-length", 512, "--output", tmp_path / "runs",
+    one = {"cloze": "winogrande", "rank": "ARC-Easy", "write": "ARC-Easy"}
+    one = one.get(name, "mawps")
+    folder = tmp_path / "tests" / one
+    folder.mkdir(parents=True)
+    asked = json.loads((adapters / "test_sets" / one / "test.json").read_text())[:3]
+    # A small model has few positions, and the prompt takes many.
+    short = [{**q, "instruction": q["instruction"][-60:]} for q in asked]
+    (folder / "test.json").write_text(json.dumps(asked if name == "cloze" else short))
+    table = "arithmetic" if name == "arithmetic" else "commonsense"
+    words = [
+        table, "--model", shared_data / "models" / "tinystories-656k",
+        "--train", tmp_path / "train.json", "--data", tmp_path / "tests",
+        "--sets", one, "--rows", "untrained", "lora", "lora+ist",
+        "--max-steps", 1, "--beams", 2, "--max-length", 512,
+        "--output", tmp_path / "runs",
     ]  # fmt: skip
-    main = arithmetic.main if name == "arithmetic" else commonsense.main
-    if name != "arithmetic":
-        arguments += ["--answer-by", name]
-    first = run(monkeypatch, capsys, main, *arguments)
-    assert sets[name][0] in first
-    assert "lora-ist" in first
-    made = tmp_path / "runs" / "lora-ist-lr0.001-seed0"
+    if table == "commonsense":
+        words += ["--answer-by", name]
+    tables.main([*map(str, words)])
+    first = capsys.readouterr().out
+    assert one in first and "lora+ist" in first
+    made = tmp_path / "runs" / "lora+ist-lr0.002-seed0"
     before = (made / "metrics.json").stat().st_mtime_ns
-    assert run(monkeypatch, capsys, main, *arguments) == first
+    tables.main([*map(str, words)])
+    assert capsys.readouterr().out == first
     assert (made / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_the_answer_of_a_blank_is_read_and_what_follows_is_scored():
+    text = (
+        "Please choose the correct answer to fill in the blank to complete the given "
+    )
+    text += "sentence: Ann saw Eve and _ smiled.\n\nOption1: Ann Option2: Eve "
+    text += "Answer format: option1/option2"
+    one = Question(text, "", "option2", ("option1", "option2"))
+    pieces = [*map(tuple, cloze(one)[1].pieces)]
+    assert pieces == [("Ann saw Eve and Eve", False, False), (" smiled.", True, False)]
+    with pytest.raises(InputError, match="must have questions that list their answers"):
+        cloze(Question("How many?", "", "2", ("1", "2")))

@@ -7,7 +7,7 @@ from sparse_jax.data.conversations import ALPACA, LLM_ADAPTERS
 from sparse_jax.data.llm_adapters import (
     QUESTION_SETS,
     Question,
-    accuracy,
+    grade,
     load_questions,
 )
 from sparse_jax.errors import InputError
@@ -61,13 +61,13 @@ def test_an_answer_is_found_as_published(name, text, answer):
 )
 def test_a_number_is_right_within_a_thousandth(text, is_right):
     asked = [Question("How many?", "", "18.0")]
-    assert accuracy(QUESTION_SETS["gsm8k"], asked, [text]) == is_right
+    assert grade(QUESTION_SETS["gsm8k"], asked, [text]) == [is_right]
 
 
-def test_accuracy_is_the_fraction_of_right_answers():
+def test_a_text_is_right_where_it_names_the_answer():
     asked = [Question("?", "", answer) for answer in ("true", "true", "false", "false")]
     texts = ["true", "it is false", "false", "unknown"]
-    assert accuracy(QUESTION_SETS["boolq"], asked, texts) == 0.5
+    assert grade(QUESTION_SETS["boolq"], asked, texts) == [True, False, True, False]
 
 
 def test_the_candidates_are_those_of_the_question(folder):
@@ -171,7 +171,8 @@ def test_genuine_outputs_give_their_answers(shared_data, name, count, share):
     asked = load_questions(questions, folder)
     outputs = [record["output"] for record in json.loads(path.read_text("utf-8"))]
     assert len(asked) == count
-    assert accuracy(questions, asked, outputs) == pytest.approx(share, abs=1e-3)
+    right = grade(questions, asked, outputs)
+    assert sum(right) / len(right) == pytest.approx(share, abs=1e-3)
     assert all(question.answer in question.candidates for question in asked) == (
         name not in ("gsm8k", "mawps", "SVAMP")
     )

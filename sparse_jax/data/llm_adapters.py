@@ -24,8 +24,8 @@ __all__ = [
     "QUESTION_SETS",
     "Question",
     "QuestionSet",
-    "accuracy",
     "first_match",
+    "grade",
     "is_number",
     "last_number",
     "load_questions",
@@ -146,18 +146,21 @@ E, even that of "Because".
 """
 
 
-def load_questions(questions: QuestionSet, folder: str | Path) -> list[Question]:
-    """Returns the test questions of a set, from `folder/NAME/test.json`.
+def load_questions(
+    questions: QuestionSet, folder: str | Path, split: str = "test"
+) -> list[Question]:
+    """Returns the questions of a set, from `folder/NAME/test.json`.
 
     Args:
       questions: one of `QUESTION_SETS`.
       folder: the folder `dataset` of LLM-Adapters.
+      split: name of the file, "train" or "test".
 
     Raises:
       InputError: if there is no such file, or a record lacks `instruction` or
         `answer`, or has an answer that is not possible.
     """
-    rows = read_objects(Path(folder) / questions.name / "test.json")
+    rows = read_objects(Path(folder) / questions.name / f"{split}.json")
     found = []
     for number, record in rows.numbered:
         place = rows.source.at(number)
@@ -174,10 +177,10 @@ def load_questions(questions: QuestionSet, folder: str | Path) -> list[Question]
     return found
 
 
-def accuracy(
+def grade(
     questions: QuestionSet, asked: Sequence[Question], texts: Sequence[str]
-) -> float:
-    """Returns the fraction of texts that give the true answer, in [0, 1].
+) -> list[bool]:
+    """Returns which texts give the true answer.
 
     Args:
       questions: the set, which knows how to read a text.
@@ -186,14 +189,13 @@ def accuracy(
 
     Example:
       >>> question = Question("1 + 1?", "", "2.0")
-      >>> accuracy(QUESTION_SETS["gsm8k"], [question], ["1 + 1 = 2."])
-      1.0
+      >>> grade(QUESTION_SETS["gsm8k"], [question], ["1 + 1 = 2."])
+      [True]
     """
-    right = [
+    return [
         questions.is_correct(questions.extract(text), question.answer)
         for question, text in zip(asked, texts, strict=True)
     ]
-    return sum(right) / len(right)
 
 
 def _candidates(questions: QuestionSet, instruction: str) -> tuple[str, ...]:
