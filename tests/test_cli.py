@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from tiny_run import tiny_settings, write_data, write_model
@@ -57,7 +58,9 @@ EVALUATE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["finetune", "evaluate", "generate", "export", "plan"])
+@pytest.mark.parametrize(
+    "name", ["finetune", "evaluate", "generate", "export", "inspect", "plan"]
+)
 def test_help_answers_in_half_a_second_and_without_jax(name):
     # Of the processor, as other programs run on the same machine.
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
@@ -227,6 +230,39 @@ def test_a_value_that_cannot_be_read_is_told(command):
     _, _, err = command(*FINETUNE, "--seed", "x")
     assert "'x'" in err
     assert "See `sparse-jax finetune --help`." in err
+
+
+# Two layers of width 16 with three classes: leaf -> trained entries, added parameters.
+INSPECTED = {
+    "sift": ({"layers/attention/query/kernel": 2 * 26}, {}),
+    "lora": ({}, {"layers/attention/query/kernel": 2 * 4 * (16 + 16)}),
+    "bitfit": ({"layers/attention/query/bias": 2 * 16}, {}),
+    "prefix": ({}, {"layers/attention/memory": 2 * 2 * 3 * 16}),
+}
+OWN = {
+    "sift": ("--density", "0.1"), "lora": ("--rank", "4"), "bitfit": (),
+    "prefix": ("--prefix-length", "3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", INSPECTED)
+def test_a_method_is_listed_leaf_by_leaf(command, place, method):
+    asked = ("--model", "PLACE/model", "--method", method, *OWN[method])
+    code, out, err = command("inspect", *asked, "--json", "PLACE/list.json")
+    assert (code, err) == (0, "")
+    rows = {row["name"]: row for row in json.loads((place / "list.json").read_text())}
+    trained, added = INSPECTED[method]
+    assert {name: rows[name]["trained"] for name in trained} == trained
+    assert {name: rows[name]["added"] for name in added} == added
+    assert all(name in out for name in rows)
+    # The head is trained with any method.
+    assert rows["classifier/kernel"]["trained"] == 16 * 2
+    total = sum(row["trained"] + row["added"] for row in rows.values())
+    assert out.splitlines()[-1].startswith(f"{total:,} of ")
+
+
+def test_the_version_is_that_of_the_package(command):
+    assert command("--version")[:2] == (0, f"sparse-jax {version('sparse_jax')}\n")
 
 
 def test_no_command_is_help(command):

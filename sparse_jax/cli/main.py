@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any, NoReturn
 
 import typer
@@ -13,6 +14,8 @@ from sparse_jax.cli.evaluate import evaluate
 from sparse_jax.cli.export import export
 from sparse_jax.cli.finetune import finetune
 from sparse_jax.cli.generate import generate
+from sparse_jax.cli.inspect import inspect
+from sparse_jax.cli.options import flag
 from sparse_jax.cli.plan import plan
 from sparse_jax.cli.predict import predict
 from sparse_jax.errors import InputError, printable
@@ -35,7 +38,18 @@ app.command()(generate)
 app.command()(export)
 app.command()(combine)
 app.command()(compare)
+app.command()(inspect)
 app.command()(plan)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: bool = flag("--version", "Show the version and exit."),
+) -> None:
+    """Fine-tune pre-trained Transformers by training only what matters."""
+    if version:
+        print(f"sparse-jax {metadata.version('sparse_jax')}")
+        raise typer.Exit
 
 
 def main() -> None:
