@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_options_that_contradict_are_refused(options, message):
         tiny_settings("m", "d", "o", **options)
 
 
-def job_of(settings, **changes):
+def job_of(settings) -> Any:
     fields = {
         "settings": settings, "total": 12, "select_after": 0,
         "objective": SimpleNamespace(metrics=("accuracy", "loss"), primary="accuracy"),
@@ -137,7 +138,7 @@ def job_of(settings, **changes):
             sizes={"train": 9, "validation": 3, "test": 3}, batches_per_epoch=6
         ),
     }  # fmt: skip
-    return SimpleNamespace(**{**fields, **changes})
+    return SimpleNamespace(**fields)
 
 
 def test_a_metric_is_named_as_in_the_results():
@@ -166,7 +167,8 @@ def test_early_stopping_needs_evaluations(patience, every, count):
     )
     job = job_of(settings)
     if patience < count or not count:
-        assert best_model.best_model_of(job).patience == patience
+        by = best_model.best_model_of(job)
+        assert by == BestModel("validation", "accuracy", patience=patience)
     else:
         with pytest.raises(InputError, match=f"must be less than {count}, the evaluat"):
             best_model.best_model_of(job)

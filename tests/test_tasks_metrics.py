@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,10 +161,11 @@ def test_the_report_of_classes_agrees_with_scikit_learn(rows):
     predictions, labels = rows
     task = replace(TASKS["classification"], labels=tuple("abcd"))
     outputs = np.eye(4)[predictions]
-    expected = sklearn.metrics.precision_recall_fscore_support(
-        labels, predictions, labels=range(4), zero_division=0.0
+    options: Any = {"labels": range(4), "zero_division": 0.0}
+    expected: Any = sklearn.metrics.precision_recall_fscore_support(
+        labels, predictions, **options
     )
-    found = report(task, outputs, labels)
+    found: Any = report(task, outputs, labels)
     scores = [[*one.values()] for one in found["classes"].values()]
     np.testing.assert_allclose(np.transpose(scores), expected)
     matrix = sklearn.metrics.confusion_matrix(labels, predictions, labels=range(4))
@@ -179,7 +181,7 @@ def test_the_report_of_classes_agrees_with_scikit_learn(rows):
 def test_reports_have_what_is_known_without_a_model():
     task = replace(TASKS["multilabel"], labels=("a", "b"))
     outputs, labels = np.array([[1.0, -1.0]] * 3), np.array([[1, 0], [1, 0], [0, 1]])
-    found = report(task, outputs, labels)
+    found: Any = report(task, outputs, labels)
     baseline = {"labels": ["a"], "subset_accuracy": pytest.approx(2 / 3)}
     assert found["majority_baseline"] == baseline
     assert found["classes"]["b"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}

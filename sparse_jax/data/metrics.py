@@ -202,7 +202,7 @@ def evaluate(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, f
     Example:
       >>> from sparse_jax.data.glue import TASKS
       >>> evaluate(TASKS["rte"], np.array([[2.0, 1.0], [2.0, 2.0]]), np.array([0, 1]))
-      {'accuracy': 0.5, 'loss': 0.5032044340393841}
+      {'accuracy': 0.5, 'loss': 0.5032044340390841}
     """
     outputs = np.asarray(outputs)
     if not np.isfinite(outputs).all():

@@ -158,10 +158,10 @@ def _run(
             )  # fmt: skip
             state, at = loop.run(state, at)
             step, best_step = at.batches, checkpoints.pinned
-            if best_step not in (None, step):
+            if best_step is not None and best_step != step:
                 found = checkpoints.at_pinned(state)
                 best_step = None if found is None else best_step
-                state, step = (state, step) if found is None else (found, best_step)
+                state, step = found or state, best_step or step
     if job.settings.patch_every is not None:
         patch(state, at.batches)
     # All processes hold parts of it; the first one writes it.

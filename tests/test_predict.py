@@ -1,0 +1,162 @@
+"""Predictions as JSON lines, and evaluation on the data of the run or on a file."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_run import WORDS, tiny_settings, write_model
+
+from sparse_jax import InputError, evaluate_adapter, finetune, predict
+from sparse_jax.data.json_lines import JsonLines
+from sparse_jax.training import predict as predicting
+
+LABELS = {
+    "classification": lambda words: "yes" if words & {"good", "great"} else "no",
+    "multilabel": lambda words: sorted(words & {"good", "bad"}),
+    "regression": lambda words: len(words & {*WORDS[:4]}) / 2,
+}
+
+
+def rows_of(label, count, seed, pair=False):
+    random = np.random.default_rng(seed)
+    texts = [" ".join(random.choice(WORDS, 4)) for _ in range(count)]
+    more = {"text_b": "a film"} if pair else {}
+    return [
+        {"id": f"n{i}", "text": text, **more, "label": label({*text.split()})}
+        for i, text in enumerate(texts)
+    ]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Returns a folder with a run for every kind of label."""
+    folder = tmp_path_factory.mktemp("place")
+    model = write_model(folder / "model")
+    for name, label in LABELS.items():
+        data, is_pair = folder / f"{name} data", name == "classification"
+        data.mkdir()
+        write_rows(data / "train.jsonl", rows_of(label, 16, 0, is_pair))
+        write_rows(data / "dev.jsonl", rows_of(label, 11, 1, is_pair))
+        more = write_rows(folder / f"{name}.jsonl", rows_of(label, 7, 2, is_pair))
+        options = {"task": "classification", "method": "head", "max_steps": 2}
+        options |= {"eval_data": (f"more={more}",), "batch_size": 4}
+        finetune(tiny_settings(model, data, folder / name, **options))
+    return folder
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_predictions_are_those_that_are_evaluated(name, place, tmp_path):
+    metrics = evaluate_adapter(place / name)
+    assert metrics == json.loads((place / name / "metrics.json").read_text())["eval"]
+    alone = evaluate_adapter(place / name, data=str(place / f"{name}.jsonl"))
+    assert alone == {k: metrics[f"{k}_more"] for k in alone}
+    assert predict(place / name, output=tmp_path / "out.jsonl") == 11
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert [line["id"] for line in lines] == [f"n{i}" for i in range(11)]
+    right = np.mean([line["prediction"] == line["label"] for line in lines])
+    if name == "regression":
+        errors = [line["prediction"] - line["label"] for line in lines]
+        assert metrics["rmse"] == pytest.approx(np.std(errors, mean=0.0), rel=1e-5)
+        assert "scores" not in lines[0]
+    elif name == "multilabel":
+        assert metrics["subset_accuracy"] == pytest.approx(right)
+        chosen = [label for label, p in lines[0]["scores"].items() if p > 0.5]
+        assert lines[0]["prediction"] == chosen
+    else:
+        assert metrics["accuracy"] == pytest.approx(right)
+        assert sum(lines[0]["scores"].values()) == pytest.approx(1, abs=1e-5)
+        assert (
+            max(lines[0]["scores"], key=lines[0]["scores"].get)
+            == (lines[0]["prediction"])
+        )
+
+
+def test_texts_without_labels_and_ids_are_predicted(place, tmp_path, capsys):
+    rows = rows_of(lambda words: None, 5, 3, pair=True)
+    bare = [{"text": row["text"], "text_b": row["text_b"]} for row in rows]
+    data = write_rows(tmp_path / "new.jsonl", bare)
+    assert predict(place / "classification", data=str(data)) == 5
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["id"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[0].keys() == {"id", "prediction", "scores"}
+
+
+def test_an_interrupted_prediction_goes_on(place, tmp_path, monkeypatch):
+    run, output = place / "multilabel", tmp_path / "out.jsonl"
+    predict(run, output=tmp_path / "whole.jsonl")
+    add, part = JsonLines.add, tmp_path / "out.jsonl.part"
+
+    def stop(lines, more):
+        add(lines, more)
+        if "n4" in part.read_text():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            predict(run, output=output)
+    assert not output.exists()
+    # The header and eight lines; then the last of them is torn.
+    content = part.read_bytes()
+    assert content.count(b"\n") == 9
+    part.write_bytes(content[:-5])
+    with pytest.raises(InputError, match="begun with another adapter: `.*part` has l"):
+        predict(place / "classification", output=output)
+    with pytest.raises(InputError, match="begun with another data"):
+        predict(run, output=output, split="train")
+    assert predict(run, output=output) == 4
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+    with pytest.raises(InputError, match="must be a new file, got .* --overwrite"):
+        predict(run, output=output)
+    assert predict(run, output=output, overwrite=True) == 11
+
+
+def test_a_part_that_is_something_else_is_left_alone(tmp_path):
+    (tmp_path / "out.jsonl.part").write_text("mine\n")
+    with pytest.raises(InputError, match="must not have begun with another adapter"):
+        JsonLines(tmp_path / "out.jsonl", {"adapter": "1"}, False)
+    assert (tmp_path / "out.jsonl.part").read_text() == "mine\n"
+
+
+def test_an_output_that_is_not_finite_is_no_number():
+    outputs = np.array([[np.nan, 1.0], [0.0, 1.0]])
+    task = predicting.find_task("sst2")
+    found = [*predicting._predictions(task, outputs)]
+    assert found[0] == {"prediction": None}
+    assert found[1]["prediction"] == "positive"
+
+
+def test_a_file_with_other_labels_is_refused(place, tmp_path):
+    rows = [{"text": "good", "text_b": "film", "label": "maybe"}]
+    path = write_rows(tmp_path / "other.jsonl", rows)
+    message = "must have one of the labels no, yes, got 'maybe'"
+    with pytest.raises(InputError, match=message):
+        evaluate_adapter(place / "classification", data=str(path))
+    options = {"task": "classification", "eval_data": (str(path),)}
+    data = place / "classification data"
+    with pytest.raises(InputError, match=f"`{path}` line 1 {message}"):
+        finetune(tiny_settings(place / "model", data, tmp_path / "run", **options))
+
+
+def test_data_of_a_run_that_are_gone_are_asked_for(place, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    adapter = (place / "classification" / "adapter.safetensors").read_bytes()
+    (folder / "adapter.safetensors").write_bytes(adapter)
+    config = json.loads((place / "classification" / "config.json").read_text())
+    config["settings"]["data"] = "owner/name"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match="`data` must be given, as that of the run, 'o"
+    ):
+        evaluate_adapter(folder)
