@@ -216,14 +216,24 @@ def test_an_adapter_that_does_not_fit_is_one_line(
     assert not any(line.startswith(("error", "Traceback", "---")) for line in log)
 
 
-def test_an_interrupted_run_says_how_to_go_on(command, monkeypatch):
+def test_an_interrupted_run_says_how_to_go_on(command, place, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparse_jax.training.loop.Loop.run", interrupt)
-    code, _, err = command(*FINETUNE)
+    with monkeypatch.context() as patch:
+        patch.setattr("sparse_jax.training.loop.Loop.run", interrupt)
+        code, _, err = command(*FINETUNE, "--method", "head", "--max-steps", "1")
     assert code == 130
     assert "with --resume" in err
+    # The folder of the run has its settings.
+    resume = ("finetune", "--output", "PLACE/run", "--resume")
+    code, _, err = command(*resume, "--max-steps", "2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "`--max-steps` must be 1 as in the run to resume, got 2" in err
+    assert command(*resume)[0] == 0
+    assert json.loads((place / "run" / "metrics.json").read_text())["steps"] == 1
+    code, _, err = command("predict", "PLACE/run", "--output", "PLACE/out.jsonl")
+    assert (code, err.splitlines()[-1]) == (0, f"13 lines in {place}/out.jsonl")
 
 
 def test_a_value_that_cannot_be_read_is_told(command):

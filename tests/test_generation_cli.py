@@ -27,8 +27,10 @@ from sparse_jax import (
 from sparse_jax.cli.generate import _show
 from sparse_jax.cli.main import main
 from sparse_jax.data.conversations import ALPACA
+from sparse_jax.data.json_lines import JsonLines
 from sparse_jax.generation.ends import before_end, end_table, ends_of_model
 from sparse_jax.generation.prompts import Prompts
+from sparse_jax.generation.requests import read_requests
 from sparse_jax.generation.writer import (
     Stop,
     chat_tokens,
@@ -100,6 +102,72 @@ def test_texts_alone_are_printed(command, tmp_path):
     code, out, _ = command(*SAY, "--prompts", str(tmp_path / "prompts"))
     wanted = [expected(text) for text in ("say red", "say blue", "once green :")]
     assert (code, out) == (0, "\n".join(wanted) + "\n")
+
+
+def test_json_lines_are_read_and_written(command, place, tmp_path, monkeypatch):
+    records = [
+        {"id": "a", "prompt": "say red"}, {"text": "say blue"},
+        {"prompt": "say :"}, {"prompt": "once green :"},
+    ]  # fmt: skip
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = (*SAY[:2], *SAY[4:], "--input", path, "--batch-size", "2")
+    code, out, _ = command(*words)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [line["id"] for line in lines] == ["a", 1, 2, 3]
+    assert lines[0] == {"id": "a", "prompt": "say red", "text": expected("say red")}
+    # The first batch is there already.
+    add = JsonLines.add
+
+    def stop(lines, more):
+        add(lines, more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "add", stop)
+        assert command(*words, "--output", output)[0] == 130
+    part = tmp_path / "out.jsonl.part"
+    assert part.read_text().count("\n") == 3
+    code, _, error = command(*words, "--output", output, "--max-new-tokens", "5")
+    assert code == 2
+    assert error.startswith("error: `--output` must not have begun with another option")
+    assert command(*words, "--output", output)[0] == 0
+    assert output.read_text() == out
+
+
+def test_an_instruction_of_a_file_is_put_in_its_template(place, tmp_path):
+    record = {"idx": 7, "instruction": "say", "input": "red"}
+    (tmp_path / "in.json").write_text(json.dumps([record]))
+    writer = load_writer(place / "model")
+    (found,) = read_requests(tmp_path / "in.json", writer, None, False)
+    assert (found.id, found.prompt) == (7, ALPACA.fill("say", "red"))
+
+
+def test_what_is_drawn_in_batches_is_what_is_drawn_at_once(command):
+    words = (*SAY, "--prompt", "say", "--prompt", "say", "--temperature", "3", "--json")
+    texts = {command(*words, "--batch-size", size)[1] for size in "13"}
+    (lines,) = texts
+    assert len({json.loads(line)["text"] for line in lines.splitlines()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({}, "line 1 must have a column prompt, messages, conversations, instru"),
+        ({"messages": "hi"}, "must have a list in `messages`, got 'hi'"),
+        ({"prompt": [1]}, "must have messages as objects, got [1]"),
+        ({"prompt": 5}, "must have a text in `prompt`, got 5"),
+        ({"prompt": [{"role": "user", "content": "hi"}]}, "chat template"),
+        ({"prompt": "say " * 40}, "`prompt` must have at most 26 tokens beside 6"),
+    ],
+)
+def test_a_record_that_is_no_prompt_is_refused(command, tmp_path, record, message):
+    (tmp_path / "in.jsonl").write_text(json.dumps(record) + "\n")
+    words = (*SAY[:2], *SAY[4:], "--input", tmp_path / "in.jsonl")
+    code, out, error = command(*words)
+    assert (code, out) == (2, "")
+    assert message in error
 
 
 def test_the_choice_is_that_of_the_options(command):

@@ -8,6 +8,7 @@ from sparse_jax.cli.options import (
     ADAPTER,
     BASE,
     DEVICES,
+    OVERWRITE,
     flag,
     option,
     take_devices,
@@ -37,6 +38,23 @@ def generate(
     prompts: str | None = option(
         None, "File of texts to continue, one per line.", "none"
     ),
+    input: str | None = option(
+        None,
+        "File of JSON lines to continue: with `prompt` (a text or messages), "
+        "`messages`, `instruction` and `input`, or `text`; perhaps `id`.",
+        "none",
+    ),
+    output: str | None = option(
+        None,
+        "File to write JSON lines to, with `id`, `prompt` and `text`; the same command "
+        "goes on after an interruption.",
+        "standard output",
+    ),
+    json: bool = flag(
+        "--json", "Print JSON lines, as --output writes them; implied by --input."
+    ),
+    overwrite: bool = OVERWRITE,
+    batch_size: int = option(32, "Texts at a time."),
     chat: bool = flag(
         "--chat", "Format each text as a message with the tokenizer's chat template."
     ),
@@ -79,10 +97,16 @@ def generate(
         )
     if template is not None:
         require_word("template", template, PROMPTS)
+    if batch_size < 1:
+        raise InputError(f"`batch_size` must be positive, got {batch_size}.")
+    if overwrite and output is None:
+        raise InputError("`overwrite` must come with `output`, got it alone.")
     if not 0 <= seed < 2**32:
         raise InputError(f"`seed` must be in [0, 2**32), got {seed}.")
     take_devices(devices, mesh=mesh)
     # JAX takes seconds to import, and `--help` has to be quick.
+    from sparse_jax.data.json_lines import JsonLines
+    from sparse_jax.generation.requests import Request, Requests, read_requests
     from sparse_jax.generation.writer import (
         chat_tokens,
         load_writer,
@@ -92,9 +116,10 @@ def generate(
 
     prompt_template = None if template is None else PROMPTS[template]
     texts = [*(prompt or ()), *_lines(prompts)]
-    if not texts:
+    if not (texts or input):
         raise InputError(
-            "`prompt` must be given, got none. Pass --prompt, or --prompts with a file."
+            "`prompt` must be given, got none. Pass --prompt, or --prompts or --input "
+            "with a file."
         )
     choice = _choice(temperature, top_k, top_p, beams, length_penalty)
     writer = load_writer(model, adapter, mesh)
@@ -103,15 +128,26 @@ def generate(
         if chat
         else (lambda text: text_tokens(text, writer.tokenizer, prompt_template))
     )
-    written = writer.write(
-        [tokens(text) for text in texts],
-        choice=choice,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        stop=[read_stop(word, writer.tokenizer) for word in stop or ()],
-    )
-    for text in written:
-        _show(text)
+    asked = [Request(i, text, tokens(text)) for i, text in enumerate(texts)]
+    if input is not None:
+        asked += read_requests(input, writer, prompt_template, chat)
+    ends = [read_stop(word, writer.tokenizer) for word in stop or ()]
+    requests = Requests(asked, writer, choice, max_new_tokens, seed, ends, batch_size)
+    if not (json or input or output):
+        for batch in requests.texts():
+            for _, text in batch:
+                _show(text)
+        return
+    with JsonLines(
+        output, {} if output is None else requests.identity, overwrite
+    ) as lines:
+        for batch in requests.texts(lines.done):
+            lines.add(
+                [
+                    {"id": one.id, "prompt": one.prompt, "text": text}
+                    for one, text in batch
+                ]
+            )
 
 
 def _spelled(found: re.Match[str]) -> str:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import typer
@@ -164,6 +165,8 @@ def choose_settings(
       InputError: if one that has no default is not given, or the file is wrong.
     """
     named, file = named_on_command_line(context), {}
+    if config is None and named.get("resume") and not {"model", "task"} <= {*named}:
+        config = _config_of(named.get("output"))
     if config is not None:
         from sparse_jax.training.config_file import read_settings
 
@@ -185,6 +188,14 @@ def choose_settings(
     # An option that may be repeated is a list.
     is_list = lambda value: isinstance(value, list)
     return {k: tuple(v) or None if is_list(v) else v for k, v in chosen.items()}
+
+
+def _config_of(output: str | None) -> str | None:
+    """Returns the settings of the run in a folder, if there is one."""
+    from sparse_jax.training.output_folder import CONFIG
+
+    path = None if output is None else Path(output) / CONFIG
+    return str(path) if path is not None and path.is_file() else None
 
 
 def named_on_command_line(context: typer.Context) -> dict[str, Any]:

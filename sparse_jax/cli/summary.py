@@ -41,12 +41,14 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     # A run of an earlier version lacks some of these.
     examples = metrics.get("examples", {}).items()
     seconds, warnings = metrics.get("selection_seconds"), metrics.get("warnings")
-    strength = metrics.get("strength", 1)
+    strength, best = metrics.get("strength", 1), metrics.get("best_step")
     # Their loss or gradient was not finite.
     skipped = metrics["skipped_batches"]
     head = "" if without_head == trained else _share(without_head, total)
     lines = [
         *((name, _score(value)) for name, value in metrics["eval"].items()),
+        *_baseline(metrics),
+        ("best model", "" if best is None else f"after {best:,} updates"),
         ("examples", ", ".join(f"{use['used']:,} {split}" for split, use in examples)),
         ("trained parameters", _share(trained, total)),
         ("without the head", head),
@@ -61,6 +63,14 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("warnings", f"{len(warnings)}, in metrics.json" if warnings else ""),
     ]
     return [(what, value) for what, value in lines if value]
+
+
+def _baseline(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the score of always giving the same answer, on the first split."""
+    report = next(iter((metrics.get("reports") or {}).values()), {})
+    found = report.get("majority_baseline") or report.get("mean_baseline") or {}
+    scores = [(k, v) for k, v in found.items() if isinstance(v, float) and k != "value"]
+    return [(f"{name} of the same answer to all", _score(v)) for name, v in scores]
 
 
 def _share(part: int, total: int) -> str:

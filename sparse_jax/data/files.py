@@ -13,6 +13,7 @@ import numpy as np
 from sparse_jax.data.data_checks import kind_of, oddities
 from sparse_jax.data.examples import Columns, Examples, Splits, read_columns
 from sparse_jax.data.glue import Task
+from sparse_jax.data.json_lines import id_of
 from sparse_jax.data.labels import (
     class_numbers,
     flag_count,
@@ -198,9 +199,6 @@ class OneSplit(NamedTuple):
     labels: list[object]  # as they stand in the data, None where there is none
 
 
-_IDS = ("id", "idx", "index", "guid")
-
-
 def load_one(
     task: Task,
     data: str | Path | None,
@@ -235,8 +233,7 @@ def load_one(
 
     def noted() -> Iterator[tuple[int, Record]]:
         for number, fields in rows.numbered:
-            known = (fields[one] for one in _IDS if fields.get(one) is not None)
-            ids.append(next(known, len(ids)))
+            ids.append(id_of(fields, len(ids)))
             yield number, fields
 
     read = Rows(rows.source, noted())

@@ -10,7 +10,7 @@ from types import TracebackType
 from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.params.fields import Json
 
-__all__ = ["JsonLines"]
+__all__ = ["JsonLines", "id_of"]
 
 Line = Mapping[str, object]
 
@@ -107,6 +107,20 @@ class JsonLines:
             file.writelines(part)
         whole.replace(self.path)
         self._part.unlink()
+
+
+_IDS = ("id", "idx", "index", "guid")
+
+
+def id_of(record: Line, number: int) -> object:
+    """Returns what a record has as `id`, `idx`, `index` or `guid`, else its number.
+
+    Example:
+      >>> id_of({"text": "Yes.", "idx": 7}, 0), id_of({"text": "No."}, 1)
+      (7, 1)
+    """
+    known = (record[name] for name in _IDS if record.get(name) is not None)
+    return next(known, number)
 
 
 def _lines(values: Iterable[Line]) -> bytes:

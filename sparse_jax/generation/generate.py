@@ -16,7 +16,7 @@ from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 
-__all__ = ["generate"]
+__all__ = ["checked_prompts", "generate"]
 
 # Rows at a time unless the caller says otherwise.
 _ROWS = 32
@@ -35,6 +35,7 @@ def generate(
     key: jax.Array | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
+    first: int = 0,
 ) -> list[np.ndarray]:
     """Writes after each prompt until a stop token or `max_new_tokens`.
 
@@ -55,6 +56,7 @@ def generate(
       batch_size: prompts at a time; None takes all, up to 32.
       max_length: tokens that every prompt is padded to, and the most it may have; None
         takes a power of two for each batch.
+      first: place of the first prompt among all, where these are some of them.
 
     Returns:
       The new tokens of each prompt, int32, without those that end it.
@@ -69,17 +71,7 @@ def generate(
         "max_length": max_length,
     }
     _check(model, choice, attachment, key, pad_id, sizes)
-    positions = model.config.max_positions
-    limit = positions - max_new_tokens
-    if limit < 1:
-        raise InputError(
-            f"`max_new_tokens` must be less than the {positions} positions of the "
-            f"model, got {max_new_tokens}. Leave room for a prompt."
-        )
-    limit = limit if max_length is None else min(limit, max_length)
-    rows = [np.asarray(prompt) for prompt in prompts]
-    for number, row in enumerate(rows):
-        _check_prompt(number, row, limit, max_new_tokens, model)
+    rows, limit = checked_prompts(model, prompts, max_new_tokens, max_length, first)
     batches = padded_batches(
         rows,
         batch_size=batch_size or min(_ROWS, 1 << (len(rows) - 1).bit_length()),
@@ -91,6 +83,7 @@ def generate(
     table = jnp.asarray(end_table(stop))
     found: dict[int, np.ndarray] = {}
     for batch in batches:
+        batch = batch._replace(numbers=np.asarray(batch.numbers) + first)
         tokens = _decode(
             params, attachment.trained, batch, key, table,
             model=model,
@@ -100,7 +93,7 @@ def generate(
         )  # fmt: skip
         written = zip(np.asarray(batch.numbers), np.asarray(tokens), strict=True)
         found |= {int(number): before_end(row, stop) for number, row in written}
-    return [found[number] for number in range(len(rows))]
+    return [found[number] for number in range(first, first + len(rows))]
 
 
 @functools.partial(
@@ -122,6 +115,31 @@ def _decode(
     adapted = AdaptedModel(model, params, attached._replace(trained=trained))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.numbers)
     return choice.decode(adapted, prompts, keys, stop, max_new_tokens)
+
+
+def checked_prompts(
+    model: Model,
+    prompts: Sequence[ArrayLike],
+    max_new_tokens: int,
+    max_length: int | None = None,
+    first: int = 0,
+) -> tuple[list[np.ndarray], int]:
+    """Returns prompts as arrays, and the most tokens that one may have.
+
+    The arguments and errors are those of `generate`.
+    """
+    positions = model.config.max_positions
+    limit = positions - max_new_tokens
+    if limit < 1:
+        raise InputError(
+            f"`max_new_tokens` must be less than the {positions} positions of the "
+            f"model, got {max_new_tokens}. Leave room for a prompt."
+        )
+    limit = limit if max_length is None else min(limit, max_length)
+    rows = [np.asarray(prompt) for prompt in prompts]
+    for number, row in enumerate(rows, first):
+        _check_prompt(number, row, limit, max_new_tokens, model)
+    return rows, limit
 
 
 def _check(

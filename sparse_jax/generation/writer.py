@@ -36,7 +36,15 @@ from sparse_jax.models.hf.read_config import read_config
 from sparse_jax.sharding.mesh import mesh_of
 from sparse_jax.sharding.placement import Placement, load_placed
 
-__all__ = ["Stop", "Writer", "chat_tokens", "load_writer", "read_stop", "text_tokens"]
+__all__ = [
+    "Stop",
+    "Writer",
+    "chat_tokens",
+    "encoded",
+    "load_writer",
+    "read_stop",
+    "text_tokens",
+]
 
 
 class Stop(NamedTuple):
@@ -86,8 +94,7 @@ def chat_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
         )
     _require_whole("prompt", text)
     prompt = render_prompt([{"role": "user", "content": text}], tokenizer, "`prompt`")
-    # The template has written the special tokens itself.
-    return _ids(tokenizer, prompt, add_special_tokens=False)
+    return encoded(tokenizer, prompt)
 
 
 def read_stop(word: str, tokenizer: Tokenizer) -> Stop:
@@ -116,6 +123,12 @@ def read_stop(word: str, tokenizer: Tokenizer) -> Stop:
     with tokenizing():
         is_spelled = word in tokenizer.decode(ids)
     return Stop(tuple(ids) if is_spelled else (), word)
+
+
+def encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the tokens of a prompt that a chat template has written."""
+    # The template has written the special tokens itself.
+    return _ids(tokenizer, prompt, add_special_tokens=False)
 
 
 def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -158,6 +171,8 @@ class Writer:
         seed: int = 0,
         stop: Sequence[Stop] = (),
         keep_space: bool = False,
+        batch_size: int | None = None,
+        first: int = 0,
     ) -> list[str]:
         """Returns what follows each prompt, special tokens left out.
 
@@ -169,6 +184,7 @@ class Writer:
           stop: what ends a text beside the tokens that the model itself ends with.
           keep_space: whether prompt and text are one text, such as a program. Without
             it tokenizers of SentencePiece leave out a space that a text begins with.
+          batch_size, first: as of `generate`.
 
         Raises:
           InputError: as `generate`.
@@ -183,6 +199,8 @@ class Writer:
                 stop=[*self.stop, *(one.tokens for one in stop if one.tokens)],
                 attachment=self.attachment,
                 key=jax.random.key(seed),
+                batch_size=batch_size,
+                first=first,
             )
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
         with tokenizing("`tokenizer` must be able to decode every token"):
