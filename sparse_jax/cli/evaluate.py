@@ -70,11 +70,7 @@ def evaluate(
         text=text,
         report=True,
     )
-    text = json.dumps(metrics, indent=2, ensure_ascii=False)
-    # The rows of a confusion matrix are lines.
-    print(re.sub(r"\[\s+([\d,\s]+?)\s+\]", _on_one_line, text))
-
-
-def _on_one_line(found: re.Match[str]) -> str:
-    """Returns a list of numbers without its line breaks."""
-    return f"[{' '.join(found[1].split())}]"
+    lines = json.dumps(metrics, indent=2, ensure_ascii=False)
+    # A class is a line, and so is a row of a confusion matrix.
+    joined = lambda found: re.sub(r"\s*\n\s*", " ", found[0]).strip()
+    print(re.sub(r"(?<=[\[{])\n {4,}[^][{}]+(?=[\]}])", joined, lines))
