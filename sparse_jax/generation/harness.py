@@ -21,12 +21,12 @@ _MAX_NEW_TOKENS = 256  # unless a task says so, as for the harness' own models
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-def harness_model(writer: Writer, *, batch_size: int = 8) -> "TemplateLM":
+def harness_model(writer: Writer, *, batch_size: int = 16) -> "TemplateLM":
     """Returns a model for `lm_eval.simple_evaluate(model=...)`.
 
     Args:
       writer: of `load_writer`: a base model, or one with an adapter, ours or PEFT's.
-      batch_size: rows of 512 tokens at a time.
+      batch_size: rows of 256 tokens at a time.
 
     Raises:
       InputError: if lm_eval is not installed, or the tokenizer has no token that ends a

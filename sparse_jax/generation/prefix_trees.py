@@ -14,8 +14,9 @@ from sparse_jax.generation.prompts import bucket
 
 __all__ = ["TreeBatch", "tree_batches"]
 
-# Columns of a row: more pack better, and attend to more strangers.
-_COLUMNS = 512
+# Columns of a row: more pack better, and attend to more strangers (SmolLM2-135M on
+# CPU, 48 questions of MMLU: 18 seconds with 256, 23 with 512).
+_COLUMNS = 256
 # Columns up to which other sequences join a tree, such as the questions that follow
 # the same five examples.
 _MOST_SHARED = 1024
@@ -76,7 +77,7 @@ def tree_batches(sequences: TokenSequences, batch_size: int) -> Iterator[TreeBat
 
     Args:
       sequences: tokens, with marks on those that are predicted.
-      batch_size: rows of 512 columns of a batch; of wider ones there are fewer.
+      batch_size: rows of 256 columns of a batch; of wider ones there are fewer.
 
     Example:
       >>> ids = [np.array([5, 6, 7]), np.array([5, 6, 8]), np.array([5, 9, 7])]

@@ -46,7 +46,7 @@ def rank_candidates(
     template: PromptTemplate = ALPACA,
     per_token: bool = False,
     attachment: Attachment = Attachment(),  # noqa: B008 - a tuple
-    batch_size: int = 8,
+    batch_size: int = 16,
 ) -> list[str]:
     """Returns the likeliest of the responses to every question.
 
@@ -64,7 +64,7 @@ def rank_candidates(
       per_token: whether the logarithm is divided by the tokens of the response, for
         candidates of unequal length.
       attachment: what a method adds to the layers.
-      batch_size: rows of 512 tokens at a time.
+      batch_size: rows of 256 tokens at a time.
 
     Returns:
       The responses, in which `accuracy` finds the answers, "" if there is none.
@@ -102,7 +102,7 @@ def score_responses(
     *,
     per_token: bool = False,
     attachment: Attachment = Attachment(),  # noqa: B008 - a tuple
-    batch_size: int = 8,
+    batch_size: int = 16,
 ) -> list[np.ndarray]:
     """Returns the log-likelihoods of the responses to every question, in nats.
 
@@ -113,7 +113,7 @@ def score_responses(
       responses: for each question, its prompt with one response and another.
       per_token: as in `rank_candidates`.
       attachment: what a method adds to the layers.
-      batch_size: rows of 512 tokens at a time.
+      batch_size: rows of 256 tokens at a time.
 
     Returns:
       A float64 array for each question, as long as its responses; without entries if
@@ -154,7 +154,7 @@ def score_sequences(
     sequences: TokenSequences,
     *,
     attachment: Attachment = Attachment(),  # noqa: B008 - a tuple
-    batch_size: int = 8,
+    batch_size: int = 16,
 ) -> Scored:
     """Returns the log-probability of the targets of every sequence.
 
@@ -165,7 +165,7 @@ def score_sequences(
       params: its parameters.
       sequences: tokens, with marks on those that are predicted.
       attachment: what a method adds to the layers.
-      batch_size: rows of 512 tokens at a time.
+      batch_size: rows of 256 tokens at a time.
     """
     total = np.zeros(len(sequences))
     is_greedy = np.ones(len(sequences), bool)
