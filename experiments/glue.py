@@ -22,7 +22,7 @@ where it was; several may share a folder if their rows differ.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,6 @@ from experiments.report import Report, fill_in, table_parser
 from experiments.trials import run_folder, run_once
 from sparse_jax import Dense, Settings, sift
 from sparse_jax.data.glue import find_task
-from sparse_jax.methods.registry import MethodOptions
 from sparse_jax.planning.abstract import read_model
 from sparse_jax.training.optimizer import learning_rate_at, schedule_of
 
@@ -141,10 +140,7 @@ def settings_of(row: str, base: Settings, rate: float, width: int) -> Settings:
             compat="torch-sift",
         )
         method = Dense(dense=(f"^{SITES}", "^classifier/"))
-        # An object has its own options; those of the base are of another method.
-        blank = {one.name: None for one in fields(MethodOptions)}
-        own = {"method": method, "optimizer": tx, "head_bias": "zeros", **blank}
-        return replace(base, **own)
+        return replace(base, method=method, optimizer=tx, head_bias="zeros")
     settings = replace(base, learning_rate=rate, **ROWS[row])
     return replace(settings, density=density) if settings.method in SPARSE else settings
 

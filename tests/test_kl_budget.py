@@ -91,9 +91,16 @@ def test_a_run_ends_at_the_first_comparison_above_its_budget(files, whole, tmp_p
     kls = [row["kl"] for row in rows_of(whole, "text")]
     settings = budget_settings(files, tmp_path / "run", kl_budget=kls[1], kl_stop=True)
     metrics = finetune(settings)
-    assert [row["step"] for row in rows_of(tmp_path / "run", "text")] == [1, 2, 3, 3, 3]
+    assert [row["step"] for row in rows_of(tmp_path / "run", "text")] == [1, 2, 3, 3]
     assert (metrics["steps"], metrics["strength"] < 1) == (3, True)
     assert metrics["eval"]["kl_text"] <= kls[1]
+
+
+def test_a_run_that_stops_before_its_selection_names_the_budget(files, tmp_path):
+    options = {"kl_budget": 1e-9, "kl_stop": True, "dense": ("scale$",)}
+    settings = budget_settings(files, tmp_path / "run", select_after=3, **options)
+    with pytest.raises(InputError, match="`kl_stop` must .* after 1 of the 3 updates"):
+        finetune(settings)
 
 
 # A copy of all, what is added to the base, layers in turn, values with masters.

@@ -219,6 +219,15 @@ def test_a_plan_has_what_the_compiler_says(name):
     json.dumps(plan.as_dict())
 
 
+def test_a_selection_by_several_batches_holds_a_dense_float32_gradient():
+    one, four = (plan_of(ALONE, **SIFT, select_batches=n) for n in (1, 4))
+    # Query and down of 4 layers: 16 x 16 and 24 x 16.
+    dense = 4 * 4 * (16 * 16 + 24 * 16)
+    assert four.selection_peak >= four.held["parameters"] + dense
+    assert four.selection_peak > one.selection_peak
+    assert four.update_peak == one.update_peak
+
+
 def test_only_packed_gradients_are_planned_for():
     sparse, full = held_of(MeshShape()), held_of(MeshShape(), method="full")
     assert sparse["gradients"] < full["gradients"] / 4

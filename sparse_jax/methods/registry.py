@@ -92,12 +92,9 @@ class MethodOptions:
         "value",
     )
 
-    def complete_method_options(self, method: "str | Method") -> None:
-        """Sets what is left out; raises if an option breaks its rule or has no use."""
+    def require_method_options(self, method: "str | Method") -> None:
+        """Raises `InputError` if an option breaks its rule, or `method` lacks it."""
         is_word = isinstance(method, str)
-        for name in USUAL if is_word else ():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, USUAL[name])
         for name in ("rank", "alpha", "size", "prefix_length", "score_rank"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -46,7 +46,7 @@ class Plan:
       temporaries: activations, gradients and all else that a step needs beside its
         arguments, as the compiler lays them out; None without a compiler.
       peak: most that is alive at any time, as the compiler counts, in the larger of
-        the two programs: an update, and the selection before the first one.
+        the programs: an update, and the selection before the first one.
       reserved: arguments and temporaries of the larger one: what has to fit.
       update_peak: the same of an update.
       selection_peak: the same of the selection; None if nothing is selected.
@@ -177,16 +177,17 @@ def _compiled(plan: Plan, run: AbstractRun, chip: Chip | None) -> Plan:
     try:
         compiled = _program(run.runner.lower(*args, schedule=run.schedule))
         selects = bool(jax.tree.leaves(run.state.support))
-        chosen = _program(run.runner.lower_choice(*args)) if selects else None
+        batches = run.settings.select_batches
+        lowered = run.runner.lower_choice(*args, batches) if selects else []
+        chosen: list[Any] = [_program(one).memory_analysis() for one in lowered]
     except jax.errors.JaxRuntimeError as error:
         return _too_large(plan, error)
     found: Any = compiled.memory_analysis()
     collectives = collectives_of(compiled.as_text() or "")
     reserved, peak, selection = _reserved(found), found.peak_memory_in_bytes, None
-    if chosen is not None:
-        of_choice: Any = chosen.memory_analysis()
-        reserved = max(reserved, _reserved(of_choice))
-        selection = of_choice.peak_memory_in_bytes
+    if chosen:
+        reserved = max(reserved, *map(_reserved, chosen))
+        selection = max(one.peak_memory_in_bytes for one in chosen)
     return replace(
         plan,
         temporaries=found.temp_size_in_bytes,

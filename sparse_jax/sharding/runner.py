@@ -133,10 +133,23 @@ class MeshRunner:
         return self._update.lower(state, batch, key, extra_args)
 
     def lower_choice(
-        self, state: CompactState, batch: object, key: jax.Array
-    ) -> jax.stages.Lowered:
-        """Returns the program that chooses supports, as `lower` that of `step`."""
-        return self._choose.lower(state, batch, key)
+        self, state: CompactState, batch: object, key: jax.Array, batches: int = 1
+    ) -> list[jax.stages.Lowered]:
+        """Returns the programs that choose supports, as `lower` that of `step`.
+
+        More than one of the `batches` have a program that adds up their gradients.
+        """
+        args = (state, batch, key)
+        if batches == 1:
+            return [self._choose.lower(*args)]
+        with _automatic(self.placement.mesh):
+            each = functools.partial(selection_statistic, self.tuner)
+            shapes = jax.eval_shape(each, *args)
+        summed = jax.tree.map(_placed, shapes, self._after_measure(shapes, state))
+        return [
+            self._measure.lower(*args, summed),
+            self._choose.lower(*args, {}, summed),
+        ]
 
     def _after_measure(self, out: object, state: CompactState, *args: object) -> object:
         """Returns the shardings of sums of gradients: where their leaves lie."""

@@ -14,7 +14,6 @@ from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.compact.selection import before_selection
 from sparse_jax.errors import listed
 from sparse_jax.interchange.patches import save_patches
-from sparse_jax.methods.registry import USUAL
 from sparse_jax.params.fields import Json
 from sparse_jax.sharding.processes import (
     is_first_process,
@@ -83,10 +82,6 @@ def finetune(settings: Settings | None = None, /, **options: Any) -> dict[str, A
       KeyboardInterrupt: after SIGINT.
       SystemExit: after SIGTERM.
     """
-    if settings is not None and not isinstance(options.get("method", ""), str):
-        # The usual options of a name are nobody's, and an object has its own.
-        usual = [name for name in USUAL if getattr(settings, name) == USUAL[name]]
-        options = {**dict.fromkeys(usual), **options}
     run = Settings(**options) if settings is None else replace(settings, **options)
     with warnings_kept() as warnings:
         return _finetune(run, warnings)

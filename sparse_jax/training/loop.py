@@ -112,12 +112,7 @@ class Loop:
         if at.skipped == at.batches:
             self._give_up(at)
         if not at.is_selected:
-            raise InputError(
-                "`select_after` must leave updates after the selection, got "
-                f"{self.job.select_after} in a run that ended after "
-                f"{at.batches - at.skipped}, the batches that were skipped left out. "
-                "Lower it, or train for longer. No adapter is written."
-            )
+            self._end_early(at)
         if self._is_over and self.budget is not None:
             with self.signals.at_once():
                 state, strength = self.budget.held(state, self._text["kl"])
@@ -295,6 +290,27 @@ class Loop:
             f"not, after {at.batches - at.skipped} updates. Lower --learning-rate, or "
             "pass --dtype float32; if there was no update at all, look at the model. "
             "No adapter is written, and the last checkpoint stays."
+        )
+
+    def _end_early(self, at: Position) -> NoReturn:
+        """Raises, because the run ends before the selection."""
+        made, after = at.batches - at.skipped, self.job.select_after
+        if self._is_over:
+            raise InputError(
+                "`kl_stop` must not end a run before its selection, got a KL to the "
+                f"base of {self._text['kl']:.4g} nats per token after {made} of the "
+                f"{after} updates of `select_after`. Raise `kl_budget`, or lower "
+                "`select_after` or --learning-rate. No adapter is written."
+            )
+        why = (
+            "stopped as it found no better model"
+            if self._is_stopped
+            else "the batches that were skipped left out"
+        )
+        raise InputError(
+            "`select_after` must leave updates after the selection, got "
+            f"{after} in a run that ended after {made}, {why}. Lower it, or train for "
+            "longer. No adapter is written."
         )
 
     def _news(self, metrics: dict[str, jax.Array]) -> dict[str, Json]:

@@ -9,7 +9,7 @@ from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.glue import CAUSAL, TASKS
 from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.lookup import learning_rate_of, learning_rates, word_of
-from sparse_jax.methods.registry import METHODS, MethodOptions
+from sparse_jax.methods.registry import METHODS, USUAL, MethodOptions
 from sparse_jax.params.fields import (
     Option,
     checked,
@@ -262,13 +262,16 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
     def record(self) -> dict[str, object]:
         """Returns the settings as `config.json` holds them.
 
-        A method or sampler that is an object becomes a mapping of its `name` and its
-        fields. Of an optimizer it only says that there was one.
+        Options that a method with a name has and that were left out are the usual
+        ones. A method or sampler that is an object becomes a mapping of its `name` and
+        its fields. Of an optimizer it only says that there was one.
         """
         record: dict[str, object] = {
             one.name: getattr(self, one.name) for one in fields(self)
         }
-        if not isinstance(self.method, str):
+        if isinstance(self.method, str):
+            record |= {n: usual for n, usual in USUAL.items() if record[n] is None}
+        else:
             record["method"] = {"name": self.method_word, **self.method.to_settings()}
         if not isinstance(self.sampler, str | None):
             record["sampler"] = {"name": self.sampler_word, **to_json(self.sampler)}
@@ -330,7 +333,7 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
         """Raises if a setting breaks its rule, or two contradict each other."""
         from sparse_jax.sharding.mesh import parse_mesh
 
-        self.complete_method_options(self.method)
+        self.require_method_options(self.method)
         self._require_objects()
         if not 0 <= self.seed < 2**32:
             raise InputError(f"`seed` must be in [0, 2**32), got {self.seed}.")
