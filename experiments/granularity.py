@@ -47,7 +47,6 @@ def main() -> None:
     args = parser.parse_args()
     show(
         f"sift on {args.task}, {args.max_steps} updates",
-        "entries",
         {name: settings_of(name, args) for name in ("entry", "lane")},
         measure=measure_of(args.task),
         args=args,

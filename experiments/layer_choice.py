@@ -182,7 +182,6 @@ def main() -> None:
     measure = measure_of(args.task)
     trials = show(
         title,
-        "layers",
         {names[name]: settings_of(name, args) for name in names},
         measure=measure,
         args=args,

@@ -7,7 +7,7 @@
 SIFT and a random support at several densities and LoRA at several ranks. For every
 method and size the learning rate is the best of the grid on the first seed; then all
 seeds run. Every run has a directory of its own and is not repeated, so an interrupted
-sweep goes on where it was. Prints a table with mean and range, draws `sweep.png`.
+sweep goes on where it was. Prints a table with mean and deviation, draws `sweep.png`.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> None:
     )
     measure = measure_of(args.task)
     rows = sizes(base, args)
-    trials = show(args.task, "method", rows, measure=measure, args=args)
+    trials = show(args.task, rows, measure=measure, args=args)
     series: dict[str, dict[int, list[float]]] = {}
     for name, trial in trials.items():
         found = series.setdefault(rows[name].method_word, {})

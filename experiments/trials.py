@@ -7,10 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-
+from experiments.report import Report
 from sparse_jax import Settings, finetune
 from sparse_jax.data.glue import find_task
 from sparse_jax.training.output_folder import require_usable
@@ -27,8 +24,6 @@ __all__ = [
     "show",
     "trial_parser",
 ]
-
-_COLUMNS = ("trained, no head", "learning rate", "mean", "sd", "range")
 
 
 @dataclass(frozen=True)
@@ -48,16 +43,6 @@ class Measure:
     choose: Callable[..., float] = max
     scale: float = 100
     digits: int = 1
-
-    def shown(self, values: Sequence[float]) -> tuple[str, str, str]:
-        """Returns mean, deviation and range of some values."""
-        scaled = self.scale * np.array(values)
-        deviation = np.std(scaled, ddof=1) if len(scaled) > 1 else np.nan
-        mean, deviation, low, high = (
-            f"{value:.{self.digits}f}"
-            for value in (np.mean(scaled), deviation, min(scaled), max(scaled))
-        )
-        return mean, deviation, f"{low} to {high}"
 
 
 LOSS = Measure("loss", "loss, nats per token", min, 1, 4)
@@ -174,7 +159,6 @@ def grid_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(
     title: str,
-    compared: str,
     rows: Mapping[str, Settings],
     *,
     measure: Measure,
@@ -183,8 +167,7 @@ def show(
     """Makes the runs that are missing, then shows a table of all of them.
 
     Args:
-      title: of the table; unit and seeds are added.
-      compared: what the rows are.
+      title: of the table; the seeds are added.
       rows: the settings by the names of the rows, which begin those of the folders.
       measure: what is compared.
       args: as `trial_parser` reads them.
@@ -196,12 +179,14 @@ def show(
         name: make_trial(name, settings, measure=measure, **grid_of(args))
         for name, settings in rows.items()
     }
-    seeds = ", ".join(map(str, args.seeds))
-    table = Table(title=f"{title}: {measure.unit}, seeds {seeds}")
-    for column in (compared, *_COLUMNS):
-        table.add_column(column, justify="left" if column == compared else "right")
-    for name, trial in trials.items():
-        cells = measure.shown(trial.values)
-        table.add_row(name, f"{trial.size:,}", f"{trial.rate:g}", *cells)
-    Console(width=100).print(table)
+    Report(
+        title=f"{title}, seeds {', '.join(map(str, args.seeds))}",
+        rows={name: {measure.unit: one.values} for name, one in trials.items()},
+        notes={
+            name: {"trained, no head": f"{one.size:,}", "rate": f"{one.rate:g}"}
+            for name, one in trials.items()
+        },
+        scale=measure.scale,
+        digits=measure.digits,
+    ).show()
     return trials

@@ -10,11 +10,10 @@ alike: the mean of a regression, the shares of unbalanced classes. "unbalanced" 
 with nine positive texts for a negative one to train on, and as many of both to evaluate
 on. Rows start the bias of the head at zero or, as is usual, at what the labels say;
 update the head alone for a while, sum the gradients of several batches, or choose again
-after 30 updates (half as many entries each time). Beside them are a random
-support, LoRA of rank 8, with as many parameters as there are entries, and full
-fine-tuning. Each learning rate is the best of one grid on the first seed, by the
-evaluation data. An interrupted run goes on where it was; `TASK.json` and `TASK.png`
-hold the tables.
+every 50 updates (as many entries each time). Beside them are a random support, LoRA of
+rank 8, with as many parameters as there are entries, and full fine-tuning. Each
+learning rate is the best of one grid on the first seed, by the evaluation data. An
+interrupted run goes on where it was; `TASK.json` and `TASK.png` hold the tables.
 """
 
 import argparse
@@ -33,7 +32,6 @@ TASKS = {
     "stsb": "samples/STS-B", "unbalanced": "samples/SST-2", "rte": "RTE",
     "mrpc": "MRPC", "cola": "CoLA",
 }  # fmt: skip
-AGAIN = "sift, again after 30"
 ROWS: dict[str, dict[str, Any]] = {
     "sift": {},
     "random": {"method": "random"},
@@ -47,7 +45,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "sift, after 60": {"select_after": 60.0},
     "sift, 8 batches": {"select_batches": 8},
     "sift, after 30, 8 batches": {"select_after": 30.0, "select_batches": 8},
-    AGAIN: {},
+    "sift, again every 50": {"reselect_every": 50},
 }
 
 
@@ -67,16 +65,6 @@ def unbalanced(source: Path, folder: Path) -> Path:
     return folder
 
 
-def run(row: str, settings: Settings) -> dict[str, Any]:
-    """Returns the metrics of a run of a row, made once."""
-    if row != AGAIN:
-        return run_once(settings)
-    first, steps = Path(settings.output) / "first", settings.max_steps or 0
-    run_once(replace(settings, output=str(first), max_steps=30))
-    second = {"output": f"{settings.output}/second", "max_steps": steps - 30}
-    return run_once(replace(settings, adapter=str(first), **second))
-
-
 def settings_of(task: str, row: str, args: argparse.Namespace) -> Settings:
     """Returns the settings of a row, but for learning rate, seed and output."""
     data, word = args.data / TASKS[task], task
@@ -86,7 +74,7 @@ def settings_of(task: str, row: str, args: argparse.Namespace) -> Settings:
     if changes["method"] in ("sift", "random"):
         # LoRA has 2 r d parameters at a kernel of d x d with a bias of d.
         width = read_model(args.model).config.hidden_size
-        changes["density"] = (RANK if row == AGAIN else 2 * RANK) / (width + 1)
+        changes["density"] = 2 * RANK / (width + 1)
     return Settings(
         model=args.model,
         data=str(data),
@@ -109,7 +97,7 @@ def best_of(
     def value(rate: float, seed: int) -> float:
         output = str(run_folder(args.output, name, rate, seed))
         own = {"learning_rate": rate, "seed": seed, "output": output}
-        metrics = run(row, replace(settings_of(task, row, args), **own))
+        metrics = run_once(replace(settings_of(task, row, args), **own))
         return metrics["eval"][measure.key]
 
     rate = measure.choose(

@@ -39,8 +39,6 @@ def trial(folder):
 def test_the_learning_rate_is_the_best_of_the_first_seed(calls, tmp_path):
     found = trial(tmp_path)
     assert found == trials.Trial(1e-3, 1234, (0.7, 0.6, 0.5))
-    # The deviation of 70, 60, 50 is 10.
-    assert MEASURE.shown(found.values) == ("60.0", "10.0", "50.0 to 70.0")
     assert {(s.learning_rate, s.seed) for s in calls} == ACCURACY.keys()
 
 
@@ -70,3 +68,13 @@ def test_a_run_that_was_interrupted_goes_on(calls, tmp_path):
     trial(tmp_path)
     resumed = [s for s in calls if s.resume]
     assert [(s.learning_rate, s.seed) for s in resumed] == [(1e-4, 0)]
+
+
+def test_trials_are_shown_with_mean_and_deviation(calls, tmp_path, capsys):
+    words = f"--model m --learning-rates 1e-4 1e-3 --seeds 0 1 2 --output {tmp_path}"
+    args = trials.trial_parser("Trials.", rates=(), output="").parse_args(words.split())
+    trials.show("MRPC", {"head": SETTINGS}, measure=MEASURE, args=args)
+    shown = capsys.readouterr().out
+    # The deviation of 70, 60, 50 is 10.
+    for cell in ("MRPC, seeds 0, 1, 2", "accuracy, %", "1,234", "0.001", "60.0 ± 10.0"):
+        assert cell in shown, cell
