@@ -70,7 +70,9 @@ def test_a_run_and_the_evaluation_of_its_adapter(
     code = command(
         monkeypatch, "evaluate", "--adapter", run, "--data", place / "data"
     )  # fmt: skip
-    assert (code, json.loads(capsys.readouterr().out)) == (0, metrics["eval"])
+    found = json.loads(capsys.readouterr().out)
+    assert (code, found.pop("report")) == (0, metrics["reports"])
+    assert found == metrics["eval"]
     line = f"evaluating on 13 examples in validation of `{place}/data`"
     assert line in caplog.messages
     assert f"the adapter names the base model `{place}/model`" in caplog.messages

@@ -60,7 +60,7 @@ def test_an_encoder_on_a_mesh_is_that_of_one_device(tmp_path):
     mesh = "data=2,fsdp=4"
     many = tiny_settings(model, data, tmp_path / "many", mesh=mesh, where=where)
     many = finetune(many)
-    assert one["eval"] == many["eval"]
+    assert one["eval"] == pytest.approx(many["eval"], rel=1e-4)
     np.testing.assert_allclose(
         losses_of(tmp_path / "one"), losses_of(tmp_path / "many"), rtol=1e-4
     )

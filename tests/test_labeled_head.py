@@ -31,6 +31,7 @@ from sparse_jax.models.hf.labels import order_of, use_of_head
 from sparse_jax.models.hf.pretrained import base_hash, new_leaves
 from sparse_jax.sharding.mesh import make_mesh, parse_mesh
 from sparse_jax.sharding.placement import Placement
+from sparse_jax.training.setup import load_model_and_data
 
 MNLI = ("entailment", "neutral", "contradiction")
 
@@ -217,7 +218,7 @@ def test_a_trained_head_is_right_from_the_first_update(
         learning_rate=1e-9,
     )
     metrics = finetune(settings)["eval"]
-    assert metrics == {"accuracy": 1.0}
+    assert metrics["accuracy"] == 1.0
     assert evaluate_adapter(settings.output, data=settings.data) == metrics
     adapter = load_adapter(settings.output)
     assert [label[:3].lower() for label in adapter.labels] == ["pos", "neg"]
@@ -226,6 +227,19 @@ def test_a_trained_head_is_right_from_the_first_update(
     params, attachment = apply_adapter(params, adapter, base_hash=base_hash(folder))
     logits = model(params, jax_batch(tokens), attachment=attachment)
     np.testing.assert_allclose(logits, theirs, atol=1e-4)
+
+
+def test_a_head_for_labels_of_another_kind_is_warned_of(trained, tmp_path, caplog):
+    data = write_rows(tmp_path / "data", "text", lambda label: ("Neg", "Pos")[label])
+    model = tmp_path / "model"
+    shutil.copytree(trained[0], model)
+    config = json.loads((model / "config.json").read_text())
+    for kind in ("single", "multi"):
+        config["problem_type"] = f"{kind}_label_classification"
+        (model / "config.json").write_text(json.dumps(config))
+        load_model_and_data(tiny_settings(model, data, "", task="classification"))
+        is_told = "is for 'multi_label_classification' as its `problem_t" in caplog.text
+        assert is_told == (kind == "multi")
 
 
 def test_a_new_head_that_is_trained_in_part_is_stored_as_a_whole(trained, tmp_path):
@@ -259,7 +273,7 @@ def test_the_order_of_an_adapter_wins_over_that_of_the_model(trained, tmp_path):
     )  # fmt: skip
     save_adapter(tmp_path / "old.safetensors", adapter)
     metrics = evaluate_adapter(tmp_path / "old.safetensors", data=str(data))
-    assert metrics == {"accuracy": 1.0}
+    assert metrics["accuracy"] == 1.0
 
 
 def test_another_order_of_a_frozen_head_is_refused_and_no_other_spelling(
@@ -274,7 +288,7 @@ def test_another_order_of_a_frozen_head_is_refused_and_no_other_spelling(
             folder, data, tmp_path / name, method="lora", dense=dense, max_steps=1,
             learning_rate=1e-9,
         )  # fmt: skip
-        assert finetune(settings)["eval"] == {"accuracy": 1.0}
+        assert finetune(settings)["eval"]["accuracy"] == 1.0
 
     def evaluate(adapter, *names):
         model = shutil.copytree(folder, tmp_path / "model", dirs_exist_ok=True)
@@ -285,6 +299,6 @@ def test_another_order_of_a_frozen_head_is_refused_and_no_other_spelling(
     for names in (("negative", "positive"), ("positive", "negative", "neutral")):
         with pytest.raises(InputError, match="whose `config.json` has the labels"):
             evaluate("frozen", *names)
-    assert evaluate("frozen", "POS", "NEG") == {"accuracy": 1.0}
-    assert evaluate("frozen", "LABEL_0", "LABEL_1") == {"accuracy": 1.0}
-    assert evaluate("trained", "negative", "positive") == {"accuracy": 1.0}
+    assert evaluate("frozen", "POS", "NEG")["accuracy"] == 1.0
+    assert evaluate("frozen", "LABEL_0", "LABEL_1")["accuracy"] == 1.0
+    assert evaluate("trained", "negative", "positive")["accuracy"] == 1.0

@@ -46,6 +46,14 @@ class Task:
         return self.labels == ()
 
     @property
+    def problem_type(self) -> str:
+        """What transformers calls the kind of its labels, in a `config.json`."""
+        if self.is_regression:
+            return "regression"
+        kind = "multi" if self.is_multilabel else "single"
+        return f"{kind}_label_classification"
+
+    @property
     def num_outputs(self) -> int:
         """Numbers that a model predicts for each example, once labels are known."""
         return len(self.labels or ()) or 1

@@ -72,21 +72,11 @@ def _complete_config(source: Source, folder: Path) -> None:
     else:
         fields = {name: fields[name] for name in fields if name not in _LABELS}
         fields |= {name: written[name] for name in _LABELS if name in written}
-        if (kind := _problem_type(source)) is not None:
-            fields["problem_type"] = kind
+        if (task := TASKS.get(source.adapter.task)) is not None:
+            fields["problem_type"] = task.problem_type
     for name in ("architectures", "dtype", "transformers_version"):
         fields[name] = written[name]
     _write(folder / CONFIG, fields)
-
-
-def _problem_type(source: Source) -> str | None:
-    """Returns how transformers computes the loss of a classifier, if a task says so."""
-    task = TASKS.get(source.adapter.task)
-    if task is None:
-        return None
-    if task.is_multilabel:
-        return "multi_label_classification"
-    return "single_label_classification" if source.adapter.labels else "regression"
 
 
 def _write_generation_config(source: Source, folder: Path) -> None:

@@ -20,7 +20,7 @@ from sparse_jax.data.chat_template import template_digest, warn_of_template
 from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.examples import Splits
 from sparse_jax.data.files import load, require_new_split
-from sparse_jax.data.glue import CAUSAL, find_task
+from sparse_jax.data.glue import CAUSAL, Task, find_task
 from sparse_jax.data.instructions import (
     data_files,
     load_conversations,
@@ -31,13 +31,13 @@ from sparse_jax.data.tokenizer import (
     tokenizer_digest,
     warn_of_tokenizer,
 )
-from sparse_jax.errors import InputError, listed
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.generation.ends import require_ends
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.labels import label_leaves
-from sparse_jax.models.hf.model_files import local_folder
+from sparse_jax.models.hf.model_files import local_folder, read_object
 from sparse_jax.models.hf.pretrained import base_hash, leaf_digests, new_leaves
 from sparse_jax.models.hf.read_config import FAMILIES, read_config
 from sparse_jax.params.fields import Json
@@ -61,6 +61,7 @@ __all__ = ["Base", "ModelAndData", "file_hash", "load_model_and_data"]
 
 _log = logging.getLogger(__name__)
 
+_CONFIG = "config.json"  # of a model
 # Which part of a file is evaluated on.
 _WHOLE = "all of them"
 _HELD_OUT = "those held out of the training"
@@ -170,6 +171,7 @@ def _labeled(
         for warning in splits.warnings:
             _log.warning("%s", warning)
     base = _load_base(settings, mesh, splits.task.labels or ())
+    _warn_of_problem_type(base, splits.task)
     tokenizer = _tokenizer(base, adapter)
     feed = labeled_feed(splits, tokenizer, base.model, settings)
     if adapter is None and settings.head_bias == "labels":
@@ -187,6 +189,17 @@ def _labeled(
         "base_labels": list(base_labels),
     }
     return ModelAndData(classification(splits.task, kept), base, feed)
+
+
+def _warn_of_problem_type(base: Base, task: Task) -> None:
+    """Warns if the head of a base is used for labels of another kind than its own."""
+    said = read_object(base.folder / _CONFIG).get("problem_type")
+    is_used = not {*label_leaves(base.model)} & {*base.new}
+    if is_used and said not in (None, task.problem_type) and is_first_process():
+        _log.warning(
+            "the head of `%s` is for %s as its `problem_type` says, and it is used "
+            "for %s", base.folder, brief(said), task.problem_type
+        )  # fmt: skip
 
 
 def _with_head_bias(base: Base, labels: np.ndarray) -> Base:
