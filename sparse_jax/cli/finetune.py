@@ -51,6 +51,7 @@ def finetune(
         coordinator=coordinator,
         processes=processes,
         process=process,
+        no_cache=given["no_cache"],
     )
     # JAX takes seconds to import, and `--help` has to be quick.
     import sparse_jax

@@ -13,6 +13,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.methods.registry import MethodOptions, require_method_has
 from sparse_jax.samplers.registry import SamplerOptions, require_sampler_has
 from sparse_jax.training.evaluation_options import EvaluationOptions
+from sparse_jax.training.recipe_options import RecipeOptions
 from sparse_jax.training.settings import Settings, setting_options
 
 __all__ = [
@@ -35,14 +36,16 @@ __all__ = [
 Command = TypeVar("Command", bound=Callable[..., None])
 _METHOD_OPTIONS = {one.name for one in fields(MethodOptions)}
 _SAMPLER_OPTIONS = {one.name for one in fields(SamplerOptions)}
-_EVALUATION_OPTIONS = {one.name for one in fields(EvaluationOptions)}
+_OTHER_OPTIONS = {
+    one.name for kind in (EvaluationOptions, RecipeOptions) for one in fields(kind)
+}
 # Those of methods and samplers last.
 _FIELDS = {
     one.name: one
     for one in sorted(
         setting_options().values(),
         key=lambda one: (
-            one.name in {*_METHOD_OPTIONS, *_SAMPLER_OPTIONS, *_EVALUATION_OPTIONS}
+            one.name in {*_METHOD_OPTIONS, *_SAMPLER_OPTIONS, *_OTHER_OPTIONS}
         ),
     )
 }
@@ -133,9 +136,9 @@ def _parameter(name: str, defaults: Mapping[str, object]) -> inspect.Parameter:
             shown,
             metavar=_METAVARS.get(name, _METAVARS.get(one.type)),
         )
-    # What may be repeated is a list.
+    # What may be repeated is a list, unless it says how many there are.
     items = get_args(one.type)
-    kind: Any = list[items[0]] if items else one.type
+    kind: Any = list[items[0]] if ... in items else one.type
     kind = kind if default is not None and default is not MISSING else kind | None
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=made, annotation=kind)
@@ -147,6 +150,7 @@ _METAVARS: dict[object, str] = {
     tuple[str, ...]: "<regex>",
     tuple[int, ...]: "<int>",
     tuple[float, ...]: "<float>",
+    tuple[float, float]: "<float> <float>",
 }
 
 
@@ -247,6 +251,7 @@ def take_devices(
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
+    no_cache: bool = False,
 ) -> None:
     """Prepares JAX for a command; comes before all else.
 
@@ -256,6 +261,7 @@ def take_devices(
       distributed: whether other processes run the same command.
       coordinator, processes, process: as for `join_processes`; each implies
         `distributed`.
+      no_cache: whether to compile everything again.
 
     Raises:
       InputError: if a number is out of range, nothing uses the devices, or JAX has
@@ -268,6 +274,9 @@ def take_devices(
             f"`devices` must come with a mesh, got {devices} and none. Say what they "
             f"are for, as in --mesh data={devices}."
         )
+    from sparse_jax.training.compilation_cache import use_compilation_cache
+
+    use_compilation_cache(not no_cache)
     given = (coordinator, processes, process)
     if devices is None and not distributed and given == (None, None, None):
         return

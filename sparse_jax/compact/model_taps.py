@@ -117,7 +117,8 @@ def choose_by_gradient(
         tapped, (inside, drawn) = route(roles, params, select_leaf, selections, draws)
         # A selection needs draws where an update has supports.
         values = LayerValues(added, inside, drawn)
-        total, weight = sums(tapped, _attach_taps(method, roles, select_leaf, values))
+        attachment = _attach_taps(method, roles, select_leaf, values)
+        total, weight = sums(tapped, attachment._replace(is_loop=True))
         return total / weight
 
     draws = _map_sparse(draw, roles, params)

@@ -11,7 +11,7 @@ import optax
 from sparse_jax.compact.checks import sums_of
 from sparse_jax.compact.compact import Compact, CompactState, Tuner
 from sparse_jax.methods.method import Method
-from sparse_jax.models.attachment import Added, Attachment, LayerValues
+from sparse_jax.models.attachment import Added
 from sparse_jax.supports.packing import keep_masters, pack, value_dtype
 from sparse_jax.supports.roles import FROZEN, SPARSE, Role, Roles, is_role, map_roles
 from sparse_jax.transforms.carry import Box, carry_state, carry_values, origins_of
@@ -113,7 +113,7 @@ def selection_statistic(
     """
     roles, first = tuner.roles(state.params), tuner.first(batch, key)
     stack = tuner.method.stack
-    attachment = Attachment(LayerValues(state.added), response=tuner.method.respond)
+    attachment = tuner.attach(state)._replace(is_loop=True)
 
     def mean(leaves: optax.Params) -> jax.Array:
         put = lambda role, leaf, own: own if role.kind == SPARSE else leaf

@@ -13,6 +13,7 @@ from sparse_jax.models.family import DecoderFamily
 from sparse_jax.models.modules import Inputs, linear
 from sparse_jax.models.stack import (
     LayerOptions,
+    ModelOptions,
     run_cached_layers,
     run_layers,
     stack_layers,
@@ -65,7 +66,7 @@ class CausalLM(nnx.Module):
         batch: Inputs,
         *,
         key: jax.Array | None = None,
-        **options: Unpack[LayerOptions],
+        **options: Unpack[ModelOptions],
     ) -> jax.Array:
         """Returns float32 logits `[B, T, V]`; the arguments are those of `encode`."""
         return self.logits(self.hidden(batch, key=key, **options))
@@ -75,7 +76,7 @@ class CausalLM(nnx.Module):
         batch: Inputs,
         *,
         key: jax.Array | None = None,
-        **options: Unpack[LayerOptions],
+        **options: Unpack[ModelOptions],
     ) -> jax.Array:
         """Returns the last hidden states, normed, `[B, T, D]`, as of `encode`."""
         return self.norm(self.encode(batch, key=key, **options))
@@ -85,6 +86,7 @@ class CausalLM(nnx.Module):
         batch: Inputs,
         *,
         key: jax.Array | None = None,
+        noise: float = 0.0,
         **options: Unpack[LayerOptions],
     ) -> jax.Array:
         """Returns what leaves the last layer, `[B, T, D]`.
@@ -95,14 +97,15 @@ class CausalLM(nnx.Module):
             absent), `segment_ids` (attention never crosses from one to another) and
             `ends` (of trees of sequences: the column from which on a token is not
             seen; then `positions` are depths).
-          key: source of the dropout; None turns it off.
+          key: source of the dropout and the noise; None turns both off.
+          noise: alpha of NEFTune.
           **options: the others of `run_layers`.
         """
         is_token = batch["attention_mask"].astype(bool)
         positions = batch.get("positions", _positions(is_token))
         return run_layers(
             self.layers,
-            self.embeddings(batch["input_ids"], positions, key),
+            self.embeddings(batch["input_ids"], positions, key, noise),
             self.family.parts.position_info(self.config, positions, positions),
             self._mask(is_token, positions, batch),
             key=key,

@@ -11,7 +11,14 @@ from sparse_jax.models.attachment import Respond
 from sparse_jax.models.attend import Attended, attend, memory_of, remember, split_heads
 from sparse_jax.models.config import ClassicConfig
 from sparse_jax.models.decoder import Cached
-from sparse_jax.models.modules import dropout, embed, layer_norm, linear, split_key
+from sparse_jax.models.modules import (
+    dropout,
+    embed,
+    layer_norm,
+    linear,
+    noisy,
+    split_key,
+)
 from sparse_jax.models.position_embeddings import Turn, rotate_pairs
 
 __all__ = ["ClassicEmbeddings", "ClassicLayer", "PositionInfo"]
@@ -40,10 +47,14 @@ class ClassicEmbeddings(nnx.Module):
         self.norm = layer_norm(config, rngs) if has_norm else None
 
     def __call__(
-        self, input_ids: jax.Array, positions: jax.Array, key: jax.Array | None
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        key: jax.Array | None,
+        noise: float = 0.0,
     ) -> jax.Array:
         """Looks up the vectors `[B, T, D]` of int32 ids and positions `[B, T]`."""
-        x = self.word(input_ids)
+        x = noisy(self.word(input_ids), noise, key)
         if self.position is not None:
             x = x + self.position(positions)
         if self.norm is not None:

@@ -10,7 +10,7 @@ from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Respond
 from sparse_jax.models.attend import attend, memory_of, remember, split_heads
 from sparse_jax.models.config import DecoderConfig
-from sparse_jax.models.modules import RmsNorm, embed, linear
+from sparse_jax.models.modules import RmsNorm, embed, linear, noisy
 from sparse_jax.models.position_embeddings import Turn, rotate
 
 __all__ = ["Cached", "DecoderLayer", "Words"]
@@ -24,11 +24,15 @@ class Words(nnx.Module):
         self.word = embed(config, config.vocab_size, rngs)
 
     def __call__(
-        self, input_ids: jax.Array, positions: jax.Array, key: jax.Array | None
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        key: jax.Array | None,
+        noise: float = 0.0,
     ) -> jax.Array:
         """Looks up the vectors `[B, T, D]` of int32 ids `[B, T]`."""
-        del positions, key
-        x = self.word(input_ids)
+        del positions
+        x = noisy(self.word(input_ids), noise, key)
         return x if self.factor is None else x * jnp.asarray(self.factor, x.dtype)
 
 

@@ -17,6 +17,7 @@ from sparse_jax.models.modules import (
     embed,
     layer_norm,
     linear,
+    noisy,
     split_key,
 )
 from sparse_jax.models.stack import LayerOptions, run_layers, stack_layers
@@ -73,9 +74,11 @@ class Embeddings(nnx.Module):
         position_ids: jax.Array,
         token_type_ids: jax.Array,
         key: jax.Array | None,
+        noise: float = 0.0,
     ) -> jax.Array:
         """Looks up int32 `[B, T]` ids of the three kinds."""
-        x = self.word(input_ids) + self.token_type(token_type_ids)
+        words = noisy(self.word(input_ids), noise, key)
+        x = words + self.token_type(token_type_ids)
         x = self.norm(x + self.position(position_ids))
         return dropout(x, self.hidden_dropout, key)
 
@@ -136,6 +139,7 @@ class Encoder(nnx.Module):
         batch: Inputs,
         *,
         key: jax.Array | None = None,
+        noise: float = 0.0,
         **options: Unpack[LayerOptions],
     ) -> jax.Array:
         """Returns the last hidden states `[B, T, D]` of a batch.
@@ -146,7 +150,8 @@ class Encoder(nnx.Module):
         Args:
           batch: int32 `[B, T]` arrays `input_ids`, `attention_mask` (1 at tokens, 0
             at padding) and, optionally, `token_type_ids` (zeros if absent).
-          key: source of the dropout; None turns it off.
+          key: source of the dropout and the noise; None turns both off.
+          noise: alpha of NEFTune.
           **options: the others of `run_layers`.
         """
         input_ids = batch["input_ids"]
@@ -154,5 +159,6 @@ class Encoder(nnx.Module):
         position_ids = self.family.position_ids(input_ids, self.config.pad_id)
         mask = batch["attention_mask"][:, None, None, :].astype(bool)
         table_key, layers_key = split_key(key, 2)
-        x = self.embeddings(input_ids, position_ids, token_type_ids, table_key)
+        ids = (input_ids, position_ids, token_type_ids)
+        x = self.embeddings(*ids, table_key, noise)
         return run_layers(self.layers, x, mask, key=layers_key, **options)

@@ -11,7 +11,7 @@ from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.encoder import Encoder
 from sparse_jax.models.family import Family
 from sparse_jax.models.modules import Inputs, layer_norm, linear, split_key
-from sparse_jax.models.stack import LayerOptions
+from sparse_jax.models.stack import ModelOptions
 
 __all__ = ["MaskedLM", "SequenceClassifier"]
 
@@ -32,7 +32,7 @@ class SequenceClassifier(Encoder):
         batch: Inputs,
         *,
         key: jax.Array | None = None,
-        **options: Unpack[LayerOptions],
+        **options: Unpack[ModelOptions],
     ) -> jax.Array:
         """Returns float32 logits `[B, num_labels]`; one label is a regression.
 
@@ -81,7 +81,7 @@ class MaskedLM(Encoder):
         *,
         positions: jax.Array | None = None,
         key: jax.Array | None = None,
-        **options: Unpack[LayerOptions],
+        **options: Unpack[ModelOptions],
     ) -> jax.Array:
         """Returns float32 logits `[B, T, V]`, or `[B, M, V]` at chosen positions.
 

@@ -9,7 +9,10 @@ from flax import nnx
 from sparse_jax.models.config import ClassicConfig, DecoderConfig, EncoderConfig
 from sparse_jax.params.axes import keep_rows_whole
 
-__all__ = ["Inputs", "RmsNorm", "dropout", "embed", "layer_norm", "linear", "split_key"]
+__all__ = [
+    "Inputs", "RmsNorm", "dropout", "embed", "layer_norm", "linear", "noisy",
+    "split_key",
+]  # fmt: skip
 
 # Arrays of a batch by name, such as `input_ids`.
 Inputs = Mapping[str, jax.Array]
@@ -28,6 +31,30 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+_NOISE = 0x6E66  # any number; the key also serves what comes after the words
+
+
+def noisy(words: jax.Array, alpha: float, key: jax.Array | None) -> jax.Array:
+    """Adds the noise of NEFTune to the vectors of words `[B, T, D]`.
+
+        words + alpha / sqrt(T * D) * u,    u uniform in [-1, 1]
+
+    Without a key they pass unchanged.
+
+    References:
+      Jain et al., 2024, https://arxiv.org/abs/2310.05914
+
+    Example:
+      >>> noisy(jnp.ones((1, 1, 2)), 5.0, None)
+      Array([[[1., 1.]]], dtype=float32)
+    """
+    if key is None or alpha == 0:
+        return words
+    most = alpha / (words.shape[1] * words.shape[2]) ** 0.5
+    key = jax.random.fold_in(key, _NOISE)
+    return words + jax.random.uniform(key, words.shape, words.dtype, -most, most)
 
 
 def split_key(key: jax.Array | None, num: int) -> list[jax.Array | None]:

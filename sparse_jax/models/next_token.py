@@ -20,13 +20,16 @@ def summed_token_loss(
     ids: jax.Array,
     weights: jax.Array,
     *,
+    smoothing: float = 0.0,
     most_logits: int = _MOST_LOGITS,
 ) -> jax.Array:
     """Returns the weighted sum of the losses of all tokens but the first.
 
         sum over b and t > 0 of -weights[b, t] log softmax(logits[b, t - 1])[ids[b, t]]
 
-    Logits are computed for a few columns at a time, and again for the gradient.
+    With `smoothing` s, log softmax of the token counts 1 - s, its mean over all
+    tokens s. Logits are computed for a few columns at a time, and again for
+    the gradient.
 
     Args:
       model: the decoder.
@@ -34,6 +37,7 @@ def summed_token_loss(
       hidden: normed hidden states `[B, T, D]`.
       ids: int32 `[B, T]`.
       weights: float32 `[B, T]`.
+      smoothing: share of the target that is spread over all tokens.
       most_logits: entries of logits to hold at a time, on one device.
     """
     # The state at t scores the token at t + 1; the last state scores nothing.
@@ -46,6 +50,9 @@ def summed_token_loss(
         # they are, and XLA has no gather from them beside manual axes (it aborts).
         words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         chosen = jnp.sum(jnp.where(words == ids[..., None], logits, 0.0), axis=-1)
+        if smoothing:
+            mean = jnp.mean(logits, axis=-1)
+            chosen = (1 - smoothing) * chosen + smoothing * mean
         losses = jax.nn.logsumexp(logits, axis=-1) - chosen
         return jnp.sum(weights * losses)
 

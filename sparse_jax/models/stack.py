@@ -17,6 +17,7 @@ _METHOD = 0x6D  # any number; the layer splits its key and folds nothing in
 
 __all__ = [
     "LayerOptions",
+    "ModelOptions",
     "default_unroll",
     "run_cached_layers",
     "run_layers",
@@ -33,6 +34,12 @@ class LayerOptions(TypedDict, total=False):
     unroll: int | None
     checkpoint: bool
     states: bool
+
+
+class ModelOptions(LayerOptions, total=False):
+    """How a model runs: its layers, and the NEFTune noise on its words."""
+
+    noise: float
 
 
 def stack_layers(
@@ -64,7 +71,7 @@ def run_layers(
       key: source of one key for each layer; None turns dropout off.
       attachment: what a method adds to the layers.
       unroll: layers run in one pass of the loop; None is all of them on CPU without
-        `checkpoint`, and one otherwise.
+        `checkpoint` and unless the attachment asks for a loop, and one otherwise.
       checkpoint: whether the backward pass computes each layer again instead of
         keeping its intermediate values.
       states: whether to return what enters every layer, too; not with slots.
@@ -91,7 +98,8 @@ def run_layers(
     if attachment.slots is not None:
         return _run_with_slots(call, x, stacked, context, attachment.slots, checkpoint)
     body = lambda x, one: (call(x, one, context), x if states else None)
-    unroll = default_unroll(num_layers, checkpoint) if unroll is None else unroll
+    if unroll is None:
+        unroll = 1 if attachment.is_loop else default_unroll(num_layers, checkpoint)
     if checkpoint:
         # Inside a real loop the compiler cannot merge the two forward passes.
         body = jax.checkpoint(body, prevent_cse=unroll > 1)

@@ -34,12 +34,8 @@ from sparse_jax.supports.roles import DENSE, SPARSE, is_role
 from sparse_jax.training.feed import Feed
 from sparse_jax.training.forgetting import text_batches
 from sparse_jax.training.objective import Objective
-from sparse_jax.training.optimizer import (
-    MAX_NORM,
-    Schedule,
-    make_optimizer,
-    schedule_of,
-)
+from sparse_jax.training.optimizer import Schedule, make_optimizer, schedule_of
+from sparse_jax.training.recipe_options import COOLDOWN
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.setup import Base, load_model_and_data
 from sparse_jax.training.start import start_from
@@ -102,20 +98,28 @@ class Job:
 
         The updates before the selection have a warm-up and a decay of their own.
         """
-        peak, warmup = self.settings.resolved_learning_rate, self.settings.warmup
+        settings, peak = self.settings, self.settings.resolved_learning_rate
         if peak is None:
             return None
-        if is_selected:
-            return schedule_of(peak, self.total - self.select_after, warmup)
-        updates = max(1, self.select_after)
-        return schedule_of(peak, updates, min(warmup, updates))
+        cooldown = COOLDOWN if settings.cooldown is None else settings.cooldown
+        warmup, updates = settings.warmup, self.total - self.select_after
+        if not is_selected:
+            updates = max(1, self.select_after)
+            warmup, cooldown = min(warmup, updates), min(cooldown, COOLDOWN)
+        more = (settings.resolved_schedule, cooldown, settings.weight_decay)
+        return schedule_of(peak, updates, warmup, *more)
 
     def tuner(self) -> Tuner:
         """Returns what makes the updates."""
-        checkpointing = self.settings.checkpointing
-        loss = self.objective.make_loss(self.base.model, checkpointing=checkpointing)
+        settings = self.settings
+        loss = self.objective.make_loss(
+            self.base.model,
+            checkpointing=settings.checkpointing,
+            label_smoothing=settings.label_smoothing,
+            noise=settings.neftune_noise,
+        )
         args = (self.method, self.sampler, self.base.placement)
-        return make_tuner(self.settings, loss, *args)
+        return make_tuner(settings, loss, *args)
 
 
 def make_job(settings: Settings) -> Job:
@@ -324,9 +328,10 @@ def make_tuner(
       sampler: of the layers; None trains all of them at every update.
       placement: of the parameters.
     """
-    tx, max_norm = make_optimizer(), MAX_NORM
-    if settings.optimizer is not None:
-        tx, max_norm = settings.optimizer, None
+    tx, max_norm = settings.optimizer, None
+    if isinstance(tx, str):
+        tx = make_optimizer(settings, is_stacked=sampler is None)
+        max_norm = settings.max_grad_norm or None
     placed = (settings.accumulate, placement.shards(method.stack), placement.data_axes)
     if sampler is None:
         if max_norm is not None:

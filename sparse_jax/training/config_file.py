@@ -16,7 +16,7 @@ from sparse_jax.methods.registry import METHODS, USUAL
 from sparse_jax.params.fields import Json, checked, fields_of, from_json
 from sparse_jax.samplers.registry import SAMPLERS, sampler_class
 from sparse_jax.training.output_folder import WITHOUT
-from sparse_jax.training.settings import setting_options
+from sparse_jax.training.settings import OWN, setting_options
 
 if TYPE_CHECKING:
     from sparse_jax.methods.method import Method
@@ -52,7 +52,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         found = inner
     known = setting_options()
     for name in found:
-        if name not in (*known, "optimizer"):
+        if name not in known:
             close = difflib.get_close_matches(str(name), known, 1)
             remedy = f" Did you mean {close[0]!r}?" if close else ""
             raise InputError(
@@ -60,9 +60,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
                 f"{brief(name)}.{remedy} They are the options of "
                 "`sparse-jax finetune`, with `_` for `-`."
             )
-    if found.get("optimizer") is not None:
+    # What earlier versions recorded of the only one that had a name.
+    if found.get("optimizer", "") is None:
+        found = {name: one for name, one in found.items() if name != "optimizer"}
+    if found.get("optimizer") == OWN:
         raise InputError(
-            f"`optimizer` in `{path}` must be null, got {brief(found['optimizer'])}. A "
+            f"`optimizer` in `{path}` must be a name such as adamw, got {OWN!r}. A "
             "file cannot hold an optimizer: pass it to the function `finetune`."
         )
     place, objects = f"`{path}`", {}

@@ -1,5 +1,6 @@
 """Fine-tuning, from settings to a run directory."""
 
+import functools
 import logging
 from collections.abc import Callable
 from contextlib import closing
@@ -24,10 +25,12 @@ from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.best_model import BestModel, best_model_of
 from sparse_jax.training.build import Job, make_job
 from sparse_jax.training.checkpoint import Checkpoints
+from sparse_jax.training.compilation_cache import use_compilation_cache
 from sparse_jax.training.feed import usage_text
 from sparse_jax.training.kl_budget import KlBudget
 from sparse_jax.training.loop import Loop
 from sparse_jax.training.objective import Evaluated
+from sparse_jax.training.optimizer import averaged
 from sparse_jax.training.output_folder import NAMED, require_unlocked, require_usable
 from sparse_jax.training.progress import (
     bytes_shown,
@@ -35,6 +38,7 @@ from sparse_jax.training.progress import (
     show_progress,
     warnings_kept,
 )
+from sparse_jax.training.recipe_options import SCHEDULE_FREE
 from sparse_jax.training.results import (
     Counts,
     adapter_of,
@@ -84,6 +88,7 @@ def finetune(settings: Settings | None = None, /, **options: Any) -> dict[str, A
     """
     run = Settings(**options) if settings is None else replace(settings, **options)
     with warnings_kept() as warnings:
+        use_compilation_cache(not run.no_cache)
         return _finetune(run, warnings)
 
 
@@ -123,7 +128,12 @@ def _run(
     before = before_selection(tuner) if job.select_after else None
     checkpoints = Checkpoints(directory, tuner, placement, job.settings.keep, before)
 
+    average = lambda state: state
+    if job.settings.optimizer == SCHEDULE_FREE:
+        average = jax.jit(functools.partial(averaged, tuner))
+
     def patch(state: CompactState, update: int) -> None:
+        state = average(state)
         # All processes hold parts of it; the first one writes it.
         adapter = adapter_of(job, tuner, state, checkpoints.earlier)
         directory.patch(
@@ -146,7 +156,8 @@ def _run(
         if job.settings.resume:
             _log.info("resuming after update %d of %d", at.batches, job.total)
         with show_progress(job.total, at.batches) as progress:
-            evaluate = _evaluate(job, tuner, state)
+            of_average = _evaluate(job, tuner, state)
+            evaluate = lambda state: of_average(average(state))
             loop = Loop(
                 job, runner, evaluate, directory, checkpoints, progress, signals, patch,
                 first, budget, best,
@@ -159,6 +170,7 @@ def _run(
                 state, step = found or state, best_step or step
     if job.settings.patch_every is not None:
         patch(state, at.batches)
+    state = average(state)
     # All processes hold parts of it; the first one writes it.
     adapter = adapter_of(job, tuner, state, checkpoints.earlier)
     held = {} if budget is None else kl_of(job, directory.rows)

@@ -1,8 +1,9 @@
 """The objective of a run: the loss it minimizes, and how a model is evaluated."""
 
+import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -116,7 +117,11 @@ def perplexity(loss: float) -> float:
     return math.inf if loss > _LARGEST else math.exp(loss)
 
 
-def classification(task: Task, settings: Mapping[str, Any]) -> Objective:
+def classification(
+    task: Task,
+    settings: Mapping[str, Any],
+    class_weights: Sequence[float] | None = None,
+) -> Objective:
     """Returns the objective of classes, or of numbers.
 
     That is the cross-entropy of one class or of every label, or the squared error of a
@@ -125,6 +130,7 @@ def classification(task: Task, settings: Mapping[str, Any]) -> Objective:
     Args:
       task: with the labels found in the data.
       settings: what an adapter has to say for its evaluation to be repeated.
+      class_weights: of the examples of each class, in training; None weighs all alike.
     """
     per = ", nats per label" if task.is_multilabel else ", nats"
 
@@ -157,7 +163,7 @@ def classification(task: Task, settings: Mapping[str, Any]) -> Objective:
         loss_name="squared error" if task.is_regression else f"cross-entropy{per}",
         head=("classifier",),
         settings=settings,
-        make_loss=make_loss,
+        make_loss=functools.partial(make_loss, class_weights=class_weights),
         make_evaluate=make_evaluate,
     )
 
@@ -232,20 +238,29 @@ def make_outputs(model: Model, attachment: Attachment, placement: Placement) -> 
 
 
 def make_loss(
-    model: Model, *, checkpointing: bool = False, unroll: int | None = None
+    model: Model,
+    *,
+    checkpointing: bool = False,
+    unroll: int | None = None,
+    label_smoothing: float = 0.0,
+    noise: float = 0.0,
+    class_weights: Sequence[float] | None = None,
 ) -> Loss:
     """Returns the loss of `Compact` for classes and numbers.
 
     That is cross-entropy of classes; squared error of one number; if any number of
     labels fit an example, the mean binary cross-entropy of all labels. Examples count
-    by their weight, which is zero for padding rows.
+    by their weight, which is zero for padding rows, times that of their class.
 
     Args:
       model: a classifier.
       checkpointing: whether layers run again in the backward pass.
       unroll: layers in one pass of the loop; None chooses by backend.
+      label_smoothing: share of a class that is spread over all.
+      noise: alpha of NEFTune.
+      class_weights: one for each class; None weighs all alike.
     """
-    options = _loop_options(checkpointing, unroll)
+    options = _model_options(checkpointing, unroll, noise)
 
     def loss(
         params: Params, batch: _Arrays, key: jax.Array | None, attachment: Attachment
@@ -253,7 +268,10 @@ def make_loss(
         inputs = model_inputs(batch)
         logits = model(params, inputs, key=key, attachment=attachment, **options)
         labels, weights = batch["labels"], batch["weights"]
-        return jnp.sum(weights * _losses(logits, labels)), jnp.sum(weights)
+        if class_weights is not None:
+            weights = weights * jnp.asarray(class_weights, jnp.float32)[labels]
+        losses = _losses(logits, labels, label_smoothing)
+        return jnp.sum(weights * losses), jnp.sum(weights)
 
     return loss
 
@@ -289,7 +307,12 @@ def head_bias(labels: np.ndarray, num_outputs: int) -> np.ndarray:
 
 
 def make_token_loss(
-    model: Model, *, checkpointing: bool = False, unroll: int | None = None
+    model: Model,
+    *,
+    checkpointing: bool = False,
+    unroll: int | None = None,
+    label_smoothing: float = 0.0,
+    noise: float = 0.0,
 ) -> Loss:
     """Returns the loss of `Compact` for batches of `TokenSequences`.
 
@@ -299,15 +322,18 @@ def make_token_loss(
       model: a causal language model.
       checkpointing: whether layers run again in the backward pass.
       unroll: layers in one pass of the loop; None chooses by backend.
+      label_smoothing: share of a token that is spread over all.
+      noise: alpha of NEFTune.
     """
-    options = _loop_options(checkpointing, unroll)
+    options = _model_options(checkpointing, unroll, noise)
 
     def loss(
         params: Params, batch: _Arrays, key: jax.Array | None, attachment: Attachment
     ) -> tuple[jax.Array, jax.Array]:
         inputs, weights = model_inputs(batch), batch["weights"]
         hidden = model.hidden(params, inputs, key=key, attachment=attachment, **options)
-        total = summed_token_loss(model, params, hidden, batch["input_ids"], weights)
+        args = (model, params, hidden, batch["input_ids"], weights)
+        total = summed_token_loss(*args, smoothing=label_smoothing)
         return total, jnp.sum(weights[:, 1:])
 
     return loss
@@ -318,16 +344,24 @@ def model_inputs(batch: Mapping[str, _Array]) -> dict[str, _Array]:
     return {name: batch[name] for name in _INPUTS if name in batch}
 
 
-def _loop_options(checkpointing: bool, unroll: int | None) -> dict[str, int | None]:
-    """Returns the options of a model that say how its loop over the layers runs."""
+def _model_options(
+    checkpointing: bool, unroll: int | None, noise: float
+) -> dict[str, float | None]:
+    """Returns the options of a model that say how it runs in training."""
     # Unrolled code would undo the checkpoint; the loop is what saves memory.
-    return {"checkpoint": checkpointing, "unroll": 1 if checkpointing else unroll}
+    unroll = 1 if checkpointing else unroll
+    options = {"checkpoint": checkpointing, "unroll": unroll}
+    return {**options, "noise": noise} if noise else options
 
 
-def _losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _losses(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Returns the loss of every example."""
     if labels.ndim == 2:
         return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
     if logits.shape[-1] == 1:
         return (logits[:, 0] - labels.astype(jnp.float32)) ** 2
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if smoothing:
+        others = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+        losses = (1 - smoothing) * losses + smoothing * others
+    return losses

@@ -1,18 +1,42 @@
-"""The optimizer of every run: AdamW, warm-up and linear decay, a clipped norm."""
+"""The optimizer of a run: one of Optax, a schedule of its rate, a clipped norm."""
 
-from typing import Any, NamedTuple
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparse_jax.errors import InputError
-from sparse_jax.training.settings import WARM_UP
+from sparse_jax.compact.compact import CompactState, TrainedValues, Tuner
+from sparse_jax.errors import InputError, brief
+from sparse_jax.supports.packing import current_values, keep_masters, write_back
+from sparse_jax.training.recipe_options import (
+    COOLDOWN,
+    MOMENTS,
+    OPTIMIZERS,
+    SCHEDULE_FREE,
+    WARM_UP,
+    RecipeOptions,
+)
 
-__all__ = ["MAX_NORM", "Schedule", "learning_rate_at", "make_optimizer", "schedule_of"]
+if TYPE_CHECKING:
+    from optax.contrib import MuonDimensionNumbers
 
-MAX_NORM = 1.0  # global norm of the gradient of the trained values
+__all__ = [
+    "Schedule",
+    "averaged",
+    "learning_rate_at",
+    "make_optimizer",
+    "require_takes",
+    "schedule_of",
+]
+
+# Argument of Optax -> the option that it is, if its value is that.
+_BETAS = ("betas", "b1 and b2")
 
 
 class Schedule(NamedTuple):
@@ -24,25 +48,48 @@ class Schedule(NamedTuple):
     peak: jax.typing.ArrayLike
     updates: jax.typing.ArrayLike
     rise: jax.typing.ArrayLike  # 1 / updates of the warm-up
-    fall: jax.typing.ArrayLike  # 1 / (updates after it + 1)
+    fall: jax.typing.ArrayLike  # 1 / updates of the decay
+    most: jax.typing.ArrayLike  # of the decay's factor: infinite if it starts at once
+    bend: jax.typing.ArrayLike  # 1 for the decay of a cosine, 0 for a line
+    weight_decay: jax.typing.ArrayLike
 
 
-def schedule_of(peak: float, updates: int, warmup: float = WARM_UP) -> Schedule:
+def schedule_of(
+    peak: float,
+    updates: int,
+    warmup: float = WARM_UP,
+    kind: str = "linear",
+    cooldown: float = COOLDOWN,
+    weight_decay: float = 0.0,
+) -> Schedule:
     """Returns the schedule of a run.
 
     Args:
       peak: the largest rate, reached after the warm-up.
       updates: updates of the whole run.
       warmup: a fraction of the updates, or from 1 on their number; the least is one.
+      kind: linear, cosine, constant or wsd.
+      cooldown: the decay of wsd, as `warmup`.
+      weight_decay: what weights lose at a rate of 1.
 
     Raises:
-      InputError: if the warm-up is longer than the run.
+      InputError: if the warm-up is longer than the run, or leaves no room for the
+        cooldown.
     """
-    warm_up = max(1, round(warmup * updates if warmup < 1 else warmup))
+    number = lambda share: max(1, round(share * updates if share < 1 else share))
+    warm_up = number(warmup)
     if warm_up > updates:
         raise InputError(
             f"`warmup` must be at most {updates}, the updates of the run, got "
             f"{warm_up}. A fraction, such as {WARM_UP}, fits every run."
+        )
+    # From the largest rate to the one that would come after the run, which is zero.
+    most = updates - warm_up + 1
+    decay = {"constant": 1, "wsd": number(cooldown)}.get(kind, most)
+    if decay > most:
+        raise InputError(
+            f"`cooldown` must be at most {most}, the updates from the end of the "
+            f"warm-up, got {decay}. A fraction, such as {COOLDOWN}, fits every run."
         )
     one = np.float32(1)
     return Schedule(
@@ -50,16 +97,23 @@ def schedule_of(peak: float, updates: int, warmup: float = WARM_UP) -> Schedule:
         updates=np.float32(updates),
         # Compilers multiply by the inverse of a constant, and so gives the same bits.
         rise=one / np.float32(warm_up),
-        fall=one / np.float32(updates - warm_up + 1),
+        fall=one / np.float32(decay),
+        most=np.float32(math.inf if kind == "linear" else 1),
+        bend=np.float32(kind == "cosine"),
+        weight_decay=np.float32(weight_decay),
     )
 
 
 def learning_rate_at(count: jax.typing.ArrayLike, schedule: Schedule) -> jax.Array:
     """Returns the learning rate of an update.
 
-        peak * min((count + 1) / warm_up, (updates - count) / (updates - warm_up + 1))
+        peak * min((count + 1) / warm_up, decay),   left = (updates - count) / D
+        decay = left, (1 - cos(pi min(left, 1))) / 2, 1 or min(left, 1)
+          for linear, cosine, constant and wsd;
+        D = updates - warm_up + 1, or the updates of the cooldown for wsd
 
-    No update has a rate of zero, neither the first nor the last.
+    No update has a rate of zero, neither the first nor the last: these are the rates
+    of transformers' schedules for one update more, from its second on.
 
     Args:
       count: updates made before.
@@ -71,36 +125,150 @@ def learning_rate_at(count: jax.typing.ArrayLike, schedule: Schedule) -> jax.Arr
       [1.0, 0.75, 0.5, 0.25]
     """
     count = jnp.asarray(count, jnp.float32)
-    peak, updates, rise, fall = map(jnp.asarray, schedule)
-    return peak * jnp.minimum((count + 1) * rise, (updates - count) * fall)
+    peak, updates, rise, fall, most, bend, _ = map(jnp.asarray, schedule)
+    left = jnp.minimum((updates - count) * fall, most)
+    decay = jnp.where(bend > 0, (1 - jnp.cos(jnp.pi * left)) / 2, left)
+    return peak * jnp.minimum((count + 1) * rise, decay)
 
 
-def make_optimizer() -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer of a run, which does not clip.
+def make_optimizer(
+    options: RecipeOptions | None = None, *, is_stacked: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer that options name, which does not clip.
 
     Its `update` takes the `schedule` as an extra argument.
+
+    Args:
+      options: of a run; None is AdamW without decay.
+      is_stacked: whether arrays of the layers have these as their first axis.
     """
-    start = lambda params: optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
-    scale: Any = _scale
-    return optax.chain(
-        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-        # Decays nothing; checkpoints have its place in the state.
-        optax.add_decayed_weights(0.0),
-        optax.GradientTransformationExtraArgs(start, scale),
+    options = options or RecipeOptions()
+    make, known = _named(options.optimizer)
+    given: dict[str, Any] = {}
+    b1, b2 = options.betas or (None, None)
+    for names, value in (
+        (("b1", "adam_b1"), b1),
+        (("b2", "adam_b2"), b2),
+        (("eps",), options.eps),
+        (("mask", "weight_decay_mask"), _decays),
+        (("mu_dtype",), jnp.bfloat16 if options.moment_dtype == MOMENTS[1] else None),
+        (
+            ("muon_weight_dimension_numbers",),
+            functools.partial(_matrices, is_stacked=is_stacked),
+        ),
+    ):
+        given |= {name: value for name in names if name in known and value is not None}
+
+    def made(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+        more: dict[str, Any] = {}
+        if "weight_decay" in known:
+            more["weight_decay"] = jnp.asarray(schedule.weight_decay)
+        rate = functools.partial(learning_rate_at, schedule=schedule)
+        return optax.with_extra_args_support(make(rate, **given, **more))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        schedule: Schedule,
+        **extra_args: object,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        # Made where it is used, so that its numbers are arguments of the program.
+        return made(schedule).update(updates, state, params, **extra_args)
+
+    init = lambda params: made(schedule_of(1.0, 1)).init(params)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def require_takes(options: RecipeOptions) -> None:
+    """Raises `InputError` if an option has no meaning for the optimizer of a run."""
+    _, known = _named(options.optimizer)
+    needs = {
+        "weight_decay": ("weight_decay",),
+        "betas": ("b1", "adam_b1"),
+        "eps": ("eps",),
+        "moment_dtype": ("mu_dtype",),
+    }
+    defaults = RecipeOptions()
+    for name, arguments in needs.items():
+        value = getattr(options, name)
+        if value == getattr(defaults, name) or {*arguments} & {*known}:
+            continue
+        able = [word for word in OPTIMIZERS if {*arguments} & {*_named(word)[1]}]
+        raise InputError(
+            f"`{name}` must be left out with optimizer {options.optimizer!r}, got "
+            f"{brief(value)}. In Optax these have it: {', '.join(able)}."
+        )
+
+
+def averaged(tuner: Tuner, state: CompactState) -> CompactState:
+    """Returns the state whose values are the average that schedule-free training keeps.
+
+    The state itself, unless its optimizer is one. What is trained is evaluated and
+    written there; the gradients are taken elsewhere.
+    """
+    kept = optax.tree.get(state.opt_state, "ScheduleFreeState")
+    if kept is None:
+        return state
+    roles = tuner.roles(state.params)
+    trees = (state.support, state.masters, state.params)
+    values = TrainedValues(state.added, current_values(roles, *trees))._asdict()
+    # Optax's generic types.
+    values = TrainedValues(**optax.contrib.schedule_free_eval_params(kept, values))  # pyright: ignore
+    return state._replace(
+        params=write_back(roles, state.params, state.support, values.leaves),
+        masters=keep_masters(roles, values.leaves, state.params),
+        added=values.added,
     )
 
 
-def _scale(
-    updates: optax.Updates,
-    state: optax.ScaleByScheduleState,
-    params: optax.Params | None = None,
-    *,
-    schedule: Schedule,
-    **extra_args: object,
-) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
-    """Returns steps against the updates, of the length that the schedule says."""
-    del params, extra_args
-    rate = -learning_rate_at(state.count, schedule)
-    steps = jax.tree.map(lambda update: rate.astype(update.dtype) * update, updates)
-    count: Any = optax.safe_increment(state.count)
-    return steps, optax.ScaleByScheduleState(count=count)
+def _schedule_free_adamw(
+    learning_rate: optax.Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns Optax's optimizer of the name, which has no mask of its own."""
+    base = optax.chain(
+        optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return optax.contrib.schedule_free(base, learning_rate, b1)
+
+
+def _named(word: object) -> tuple[Callable[..., Any], tuple[str, ...]]:
+    """Returns the function of Optax that makes an optimizer, and its arguments."""
+    make: Any = _schedule_free_adamw
+    if word != SCHEDULE_FREE:
+        make = getattr(optax, str(word), None) or getattr(optax.contrib, str(word))
+    return make, tuple(inspect.signature(make).parameters)
+
+
+def _decays(values: optax.Params) -> Any:
+    """Returns which arrays decay: all but biases, and the scales of norms."""
+
+    def one(path: tuple[Any, ...], _: object) -> bool:
+        kind = jax.tree_util.keystr(path[-1:], simple=True)
+        return not kind.endswith("bias") and kind != "scale"
+
+    return jax.tree.map_with_path(one, values)
+
+
+def _matrices(values: optax.Params, *, is_stacked: bool) -> Any:
+    """Returns the axes of the matrices in the layers, and None for what is none."""
+    from optax.contrib import MuonDimensionNumbers
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> "MuonDimensionNumbers | None":
+        # Word tables and heads, too, are left to Adam.
+        place = [getattr(key, "key", None) for key in path]
+        in_layers = place[0] == "added" or place[:2] == ["leaves", "layers"]
+        first = int(is_stacked)
+        if not in_layers or leaf.ndim != first + 2:
+            return None
+        return MuonDimensionNumbers(first, first + 1)
+
+    return jax.tree.map_with_path(one, values)

@@ -17,7 +17,7 @@ from sparse_jax.methods.lookup import learning_rate_of
 from sparse_jax.methods.registry import USUAL
 from sparse_jax.models.hf.pretrained import changed_field
 from sparse_jax.training.run_files import read_json
-from sparse_jax.training.settings import Settings
+from sparse_jax.training.settings import OWN, Settings
 
 __all__ = [
     "CHECKPOINTS",
@@ -151,6 +151,7 @@ FILES = (CONFIG, METRICS, CURVE, LAYERS, ROWS, ADAPTER)
 # What may differ between a run and its continuation.
 FREE = (
     "output", "overwrite", "resume", "save_every", "patch_every", "keep", "mesh",
+    "no_cache",
 )  # fmt: skip
 # What earlier versions did, which had no such setting.
 WITHOUT = {"group_by_length": True, "head_bias": "zeros"}
@@ -255,6 +256,8 @@ def _require_same(path: Path, settings: Settings) -> None:
     # version does without it.
     defaults = {field.name: field.default for field in fields(settings)}
     before = defaults | USUAL | WITHOUT | before
+    # Earlier versions had one name for an optimizer, which was none.
+    before["optimizer"] = before["optimizer"] or defaults["optimizer"]
     # Earlier versions recorded a single rule as a text.
     for name in ("where", "dense"):
         before[name] = [one] if isinstance(one := before[name], str) else one
@@ -271,7 +274,7 @@ def _require_same(path: Path, settings: Settings) -> None:
     changed = [name for name in now if name not in FREE and now[name] != before[name]]
     if changed:
         name = changed[0]
-        if name == "optimizer":
+        if name == "optimizer" and OWN in (now[name], before[name]):
             raise InputError(
                 "`optimizer` must be passed to `finetune` if the run to resume had "
                 "one, as no file can hold it, and only then. Pass the same object "

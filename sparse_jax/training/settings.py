@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.glue import CAUSAL, TASKS
 from sparse_jax.errors import InputError, brief
-from sparse_jax.methods.lookup import learning_rate_of, learning_rates, word_of
+from sparse_jax.methods.lookup import learning_rate_of, word_of
 from sparse_jax.methods.registry import METHODS, USUAL, MethodOptions
 from sparse_jax.params.fields import (
     Option,
@@ -22,11 +22,10 @@ from sparse_jax.params.fields import (
 )
 from sparse_jax.samplers.registry import SAMPLERS, SamplerOptions, word_of_sampler
 from sparse_jax.training.evaluation_options import EvaluationOptions
+from sparse_jax.training.recipe_options import RecipeOptions
 
 # JAX takes seconds to import, and the help of the command line reads these fields.
 if TYPE_CHECKING:
-    from optax import GradientTransformation
-
     from sparse_jax.data.causal_tokens import Loss
     from sparse_jax.methods.method import Method
     from sparse_jax.samplers.sampler import Sampler
@@ -39,7 +38,6 @@ DTYPES = ("float32", "bfloat16")
 LOSSES = ("response", "all")
 HEAD_BIASES = ("labels", "zeros")
 HELD_OUT, TEMPLATE = 0.05, "alpaca"
-WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
     "max_steps", "max_length", "learning_rate", "select_batches",
@@ -47,13 +45,13 @@ _POSITIVE = (
 )  # fmt: skip
 _PATHS = ("model", "output", "data", "adapter", "kl_text")
 # Words for objects: the check of the words says which there are.
-_WORDS = ("method", "sampler", "score", "granularity", "activation")
+_WORDS = ("method", "sampler", "optimizer", "score", "granularity", "activation")
 # Options of the task causal, with their defaults.
 _TEXT = {"loss_on": None, "packing": False, "template": None, "held_out": None}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
+class Settings(MethodOptions, SamplerOptions, EvaluationOptions, RecipeOptions):
     """What `finetune` does: the options of `sparse-jax finetune`, one to one.
 
     In Python `method` and `sampler` may also be objects, which bring their own options
@@ -129,20 +127,6 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
         + ".",
         "all layers",
     )
-    learning_rate: float | None = setting(
-        None,
-        "Peak learning rate, reached after the warm-up; from there it decays linearly "
-        "to 0.",
-        learning_rates(),
-    )
-    warmup: float = setting(
-        WARM_UP,
-        "Warm-up of the learning rate: below 1 a fraction of the updates, else their "
-        "number.",
-    )
-    # None is AdamW with a clipped norm and the schedule of `learning_rate`. Another one
-    # brings its own schedule, and gets gradients that are not clipped.
-    optimizer: "GradientTransformation | None" = None
     batch_size: int = setting(32, "Examples per update.")
     accumulate: int = setting(1, "Micro-batches per update, to save memory.")
     epochs: int = setting(3, "Passes over the training examples.")
@@ -199,6 +183,11 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
         "none",
     )
     keep: int = setting(2, "Checkpoints to keep; older ones are removed.")
+    no_cache: bool = setting(
+        False,
+        "Compile everything again, and keep nothing of it; otherwise programs are kept "
+        "in a folder of the user, or in that of SPARSE_JAX_CACHE.",
+    )
     overwrite: bool = setting(False, "Replace the run in the output folder.")
     resume: bool = setting(False, "Continue the interrupted run in the output folder.")
 
@@ -211,11 +200,6 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
                 object.__setattr__(self, name, checked(one, value))
         require_word("method", self.method_word, METHODS)
         require_word("dtype", self.dtype, DTYPES)
-        if not self.warmup >= 0 or (self.warmup > 1 and self.warmup % 1):
-            raise InputError(
-                "`warmup` must be a fraction of the updates in [0, 1), or a number, "
-                f"got {self.warmup}. Commonly it is {WARM_UP}."
-            )
         after = self.select_after
         if not after >= 0 or (after > 1 and after % 1):
             raise InputError(
@@ -230,6 +214,7 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
         self._require_consistent()
         self._require_text()
         self._require_layers()
+        self.require_recipe(self.method, self.sampler_word)
         self.require_evaluation_options(
             self.task, self.adapter, self.method, self.reselect_every
         )
@@ -255,7 +240,7 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
     @property
     def resolved_learning_rate(self) -> float | None:
         """Peak learning rate; None with an optimizer that brings its own."""
-        if self.learning_rate is None and self.optimizer is None:
+        if self.learning_rate is None and isinstance(self.optimizer, str):
             return learning_rate_of(self.method, vars(self))
         return self.learning_rate
 
@@ -275,7 +260,8 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
             record["method"] = {"name": self.method_word, **self.method.to_settings()}
         if not isinstance(self.sampler, str | None):
             record["sampler"] = {"name": self.sampler_word, **to_json(self.sampler)}
-        record["optimizer"] = None if self.optimizer is None else OWN
+        if not isinstance(self.optimizer, str):
+            record["optimizer"] = OWN
         return record
 
     @property
@@ -306,11 +292,12 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
                     f"`{name}` must be left out with task {self.task!r}, got "
                     f"{getattr(self, name)!r}. It belongs to {CAUSAL}."
                 )
-        if self.is_causal and self.drop_unlabeled:
-            raise InputError(
-                f"`drop_unlabeled` must be left out with task {CAUSAL!r}, got True. "
-                "Its texts have no labels."
-            )
+        for name in ("drop_unlabeled", "class_weights"):
+            if self.is_causal and (value := getattr(self, name)):
+                raise InputError(
+                    f"`{name}` must be left out with task {CAUSAL!r}, got {value!r}. "
+                    "Its texts have no labels."
+                )
         require_word("loss_on", self.resolved_loss_on, LOSSES)
         require_word("template", self.resolved_template, PROMPTS)
         if not 0 < self.resolved_held_out < 1:
@@ -371,22 +358,6 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions):
                 f"`dense` must be left out with a method that has its own, got "
                 f"{brief(self.dense)}."
             )
-        if self.optimizer is None:
-            return
-        # Imports JAX, which the help of the command line does without.
-        from sparse_jax.params.arguments import (
-            require_plain_update,
-            require_transformation,
-        )
-
-        require_transformation("optimizer", self.optimizer)
-        require_plain_update("optimizer", self.optimizer)
-        for name, left_out in (("learning_rate", None), ("warmup", WARM_UP)):
-            if getattr(self, name) != left_out:
-                raise InputError(
-                    f"`{name}` must be left out with an optimizer, which has its own, "
-                    f"got {getattr(self, name)}."
-                )
 
 
 def setting_options() -> dict[str, Option]:
@@ -396,5 +367,5 @@ def setting_options() -> dict[str, Option]:
       >>> setting_options()["sampler"].type
       <class 'str'>
     """
-    objects = {"Method": str, "Sampler": str, "GradientTransformation": object}
+    objects = {"Method": str, "Sampler": str, "GradientTransformation": str}
     return options_of(Settings, **objects)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +53,7 @@ from sparse_jax.training.objective import (
     head_bias,
     language_modeling,
 )
+from sparse_jax.training.recipe_options import BALANCED
 from sparse_jax.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -188,7 +190,48 @@ def _labeled(
         "drop_unlabeled": settings.drop_unlabeled,
         "base_labels": list(base_labels),
     }
-    return ModelAndData(classification(splits.task, kept), base, feed)
+    weights = None
+    if adapter is None:
+        train = cast(Encoded, feed.examples["train"])
+        weights = _class_weights(settings, splits.task, train.labels)
+    return ModelAndData(classification(splits.task, kept, weights), base, feed)
+
+
+def _class_weights(
+    settings: Settings, task: Task, labels: np.ndarray
+) -> list[float] | None:
+    """Returns the weights of the classes that settings ask for, None for all alike."""
+    asked = settings.class_weights
+    for name, value in (
+        ("class_weights", asked),
+        ("label_smoothing", settings.label_smoothing or None),
+    ):
+        if value is not None and (task.is_multilabel or not task.labels):
+            raise InputError(
+                f"`{name}` must be left out with task {settings.task!r}, got "
+                f"{brief(value)}. It belongs to tasks of one class for each example."
+            )
+    names = task.labels or ()
+    if asked is None:
+        return None
+    if asked == BALANCED:
+        counts = np.bincount(labels, minlength=len(names))
+        # A class without examples weighs nothing either way.
+        return (len(labels) / (len(names) * np.maximum(counts, 1))).tolist()
+    found = dict.fromkeys(names, 1.0)
+    for pair in asked.split(","):
+        name, _, weight = pair.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if name not in found or not (value >= 0 and math.isfinite(value)):
+            raise InputError(
+                f"`class_weights` must be {BALANCED}, or pairs of a label and a "
+                f"weight such as {names[0]}=2,{names[1]}=1, got {brief(asked)}."
+            )
+        found[name] = value
+    return [*found.values()]
 
 
 def _warn_of_problem_type(base: Base, task: Task) -> None:

@@ -1,0 +1,225 @@
+"""The recipe of a run: optimizer, schedule and loss, which the command line reads."""
+
+import difflib
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from sparse_jax.errors import InputError, brief
+from sparse_jax.methods.lookup import learning_rates
+from sparse_jax.params.fields import one_of, require_word, setting
+
+# JAX takes seconds to import, and the help of the command line reads these fields.
+if TYPE_CHECKING:
+    from optax import GradientTransformation
+
+    from sparse_jax.methods.method import Method
+
+__all__ = [
+    "BALANCED", "COOLDOWN", "ENTRYWISE", "MOMENTS", "OF_MATRICES", "OPTIMIZERS",
+    "SCHEDULES", "SCHEDULE_FREE", "WARM_UP", "RecipeOptions",
+]  # fmt: skip
+
+SCHEDULE_FREE = "schedule_free_adamw"
+# Every number has an update of its own, whatever array it is packed in.
+ENTRYWISE = (
+    "adamw", "adam", "adagrad", "adamaxw", "adan", "ademamix", "lion", "nadamw",
+    "radam", "rmsprop", "sgd", "signum", SCHEDULE_FREE,
+)  # fmt: skip
+# These read whole matrices.
+OF_MATRICES = ("adafactor", "muon")
+OPTIMIZERS = (*ENTRYWISE, *OF_MATRICES)
+SCHEDULES = ("linear", "cosine", "constant", "wsd")
+MOMENTS = ("float32", "bfloat16")
+WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
+COOLDOWN = 0.2  # fraction of the updates of wsd
+MAX_NORM = 1.0
+BALANCED = "balanced"
+# What an optimizer that is an object brings with it.
+_OF_OPTIMIZER = (
+    "learning_rate", "warmup", "schedule", "cooldown", "weight_decay", "betas", "eps",
+    "moment_dtype", "max_grad_norm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """What makes an update of a gradient, and what loss the gradient is of."""
+
+    optimizer: "str | GradientTransformation" = setting(
+        "adamw",
+        f"Optimizer of Optax: {one_of(OPTIMIZERS)}. The last two read whole matrices, "
+        "and go with methods that train whole arrays.",
+    )
+    learning_rate: float | None = setting(
+        None,
+        "Peak learning rate, reached after the warm-up.",
+        learning_rates(),
+    )
+    warmup: float = setting(
+        WARM_UP,
+        "Warm-up of the learning rate: below 1 a fraction of the updates, else their "
+        "number.",
+    )
+    schedule: str | None = setting(
+        None,
+        f"Learning rate after the warm-up: {one_of(SCHEDULES)}. The first two fall to "
+        "0; wsd is constant until its cooldown.",
+        f"linear; constant for {SCHEDULE_FREE}",
+    )
+    cooldown: float | None = setting(
+        None,
+        "Linear decay to 0 at the end of wsd: below 1 a fraction of the updates, else "
+        "their number.",
+        f"{COOLDOWN}",
+    )
+    weight_decay: float = setting(
+        0.0,
+        "Decoupled weight decay, times the learning rate. Biases and scales of norms "
+        "do not decay; of sparse leaves the chosen entries do, and no others.",
+    )
+    betas: tuple[float, float] | None = setting(
+        None, "Decay rates of the two moments.", "Optax's: 0.9 0.999 for adamw"
+    )
+    eps: float | None = setting(
+        None, "Term added to the denominator.", "Optax's: 1e-08 for adamw"
+    )
+    moment_dtype: str = setting(
+        MOMENTS[0], f"Dtype of the first moment: {one_of(MOMENTS)}."
+    )
+    max_grad_norm: float = setting(
+        MAX_NORM,
+        "Global norm that the gradient of what is trained is clipped to; 0 does not "
+        "clip.",
+    )
+    label_smoothing: float = setting(
+        0.0, "Share of the target that is spread over all classes, or all tokens."
+    )
+    neftune_noise: float = setting(
+        0.0,
+        "NEFTune: alpha of the noise on word vectors in training, uniform in +-alpha / "
+        "sqrt(tokens * width); commonly 5.",
+    )
+    class_weights: str | None = setting(
+        None,
+        f"Weights of the classes in the loss: {BALANCED} (inverse to their frequency), "
+        "or label=weight pairs such as spam=3,ham=1; labels left out weigh 1.",
+        "all 1",
+    )
+
+    def require_recipe(self, method: "str | Method", sampler: str | None) -> None:
+        """Raises `InputError` if an option breaks its rule, or two contradict.
+
+        Args:
+          method: of the run.
+          sampler: word of the sampler of layers, if there is one.
+        """
+        if self.optimizer is None:
+            # What earlier versions called the default.
+            object.__setattr__(self, "optimizer", OPTIMIZERS[0])
+        self._require_numbers()
+        if isinstance(self.optimizer, str):
+            self._require_named(method, sampler)
+        else:
+            self._require_own()
+
+    @property
+    def resolved_schedule(self) -> str:
+        """The word of the schedule."""
+        free = self.optimizer == SCHEDULE_FREE
+        return self.schedule or ("constant" if free else SCHEDULES[0])
+
+    def _require_numbers(self) -> None:
+        """Raises if a value is out of range."""
+        for name in ("schedule", "moment_dtype"):
+            known = SCHEDULES if name == "schedule" else MOMENTS
+            if getattr(self, name) is not None:
+                require_word(name, getattr(self, name), known)
+        for name in ("warmup", "cooldown"):
+            value = getattr(self, name)
+            if value is None or (value >= 0 and (value <= 1 or value % 1 == 0)):
+                continue
+            usual = WARM_UP if name == "warmup" else COOLDOWN
+            raise InputError(
+                f"`{name}` must be a fraction of the updates in [0, 1), or a number, "
+                f"got {value}. Commonly it is {usual}."
+            )
+        for name in ("weight_decay", "max_grad_norm", "neftune_noise", "eps"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"`{name}` must be 0 or more, got {value}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(
+                f"`label_smoothing` must be in [0, 1), got {self.label_smoothing}. "
+                "Commonly it is 0.1."
+            )
+        betas = (0.0, 0.0) if self.betas is None else self.betas
+        if len(betas) != 2 or not all(0 <= one < 1 for one in betas):
+            raise InputError(
+                f"`betas` must be two numbers in [0, 1), got {brief(self.betas)}. "
+                "Those of adamw are 0.9 0.999."
+            )
+        if self.cooldown is not None and self.schedule != "wsd":
+            raise InputError(
+                f"`cooldown` must be left out with schedule {self.resolved_schedule!r},"
+                f" got {self.cooldown:g}. It is the end of wsd."
+            )
+
+    def _require_named(self, method: "str | Method", sampler: str | None) -> None:
+        """Raises if options contradict the optimizer that they name."""
+        name = self.optimizer
+        if name not in OPTIMIZERS:
+            close = difflib.get_close_matches(str(name), OPTIMIZERS, 2, 0.4)
+            nearest = f" The nearest are {one_of(close)}." if len(close) > 1 else ""
+            nearest = f" The nearest is {close[0]}." if len(close) == 1 else nearest
+            raise InputError(
+                f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, got "
+                f"{brief(name)}.{nearest} In Python any transformation of Optax works."
+            )
+        if name == SCHEDULE_FREE and self.resolved_schedule != "constant":
+            raise InputError(
+                f"`schedule` must be constant with optimizer {name!r}, got "
+                f"{self.schedule!r}. It averages its steps in place of a decay."
+            )
+        if name == SCHEDULE_FREE and sampler is not None:
+            raise InputError(
+                f"`optimizer` must not be {name!r} with a sampler of layers, got "
+                f"{sampler!r}: layers that are not trained have no average. Choose "
+                "adamw."
+            )
+        # Imports JAX, which the help of the command line does without.
+        from sparse_jax.training.optimizer import require_takes
+
+        require_takes(self)
+        if name in OF_MATRICES and _chooses_entries(method, self):
+            raise InputError(
+                f"`optimizer` must be one of {', '.join(ENTRYWISE)} with a method that "
+                f"chooses entries, got {name!r}, which reads whole matrices. It goes "
+                "with full, lora and other methods that train whole arrays."
+            )
+
+    def _require_own(self) -> None:
+        """Raises if the optimizer is no transformation, or not the only one to say."""
+        from sparse_jax.params.arguments import (
+            require_plain_update,
+            require_transformation,
+        )
+
+        require_transformation("optimizer", self.optimizer)
+        require_plain_update("optimizer", self.optimizer)
+        defaults = {one.name: one.default for one in fields(RecipeOptions)}
+        for name in _OF_OPTIMIZER:
+            if getattr(self, name) != defaults[name]:
+                raise InputError(
+                    f"`{name}` must be left out with an optimizer, which has its own, "
+                    f"got {getattr(self, name)}."
+                )
+
+
+def _chooses_entries(method: "str | Method", options: object) -> bool:
+    """Returns whether a method trains packed entries, which are no matrices."""
+    from sparse_jax.methods.registry import METHODS
+
+    if isinstance(method, str):
+        method = METHODS[method].make(vars(options))
+    return method.ranking is not None
