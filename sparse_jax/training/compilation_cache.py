@@ -15,6 +15,7 @@ from sparse_jax.errors import reason_of
 __all__ = ["CACHE", "cache_folder", "use_compilation_cache"]
 
 CACHE = "SPARSE_JAX_CACHE"
+_DIR = "jax_compilation_cache_dir"
 _OFF = ("", "0", "off", "none", "false", "no")
 # The programs of a run that take less are compiled again: reading takes as long.
 _LEAST = 0.1  # seconds
@@ -31,10 +32,7 @@ def use_compilation_cache(is_on: bool = True) -> None:
     Args:
       is_on: whether to; otherwise what a run before asked for is taken back.
     """
-    folder, now = (
-        cache_folder() if is_on else None,
-        jax.config.jax_compilation_cache_dir,
-    )
+    folder, now = cache_folder() if is_on else None, getattr(jax.config, _DIR)
     if now is not None and now not in _ours:
         return
     if folder is not None and str(folder) != now:
@@ -92,7 +90,7 @@ def _processor() -> str:
 
 def _set(folder: str | None) -> None:
     """Has JAX use a folder, also if it has compiled without one before."""
-    if folder == jax.config.jax_compilation_cache_dir:
+    if folder == getattr(jax.config, _DIR):
         return
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -100,5 +98,5 @@ def _set(folder: str | None) -> None:
         _ours.add(folder)
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST)
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update(_DIR, folder)
     compilation_cache.reset_cache()

@@ -178,7 +178,8 @@ def make_optimizer(
         return made(schedule).update(updates, state, params, **extra_args)
 
     init = lambda params: made(schedule_of(1.0, 1)).init(params)
-    return optax.GradientTransformationExtraArgs(init, update)
+    typed: Any = update
+    return optax.GradientTransformationExtraArgs(init, typed)
 
 
 def require_takes(options: RecipeOptions) -> None:
@@ -228,7 +229,7 @@ def _schedule_free_adamw(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: Any = 0.0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns Optax's optimizer of the name, which has no mask of its own."""

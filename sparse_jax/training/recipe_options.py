@@ -3,7 +3,7 @@
 import difflib
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.lookup import learning_rates
@@ -205,8 +205,9 @@ class RecipeOptions:
             require_transformation,
         )
 
-        require_transformation("optimizer", self.optimizer)
-        require_plain_update("optimizer", self.optimizer)
+        tx: Any = self.optimizer
+        require_transformation("optimizer", tx)
+        require_plain_update("optimizer", tx)
         defaults = {one.name: one.default for one in fields(RecipeOptions)}
         for name in _OF_OPTIMIZER:
             if getattr(self, name) != defaults[name]:

@@ -211,7 +211,7 @@ def _class_weights(
                 f"`{name}` must be left out with task {settings.task!r}, got "
                 f"{brief(value)}. It belongs to tasks of one class for each example."
             )
-    names = task.labels or ()
+    names = [*(task.labels or ())]
     if asked is None:
         return None
     if asked == BALANCED:
