@@ -20,7 +20,7 @@ from sparse_jax.cli.plan import plan
 from sparse_jax.cli.predict import predict
 from sparse_jax.errors import InputError, printable
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]
 
 # Newer versions of Typer keep Click, and the name of this class, to themselves.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -50,6 +50,14 @@ def root(
     if version:
         print(f"sparse-jax {metadata.version('sparse_jax')}")
         raise typer.Exit
+
+
+def run() -> None:
+    """Runs the command in a process of its own, which needs no PyTorch."""
+    # Where it is installed, transformers would import it, which takes 2 seconds of CPU.
+    blocked: dict[str, Any] = {"torch": None}
+    sys.modules.update(blocked)
+    main()
 
 
 def main() -> None:
@@ -97,4 +105,4 @@ def _reading(error: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run()
