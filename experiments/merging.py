@@ -138,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ]
             rows[method][f"sum of {count}"] = [float(np.mean(shares))]
     report = Report(
-        title=f"{', '.join(args.tasks)}: share of the metric alone, %, in sums of "
-        f"adapters, {args.max_steps} updates",
+        title=f"{Path(args.model).name}, {', '.join(args.tasks)}: share of the metric "
+        f"alone, %, in sums of adapters, {args.max_steps} updates",
         rows=rows,
         notes=notes,
     )

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from experiments import (
     tables,
 )
 from experiments.report import Report
-from sparse_jax import Settings
+from sparse_jax import InputError, Settings
 from sparse_jax.data.glue import find_task
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import ROBERTA
@@ -131,13 +132,40 @@ def test_a_way_that_begins_below_the_loss_of_the_comparison_says_so(tmp_path, ca
     assert shown == ["0.0200", "0.0200", "<= 0.1250"]
 
 
-def test_the_quickstart_compares_equal_budgets():
+def test_the_quickstart_compares_equal_budgets(tmp_path):
     layers, width = 4, 192
-    settings = quickstart.BASE
-    assert settings.rank is not None and settings.density is not None
-    lora = layers * 4 * settings.rank * 2 * width
+    of = lambda row: quickstart.settings_of(row, quickstart.BUNDLED, tmp_path, tmp_path)
+    assert of("SIFT").density == of("random support").density
+    lora = layers * 4 * of("LoRA").rank * 2 * width
     entries = layers * 4 * (width * width + width)
-    assert abs(lora - settings.density * entries) < 0.02 * lora
+    assert abs(lora - of("SIFT").density * entries) < 1e-9 * lora
+
+
+def test_the_quickstart_cannot_be_solved_by_a_bag_of_words(tmp_path):
+    task, words = quickstart.write_task(tmp_path), [*"abcdefgh"]
+    changed = quickstart.swapped(words, random.Random(0))
+    assert sorted(changed) == words
+    assert sum(a != b for a, b in zip(changed, words, strict=True)) == 6
+    for split in ("train", "validation"):
+        lines = (task / f"{split}.jsonl").read_text().splitlines()
+        labels = [json.loads(line)["label"] for line in lines]
+        assert abs(labels.count("swapped") - labels.count("in order")) <= 1
+
+
+def test_other_weights_than_those_of_the_release_are_refused(tmp_path, monkeypatch):
+    package = tmp_path / quickstart.PACKAGE
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "model" / "model.safetensors").write_bytes(b"other")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    with pytest.raises(InputError, match="SHA-256 must be 53aa.*, got d9298a10"):
+        quickstart.encoder_of(None)
+
+
+def test_the_quickstart_has_an_encoder_without_any_package(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    assert quickstart.encoder_of(None) is quickstart.BUNDLED
 
 
 def test_a_sweep_continues_where_it_was(tmp_path, monkeypatch, capsys):

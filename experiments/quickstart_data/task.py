@@ -1,8 +1,9 @@
-"""The quickstart's task: which part of the standard library is this text about?
+"""The quickstart's sentences, and which part of the standard library each is about.
 
     python -m experiments.quickstart_data.task
 
-writes `train.jsonl` and `validation.jsonl` with the columns `text` and `label`. The
+writes `train.jsonl` and `validation.jsonl` with the columns `text` and `label`; the
+quickstart takes the text alone and makes a task of its own. The
 names of modules and everything that looks like code are replaced by `[MASK]`, with one
 rule for all labels. Whole groups of documents that share sentences go to one side.
 """
