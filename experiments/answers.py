@@ -42,7 +42,7 @@ class Benchmark:
       trained: those whose training splits make the training data without a file.
       template: name of the prompt of `rank` and `write`.
       max_new_tokens: of a written answer.
-      answer_by: how the scales answer.
+      answers: ways to answer: that of the small scales first, the paper's last.
       published: accuracies in percent, by row and set.
     """
 
@@ -51,7 +51,7 @@ class Benchmark:
     trained: Sequence[str] = ()
     template: str
     max_new_tokens: int
-    answer_by: Mapping[str, Answer]
+    answers: Sequence[Answer]
     published: Mapping[str, Sequence[float]]
 
 

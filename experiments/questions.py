@@ -87,7 +87,7 @@ def parser_of(doc: str | None, benchmark: Benchmark) -> argparse.ArgumentParser:
     parser.add_argument("--sets", nargs="+", choices=benchmark.sets["paper"])
     parser.add_argument("--rows", nargs="+", choices=ROWS)
     parser.add_argument("--learning-rates", nargs="+", type=float)
-    parser.add_argument("--answer-by", choices=sorted({*benchmark.answer_by.values()}))
+    parser.add_argument("--answer-by", choices=benchmark.answers)
     parser.add_argument("--max-questions", type=int, help="of every set")
     parser.add_argument("--examples", type=int, help="of the training splits")
     parser.add_argument("--epochs", type=int)
@@ -156,15 +156,16 @@ def make_table(args: argparse.Namespace, benchmark: Benchmark) -> None:
         args,
         {
             "sets": benchmark.sets[args.scale],
-            "answer_by": benchmark.answer_by[args.scale],
+            "answer_by": benchmark.answers[-1 if args.scale == "paper" else 0],
         },
     )
     if args.plan:
         rows = rows_of(args, benchmark)
         print_plan(PLANNED, rows, length=args.max_length, target=args.plan)
         return
-    if args.model is None or args.data is None:
-        raise InputError("`model` and `data` must be given, got none of one of them.")
+    for name in ("model", "data"):
+        if getattr(args, name) is None:
+            raise InputError(f"`{name}` must be given, got nothing. It is a folder.")
     if args.train is None:
         args.train = _training_data(args, benchmark)
     asked = {
