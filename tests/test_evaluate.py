@@ -68,6 +68,21 @@ def test_examples_that_are_cut_are_told(place, told):
     assert "validation: 20 examples used, 12 cut to 6 tokens" in told()
 
 
+def test_other_files_are_evaluated_on_and_nothing_is_held_out(place, told):
+    run, chats = place / "more", place / "chats.jsonl"
+    dev = f"dev={place / 'other.jsonl'}"
+    options = {"max_steps": 1, "held_out": None, "eval_data": (dev,)}
+    metrics = finetune(text_settings(place / "model", chats, run, **options))
+    used = {name: use["used"] for name, use in metrics["examples"].items()}
+    assert used == {"train": 40, "dev": 20}
+    assert evaluate_adapter(run) == metrics["eval"]
+    evaluate_adapter(run, data=str(chats))
+    assert any(line.endswith("which the adapter was trained on") for line in told())
+    # The folder has the settings, and the run is complete.
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert finetune(output=run, resume=True) == metrics
+
+
 # run, data -> examples, and which they are
 USES = {
     ("file", "chats.jsonl"): (8, "those held out of the training"),

@@ -26,12 +26,18 @@ from sparse_jax.training.best_model import BestModel, best_model_of
 from sparse_jax.training.build import Job, make_job
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.compilation_cache import use_compilation_cache
+from sparse_jax.training.config_file import read_settings
 from sparse_jax.training.feed import usage_text
 from sparse_jax.training.kl_budget import KlBudget
 from sparse_jax.training.loop import Loop
 from sparse_jax.training.objective import Evaluated
 from sparse_jax.training.optimizer import averaged
-from sparse_jax.training.output_folder import NAMED, require_unlocked, require_usable
+from sparse_jax.training.output_folder import (
+    CONFIG,
+    NAMED,
+    require_unlocked,
+    require_usable,
+)
 from sparse_jax.training.progress import (
     bytes_shown,
     peak_bytes,
@@ -71,7 +77,8 @@ def finetune(settings: Settings | None = None, /, **options: Any) -> dict[str, A
 
     Args:
       settings: what to do.
-      **options: fields of `Settings`, in place of `settings` or of some of them.
+      **options: fields of `Settings`, in place of `settings` or of some of them. With
+        `resume`, the folder `output` has those of the run.
 
     Returns:
       What `metrics.json` holds: `eval` (metric -> value on the first evaluation
@@ -86,6 +93,9 @@ def finetune(settings: Settings | None = None, /, **options: Any) -> dict[str, A
       KeyboardInterrupt: after SIGINT.
       SystemExit: after SIGTERM.
     """
+    if settings is None and options.get("resume") and "model" not in options:
+        config = Path(options.get("output", "")) / CONFIG
+        options = {**(read_settings(config) if config.is_file() else {}), **options}
     run = Settings(**options) if settings is None else replace(settings, **options)
     with warnings_kept() as warnings:
         use_compilation_cache(not run.no_cache)
