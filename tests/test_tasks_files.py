@@ -281,7 +281,9 @@ def test_an_error_says_what_is_wrong_and_where(folder, name, files, message):
 
 @pytest.mark.parametrize("data", ["glue", "./no/such", "/no/such"])
 def test_a_missing_folder_is_an_error(data):
-    with pytest.raises(InputError, match="`data` must be a folder .* no such folder. "):
+    with pytest.raises(
+        InputError, match="`data` must be a file, a folder .* there is none "
+    ):
         load(TASKS["rte"], data)
 
 

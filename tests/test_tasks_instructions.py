@@ -251,8 +251,8 @@ BAD = [
     ),
     (
         "train_csv",
-        "text\na\n",
-        "train.csv` must end in .json, .jsonl, .txt, got '.csv'.",
+        "words\na\n",
+        "train.csv` line 2 must have a column `messages`, ",
     ),
 ]
 
@@ -269,13 +269,21 @@ def test_an_error_says_what_is_wrong_and_where(write, name, content, message):
         ({"a_txt": "a", "b_txt": "b"}, {}, "or a single file, got a.txt, b.txt."),
         ({}, {}, "or a single file, got none of these kinds."),
         ({"train_txt": "a", "train_json": "[]"}, {}, "must hold one file `train`, got"),
-        ({"a_txt": "a b"}, {"held_out": 1}, "`held_out` must be in [0, 1), got 1."),
-        ({"a_txt": "a b"}, {"held_out": -0.1}, "`held_out` must be in [0, 1), got -0."),
+        (
+            {"a_txt": "a b"},
+            {"held_out": 1},
+            "at least 2 examples to hold one out, got 1.",
+        ),
+        (
+            {"a_txt": "a b"},
+            {"held_out": -0.1},
+            "`held_out` must not be negative, got -0.1.",
+        ),
         ({"a_txt": "one"}, {"held_out": 0.5}, "must have words to hold the last of"),
         (
             {"a_jsonl": lines(ADD)},
             {"held_out": 0.5},
-            "must have at least two examples to hold one out, got 1.",
+            "must have at least 2 examples to hold one out, got 1.",
         ),
         (
             {"a_jsonl": lines(ADD, ADD)},
@@ -296,9 +304,9 @@ def test_a_missing_path_is_an_error(tmp_path):
 
 def test_a_file_of_another_kind_is_an_error(write):
     with pytest.raises(
-        InputError, match=r"must end in .json, .jsonl, .txt, got '.csv'"
+        InputError, match=r"must end in .json, .jsonl, .txt, .csv, .tsv, .parquet, got"
     ):
-        load(write(train_csv="text\na\n") / "train.csv")
+        load(write(train_xml="<a/>") / "train.xml")
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,13 @@ def test_halves_of_broken_questions_are_dropped_for_qqp_only(rows_of):
             b"x\ty\n\xff\t1\n",
             "a.tsv` line 2 must be UTF-8, got the byte 0xff.",
         ),
-        ("a.parquet", "PAR1", "must end in .tsv, .txt, .csv, .json, .jsonl, got '.par"),
-        ("train", "x", "must end in .tsv, .txt, .csv, .json, .jsonl, got ''."),
+        ("a.parquet", "PAR1", "a.parquet` must be a Parquet file: "),
+        (
+            "a.xlsx",
+            "",
+            "must end in .tsv, .txt, .csv, .json, .jsonl, .parquet, got '.x",
+        ),
+        ("train", "x", ".csv, .json, .jsonl, .parquet, got ''."),
     ],
 )
 def test_an_error_names_file_line_and_rule(rows_of, name, content, message):

@@ -60,6 +60,7 @@ _TYPES = {
     "labels": (list, "a list of texts"),
 }
 _ARE_TEXTS = lambda value: isinstance(value, list) and JSON_RULES[TEXTS][0](value)
+_are_pairs = lambda value: isinstance(value, dict) and _ARE_TEXTS([*value.values()])
 # setting of a run -> whether a value is valid, and the rule in messages
 _RULES = {
     **dict.fromkeys(("learning_rate", "held_out"), JSON_RULES[float]),
@@ -73,6 +74,7 @@ _RULES = {
         JSON_RULES[str],
     ),
     "base_labels": (_ARE_TEXTS, "a list of texts"),
+    "columns": (_are_pairs, "an object of texts"),
     "dtype": (lambda value: value in _DTYPES, f"one of {', '.join(_DTYPES)}"),
     "seed": (lambda seed: type(seed) is int and 0 <= seed < 1 << 32, "in [0, 2**32)"),
 }  # fmt: skip

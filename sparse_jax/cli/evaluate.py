@@ -25,6 +25,7 @@ def evaluate(
         None, "Task to evaluate on.", "the one it was trained on"
     ),
     labels: list[str] | None = LABELS,
+    columns: str | None,
     data: str | None = option(
         None,
         "File to evaluate on, or folder of the task's files.",
@@ -62,6 +63,7 @@ def evaluate(
         task=task,
         labels=labels or (),
         data=data,
+        columns=columns,
         batch_size=batch_size,
         max_length=max_length,
         max_eval_samples=max_eval_samples,

@@ -11,9 +11,8 @@ from typer import Option
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.registry import MethodOptions, require_method_has
+from sparse_jax.params.pairs import PAIRS
 from sparse_jax.samplers.registry import SamplerOptions, require_sampler_has
-from sparse_jax.training.evaluation_options import EvaluationOptions
-from sparse_jax.training.recipe_options import RecipeOptions
 from sparse_jax.training.settings import Settings, setting_options
 
 __all__ = [
@@ -36,17 +35,12 @@ __all__ = [
 Command = TypeVar("Command", bound=Callable[..., None])
 _METHOD_OPTIONS = {one.name for one in fields(MethodOptions)}
 _SAMPLER_OPTIONS = {one.name for one in fields(SamplerOptions)}
-_OTHER_OPTIONS = {
-    one.name for kind in (EvaluationOptions, RecipeOptions) for one in fields(kind)
-}
-# Those of methods and samplers last.
+# Those of groups, such as methods and samplers, last.
 _FIELDS = {
     one.name: one
     for one in sorted(
         setting_options().values(),
-        key=lambda one: (
-            one.name in {*_METHOD_OPTIONS, *_SAMPLER_OPTIONS, *_OTHER_OPTIONS}
-        ),
+        key=lambda one: one.name not in vars(Settings)["__annotations__"],
     )
 }
 
@@ -139,6 +133,7 @@ def _parameter(name: str, defaults: Mapping[str, object]) -> inspect.Parameter:
     # What may be repeated is a list, unless it says how many there are.
     items = get_args(one.type)
     kind: Any = list[items[0]] if ... in items else one.type
+    kind = str if one.type == PAIRS else kind
     kind = kind if default is not None and default is not MISSING else kind | None
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=made, annotation=kind)
@@ -146,6 +141,7 @@ def _parameter(name: str, defaults: Mapping[str, object]) -> inspect.Parameter:
 
 # Typer would show the type of every list as that of texts.
 _METAVARS: dict[object, str] = {
+    PAIRS: "<ours=theirs,...>",
     "avoid": "<str>",
     tuple[str, ...]: "<regex>",
     tuple[int, ...]: "<int>",

@@ -19,13 +19,14 @@ from sparse_jax.errors import printable
 __all__ = ["predict"]
 
 
-@takes_settings("mesh")
+@takes_settings("columns", "mesh")
 def predict(
     *,
     run: str = Argument(..., help=ADAPTER),
     output: str | None = option(
         None, "File of JSON lines to write.", "standard output"
     ),
+    columns: str | None,
     data: str | None = option(
         None,
         "File or folder to predict, with or without labels.",
@@ -62,6 +63,7 @@ def predict(
         run,
         output=output,
         data=data,
+        columns=columns,
         split=split,
         model=model,
         task=task,

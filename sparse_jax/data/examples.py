@@ -6,11 +6,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparse_jax.data.batches import random_of
 from sparse_jax.data.glue import Task
 from sparse_jax.data.read_rows import Record, Rows, Source
 from sparse_jax.errors import InputError, brief, listed
 
-__all__ = ["Columns", "Examples", "Splits", "read_columns", "text_of"]
+__all__ = [
+    "Columns",
+    "Examples",
+    "Splits",
+    "choose_held_out",
+    "hold_out",
+    "read_columns",
+    "text_of",
+]
+
+# Other random numbers than those of the first epoch.
+_HOLDING_OUT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +88,80 @@ class Columns(NamedTuple):
     text_a: list[str]
     text_b: list[str] | None  # None if the examples are single texts
     labels: list[object]  # None where there is no label
+
+    def take(self, rows: Sequence[int]) -> "Columns":
+        """Returns some of the rows."""
+        text_b = self.text_b
+        return Columns(
+            self.source,
+            [self.numbers[i] for i in rows],
+            [self.text_a[i] for i in rows],
+            None if text_b is None else [text_b[i] for i in rows],
+            [self.labels[i] for i in rows],
+        )
+
+
+def choose_held_out(
+    total: int, share: float, seed: int, where: str, classes: Sequence[str] = ()
+) -> list[int]:
+    """Returns the numbers of the examples that are held out, ascending.
+
+    Args:
+      total: examples, of which at least one stays on either side.
+      share: fraction of them below 1, else their number.
+      seed: not negative.
+      where: the file, for messages.
+      classes: of the examples; each has the same share of them held out, and one stays.
+
+    Raises:
+      InputError: if there are too few examples.
+
+    Example:
+      >>> len(choose_held_out(40, 0.1, 0, "`a.csv`"))
+      4
+    """
+    size = max(round(share * total), 1) if share < 1 else int(share)
+    if total < 2 or (share >= 1 and size >= total):
+        raise InputError(
+            f"{where} must have at least {max(size, 1) + 1} examples to hold "
+            f"{'one' if size <= 1 else size} out, got {total}. Pass a folder with a "
+            "file `train.jsonl` and a file `validation.jsonl`."
+        )
+    order = random_of(seed, 0, _HOLDING_OUT).permutation(total)
+    if not classes:
+        return sorted(order[: min(size, total - 1)].tolist())
+    # One class after the other, each without its first, and from there evenly spaced.
+    order = sorted(order.tolist(), key=lambda i: str(classes[i]))
+    follows = zip(order[1:], order, strict=False)
+    spare = [i for i, before in follows if classes[i] == classes[before]]
+    if not spare:
+        raise InputError(
+            f"{where} must have two examples of a label to hold one out, got {total} "
+            "examples of as many labels. Pass a folder with a file for each split."
+        )
+    size = min(size, len(spare))
+    return sorted(spare[int((i + 0.5) * len(spare) / size)] for i in range(size))
+
+
+def hold_out(
+    columns: Columns, share: float, seed: int, *, is_stratified: bool
+) -> tuple[Columns, Columns]:
+    """Returns the rows to train on, and those held out.
+
+    Args:
+      columns: of a single file.
+      share: fraction of the rows below 1, else their number.
+      seed: of the choice.
+      is_stratified: whether labels are classes, each of which has its share held out.
+
+    Raises:
+      InputError: if there are too few rows.
+    """
+    classes = [str(label) for label in columns.labels] if is_stratified else []
+    total, where = len(columns.labels), columns.source.name
+    chosen = choose_held_out(total, share, seed, where, classes)
+    rest = sorted({*range(total)} - {*chosen})
+    return columns.take(rest), columns.take(chosen)
 
 
 def read_columns(rows: Rows, task: Task, *, needs_labels: bool = True) -> Columns:

@@ -1,17 +1,16 @@
 """The data of a task: a folder of files, or a data set of the Hub."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
 from sparse_jax.data.data_checks import kind_of, oddities
-from sparse_jax.data.examples import Columns, Examples, Splits, read_columns
+from sparse_jax.data.examples import Columns, Examples, Splits, hold_out, read_columns
 from sparse_jax.data.glue import Task
 from sparse_jax.data.json_lines import id_of
 from sparse_jax.data.labels import (
@@ -24,7 +23,16 @@ from sparse_jax.data.labels import (
     without_unlabeled,
 )
 from sparse_jax.data.read_rows import SUFFIXES, Record, Rows, Source, read_rows
-from sparse_jax.errors import InputError, brief, first_line, listed, reason_of
+from sparse_jax.data.sources import (
+    HUB,
+    Part,
+    is_hub_name,
+    load_from_hub,
+    one_part,
+    own_splits,
+    rename_columns,
+)
+from sparse_jax.errors import InputError, brief, listed, reason_of
 from sparse_jax.models.hf.labels import order_of
 
 __all__ = [
@@ -32,25 +40,13 @@ __all__ = [
     "OneSplit",
     "fetch_rows",
     "find_file",
-    "is_file",
     "is_folder",
-    "is_hub_name",
     "load",
     "load_one",
     "require_new_split",
 ]
 
 GLUE = "nyu-mll/glue"  # on the Hub
-
-
-def is_hub_name(name: str) -> bool:
-    """Says whether a word has the form of a data set's name, `owner/name`.
-
-    Example:
-      >>> is_hub_name("nyu-mll/glue"), is_hub_name("./glue"), is_hub_name("glue")
-      (True, False, False)
-    """
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
 def fetch_rows(task: Task, name: str | None) -> dict[str, Callable[[], Rows]]:
@@ -63,7 +59,7 @@ def fetch_rows(task: Task, name: str | None) -> dict[str, Callable[[], Rows]]:
     Raises:
       InputError: if the data set cannot be fetched or has no split "train".
     """
-    splits = _fetch(task, name or GLUE)
+    splits = load_from_hub(name or GLUE, None if name else task.name)
     readers = {}
     for split in ("train", *task.evaluation):
         # The Hub calls the main evaluation of MNLI "validation_matched".
@@ -76,24 +72,6 @@ def fetch_rows(task: Task, name: str | None) -> dict[str, Callable[[], Rows]]:
             f"`{name or GLUE}` must have a split `train`, got {listed(splits)}."
         )
     return readers
-
-
-def _fetch(task: Task, name: str) -> Mapping[str, Iterable[Record]]:
-    """Returns a data set's splits by name."""
-    # datasets takes seconds to import, so it is imported where it is used.
-    from datasets import load_dataset
-
-    configuration = task.name if name == GLUE else None
-    try:
-        found = load_dataset(name, configuration)
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise InputError(
-            f"`data` must be a folder or a data set on the Hugging Face Hub, got "
-            f"{name!r}, which is no folder and cannot be fetched: {reason}. Check the "
-            "spelling and the connection, or download the files and pass their folder."
-        ) from error
-    return cast("Mapping[str, Iterable[Record]]", found)
 
 
 def _rows(source: Source, rows: Iterable[Record], task: Task) -> Rows:
@@ -128,58 +106,72 @@ _STEMS = MappingProxyType(
 
 def load(
     task: Task,
-    data: str | Path | None = None,
+    data: object = None,
     *,
     order: Sequence[str] = (),
     drop_unlabeled: bool = False,
     more: Mapping[str, str] = MappingProxyType({}),
+    columns: Mapping[str, str] | None = None,
+    held_out: float | None = None,
+    seed: int = 0,
 ) -> Splits:
     """Returns the training and evaluation examples of a task.
 
     A folder has one file for each split: `train` for training, and for evaluation
     `dev` (or `validation`, or else `val`), `dev_mismatched`, and `test`, with the
-    extension `.tsv`, `.txt`, `.csv`, `.json` or `.jsonl`. A split without labels is
-    not an evaluation split. Files with other names are not read: where the training
-    data are in two files, such as `train` and `val`, join them first to use both.
+    extension `.tsv`, `.txt`, `.csv`, `.json`, `.jsonl` or `.parquet`. A split without
+    labels is not an evaluation split. Files with other names are not read: where the
+    training data are in two files, such as `train` and `val`, join them first.
 
     Args:
       task: what the columns mean.
-      data: folder, or the name of a data set on the Hugging Face Hub; None is
-        `nyu-mll/glue`.
+      data: folder, file, name of a data set on the Hugging Face Hub, mixture, or rows,
+        as `as_source` returns them; None is `nyu-mll/glue`.
       order: names of the labels in the order of a model; labels of the same names are
         numbered like this, others as they are.
       drop_unlabeled: whether to leave out rows without a label.
       more: other files to evaluate on, by the names of their splits.
+      columns: our names of columns -> those of the data; None are the usual ones.
+      held_out: fraction, or number, of the training rows to evaluate on where there
+        are no others, the same fraction of every class; None holds out none.
+      seed: of the rows that are held out, or drawn for a mixture.
 
     Raises:
-      InputError: if `data` is neither, has no training split or no evaluation split,
-        or if a row is wrong: the message has the file and the line.
+      InputError: if `data` is none of these, has no training split or no evaluation
+        split, or if a row is wrong: the message has the file and the line.
     """
-    asked, found, dropped = task, _splits(task, data), []
-    columns = {"train": read_columns(found.pop("train")(), task)}
-    for name, rows in found.items():
-        one = read_columns(rows(), task, needs_labels=name != "test")
+    asked, found, dropped = task, _splits(task, data, seed), []
+    renamed = lambda read: rename_columns(read(), columns, _groups(task))
+    splits = {"train": read_columns(renamed(found.pop("train")), task)}
+    for name, read in found.items():
+        one = read_columns(renamed(read), task, needs_labels=name != "test")
         if name != "test" or has_labels(one):
-            _require_same_texts(columns["train"], one)
-            columns[name] = one
+            _require_same_texts(splits["train"], one)
+            splits[name] = one
     for name, path in more.items():
-        require_new_split(name, path, columns)
-        one = columns[name] = read_columns(read_rows(path, task), task)
-        _require_same_texts(columns["train"], one)
-    task = resolved(task, columns["train"])
+        require_new_split(name, path, splits)
+        read = partial(read_rows, path, task)
+        one = splits[name] = read_columns(renamed(read), task)
+        _require_same_texts(splits["train"], one)
+    task = resolved(task, splits["train"])
     if drop_unlabeled:
-        for name, one in columns.items():
-            columns[name], remark = without_unlabeled(one, task)
+        for name, one in splits.items():
+            splits[name], remark = without_unlabeled(one, task)
             dropped += [] if remark is None else [remark]
-    count = flag_count(columns["train"]) if task.is_multilabel else 0
+    if len(splits) == 1 and held_out is not None:
+        are_classes = not (task.is_regression or task.is_multilabel)
+        splits["train"], splits["validation"] = hold_out(
+            splits["train"], held_out, seed, is_stratified=are_classes
+        )
+    count = flag_count(splits["train"]) if task.is_multilabel else 0
     if count:
         task = replace(task, labels=tuple(map(str, range(count))))
-        columns = {name: labels_of_flags(one, count) for name, one in columns.items()}
-    task, words = _numbered(task, columns["train"], order)
-    examples = {name: number_labels(one, task, words) for name, one in columns.items()}
+        splits = {name: labels_of_flags(one, count) for name, one in splits.items()}
+    task, words = _numbered(task, splits["train"], order)
+    examples = {name: number_labels(one, task, words) for name, one in splits.items()}
     if len(examples) == 1:
         raise InputError(
-            f"{columns['train'].source.name} must have labeled examples for "
+            f"{splits['train'].source.name} must have labeled examples for "
             "evaluation beside it, and there are none. Add a file `dev.tsv` or "
             "`validation.jsonl`."
         )
@@ -201,9 +193,10 @@ class OneSplit(NamedTuple):
 
 def load_one(
     task: Task,
-    data: str | Path | None,
+    data: object,
     labels: Sequence[str],
     *,
+    columns: Mapping[str, str] | None = None,
     split: str | None = None,
     needs_labels: bool = True,
     drop_unlabeled: bool = False,
@@ -212,8 +205,9 @@ def load_one(
 
     Args:
       task: what the columns mean.
-      data: file, folder, or name on the Hub; None is `nyu-mll/glue`.
+      data: what `load` takes.
       labels: names of the labels in the order of a model.
+      columns: our names of columns -> those of the data; None are the usual ones.
       split: of a folder or a data set; None is the first to evaluate on.
       needs_labels: whether the examples get the numbers of their labels.
       drop_unlabeled: whether to leave out rows without a label.
@@ -222,41 +216,44 @@ def load_one(
       InputError: as of `load`, or if there is no such split.
     """
     name, ids = split or "validation", []
-    if data is not None and is_file(data):
-        name, rows = Path(data).stem, read_rows(data, task)
+    part = one_part(data)
+    if part is not None:
+        name = "validation" if part.path is None else part.path.stem
+        rows = _reader(part, task)()
     else:
-        found = _splits(task, data)
-        name = split or next((one for one in found if one != "train"), "train")
-        if name not in found:
-            raise InputError(f"`split` must be one of {listed(found)}, got {name!r}.")
-        rows = found[name]()
+        splits = _splits(task, data, seed=0)
+        name = split or next((one for one in splits if one != "train"), "train")
+        if name not in splits:
+            raise InputError(f"`split` must be one of {listed(splits)}, got {name!r}.")
+        rows = splits[name]()
+    rows = rename_columns(rows, columns, _groups(task))
 
     def noted() -> Iterator[tuple[int, Record]]:
         for number, fields in rows.numbered:
             ids.append(id_of(fields, len(ids)))
             yield number, fields
 
-    read = Rows(rows.source, noted())
-    columns = read_columns(read, task, needs_labels=needs_labels)
+    numbered = Rows(rows.source, noted())
+    found = read_columns(numbered, task, needs_labels=needs_labels)
     if drop_unlabeled:
-        columns, _ = without_unlabeled(columns, task)
+        found, _ = without_unlabeled(found, task)
     if task.labels is None:
         task, words = (
             replace(task, labels=(*labels,)),
             {n: i for i, n in enumerate(labels)},
         )
     else:
-        task, words = _numbered(task, columns, labels)
-    if task.is_multilabel and flag_count(columns) == len(task.labels or ()):
-        columns = labels_of_flags(columns, len(labels))
+        task, words = _numbered(task, found, labels)
+    if task.is_multilabel and flag_count(found) == len(task.labels or ()):
+        found = labels_of_flags(found, len(labels))
     if needs_labels:
-        examples = number_labels(columns, task, words)
+        examples = number_labels(found, task, words)
     else:
         none = np.zeros(
             (len(ids), len(labels)) if task.is_multilabel else len(ids), int
         )
-        examples = Examples(columns.text_a, columns.text_b, none)
-    return OneSplit(name, task, examples, ids, columns.labels)
+        examples = Examples(found.text_a, found.text_b, none)
+    return OneSplit(name, task, examples, ids, found.labels)
 
 
 def _numbered(
@@ -273,25 +270,52 @@ def _numbered(
     return task, {word: places[i] for word, i in words.items()}
 
 
-def _splits(task: Task, data: str | Path | None) -> dict[str, Callable[[], Rows]]:
+def _splits(task: Task, data: object, seed: int) -> dict[str, Callable[[], Rows]]:
     """Returns readers of the splits that there are, the training one first."""
     if data is None and task.labels is None:
         raise InputError(
-            f"`data` must be given for the task {task.name}, got nothing. Pass a "
-            "folder with the files `train.jsonl` and `validation.jsonl`."
+            f"`data` must be given for the task {task.name}, got nothing. Pass a file, "
+            "or a folder with the files `train.jsonl` and `validation.jsonl`."
         )
-    if data is not None and is_folder(Path(data)):
-        return _files(task, Path(data))
-    if data is None or is_hub_name(str(data)):
-        return fetch_rows(task, None if data is None else str(data))
-    reason, files = "and there is no such folder", "a folder with"
-    if Path(data).is_file():
-        reason, files = "which is a file", "its folder, which has to hold"
+    if data is None:
+        return fetch_rows(task, None)
+    part = one_part(data, seed=seed)
+    if part is not None:
+        return {"train": _reader(part, task)}
+    if isinstance(data, Mapping):
+        return _by_split(task, own_splits(data))
+    place = str(data)
+    if not place.startswith(HUB) and is_folder(Path(place)):
+        return _files(task, Path(place))
+    if place.startswith(HUB) or is_hub_name(place):
+        return fetch_rows(task, place)
     raise InputError(
-        f"`data` must be a folder or the name of a data set on the Hugging Face Hub, "
-        f"got {brief(str(data))}, {reason}. Pass {files} `train.csv` and `dev.csv`, "
-        "or files of these names that end with .tsv, .json or .jsonl."
+        "`data` must be a file, a folder or the name of a data set on the Hugging Face "
+        f"Hub, got {brief(place)}, and there is none of that name. Pass a file such as "
+        "`reviews.csv`, or a folder with `train.csv` and `dev.csv`; the files may also "
+        "end with .tsv, .json, .jsonl or .parquet."
     )
+
+
+def _reader(part: Part, task: Task) -> Callable[[], Rows]:
+    """Returns a reader of a list of rows; of a file one that knows the task."""
+    return part.read if part.path is None else partial(read_rows, part.path, task)
+
+
+def _groups(task: Task) -> tuple[tuple[str, ...], ...]:
+    """Returns our names of columns, those of one column together."""
+    return task.text_a, task.text_b, task.label
+
+
+def _by_split(task: Task, parts: Mapping[str, Part]) -> dict[str, Callable[[], Rows]]:
+    """Returns readers of the splits that a program passes."""
+    names = ("train", *task.evaluation)
+    if "train" not in parts or {*parts} - {*names}:
+        raise InputError(
+            f"`data` must have splits `train` and perhaps {listed(names[1:])}, got "
+            f"{listed(parts)}."
+        )
+    return {name: parts[name].read for name in names if name in parts}
 
 
 def is_folder(path: Path) -> bool:
@@ -309,11 +333,6 @@ def is_folder(path: Path) -> bool:
             "`data` must be a file or folder that can be read, got "
             f"{brief(str(path))}: {reason_of(error)}."
         ) from error
-
-
-def is_file(data: str | Path | None) -> bool:
-    """Says whether data are a single file; errors are those of `is_folder`."""
-    return data is not None and not is_folder(Path(data)) and Path(data).is_file()
 
 
 def _files(task: Task, folder: Path) -> dict[str, Callable[[], Rows]]:

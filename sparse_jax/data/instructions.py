@@ -1,12 +1,11 @@
 """The data of a causal language model: instructions, chats or plain text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from sparse_jax.data.batches import random_of
 from sparse_jax.data.chat import render_chat
 from sparse_jax.data.conversations import (
     ALPACA,
@@ -15,15 +14,28 @@ from sparse_jax.data.conversations import (
     plain_text,
     prompt_and_response,
 )
-from sparse_jax.data.examples import text_of
+from sparse_jax.data.examples import choose_held_out, text_of
 from sparse_jax.data.files import find_file, is_folder
-from sparse_jax.data.read_rows import read_objects, read_text
+from sparse_jax.data.read_rows import PARQUET, Record, read_text
+from sparse_jax.data.sources import (
+    HUB,
+    Part,
+    is_hub_name,
+    load_from_hub,
+    one_part,
+    own_splits,
+    rename_columns,
+)
 from sparse_jax.data.tokenizer import Tokenizer
 from sparse_jax.errors import InputError, brief, listed
 
-__all__ = ["data_files", "load_conversations", "load_whole", "read_record"]
-
-Record = Mapping[str, object]
+__all__ = [
+    "data_parts",
+    "file_part",
+    "load_conversations",
+    "load_whole",
+    "read_record",
+]
 
 
 def read_record(
@@ -37,7 +49,7 @@ def read_record(
       `{"from", "value"}` as ShareGPT has them with the roles `human` and `gpt`,
       written by the chat template; perhaps `system` and `tools`.
     - `instruction`, `output` and perhaps `input`: Alpaca, written by `template`.
-    - `prompt`, `completion`: as they stand, or both lists of messages.
+    - `prompt`, `completion` (or `response`): as they stand, or both lists of messages.
     - `text`: a plain text, trained on from its beginning.
 
     Args:
@@ -95,9 +107,10 @@ class _Record(NamedTuple):
     def completion(self) -> list[Conversation]:
         if isinstance(self.fields["prompt"], list):
             read = self._turns("prompt")
-            return self._rendered([*read, *self._turns("completion")], first=len(read))
-        prompt = self._text_of("prompt")
-        return [prompt_and_response(prompt, self._text_of("completion"))]
+            answer = next((one for one in _COMPLETION if one in self.fields), "")
+            return self._rendered([*read, *self._turns(answer)], first=len(read))
+        response = text_of(self.place, self.fields, _COMPLETION)
+        return [prompt_and_response(self._text_of("prompt"), response)]
 
     def text(self) -> list[Conversation]:
         return [plain_text(self._text_of("text"))]
@@ -138,38 +151,53 @@ _LAYOUTS: Mapping[str, Callable[[_Record], list[Conversation]]] = MappingProxyTy
 )
 
 
-_SUFFIXES = (".json", ".jsonl", ".txt")
+_COMPLETION = ("completion", "response")
+# Ours, for those who rename theirs.
+_COLUMNS = (
+    ("messages",), ("conversations",), ("instruction",), ("input",), ("output",),
+    ("prompt",), _COMPLETION, ("text",), ("system",), ("tools",), ("history",),
+)  # fmt: skip
+_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".tsv", PARQUET)
 _VALIDATION = ("validation", "valid", "val", "dev")
-# Other random numbers than those of the first epoch.
-_HOLDING_OUT = 2
 
 # The conversations of a record stay together when some records are held out.
 Texts = list[Conversation]
 
 
+class _Reading(NamedTuple):
+    """How records become conversations."""
+
+    tokenizer: Tokenizer
+    template: PromptTemplate
+    columns: Mapping[str, str] | None
+
+
 def load_conversations(
-    data: str | Path,
+    data: object,
     tokenizer: Tokenizer,
     *,
     template: PromptTemplate = ALPACA,
+    columns: Mapping[str, str] | None = None,
     held_out: float = 0.05,
     seed: int = 0,
 ) -> dict[str, list[Conversation]]:
-    """Returns the conversations of a file or folder, by split.
+    """Returns the conversations of a file, folder or another source, by split.
 
-    A file is `.jsonl` (a record in each line), `.json` (a list of records), both in
-    any layout of `read_record`, or `.txt`, which is one long document. A folder has a
+    A file has a record in each row, in any layout of `read_record`: `.jsonl`, `.json`,
+    `.csv`, `.tsv` or `.parquet`; or it is `.txt`, one long document. A folder has a
     file `train` and perhaps a file `validation` (or `valid`, `val`, `dev`), or it has
     a single file of any name.
 
-    Without a file for validation, a share of the records is held out at random, or
+    Without data for validation, a share of the records is held out at random, or
     of a single document its end, from the start of a word on.
 
     Args:
-      data: file or folder.
+      data: file or folder, or what else `as_source` returns.
       tokenizer: of the model, for its chat template.
       template: the prompt for records with an `instruction`.
-      held_out: fraction of the records held out, in [0, 1); 0 gives no validation.
+      columns: our names of columns -> those of the data; None are the usual ones.
+      held_out: fraction of the records held out below 1, else their number; 0 gives no
+        validation.
       seed: of the choice of these records, not negative.
 
     Returns:
@@ -179,43 +207,87 @@ def load_conversations(
       InputError: if there is no such file, if it holds nothing, or if a record is
         wrong: the message has the file and the line.
     """
-    if not 0 <= held_out < 1:
-        raise InputError(f"`held_out` must be in [0, 1), got {held_out}.")
-    train_file, validation_file = data_files(data)
-    train = _records(train_file, tokenizer, template)
+    if held_out < 0:
+        raise InputError(f"`held_out` must not be negative, got {held_out}.")
+    reading = _Reading(tokenizer, template, columns)
+    train_part, validation_part = data_parts(data, seed=seed)
+    train = _records(train_part, reading)
     validation: list[Texts] = []
-    if validation_file is not None:
-        validation = _records(validation_file, tokenizer, template)
+    if validation_part is not None:
+        validation = _records(validation_part, reading)
     elif held_out:
-        train, validation = _hold_out(train, held_out, seed, train_file)
+        train, validation = _hold_out(train, held_out, seed, train_part.name)
     splits = {"train": train, "validation": validation}
     return {name: list(chain(*records)) for name, records in splits.items() if records}
 
 
 def load_whole(
-    data: str | Path, tokenizer: Tokenizer, *, template: PromptTemplate = ALPACA
+    data: str | Path | Part,
+    tokenizer: Tokenizer,
+    *,
+    template: PromptTemplate = ALPACA,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, list[Conversation]]:
-    """Returns all conversations of a file as "validation".
+    """Returns all conversations of a file, or another list of rows, as "validation".
 
     The arguments and errors are those of `load_conversations`.
     """
-    return {"validation": list(chain(*_records(Path(data), tokenizer, template)))}
+    part = data if isinstance(data, Part) else file_part(data)
+    reading = _Reading(tokenizer, template, columns)
+    return {"validation": list(chain(*_records(part, reading)))}
 
 
-def data_files(data: str | Path) -> tuple[Path, Path | None]:
-    """Returns the files to train on and, perhaps, for validation.
+def file_part(path: str | Path) -> Part:
+    """Returns a file of records, or a document.
 
-    The argument and the errors are those of `load_conversations`.
+    Raises:
+      InputError: if its extension is another one.
     """
-    data = Path(data)
-    is_one = is_folder(data)
-    if not is_one and data.is_file():
-        return data, None
-    if not is_one:
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES:
         raise InputError(
-            f"`data` must be a file ({', '.join(_SUFFIXES)}) or a folder, got "
-            f"{brief(str(data))}, and there is none."
+            f"`{path}` must end in {', '.join(_SUFFIXES)}, got {path.suffix!r}. "
+            "Convert the file to one of these."
         )
+    part = one_part(str(path))
+    if part is None:
+        raise InputError(f"`{path}` must be a file, and there is none.")
+    return part
+
+
+def data_parts(data: object, *, seed: int = 0) -> tuple[Part, Part | None]:
+    """Returns what to train on and, perhaps, what there is for validation.
+
+    The arguments and the errors are those of `load_conversations`.
+    """
+    if isinstance(data, str | Path):
+        place = str(data)
+        is_there = not place.startswith(HUB) and (
+            is_folder(Path(place)) or Path(place).is_file()
+        )
+        if is_there:
+            train, validation = _data_files(Path(place))
+            return file_part(train), validation and file_part(validation)
+        data = place
+    part = one_part(data, seed=seed)
+    if part is not None:
+        return part, None
+    if isinstance(data, str) and not (data.startswith(HUB) or is_hub_name(data)):
+        raise InputError(
+            f"`data` must be a file ({', '.join(_SUFFIXES)}), a folder or hub:NAME, "
+            f"got {brief(data)}, and there is none."
+        )
+    splits = load_from_hub(data) if isinstance(data, str) else data
+    parts = own_splits(cast("Mapping[str, Iterable[Record]]", splits))
+    if "train" not in parts:
+        raise InputError(f"`data` must have a split `train`, got {listed(parts)}.")
+    return parts["train"], next(filter(None, map(parts.get, _VALIDATION)), None)
+
+
+def _data_files(data: Path) -> tuple[Path, Path | None]:
+    """Returns the files of a folder, or the one that is named."""
+    if data.is_file():
+        return data, None
     train = find_file(data, ("train",), _SUFFIXES)
     validations = (find_file(data, (stem,), _SUFFIXES) for stem in _VALIDATION)
     validation = next(filter(None, validations), None)
@@ -233,42 +305,31 @@ def data_files(data: str | Path) -> tuple[Path, Path | None]:
     return train, validation
 
 
-def _records(path: Path, tokenizer: Tokenizer, template: PromptTemplate) -> list[Texts]:
-    """Returns the records of a file."""
-    if path.suffix.lower() not in _SUFFIXES:
-        raise InputError(
-            f"`{path}` must end in {', '.join(_SUFFIXES)}, got {path.suffix!r}. "
-            "Convert the file to one of these."
-        )
-    if path.suffix.lower() == ".txt":
-        text = read_text(path)
+def _records(part: Part, reading: _Reading) -> list[Texts]:
+    """Returns the records of a list of rows."""
+    if part.path is not None and part.path.suffix.lower() == ".txt":
+        text = read_text(part.path)
         records = [[plain_text(text)]] if text.strip() else []
     else:
-        rows = read_objects(path)
+        rows = rename_columns(part.read(), reading.columns, _COLUMNS)
         records = [
-            read_record(rows.source.at(number), record, tokenizer, template)
+            read_record(
+                rows.source.at(number), record, reading.tokenizer, reading.template
+            )
             for number, record in rows.numbered
         ]
     if not records:
-        raise InputError(f"`{path}` must have examples, got an empty file.")
+        raise InputError(f"{part.name} must have examples, got an empty file.")
     return records
 
 
 def _hold_out(
-    records: list[Texts], share: float, seed: int, path: Path
+    records: list[Texts], share: float, seed: int, where: str
 ) -> tuple[list[Texts], list[Texts]]:
     """Returns the records to train on and those held out."""
-    if len(records) == 1 and records[0][0].is_plain:
-        return _hold_out_end(records[0][0].text, share, path)
-    if len(records) == 1:
-        raise InputError(
-            f"`{path}` must have at least two examples to hold one out, got 1. Pass a "
-            "folder with a file `train.jsonl` and a file `validation.jsonl`."
-        )
-    # At least one on either side.
-    size = min(max(round(share * len(records)), 1), len(records) - 1)
-    order = random_of(seed, 0, _HOLDING_OUT).permutation(len(records))
-    chosen = set(order[:size].tolist())
+    if len(records) == 1 and records[0][0].is_plain and share < 1:
+        return _hold_out_end(records[0][0].text, share, where)
+    chosen = {*choose_held_out(len(records), share, seed, where)}
     return (
         [record for i, record in enumerate(records) if i not in chosen],
         [record for i, record in enumerate(records) if i in chosen],
@@ -276,7 +337,7 @@ def _hold_out(
 
 
 def _hold_out_end(
-    text: str, share: float, path: Path
+    text: str, share: float, where: str
 ) -> tuple[list[Texts], list[Texts]]:
     """Returns a document without its end, and the end."""
     end = round(len(text) * (1 - share))
@@ -284,7 +345,7 @@ def _hold_out_end(
     parts = (text[:start], text[start:])
     if not all(part.strip() for part in parts):
         raise InputError(
-            f"`{path}` must have words to hold the last of them out, got one word. "
+            f"{where} must have words to hold the last of them out, got one word. "
             "Pass a folder with a file `train.txt` and a file `validation.txt`."
         )
     train, validation = ([[plain_text(part)]] for part in parts)

@@ -140,14 +140,7 @@ def without_unlabeled(columns: Columns, task: Task) -> tuple[Columns, str | None
         f"{columns.source.name}: {others.total():,} of {len(columns.labels):,} rows "
         f"are dropped as unlabeled, {counts}."
     )
-    text_b = columns.text_b
-    return Columns(
-        columns.source,
-        [columns.numbers[i] for i in kept],
-        [columns.text_a[i] for i in kept],
-        None if text_b is None else [text_b[i] for i in kept],
-        [columns.labels[i] for i in kept],
-    ), remark
+    return columns.take(kept), remark
 
 
 def flag_count(train: Columns) -> int:

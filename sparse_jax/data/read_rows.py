@@ -1,4 +1,4 @@
-"""Rows of a file: tab-separated, CSV, JSON or JSON lines."""
+"""Rows of a file: tab-separated, CSV, JSON, JSON lines or Parquet."""
 
 import codecs
 import csv
@@ -11,13 +11,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from sparse_jax.data.glue import Task
+from sparse_jax.data.glue import TASKS, Task
 from sparse_jax.errors import InputError, brief, listed, reason_of
 
 __all__ = [
     "SUFFIXES",
+    "PARQUET",
+    "Record",
     "Rows",
     "Source",
+    "as_record",
     "read_objects",
     "read_rows",
     "read_table",
@@ -26,6 +29,8 @@ __all__ = [
 
 # Of characters; the reader of the standard library refuses fields above 131,072.
 _LONGEST_FIELD = 2**31 - 1
+_ROWS = 4096  # of a Parquet file that are read at once
+PARQUET = ".parquet"
 _BETWEEN = " \t\r\n,"  # the items of a list
 
 
@@ -40,9 +45,13 @@ class Source(NamedTuple):
     name: str
     unit: str
     has_types: bool = True  # whether numbers and words differ, as in JSON
+    places: "tuple[tuple[Source, int], ...]" = ()  # of a mixture: of every row
 
     def at(self, number: int) -> str:
         """Returns the place of a row."""
+        if self.places:
+            source, number = self.places[number]
+            return source.at(number)
         return f"{self.name} {self.unit} {number}"
 
 
@@ -57,13 +66,13 @@ class Rows(NamedTuple):
     numbered: Iterable[tuple[int, Record]]
 
 
-def read_rows(path: str | Path, task: Task) -> Rows:
+def read_rows(path: str | Path, task: Task = TASKS["classification"]) -> Rows:
     """Returns the rows of a file, with the numbers of their lines.
 
     The extension says the format: `.tsv` and `.txt` are tab-separated and have no
     quoting (GLUE has unbalanced quotes), `.csv` has quoting, `.jsonl` has one object
-    in each line, and `.json` is a list of objects. No column, and no key of an object,
-    is there twice.
+    in each line, `.json` is a list of objects, and `.parquet` a table. No column, and
+    no key of an object, is there twice.
 
     Args:
       path: file in UTF-8, with or without a byte-order mark.
@@ -79,7 +88,7 @@ def read_rows(path: str | Path, task: Task) -> Rows:
         ".txt": tab_separated,
         ".csv": _comma_separated,
     }
-    return _rows(Path(path), {**tables, **_OBJECTS})
+    return _rows(Path(path), {**tables, **_OBJECTS, PARQUET: _parquet})
 
 
 def read_objects(path: str | Path) -> Rows:
@@ -102,6 +111,25 @@ def read_table(path: Path, columns: Sequence[str]) -> Rows:
     return Rows(source, _table(source, 1, [*columns], rows))
 
 
+def _parquet(path: str | Path, source: Source) -> Numbered:
+    """Yields the rows of a Parquet file."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    # A torn file raises either.
+    except (ArrowException, OSError) as error:
+        raise InputError(
+            f"{source.name} must be a Parquet file: {reason_of(error)}. Write it again."
+        ) from error
+
+
 def _rows(path: Path, readers: Mapping[str, Callable[[str, Source], Numbered]]) -> Rows:
     """Returns the rows of a file, read as its extension says."""
     suffix = path.suffix.lower()
@@ -110,8 +138,11 @@ def _rows(path: Path, readers: Mapping[str, Callable[[str, Source], Numbered]]) 
             f"`{path}` must end in {', '.join(readers)}, got {path.suffix!r}. "
             "Convert the file to one of these."
         )
-    unit = "item" if suffix == ".json" else "line"
-    source = Source(f"`{path}`", unit, has_types=suffix in _OBJECTS)
+    unit = {".json": "item", PARQUET: "row"}.get(suffix, "line")
+    has_types = suffix in (*_OBJECTS, PARQUET)
+    source = Source(f"`{path}`", unit, has_types=has_types)
+    if suffix == PARQUET:
+        return Rows(source, _parquet(path, source))
     return Rows(source, readers[suffix](read_text(path), source))
 
 
@@ -226,7 +257,7 @@ def _json_lines(text: str, source: Source) -> Numbered:
             raise InputError(
                 f"{place} must be a JSON object: {_reason(error)}."
             ) from error
-        yield number, _object(place, value)
+        yield number, as_record(place, value)
 
 
 def _json_list(text: str, source: Source) -> Numbered:
@@ -244,7 +275,7 @@ def _json_list(text: str, source: Source) -> Numbered:
             f"{source.name} must be a list of objects, got {type(values).__name__}."
         )
     for number, value in enumerate(values, start=1):
-        yield number, _object(source.at(number), value)
+        yield number, as_record(source.at(number), value)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -285,11 +316,12 @@ def _place_in_list(text: str, source: Source) -> str:
     return source.name
 
 
-def _object(place: str, value: object) -> Record:
-    if not isinstance(value, dict):
+def as_record(place: str, value: object) -> Record:
+    """Returns a row; raises `InputError` if it is no mapping."""
+    if not isinstance(value, Mapping):
         raise InputError(f"{place} must be an object, got {type(value).__name__}.")
     return value
 
 
 _OBJECTS = MappingProxyType({".json": _json_list, ".jsonl": _json_lines})
-SUFFIXES = (".tsv", ".txt", ".csv", *_OBJECTS)
+SUFFIXES = (".tsv", ".txt", ".csv", *_OBJECTS, PARQUET)

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from sparse_jax.data.files import GLUE, is_hub_name
+from sparse_jax.data.files import GLUE
 from sparse_jax.data.glue import TASKS
+from sparse_jax.data.sources import HUB, is_hub_name
 from sparse_jax.errors import printable
 from sparse_jax.interchange.source import Source
 from sparse_jax.interchange.targets import Target
@@ -125,6 +126,8 @@ def _data_set(task: str, settings: Mapping[str, Json]) -> str | None:
     data = settings.get("data", "")
     if data is None and task in TASKS and task not in _OWN_TASKS:
         return GLUE
+    if isinstance(data, str) and data.startswith(HUB):
+        return data.split(":")[1]
     if isinstance(data, str) and is_hub_name(data) and not os.path.exists(data):
         return data
     return None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_ori
 from typing import get_type_hints as hints_of
 
 from sparse_jax.errors import InputError, brief
+from sparse_jax.params.pairs import PAIRS, read_pairs
 
 __all__ = [
     "JSON_RULES",
@@ -206,6 +207,8 @@ def checked(one: Option, value: Any, place: str = "") -> Any:
     """
     if value is None and one.is_optional:
         return None
+    if one.type == PAIRS:
+        return read_pairs(f"`{one.name}`{place}", value)
     items = get_args(one.type)
     kind = items[0] if items else one.type
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sparse_jax.data.sources import as_source
 from sparse_jax.errors import InputError, brief, listed, reason_of
 from sparse_jax.methods.lookup import learning_rate_of
 from sparse_jax.methods.registry import METHODS, USUAL
@@ -68,7 +69,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             f"`optimizer` in `{path}` must be a name such as adamw, got {OWN!r}. A "
             "file cannot hold an optimizer: pass it to the function `finetune`."
         )
+    if found.get("data") == OWN:
+        raise InputError(
+            f"`data` in `{path}` must be a place, got 'own'. A file cannot hold rows: "
+            "pass them to the function `finetune`, or name their file."
+        )
     place, objects = f"`{path}`", {}
+    if isinstance(mixture := found.get("data"), Mapping):
+        objects["data"] = as_source(mixture)
     for name in ("method", "sampler"):
         if isinstance(one := found.get(name), Mapping):
             objects[name] = _object(name, one, place)

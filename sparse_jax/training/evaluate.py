@@ -1,6 +1,6 @@
 """Evaluation of a saved adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.use import apply_adapter, base_folder
 from sparse_jax.data.examples import Splits
-from sparse_jax.data.files import is_file, load_one
+from sparse_jax.data.files import load_one
 from sparse_jax.data.glue import CAUSAL, TASKS, find_task
+from sparse_jax.data.sources import DataSource, one_part
 from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.models.attachment import Attachment
@@ -28,7 +29,7 @@ __all__ = ["adapted", "evaluate_adapter", "opened"]
 # What the evaluation of an adapter takes from the run that wrote it.
 _KEPT = (
     "dtype", "seed", "max_length", "batch_size", "loss_on", "packing", "template",
-    "held_out", "drop_unlabeled",
+    "held_out", "drop_unlabeled", "columns",
 )  # fmt: skip
 
 
@@ -55,7 +56,8 @@ def evaluate_adapter(
     model: str | None = None,
     task: str | None = None,
     labels: Sequence[str] = (),
-    data: str | None = None,
+    data: "DataSource | None" = None,
+    columns: "Mapping[str, str] | str | None" = None,
     batch_size: int | None = None,
     max_length: int | None = None,
     max_eval_samples: int | None = None,
@@ -73,9 +75,10 @@ def evaluate_adapter(
       task: None is the task of the adapter.
       labels: of a classifier that has only numbers for them, as those of PEFT mostly
         do, in the order of its outputs; none are those that it names.
-      data: a file, or the folder of the task's files; None is that of the run, of an
-        adapter alone GLUE on the Hub. Of the file that a causal language model was
-        trained on, the part held out; of others, all.
+      data: a file, the folder of the task's files, rows, or what else a run takes; None
+        is that of the run, of an adapter alone GLUE on the Hub. Of the file that it
+        was trained on, the part held out; of others, all.
+      columns: our names of columns -> those of the data; None is as in training.
       batch_size: examples at a time; None is as in training.
       max_length: most tokens of an example; None is as in training.
       max_eval_samples: most examples of every split, spread evenly; None is all.
@@ -92,16 +95,21 @@ def evaluate_adapter(
       InputError: if the adapter cannot be read, the base is another one, or the data
         are wrong or have other labels.
     """
-    passed = {"batch_size": batch_size, "max_length": max_length}
+    passed: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
+    passed["columns"] = columns
     passed["max_eval_samples"] = max_eval_samples
     passed["drop_unlabeled"] = drop_unlabeled or None
     found = opened(adapter, model, task, labels, data, text, mesh=mesh, **passed)
     settings, splits = found.settings, None
-    if not settings.is_causal and is_file(settings.data):
+    part = None if settings.is_causal else one_part(settings.data, seed=settings.seed)
+    trained = found.adapter.settings.get("data_hash")
+    # Of the rows that it was trained on, those that were held out.
+    if part is not None and (part.digest is None or part.digest != trained):
         one = load_one(
             find_task(settings.task),
             settings.data,
             found.adapter.labels,
+            columns=settings.columns,
             drop_unlabeled=settings.drop_unlabeled,
         )
         splits = Splits(one.task, {"validation": one.examples})
@@ -124,7 +132,7 @@ def opened(
     model: str | None,
     task: str | None,
     labels: Sequence[str],
-    data: str | None,
+    data: "DataSource | None",
     text: str | Path | None = None,
     **passed: Any,
 ) -> Opened:
@@ -171,8 +179,9 @@ def _own_data(run: Path) -> dict[str, Any]:
     said = read_json(config).get("settings") if config.is_file() else None
     if not isinstance(said, dict) or said.get("data") is None:
         return {}
-    more = said.get("eval_data") or ()
-    for place in (said["data"], *(one.partition("=")[2] or one for one in more)):
+    more, data = said.get("eval_data") or (), said["data"]
+    places = data if isinstance(data, Mapping) else [data]
+    for place in (*places, *(one.partition("=")[2] or one for one in more)):
         # Nothing is fetched that a file names.
         if not isinstance(place, str) or not Path(place).exists():
             raise InputError(

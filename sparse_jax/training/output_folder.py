@@ -183,7 +183,7 @@ def require_usable(settings: Settings) -> None:
         )
     for name in ("model", "data"):
         source = getattr(settings, name)
-        is_read = source and Path(source).is_dir() and path.is_dir()
+        is_read = isinstance(source, str) and Path(source).is_dir() and path.is_dir()
         # The run would be written among the files that it reads.
         if is_read and path.samefile(source):
             raise InputError(

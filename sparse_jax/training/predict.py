@@ -14,6 +14,7 @@ from sparse_jax.data.files import OneSplit, load_one
 from sparse_jax.data.glue import CAUSAL, Task, find_task
 from sparse_jax.data.json_lines import JsonLines
 from sparse_jax.data.metrics import predicted
+from sparse_jax.data.sources import DataSource
 from sparse_jax.errors import InputError
 from sparse_jax.params.fields import Json
 from sparse_jax.training.evaluate import adapted, opened
@@ -26,7 +27,8 @@ def predict(
     run: str | Path,
     *,
     output: str | Path | None = None,
-    data: str | None = None,
+    data: "DataSource | None" = None,
+    columns: "Mapping[str, str] | str | None" = None,
     split: str | None = None,
     model: str | None = None,
     task: str | None = None,
@@ -46,8 +48,9 @@ def predict(
     Args:
       run: run directory, adapter file, or folder of PEFT.
       output: file to write; None is standard output.
-      data: file, folder or data set to predict, with or without labels; None is that of
-        the run.
+      data: file, folder, data set or rows to predict, with or without labels; None is
+        that of the run.
+      columns: our names of columns -> those of the data; None is as in training.
       split: of a folder or a data set; None is the first to evaluate on.
       model, task, labels, batch_size, max_length, mesh: as of `evaluate_adapter`.
       overwrite: whether to replace the file.
@@ -60,6 +63,7 @@ def predict(
         another adapter or other data.
     """
     passed: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
+    passed["columns"] = columns
     found = opened(run, model, task, labels, data, mesh=mesh, **passed)
     adapter, settings = found.adapter, found.settings
     if settings.is_causal:
@@ -71,6 +75,7 @@ def predict(
         find_task(settings.task),
         settings.data,
         adapter.labels,
+        columns=settings.columns,
         split=split,
         needs_labels=False,
     )

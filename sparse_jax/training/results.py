@@ -16,6 +16,7 @@ import optax
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.file import adapter_digest
 from sparse_jax.compact.compact import CompactState, Tuner
+from sparse_jax.data.sources import file_hash
 from sparse_jax.errors import InputError
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.sites import Added
@@ -35,7 +36,6 @@ from sparse_jax.training.run_files import (
     selection_seconds,
     updates_of,
 )
-from sparse_jax.training.setup import file_hash
 from sparse_jax.training.start import with_start
 
 __all__ = [

@@ -3,10 +3,10 @@
 import math
 import os
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.glue import CAUSAL, TASKS
+from sparse_jax.data.sources import as_source, is_own_rows
 from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.lookup import learning_rate_of, word_of
 from sparse_jax.methods.registry import METHODS, USUAL, MethodOptions
@@ -21,37 +21,37 @@ from sparse_jax.params.fields import (
     to_json,
 )
 from sparse_jax.samplers.registry import SAMPLERS, SamplerOptions, word_of_sampler
+from sparse_jax.training.data_options import DataOptions
 from sparse_jax.training.evaluation_options import EvaluationOptions
 from sparse_jax.training.recipe_options import RecipeOptions
 
 # JAX takes seconds to import, and the help of the command line reads these fields.
 if TYPE_CHECKING:
-    from sparse_jax.data.causal_tokens import Loss
     from sparse_jax.methods.method import Method
     from sparse_jax.samplers.sampler import Sampler
 
 __all__ = ["OWN", "Settings", "setting_options"]
 
-OWN = "own"  # recorded for an optimizer, which a file cannot hold
+OWN = "own"  # recorded for an optimizer or rows, which a file cannot hold
 
 DTYPES = ("float32", "bfloat16")
-LOSSES = ("response", "all")
 HEAD_BIASES = ("labels", "zeros")
-HELD_OUT, TEMPLATE = 0.05, "alpaca"
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
     "max_steps", "max_length", "learning_rate", "select_batches",
     "reselect_every",
 )  # fmt: skip
 _PATHS = ("model", "output", "data", "adapter", "kl_text")
-# Words for objects: the check of the words says which there are.
-_WORDS = ("method", "sampler", "optimizer", "score", "granularity", "activation")
-# Options of the task causal, with their defaults.
-_TEXT = {"loss_on": None, "packing": False, "template": None, "held_out": None}
+# Words for objects, or objects: other checks say which there are.
+_WORDS = (
+    "data", "method", "sampler", "optimizer", "score", "granularity", "activation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(MethodOptions, SamplerOptions, EvaluationOptions, RecipeOptions):
+class Settings(
+    MethodOptions, SamplerOptions, DataOptions, EvaluationOptions, RecipeOptions
+):
     """What `finetune` does: the options of `sparse-jax finetune`, one to one.
 
     In Python `method` and `sampler` may also be objects, which bring their own options
@@ -78,30 +78,6 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions, RecipeOptions):
         "causal language modeling."
     )
     output: str = required("Folder to create for the results of the run.")
-    data: str | None = setting(
-        None,
-        "Folder with train and dev files (TSV, CSV, JSON or JSON lines); for "
-        "causal a file of instructions, chats (JSON or JSON lines) or plain text.",
-        "GLUE from the Hub",
-    )
-    loss_on: str | None = setting(
-        None, f"Tokens that causal computes the loss on: {one_of(LOSSES)}.", LOSSES[0]
-    )
-    packing: bool = setting(
-        False, "Fill rows with several texts; attention never crosses examples."
-    )
-    template: str | None = setting(
-        None, f"Prompt template of instructions: {one_of(PROMPTS)}.", TEMPLATE
-    )
-    held_out: float | None = setting(
-        None,
-        "Fraction of a single file of texts to hold out for evaluation.",
-        f"{HELD_OUT}",
-    )
-    drop_unlabeled: bool = setting(
-        False,
-        "Leave out rows without a label: absent, null, NaN, - or, for classes, -1.",
-    )
     method: "str | Method" = setting("sift", f"What to train: {one_of(METHODS)}.")
     dense: tuple[str, ...] | None = setting(
         None,
@@ -198,6 +174,8 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions, RecipeOptions):
                 value = os.fspath(value)
             if name not in _WORDS or value is None:
                 object.__setattr__(self, name, checked(one, value))
+            elif name == "data" and value is not None:
+                object.__setattr__(self, name, as_source(value))
         require_word("method", self.method_word, METHODS)
         require_word("dtype", self.dtype, DTYPES)
         after = self.select_after
@@ -212,7 +190,17 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions, RecipeOptions):
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"`{name}` must be positive, got {value}.")
         self._require_consistent()
-        self._require_text()
+        self.require_data_options(self.task)
+        if self.is_causal and self.method_word == "head":
+            raise InputError(
+                f"`method` must not be 'head' with task {CAUSAL!r}: the model has no "
+                "new head. Use lora or sift, or --dense '^lm_head/' with full."
+            )
+        if self.packing and self.group_by_length:
+            raise InputError(
+                "`group_by_length` must be left out with packing, got True. All packed "
+                "rows have one length."
+            )
         self._require_layers()
         self.require_recipe(self.method, self.sampler_word)
         self.require_evaluation_options(
@@ -244,6 +232,11 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions, RecipeOptions):
             return learning_rate_of(self.method, vars(self))
         return self.learning_rate
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether the task is causal language modeling."""
+        return self.task.lower() == CAUSAL
+
     def record(self) -> dict[str, object]:
         """Returns the settings as `config.json` holds them.
 
@@ -262,59 +255,8 @@ class Settings(MethodOptions, SamplerOptions, EvaluationOptions, RecipeOptions):
             record["sampler"] = {"name": self.sampler_word, **to_json(self.sampler)}
         if not isinstance(self.optimizer, str):
             record["optimizer"] = OWN
+        record["data"] = OWN if is_own_rows(self.data) else self.data
         return record
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether the task is causal language modeling."""
-        return self.task.lower() == CAUSAL
-
-    @property
-    def resolved_loss_on(self) -> "Loss":
-        """Tokens that a causal language model is trained on."""
-        return cast("Loss", self.loss_on or LOSSES[0])
-
-    @property
-    def resolved_template(self) -> str:
-        """Name of the prompt around an instruction."""
-        return self.template or TEMPLATE
-
-    @property
-    def resolved_held_out(self) -> float:
-        """Fraction of a file that is not trained on."""
-        return HELD_OUT if self.held_out is None else self.held_out
-
-    def _require_text(self) -> None:
-        """Raises if a setting of the task causal breaks a rule."""
-        for name, left_out in _TEXT.items():
-            if not self.is_causal and getattr(self, name) != left_out:
-                raise InputError(
-                    f"`{name}` must be left out with task {self.task!r}, got "
-                    f"{getattr(self, name)!r}. It belongs to {CAUSAL}."
-                )
-        for name in ("drop_unlabeled", "class_weights"):
-            if self.is_causal and (value := getattr(self, name)):
-                raise InputError(
-                    f"`{name}` must be left out with task {CAUSAL!r}, got {value!r}. "
-                    "Its texts have no labels."
-                )
-        require_word("loss_on", self.resolved_loss_on, LOSSES)
-        require_word("template", self.resolved_template, PROMPTS)
-        if not 0 < self.resolved_held_out < 1:
-            raise InputError(
-                f"`held_out` must be in (0, 1), got {self.held_out}. It is the "
-                "fraction of the examples that a run is evaluated on, commonly 0.05."
-            )
-        if self.packing and self.group_by_length:
-            raise InputError(
-                "`group_by_length` must be left out with packing, got True. All packed "
-                "rows have one length."
-            )
-        if self.is_causal and self.method_word == "head":
-            raise InputError(
-                f"`method` must not be 'head' with task {CAUSAL!r}: the model has no "
-                "new head. Use lora or sift, or --dense '^lm_head/' with full."
-            )
 
     def _require_consistent(self) -> None:
         """Raises if a setting breaks its rule, or two contradict each other."""
@@ -368,4 +310,5 @@ def setting_options() -> dict[str, Option]:
       <class 'str'>
     """
     objects = {"Method": str, "Sampler": str, "GradientTransformation": str}
+    objects |= {"DataSource": str, "Loss": str}
     return options_of(Settings, **objects)

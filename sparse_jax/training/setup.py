@@ -1,10 +1,9 @@
 """What is trained or evaluated, and on what: a task, a model and its batches."""
 
 import functools
-import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -22,11 +21,8 @@ from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.examples import Splits
 from sparse_jax.data.files import load, require_new_split
 from sparse_jax.data.glue import CAUSAL, Task, find_task
-from sparse_jax.data.instructions import (
-    data_files,
-    load_conversations,
-    load_whole,
-)
+from sparse_jax.data.instructions import data_parts, load_conversations, load_whole
+from sparse_jax.data.sources import Part, is_own_rows, one_part
 from sparse_jax.data.tokenizer import (
     load_tokenizer,
     tokenizer_digest,
@@ -59,7 +55,7 @@ from sparse_jax.training.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Base", "ModelAndData", "file_hash", "load_model_and_data"]
+__all__ = ["Base", "ModelAndData", "load_model_and_data"]
 
 _log = logging.getLogger(__name__)
 
@@ -160,12 +156,16 @@ def _labeled(
     _, config = read_config(local_folder(settings.model))
     # In the order of its outputs; none if it is no encoder, or has no names.
     base_labels = getattr(config, "label_names", None) or ()
+    part = None if splits else one_part(settings.data, seed=settings.seed)
     splits = splits or load(
         find_task(settings.task),
         settings.data,
         order=base_labels if adapter is None else adapter.labels,
         drop_unlabeled=settings.drop_unlabeled,
         more=settings.eval_files,
+        columns=settings.columns,
+        held_out=settings.resolved_held_out,
+        seed=settings.seed,
     )
     if is_first_process():
         for note in splits.notes:
@@ -182,12 +182,15 @@ def _labeled(
     if adapter is not None:
         sizes = {name: size for name, size in feed.sizes.items() if name != "train"}
         parts = [f"{size} examples in {name}" for name, size in sizes.items()]
-        place = "GLUE of the Hub" if settings.data is None else f"`{settings.data}`"
+        place = "GLUE of the Hub" if settings.data is None else _named(settings.data)
         _log.warning("evaluating on %s of %s", " and ".join(parts), place)
     kept = {
         "max_length": feed.max_length,
         "tokenizer_hash": tokenizer_digest(tokenizer),
         "drop_unlabeled": settings.drop_unlabeled,
+        "columns": settings.columns,
+        "held_out": settings.resolved_held_out,
+        "data_hash": part and part.digest,
         "base_labels": list(base_labels),
     }
     weights = None
@@ -274,26 +277,28 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
     base = _load_base(settings, mesh, None)
     tokenizer = _tokenizer(base, adapter)
     template = PROMPTS[settings.resolved_template]
-    files = data_files(settings.data)
-    hashes = [None if file is None else file_hash(file) for file in files]
-    path, part = _part_to_use(settings.data, files, hashes, adapter)
+    parts = data_parts(settings.data, seed=settings.seed)
+    hashes = [None if one is None else one.digest for one in parts]
+    used, part = _part_to_use(settings.data, parts, adapter)
     held_out = _held_out(settings)
+    how = {"template": template, "columns": settings.columns}
     if part in (_RUN, _HELD_OUT):
         share = {"held_out": held_out or 0.0, "seed": settings.seed}
-        splits = load_conversations(path, tokenizer, template=template, **share)
+        splits = load_conversations(settings.data, tokenizer, **how, **share)
     elif part == _TRAINED and settings.eval_files:
         splits = {}
     else:
-        splits = load_whole(path, tokenizer, template=template)
+        splits = load_whole(used, tokenizer, **how)
     for name, file in settings.eval_files.items():
         require_new_split(name, file, splits)
-        (splits[name],) = load_whole(file, tokenizer, template=template).values()
+        (splits[name],) = load_whole(file, tokenizer, **how).values()
     feed = causal_feed(splits, tokenizer, base.model, settings)
     kept: dict[str, Json] = {
         "max_length": feed.max_length,
         "loss_on": settings.resolved_loss_on,
         "packing": settings.packing,
         "template": settings.resolved_template,
+        "columns": settings.columns,
         "held_out": held_out,
         "data_hash": hashes[0],
         "validation_hash": hashes[1],
@@ -307,7 +312,7 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
         if has_chats:
             warn_of_template(adapter.settings.get("chat_template_hash"), tokenizer)
         _warn_of_ends(adapter, feed.end_ids)
-        places = {"validation": f"`{path}`: {part}"} | {
+        places = {"validation": f"{used.name}: {part}"} | {
             name: f"`{file}`: {_WHOLE}" for name, file in settings.eval_files.items()
         }
         for name, place in places.items():
@@ -349,32 +354,30 @@ def _tokenizer(base: Base, adapter: Adapter | None) -> "PreTrainedTokenizerBase"
 
 
 def _part_to_use(
-    data: str,
-    files: tuple[Path, Path | None],
-    hashes: Sequence[str | None],
-    adapter: Adapter | None,
-) -> tuple[str | Path, str]:
-    """Returns the file that an adapter is evaluated on, and which part of it.
+    data: object, parts: tuple[Part, Part | None], adapter: Adapter | None
+) -> tuple[Part, str]:
+    """Returns the rows that an adapter is evaluated on, and which part of them.
 
-    That is all of it, unless the adapter was trained on another part.
+    That is all of them, unless the adapter was trained on another part.
     """
+    train, used = parts[0], parts[1] or parts[0]
     if adapter is None:
-        return data, _RUN
-    path, found = files[1] or files[0], hashes[1] or hashes[0]
+        return train, _RUN
     trained = adapter.settings.get("data_hash")
     validation = adapter.settings.get("validation_hash")
     # Of a folder, earlier versions did not say what was in it.
     is_old = "data_hash" in adapter.settings and trained is None
-    if is_old and files[1] is None and Path(data).is_dir():
-        return path, _HELD_OUT
-    if found != trained or found == validation:
-        return path, _WHOLE
+    if is_old and parts[1] is None and Path(str(data)).is_dir():
+        return used, _HELD_OUT
+    if used.digest is None or used.digest != trained or used.digest == validation:
+        return used, _WHOLE
     # A run with other files to evaluate on held nothing out.
     is_held_out = validation is None and adapter.settings.get("held_out", 0) is not None
-    return path, _HELD_OUT if is_held_out else _TRAINED
+    return used, _HELD_OUT if is_held_out else _TRAINED
 
 
-def file_hash(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _named(data: object) -> str:
+    """Returns data for a message."""
+    if is_own_rows(data):
+        return "the rows that were passed"
+    return f"`{', '.join(data) if isinstance(data, Mapping) else data}`"
