@@ -132,7 +132,7 @@ BAD = {
         {"template": "mine"},
         "`template` must be one of alpaca, llm_adapters",
     ),
-    "held out": ({"held_out": 1.0}, r"`held_out` must be in \(0, 1\), got 1.0"),
+    "held out": ({"held_out": 1.5}, r"`held_out` must be a fraction .* got 1.5"),
     "head": ({"method": "head"}, "`method` must not be 'head' with task"),
 }
 
