@@ -143,6 +143,8 @@ def _parameter(name: str, defaults: Mapping[str, object]) -> inspect.Parameter:
 _METAVARS: dict[object, str] = {
     PAIRS: "<ours=theirs,...>",
     "avoid": "<str>",
+    "eval_data": "<file>",
+    "report_to": "<str>",
     tuple[str, ...]: "<regex>",
     tuple[int, ...]: "<int>",
     tuple[float, ...]: "<float>",

@@ -59,6 +59,7 @@ from sparse_jax.training.results import (
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.stop_signals import stop_signals
+from sparse_jax.training.trackers import require_trackers
 
 __all__ = ["finetune"]
 
@@ -105,6 +106,7 @@ def finetune(settings: Settings | None = None, /, **options: Any) -> dict[str, A
 def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Json]:
     """Fine-tunes; `warnings` are those of the run so far."""
     require_usable(settings)
+    require_trackers(settings.report_to or ())
     # Also waits until all have looked at the folder, before the first one writes.
     require_agreement("settings", settings.record())
     on_first_process(lambda: require_unlocked(Path(settings.output)))
@@ -163,6 +165,7 @@ def _run(
     with closing(checkpoints), stop_signals() as signals:
         state, at = checkpoints.restore(state, budget and budget.begin)
         directory.rewind(at.batches)
+        directory.show(job.settings.report_to or (), at.batches)
         if job.settings.resume:
             _log.info("resuming after update %d of %d", at.batches, job.total)
         with show_progress(job.total, at.batches) as progress:

@@ -151,7 +151,7 @@ FILES = (CONFIG, METRICS, CURVE, LAYERS, ROWS, ADAPTER)
 # What may differ between a run and its continuation.
 FREE = (
     "output", "overwrite", "resume", "save_every", "patch_every", "keep", "mesh",
-    "no_cache",
+    "no_cache", "report_to",
 )  # fmt: skip
 # What earlier versions did, which had no such setting.
 WITHOUT = {"group_by_length": True, "head_bias": "zeros"}

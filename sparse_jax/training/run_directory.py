@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from sparse_jax.training.run_files import (
     write_text,
 )
 from sparse_jax.training.settings import Settings
+from sparse_jax.training.trackers import TRACKED, Start, Trackers
 
 __all__ = ["RunDirectory"]
 
@@ -66,6 +67,7 @@ class RunDirectory:
         self.path, self.rows = path, read_rows(path / ROWS)
         self._config: Mapping[str, Any] = {}
         self._lock: FolderLock | None = None
+        self._trackers: Trackers | None = None
         self._written = -1  # bytes of `metrics.jsonl` if it is as it was left
         self._pending = b""  # rows that are not in it yet
         self._is_behind = False  # whether there are rows that could not be written
@@ -167,6 +169,14 @@ class RunDirectory:
         self.rows.append(dict(row))
         self._pending += row_line(row)
         self.write_rows()
+        if self._trackers is not None:
+            self._trackers.log(row)
+
+    def show(self, words: Sequence[str], step: int) -> None:
+        """Has the rows shown from here on by trackers, after some number of updates."""
+        if words and is_first_process():
+            config = self._config.get("settings", {})
+            self._trackers = Trackers(words, Start(self.path, config, step))
 
     def write_rows(self) -> bool:
         """Writes the rows that are not in `metrics.jsonl`; returns whether it could."""
@@ -249,7 +259,9 @@ class RunDirectory:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def close(self) -> None:
-        """Lets other runs use the folder."""
+        """Ends the trackers, and lets other runs use the folder."""
+        if self._trackers is not None:
+            self._trackers.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -315,7 +327,7 @@ def _saved_elsewhere(save: Callable[[Path], int]) -> str:
 
 def _remove_run(path: Path) -> None:
     """Removes the files of an earlier run, the one that says what it was last."""
-    for name in (CHECKPOINTS, PATCHES):
+    for name in (CHECKPOINTS, PATCHES, *TRACKED):
         shutil.rmtree(path / name, ignore_errors=True)
     _remove_parts(path)
     for name in reversed(FILES):

@@ -164,6 +164,12 @@ class Settings(
         "Compile everything again, and keep nothing of it; otherwise programs are kept "
         "in a folder of the user, or in that of SPARSE_JAX_CACHE.",
     )
+    report_to: tuple[str, ...] | None = setting(
+        None,
+        "Where the run is also shown while it goes on: tensorboard, wandb, or a "
+        "tracker added by `register_tracker`; may be repeated.",
+        "metrics.jsonl alone",
+    )
     overwrite: bool = setting(False, "Replace the run in the output folder.")
     resume: bool = setting(False, "Continue the interrupted run in the output folder.")
 
