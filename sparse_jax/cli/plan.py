@@ -33,7 +33,8 @@ __all__ = ["plan"]
 # Those that an update depends on most; a file may have the others.
 _SETTINGS = (
     "model", "method", "density", "granularity", "rank", "where", "sampler", "active",
-    "recompute", "batch_size", "accumulate", "dtype", "checkpointing", "mesh",
+    "recompute", "batch_size", "accumulate", "dtype", "select_batches", "checkpointing",
+    "mesh",
 )  # fmt: skip
 # What a comparison chooses.
 _CHOICES = ("method", "sampler", "ist")

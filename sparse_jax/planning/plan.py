@@ -177,7 +177,10 @@ def _compiled(plan: Plan, run: AbstractRun, chip: Chip | None) -> Plan:
     try:
         compiled = _program(run.runner.lower(*args, schedule=run.schedule))
         selects = bool(jax.tree.leaves(run.state.support))
-        batches = run.settings.select_batches
+        score = run.tuner.method.ranking
+        by_gradient = score is not None and score.needs_gradient
+        # Methods that are compared share their options.
+        batches = run.settings.select_batches if by_gradient else 1
         lowered = run.runner.lower_choice(*args, batches) if selects else []
         chosen: list[Any] = [_program(one).memory_analysis() for one in lowered]
     except jax.errors.JaxRuntimeError as error:
