@@ -79,6 +79,19 @@ def test_help_answers_in_half_a_second_and_without_jax(name):
     assert min(seconds) < 0.5
 
 
+def test_the_command_does_without_pytorch_where_it_is_installed():
+    code = (
+        "import sys; from sparse_jax.cli import main as cli; "
+        "cli.main = lambda: None; cli.run(); "
+        "from scipy.special import softmax; softmax([1.0, 2.0]); "
+        "from transformers.utils import is_torch_available as asked; "
+        "print(asked(), 'torch' in sys.modules)"
+    )
+    words = [sys.executable, "-c", code]
+    run = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert run.stdout == "False False\n"
+
+
 def test_a_run_and_its_evaluation(command, place):
     code, out, err = command(*FINETUNE, "--method", "head", "--max-steps", "2")
     assert code == 0

@@ -1,5 +1,6 @@
 """The command `sparse-jax`."""
 
+import importlib.util
 import os
 import re
 import sys
@@ -55,8 +56,11 @@ def root(
 def run() -> None:
     """Runs the command in a process of its own, which needs no PyTorch."""
     # Where it is installed, transformers would import it, which takes 2 seconds of CPU.
-    blocked: dict[str, Any] = {"torch": None}
-    sys.modules.update(blocked)
+    # SciPy looks into `sys.modules` and stumbles over an entry of None there.
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *args: (
+        None if name == "torch" else find(name, *args)
+    )
     main()
 
 

@@ -32,6 +32,8 @@ from sparse_jax.training.stop_signals import StopSignals
 __all__ = ["Loop"]
 
 _log = logging.getLogger(__name__)
+# As one program: by itself each of its operations would be compiled.
+_rate_at = jax.jit(learning_rate_at)
 
 # Batches in a row whose loss or gradient is not finite. Some are bad luck; a model that
 # has diverged does not come back.
@@ -208,7 +210,7 @@ class Loop:
         rate = None
         if schedule is not None:
             count -= self.job.select_after * at.is_selected
-            rate = float(learning_rate_at(count, schedule))
+            rate = float(_rate_at(count, schedule))
         self.directory.add_row(
             {"step": step, **news, "learning_rate": rate, "tokens": tokens,
              "seconds": seconds, "is_compiling": is_first}
@@ -263,7 +265,8 @@ class Loop:
         seconds = time.perf_counter() - began
         row = {"step": at.batches + 1, "is_selection": True, "seconds": seconds}
         self.directory.add_row(row)
-        self.progress.note(f"selected after {seconds:.1f} s")
+        entries = sum(leaf.size for leaf in jax.tree.leaves(state.support))
+        self.progress.note(f"selected {entries:,} places in {seconds:.1f} s")
         return state, finite
 
     def _skip(self, at: Position, what: str) -> Position:
