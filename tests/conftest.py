@@ -28,6 +28,8 @@ _own_cache = None
 if _CACHE not in os.environ:
     _own_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix="sparse-jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Runs of the tests leave nothing in the folder of the user.
+os.environ["SPARSE_JAX_CACHE"] = "off"
 
 import jax  # noqa: E402 - reads the flags
 import pytest  # noqa: E402

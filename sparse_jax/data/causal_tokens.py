@@ -171,8 +171,11 @@ def _piece_ids(
         texts += pieces
         before += ["", *pieces][: len(pieces)]
     both = [context + text for context, text in zip(before, texts, strict=True)]
-    heads, wholes = _ids(tokenizer, before), _ids(tokenizer, both)
-    for text, head, whole in zip(texts, heads, wholes, strict=True):
+    # A prompt is a text, and the context of its response: once is enough.
+    needed = [*dict.fromkeys([*before, *both])]
+    known = dict(zip(needed, _ids(tokenizer, needed), strict=True))
+    for text, context, joined in zip(texts, before, both, strict=True):
+        head, whole = known[context], known[joined]
         if whole[: len(head)] == head:
             yield whole[len(head) :]
         else:

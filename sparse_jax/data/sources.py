@@ -21,6 +21,7 @@ __all__ = [
     "load_from_hub",
     "one_part",
     "own_splits",
+    "place_of",
     "rename_columns",
 ]
 
@@ -78,6 +79,18 @@ def is_own_rows(data: object) -> bool:
     if isinstance(data, Mapping):
         return not all(isinstance(one, float) for one in data.values())
     return data is not None and not isinstance(data, str)
+
+
+def place_of(data: object) -> str:
+    """Returns data for a message.
+
+    Example:
+      >>> place_of("a.csv"), place_of({"a.csv": 0.5, "b.csv": 1.0})
+      ('`a.csv`', '`a.csv, b.csv`')
+    """
+    if is_own_rows(data):
+        return "the rows that were passed"
+    return f"`{', '.join(data) if isinstance(data, Mapping) else data}`"
 
 
 def is_hub_name(name: str) -> bool:

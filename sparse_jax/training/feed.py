@@ -27,7 +27,17 @@ from sparse_jax.training.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["MAX_LENGTH", "Feed", "Usage", "causal_feed", "labeled_feed", "usage_text"]
+__all__ = [
+    "MAX_LENGTH",
+    "Feed",
+    "Usage",
+    "causal_feed",
+    "causal_length",
+    "labeled_feed",
+    "sequence_feed",
+    "tokenize_splits",
+    "usage_text",
+]
 
 # Tokens, as the paper's runs on GLUE, and as Alpaca was trained with.
 MAX_LENGTH, _CAUSAL_MAX_LENGTH = 128, 512
@@ -146,7 +156,18 @@ def causal_feed(
     model: Model,
     settings: Settings,
 ) -> Feed:
-    """Tokenizes all conversations.
+    """Tokenizes all conversations, as `tokenize_splits`, and makes their feed."""
+    sequences = tokenize_splits(splits, tokenizer, model, settings)
+    return sequence_feed(sequences, model, settings)
+
+
+def tokenize_splits(
+    splits: Mapping[str, Sequence[Conversation]],
+    tokenizer: "PreTrainedTokenizerBase",
+    model: Model,
+    settings: Settings,
+) -> dict[str, TokenSequences]:
+    """Returns the tokens of all conversations.
 
     Args:
       splits: conversations; without "train" to evaluate only.
@@ -157,11 +178,10 @@ def causal_feed(
 
     Raises:
       InputError: if `max_length` is more than the model's positions or leaves nothing
-        to train on, or a token has no embedding.
+        to train on.
     """
-    positions = model.config.max_positions
-    length = settings.max_length or min(_CAUSAL_MAX_LENGTH, positions)
-    bounds = {"max_length": length, "positions": positions}
+    length = causal_length(model, settings)
+    bounds = {"max_length": length, "positions": model.config.max_positions}
     sequences = {}
     for name, texts in splits.items():
         if (few := _few(name, len(texts), settings)) is not None:
@@ -172,6 +192,23 @@ def causal_feed(
             ids, marks = ([x[i] for i in few] for x in (part.input_ids, part.is_target))
             part = replace(part, input_ids=ids, is_target=marks)
         sequences[name] = part
+    return sequences
+
+
+def causal_length(model: Model, settings: Settings) -> int:
+    """Returns the most tokens of a sequence."""
+    return settings.max_length or min(_CAUSAL_MAX_LENGTH, model.config.max_positions)
+
+
+def sequence_feed(
+    sequences: Mapping[str, TokenSequences], model: Model, settings: Settings
+) -> Feed:
+    """Returns the feed of tokens.
+
+    Raises:
+      InputError: if a token has no embedding.
+    """
+    sequences = {**sequences}
     for name, part in sequences.items():
         _require_embedded(part.input_ids, model)
         pad_id = _embedded_pad(part.pad_id, model)
@@ -180,7 +217,7 @@ def causal_feed(
     return Feed(
         sequences,
         settings,
-        length,
+        causal_length(model, settings),
         usage={
             name: Usage(len(part), part.num_cut, part.num_dropped)
             for name, part in sequences.items()

@@ -3,8 +3,8 @@
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -22,7 +22,7 @@ from sparse_jax.data.examples import Splits
 from sparse_jax.data.files import load, require_new_split
 from sparse_jax.data.glue import CAUSAL, Task, find_task
 from sparse_jax.data.instructions import data_parts, load_conversations, load_whole
-from sparse_jax.data.sources import Part, is_own_rows, one_part
+from sparse_jax.data.sources import Part, file_hash, one_part, place_of
 from sparse_jax.data.tokenizer import (
     load_tokenizer,
     tokenizer_digest,
@@ -42,7 +42,14 @@ from sparse_jax.params.names import map_named
 from sparse_jax.sharding.mesh import mesh_of
 from sparse_jax.sharding.placement import Placement, load_placed
 from sparse_jax.sharding.processes import is_first_process
-from sparse_jax.training.feed import Feed, causal_feed, labeled_feed, usage_text
+from sparse_jax.training.feed import (
+    Feed,
+    causal_length,
+    labeled_feed,
+    sequence_feed,
+    tokenize_splits,
+    usage_text,
+)
 from sparse_jax.training.objective import (
     Objective,
     classification,
@@ -51,6 +58,7 @@ from sparse_jax.training.objective import (
 )
 from sparse_jax.training.recipe_options import BALANCED
 from sparse_jax.training.settings import Settings
+from sparse_jax.training.token_cache import Tokens, tokenizer_files, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,7 +190,7 @@ def _labeled(
     if adapter is not None:
         sizes = {name: size for name, size in feed.sizes.items() if name != "train"}
         parts = [f"{size} examples in {name}" for name, size in sizes.items()]
-        place = "GLUE of the Hub" if settings.data is None else _named(settings.data)
+        place = "GLUE of the Hub" if settings.data is None else place_of(settings.data)
         _log.warning("evaluating on %s of %s", " and ".join(parts), place)
     kept = {
         "max_length": feed.max_length,
@@ -281,18 +289,34 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
     hashes = [None if one is None else one.digest for one in parts]
     used, part = _part_to_use(settings.data, parts, adapter)
     held_out = _held_out(settings)
-    how = {"template": template, "columns": settings.columns}
-    if part in (_RUN, _HELD_OUT):
-        share = {"held_out": held_out or 0.0, "seed": settings.seed}
-        splits = load_conversations(settings.data, tokenizer, **how, **share)
-    elif part == _TRAINED and settings.eval_files:
-        splits = {}
-    else:
-        splits = load_whole(used, tokenizer, **how)
-    for name, file in settings.eval_files.items():
-        require_new_split(name, file, splits)
-        (splits[name],) = load_whole(file, tokenizer, **how).values()
-    feed = causal_feed(splits, tokenizer, base.model, settings)
+
+    def make() -> Tokens:
+        how = {"template": template, "columns": settings.columns}
+        if part in (_RUN, _HELD_OUT):
+            share = {"held_out": held_out or 0.0, "seed": settings.seed}
+            splits = load_conversations(settings.data, tokenizer, **how, **share)
+        elif part == _TRAINED and settings.eval_files:
+            splits = {}
+        else:
+            splits = load_whole(used, tokenizer, **how)
+        for name, file in settings.eval_files.items():
+            require_new_split(name, file, splits)
+            (splits[name],) = load_whole(file, tokenizer, **how).values()
+        has_chats = any(one.is_rendered for part in splits.values() for one in part)
+        tokens = tokenize_splits(splits, tokenizer, base.model, settings)
+        return Tokens(tokens, has_chats)
+
+    key: list[Json] | None = None
+    if parts[0].digest is not None and not settings.no_cache:
+        files = [[name, file_hash(Path(f))] for name, f in settings.eval_files.items()]
+        key = [
+            hashes, files, part, held_out, settings.seed, asdict(template),
+            settings.columns, causal_length(base.model, settings),
+            base.model.config.max_positions, settings.resolved_loss_on,
+            settings.max_eval_samples, tokenizer_files(base.folder),
+        ]  # fmt: skip
+    splits, has_chats = tokens_of(key, make)
+    feed = sequence_feed(splits, base.model, settings)
     kept: dict[str, Json] = {
         "max_length": feed.max_length,
         "loss_on": settings.resolved_loss_on,
@@ -305,7 +329,6 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
         "tokenizer_hash": tokenizer_digest(tokenizer),
         "eos_token_id": list(feed.end_ids),
     }
-    has_chats = any(one.is_rendered for part in splits.values() for one in part)
     if has_chats:
         kept["chat_template_hash"] = template_digest(tokenizer)
     if adapter is not None:
@@ -374,10 +397,3 @@ def _part_to_use(
     # A run with other files to evaluate on held nothing out.
     is_held_out = validation is None and adapter.settings.get("held_out", 0) is not None
     return used, _HELD_OUT if is_held_out else _TRAINED
-
-
-def _named(data: object) -> str:
-    """Returns data for a message."""
-    if is_own_rows(data):
-        return "the rows that were passed"
-    return f"`{', '.join(data) if isinstance(data, Mapping) else data}`"

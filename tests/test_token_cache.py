@@ -1,0 +1,79 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sparse_jax.data.batches import TokenSequences
+from sparse_jax.training.token_cache import Tokens, tokenizer_files, tokens_of
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """Returns tokens of a key, and which keys were made."""
+    monkeypatch.setenv("SPARSE_JAX_CACHE", str(tmp_path / "cache"))
+    keys = []
+
+    def get(*key):
+        def make():
+            keys.append(key)
+            ids = [np.arange(n, dtype=np.int32) for n in (3, 1, 5)]
+            part = TokenSequences(ids, [i > 0 for i in ids], 8, 2, 1, 4, (7, 9))
+            return Tokens({"train": part, "validation": part}, has_chats=True)
+
+        return tokens_of([*key], make)
+
+    get.keys = keys
+    return get
+
+
+def test_tokens_are_made_once_and_come_back_as_they_were(made):
+    first, second = made("a", 1), made("a", 1)
+    assert made.keys == [("a", 1)]
+    assert second.has_chats
+    assert [*second.splits] == ["train", "validation"]
+    for name, part in first.splits.items():
+        other = second.splits[name]
+        for field in ("input_ids", "is_target"):
+            pairs = zip(getattr(part, field), getattr(other, field), strict=True)
+            assert all(a.dtype == b.dtype and (a == b).all() for a, b in pairs)
+        for field in ("max_length", "pad_id", "num_cut", "num_dropped", "end_ids"):
+            assert getattr(part, field) == getattr(other, field)
+
+
+def test_another_key_makes_others(made):
+    made("a", 1), made("a", 2), made("a", 1)
+    assert made.keys == [("a", 1), ("a", 2)]
+
+
+def test_a_damaged_file_is_made_again(made, tmp_path):
+    made("a")
+    (path,) = (tmp_path / "cache").rglob("*.safetensors")
+    for content in (b"torn", path.read_bytes()[:-3]):
+        path.write_bytes(content)
+        made("a")
+    assert made.keys == [("a",)] * 3
+
+
+def test_without_a_key_or_a_folder_nothing_is_kept(made, monkeypatch, tmp_path):
+    tokens_of(None, lambda: Tokens({}, has_chats=False))
+    monkeypatch.setenv("SPARSE_JAX_CACHE", "off")
+    made("a"), made("a")
+    assert made.keys == [("a",)] * 2
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_reported(made, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    made("a")
+    assert "tokens are not kept in" in caplog.text
+
+
+def test_the_files_of_a_tokenizer_are_part_of_the_key(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({}))
+    save_file({"a": np.ones(1)}, tmp_path / "model.safetensors")
+    before = tokenizer_files(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    after = tokenizer_files(tmp_path)
+    assert [name for name, _ in before] == ["tokenizer.json"]
+    assert [name for name, _ in after] == ["chat_template.jinja", "tokenizer.json"]
