@@ -57,8 +57,8 @@ def spoil(monkeypatch, is_bad):
     """Makes the training loss NaN where `is_bad` says so of the key of a batch."""
     make_loss = objective.make_loss
 
-    def make(model, *, checkpointing):
-        loss = make_loss(model, checkpointing=checkpointing)
+    def make(model, **options):
+        loss = make_loss(model, **options)
 
         def spoiled(params, batch, key, attachment):
             total, weight = loss(params, batch, key, attachment)
