@@ -72,6 +72,7 @@ from .training.export import export as export
 from .training.finetune import finetune as finetune
 from .training.predict import predict as predict
 from .training.settings import Settings as Settings
+from .training.trackers import Callbacks as Callbacks
 from .training.trackers import register_tracker as register_tracker
 from .transforms.ist import IstState as IstState
 from .transforms.ist import ist as ist

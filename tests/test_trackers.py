@@ -13,6 +13,7 @@ from sparse_jax import InputError, finetune
 from sparse_jax.training import trackers
 from sparse_jax.training.trackers import (
     TRACKERS,
+    Callbacks,
     Start,
     Trackers,
     register_tracker,
@@ -147,3 +148,20 @@ def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, monkeypatch):
         Trackers(["wandb"], Start(tmp_path, {"seed": 1}, step)).close()
     assert [one["id"] for one in begun] == [None, "abc", None]
     assert begun[0]["config"] == {"seed": 1}
+
+
+def test_a_run_calls_the_functions_of_a_program(tmp_path):
+    steps, splits, saved = [], [], []
+    calls = Callbacks(
+        on_step=lambda row: steps.append((row["step"], row["loss"] > 0)),
+        on_evaluate=lambda row: splits.append((row["step"], row["split"])),
+        on_save=saved.append,
+    )
+    lines = (write_data(tmp_path / "data") / "train.jsonl").read_text().splitlines()
+    model, output = write_model(tmp_path / "model"), tmp_path / "run"
+    settings = tiny_settings(model, "", output, method="head", max_steps=2)
+    rows = [json.loads(line) for line in lines]
+    finetune(settings, data=rows, held_out=6, callbacks=calls)
+    assert steps == [(1, True), (2, True)]
+    assert splits == [(2, "validation")]
+    assert saved == [2]

@@ -117,6 +117,7 @@ class Checkpoints:
         write = lambda: self._write(record, leaves)
         self._writer = threading.Thread(target=write, name="checkpoint")
         self._writer.start()
+        self._directory.callbacks.saved(position.batches)
 
     def restore(
         self, state: CompactState, begin: Begin | None = None

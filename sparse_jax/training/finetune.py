@@ -59,14 +59,20 @@ from sparse_jax.training.results import (
 from sparse_jax.training.run_directory import RunDirectory
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.stop_signals import stop_signals
-from sparse_jax.training.trackers import require_trackers
+from sparse_jax.training.trackers import Callbacks, require_trackers
 
 __all__ = ["finetune"]
 
 _log = logging.getLogger(__name__)
 
 
-def finetune(settings: Settings | None = None, /, **options: Any) -> dict[str, Any]:
+def finetune(
+    settings: Settings | None = None,
+    /,
+    *,
+    callbacks: Callbacks | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Fine-tunes a model on a task and fills a run directory.
 
         finetune(model="bert-base-uncased", task="mrpc", output="runs/mrpc",
@@ -78,6 +84,7 @@ def finetune(settings: Settings | None = None, /, **options: Any) -> dict[str, A
 
     Args:
       settings: what to do.
+      callbacks: functions to call after updates, evaluations and checkpoints.
       **options: fields of `Settings`, in place of `settings` or of some of them. With
         `resume`, the folder `output` has those of the run.
 
@@ -100,10 +107,12 @@ def finetune(settings: Settings | None = None, /, **options: Any) -> dict[str, A
     run = Settings(**options) if settings is None else replace(settings, **options)
     with warnings_kept() as warnings:
         use_compilation_cache(not run.no_cache)
-        return _finetune(run, warnings)
+        return _finetune(run, warnings, callbacks or Callbacks())
 
 
-def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Json]:
+def _finetune(
+    settings: Settings, warnings: list[str], callbacks: Callbacks
+) -> dict[str, Json]:
     """Fine-tunes; `warnings` are those of the run so far."""
     require_usable(settings)
     require_trackers(settings.report_to or ())
@@ -127,6 +136,7 @@ def _finetune(settings: Settings, warnings: list[str]) -> dict[str, Json]:
         if settings.resume and (metrics := directory.finished()):
             _log.info("the run in %s is complete: nothing to resume", directory.path)
             return metrics
+        directory.callbacks = callbacks
         with job.base.placement.active():
             return _run(job, directory, warnings, best)
 

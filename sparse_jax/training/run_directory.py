@@ -40,7 +40,7 @@ from sparse_jax.training.run_files import (
     write_text,
 )
 from sparse_jax.training.settings import Settings
-from sparse_jax.training.trackers import TRACKED, Start, Trackers
+from sparse_jax.training.trackers import TRACKED, Callbacks, Start, Trackers
 
 __all__ = ["RunDirectory"]
 
@@ -68,6 +68,7 @@ class RunDirectory:
         self._config: Mapping[str, Any] = {}
         self._lock: FolderLock | None = None
         self._trackers: Trackers | None = None
+        self.callbacks = Callbacks()
         self._written = -1  # bytes of `metrics.jsonl` if it is as it was left
         self._pending = b""  # rows that are not in it yet
         self._is_behind = False  # whether there are rows that could not be written
@@ -171,6 +172,7 @@ class RunDirectory:
         self.write_rows()
         if self._trackers is not None:
             self._trackers.log(row)
+        self.callbacks.see(row)
 
     def show(self, words: Sequence[str], step: int) -> None:
         """Has the rows shown from here on by trackers, after some number of updates."""

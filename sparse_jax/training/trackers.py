@@ -20,6 +20,7 @@ from sparse_jax.training.run_files import Row, is_evaluation, updates_of
 __all__ = [
     "TRACKED",
     "TRACKERS",
+    "Callbacks",
     "Start",
     "Tracker",
     "Trackers",
@@ -29,6 +30,41 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions of a program that a run calls while it goes on.
+
+    What they raise ends the run, which `resume` continues from its last checkpoint.
+
+    Attributes:
+      on_step: takes the row of an update, as `metrics.jsonl` has it.
+      on_evaluate: takes the row of a split, with its metrics.
+      on_save: takes the number of updates of a checkpoint that begins to be written.
+
+    Example:
+      >>> calls = Callbacks(on_evaluate=lambda row: print(row["accuracy"]))
+      >>> calls.see({"step": 5, "epoch": 1, "split": "validation", "accuracy": 0.8})
+      0.8
+    """
+
+    on_step: Callable[[Row], object] | None = None
+    on_evaluate: Callable[[Row], object] | None = None
+    on_save: Callable[[int], object] | None = None
+
+    def see(self, row: Row) -> None:
+        """Takes a row of a run."""
+        if is_evaluation(row):
+            if self.on_evaluate is not None:
+                self.on_evaluate(row)
+        elif self.on_step is not None and updates_of([row]):
+            self.on_step(row)
+
+    def saved(self, step: int) -> None:
+        """Takes the number of updates of a checkpoint."""
+        if self.on_save is not None:
+            self.on_save(step)
 
 
 class Tracker(Protocol):
