@@ -155,7 +155,7 @@ nothing = lambda place: None
         (nothing, ("--method", "lora", "--where", "qwery"), "`--where` must match"),
         (nothing, ("--task", "sst3"), "`--task` must be one of cola, sst2"),
         (nothing, ("--max-length", "17"), "`--max-length` must be at most"),
-        (nothing, ("--data", "PLACE/dta"), "`--data` must be a folder"),
+        (nothing, ("--data", "PLACE/dta"), "`--data` must be a file, a folder"),
         (nothing, ("--output", "PLACE/data/dev.jsonl/run"), "got the file `"),
         (nothing, ("--method", "lora", "--density", "0.008"), "`--density` must be"),
         (nothing, ("--rank", "8"), "`--rank` must be left out with method"),
