@@ -27,8 +27,10 @@ def main() -> float:
     rows = [json.dumps({"text": k, "label": v}) for k, v in TEXTS.items()]
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text("\n".join(rows))
-    data = {"task": "classification", "data": str(folder)}
-    sparse_jax.finetune(model=BERT, **data, density=0.01, output=str(folder / "run"))
+    own = sparse_jax.Settings(
+        model=BERT, task="classification", data=str(folder), output=str(folder / "run")
+    )
+    sparse_jax.finetune(own, density=0.01)
     sparse_jax.export(folder / "run", to="peft", output=folder / "peft")
 
     base = AutoModelForSequenceClassification.from_pretrained(

@@ -16,7 +16,7 @@ from sparse_jax.cli.options import (
 __all__ = ["evaluate"]
 
 
-@takes_settings("max_eval_samples", "drop_unlabeled", "mesh")
+@takes_settings("columns", "max_eval_samples", "drop_unlabeled", "mesh")
 def evaluate(
     *,
     adapter: str = option(..., ADAPTER),
