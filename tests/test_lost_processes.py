@@ -109,7 +109,7 @@ def test_the_other_process_ends_when_one_is_killed(tmp_path):
         while time.monotonic() < until and not saved.exists():
             time.sleep(0.1)
         second.kill()
-        # Ten seconds on idle cores, over a minute on busy ones.
+        # Busy cores take their time over it.
         error = first.communicate(timeout=240)[1]
     finally:
         for process in (first, second):
