@@ -18,10 +18,12 @@ from sparse_jax.training.settings import Settings, setting_options
 __all__ = [
     "ADAPTER",
     "BASE",
+    "BATCH_SIZE",
     "CONFIG",
     "DEVICES",
     "IST",
     "LABELS",
+    "MAX_LENGTH",
     "OVERWRITE",
     "choose_settings",
     "flag",
@@ -69,6 +71,12 @@ LABELS = option(
     "PEFT mostly do; repeated, in the order of its outputs.",
     "those that it names",
     metavar="<str>",
+)
+BATCH_SIZE = option(None, "Examples per batch.", "as in training")
+MAX_LENGTH = option(
+    None,
+    "Maximum number of tokens per example; longer ones are truncated.",
+    "as in training",
 )
 OVERWRITE = flag("--overwrite", "Replace the output file, or start it over.")
 CONFIG = option(

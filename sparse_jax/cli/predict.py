@@ -7,8 +7,10 @@ from typer import Argument
 from sparse_jax.cli.options import (
     ADAPTER,
     BASE,
+    BATCH_SIZE,
     DEVICES,
     LABELS,
+    MAX_LENGTH,
     OVERWRITE,
     option,
     take_devices,
@@ -40,12 +42,8 @@ def predict(
         None, "Task to read the data for.", "the one it was trained on"
     ),
     labels: list[str] | None = LABELS,
-    batch_size: int | None = option(None, "Examples per batch.", "as in training"),
-    max_length: int | None = option(
-        None,
-        "Maximum number of tokens per example; longer ones are truncated.",
-        "as in training",
-    ),
+    batch_size: int | None = BATCH_SIZE,
+    max_length: int | None = MAX_LENGTH,
     mesh: str | None,
     devices: int | None = DEVICES,
     overwrite: bool = OVERWRITE,

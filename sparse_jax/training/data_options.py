@@ -86,12 +86,11 @@ class DataOptions:
                     f"`{name}` must be left out with task {task!r}, got "
                     f"{getattr(self, name)!r}. It belongs to {CAUSAL}."
                 )
-        for name in ("drop_unlabeled", "class_weights"):
-            if is_causal and (value := getattr(self, name)):
-                raise InputError(
-                    f"`{name}` must be left out with task {CAUSAL!r}, got {value!r}. "
-                    "Its texts have no labels."
-                )
+        if is_causal and self.drop_unlabeled:
+            raise InputError(
+                f"`drop_unlabeled` must be left out with task {CAUSAL!r}, got True. "
+                "Its texts have no labels."
+            )
         require_word("loss_on", self.resolved_loss_on, LOSSES)
         require_word("template", self.resolved_template, PROMPTS)
         share = self.resolved_held_out

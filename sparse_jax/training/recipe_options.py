@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.lookup import learning_rates
 from sparse_jax.params.fields import one_of, require_word, setting
@@ -107,10 +108,13 @@ class RecipeOptions:
         "all 1",
     )
 
-    def require_recipe(self, method: "str | Method", sampler: str | None) -> None:
+    def require_recipe(
+        self, task: str, method: "str | Method", sampler: str | None
+    ) -> None:
         """Raises `InputError` if an option breaks its rule, or two contradict.
 
         Args:
+          task: of the run.
           method: of the run.
           sampler: word of the sampler of layers, if there is one.
         """
@@ -118,6 +122,11 @@ class RecipeOptions:
             # What earlier versions called the default.
             object.__setattr__(self, "optimizer", OPTIMIZERS[0])
         self._require_numbers()
+        if self.class_weights and task.lower() == CAUSAL:
+            raise InputError(
+                f"`class_weights` must be left out with task {CAUSAL!r}, got "
+                f"{self.class_weights!r}. Its texts have no labels."
+            )
         if isinstance(self.optimizer, str):
             self._require_named(method, sampler)
         else:

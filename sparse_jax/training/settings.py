@@ -208,7 +208,7 @@ class Settings(
                 "rows have one length."
             )
         self._require_layers()
-        self.require_recipe(self.method, self.sampler_word)
+        self.require_recipe(self.task, self.method, self.sampler_word)
         self.require_evaluation_options(
             self.task, self.adapter, self.method, self.reselect_every
         )
