@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import shutil
 import subprocess
@@ -77,6 +78,23 @@ def test_help_answers_in_half_a_second_and_without_jax(name):
     assert f"sparse-jax {name}" in run.stdout
     assert run.stdout.endswith("False\n")
     assert min(seconds) < 0.5
+
+
+def test_the_options_of_a_run_stand_under_headings(command):
+    text = command("finetune", "--help")[1]
+    first = {
+        heading: found.split()[0]
+        for heading, found in re.findall(r"^(\S.*):\n  (--.*)$", text, re.MULTILINE)
+    }
+    assert first == {
+        "Run": "--model",
+        "Data": "--batch-size",
+        "What is trained": "--method",
+        "Layers": "--sampler",
+        "Optimizer, schedule and loss": "--optimizer",
+        "Evaluation": "--eval-every",
+        "Devices": "--mesh",
+    }
 
 
 def test_the_command_does_without_pytorch_where_it_is_installed():

@@ -16,7 +16,7 @@ from sparse_jax.cli.export import export
 from sparse_jax.cli.finetune import finetune
 from sparse_jax.cli.generate import generate
 from sparse_jax.cli.inspect import inspect
-from sparse_jax.cli.options import flag
+from sparse_jax.cli.options import Sections, flag
 from sparse_jax.cli.plan import plan
 from sparse_jax.cli.predict import predict
 from sparse_jax.errors import InputError, printable
@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(finetune)
+app.command(cls=Sections)(finetune)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(generate)
@@ -40,7 +40,7 @@ app.command()(export)
 app.command()(combine)
 app.command()(compare)
 app.command()(inspect)
-app.command()(plan)
+app.command(cls=Sections)(plan)
 
 
 @app.callback(invoke_without_command=True)

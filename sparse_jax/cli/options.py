@@ -8,11 +8,15 @@ from typing import Any, TypeVar, get_args
 
 import typer
 from typer import Option
+from typer.core import TyperCommand
 
 from sparse_jax.errors import InputError
 from sparse_jax.methods.registry import MethodOptions, require_method_has
 from sparse_jax.params.pairs import PAIRS
 from sparse_jax.samplers.registry import SamplerOptions, require_sampler_has
+from sparse_jax.training.data_options import DataOptions
+from sparse_jax.training.evaluation_options import EvaluationOptions
+from sparse_jax.training.recipe_options import RecipeOptions
 from sparse_jax.training.settings import Settings, setting_options
 
 __all__ = [
@@ -25,6 +29,7 @@ __all__ = [
     "LABELS",
     "MAX_LENGTH",
     "OVERWRITE",
+    "Sections",
     "choose_settings",
     "flag",
     "named_on_command_line",
@@ -45,6 +50,52 @@ _FIELDS = {
         key=lambda one: one.name not in vars(Settings)["__annotations__"],
     )
 }
+_RUN = "Run"
+# Heading in the help -> groups of settings, and others that belong to them.
+_SECTIONS: dict[str, tuple[tuple[type, ...], tuple[str, ...]]] = {
+    _RUN: ((Settings,), ()),
+    "Data": ((DataOptions,), ("batch_size", "group_by_length", "max_length")),
+    "What is trained": (
+        (MethodOptions,),
+        (
+            "method", "dense", "adapter", "avoid", "select_after", "select_batches",
+            "reselect_every", "head_bias",
+        ),
+    ),
+    "Layers": ((SamplerOptions,), ("sampler", "ist")),
+    "Optimizer, schedule and loss": ((RecipeOptions,), ()),
+    "Evaluation": ((EvaluationOptions,), ()),
+    "Devices": (
+        (),
+        ("mesh", "devices", "distributed", "coordinator", "processes", "process"),
+    ),
+}  # fmt: skip
+
+
+def _section_of(name: str) -> str:
+    """Returns the heading that an option of a run stands under."""
+    for heading, (_, names) in _SECTIONS.items():
+        if name in names:
+            return heading
+    for heading, (groups, _) in _SECTIONS.items():
+        if any(name in vars(group).get("__annotations__", {}) for group in groups):
+            return heading
+    return _RUN
+
+
+class Sections(TyperCommand):
+    """A command whose help has its many options under headings."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the options."""
+        rows: dict[str, list[tuple[str, str]]] = {name: [] for name in _SECTIONS}
+        for one in self.get_params(ctx):
+            if (row := one.get_help_record(ctx)) is not None:
+                rows[_section_of(one.name or "")].append(row)
+        for heading, found in rows.items():
+            if found:
+                with formatter.section(heading):
+                    formatter.write_dl(found)
 
 
 def option(default: Any, text: str, shown: str = "", **more: Any) -> Any:
