@@ -1,11 +1,16 @@
 """The documents name commands and files that are there."""
 
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
+import sparse_jax
+from sparse_jax import Settings
+from sparse_jax.cli.main import app
 from sparse_jax.methods.registry import METHODS, MethodOptions
 from sparse_jax.samplers.registry import SAMPLERS
 from sparse_jax.supports.scores import SCORES
@@ -52,6 +57,44 @@ def test_the_files_that_contributing_names_are_there():
     assert len(named) > 20
     places = (ROOT, ROOT / "sparse_jax")
     assert not {n for n in named if not any((p / n).exists() for p in places)}
+
+
+OTHERS = (ROOT / "docs" / "other_libraries.md").read_text(encoding="utf-8")
+# Of the second column of a row, with the option that says what it is for.
+ROWS = [
+    cell.replace("\\|", "|")
+    for line in OTHERS.splitlines()
+    if line.startswith("| ") and (cells := re.split(r"(?<!\\)\|", line))
+    for cell in re.findall(r"`(--[^`]* [^`]*|--[a-z-]+)`", cells[2])
+    if cell not in ("--model", "--output", "--to merged")
+]
+
+
+def test_most_rows_have_options():
+    assert len(ROWS) > 35
+
+
+class Ready(Exception):
+    """Raised in place of a run."""
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_of_another_library_is_a_run(row, monkeypatch):
+    def stand_in(run):
+        raise Ready
+
+    monkeypatch.setattr(sparse_jax, "finetune", stand_in)
+    words = shlex.split(row)
+    task = [] if "--task" in words else ["--task", "mrpc"]
+    given = ["finetune", "--model", "base", "--output", "run", *task, *words]
+    with pytest.raises(Ready):
+        app(given, standalone_mode=False)
+
+
+def test_the_recipe_of_other_libraries_is_a_run():
+    [text] = re.findall(r"```yaml\n(.*?)```", OTHERS, re.DOTALL)
+    run = Settings(**yaml.safe_load(text))
+    assert (run.schedule, run.warmup, run.weight_decay) == ("cosine", 0.03, 0.1)
 
 
 TABLES = {"--method": METHODS, "--score": SCORES}
