@@ -80,6 +80,20 @@ def test_predictions_are_those_that_are_evaluated(name, place, tmp_path):
         )
 
 
+def test_of_a_single_file_the_rows_that_were_held_out_are_predicted(place, tmp_path):
+    data = place / "classification data" / "train.jsonl"
+    options = {"task": "classification", "method": "head", "max_steps": 1}
+    run = tmp_path / "run"
+    metrics = finetune(tiny_settings(place / "model", data, run, held_out=5, **options))
+    assert predict(run, output=tmp_path / "out.jsonl") == 5
+    lines = lines_of(tmp_path / "out.jsonl")
+    names = {row["id"]: row["label"] for row in lines_of(data)}
+    assert all(names[line["id"]] == line["label"] for line in lines)
+    right = np.mean([line["prediction"] == line["label"] for line in lines])
+    assert metrics["eval"]["accuracy"] == pytest.approx(right)
+    assert predict(run, data=str(data), output=tmp_path / "all.jsonl") == 16
+
+
 def test_texts_without_labels_and_ids_are_predicted(place, tmp_path, capsys):
     rows = rows_of(lambda words: None, 5, 3, pair=True)
     bare = [{"text": row["text"], "text_b": row["text_b"]} for row in rows]

@@ -32,7 +32,7 @@ def predict(
     data: str | None = option(
         None,
         "File or folder to predict, with or without labels.",
-        "the data of the run",
+        "what the run was evaluated on",
     ),
     split: str | None = option(
         None, "Split of a folder, such as test.", "the first to evaluate on"

@@ -200,6 +200,8 @@ def load_one(
     split: str | None = None,
     needs_labels: bool = True,
     drop_unlabeled: bool = False,
+    held_out: float | None = None,
+    seed: int = 0,
 ) -> OneSplit:
     """Returns the examples of a file, or of one split of what `load` takes.
 
@@ -211,11 +213,12 @@ def load_one(
       split: of a folder or a data set; None is the first to evaluate on.
       needs_labels: whether the examples get the numbers of their labels.
       drop_unlabeled: whether to leave out rows without a label.
+      held_out, seed: of the rows that `load` holds out, to return these; None is all.
 
     Raises:
       InputError: as of `load`, or if there is no such split.
     """
-    name, ids = split or "validation", []
+    name, known = split or "validation", {}
     part = one_part(data)
     if part is not None:
         name = "validation" if part.path is None else part.path.stem
@@ -230,13 +233,18 @@ def load_one(
 
     def noted() -> Iterator[tuple[int, Record]]:
         for number, fields in rows.numbered:
-            ids.append(id_of(fields, len(ids)))
+            known[number] = id_of(fields, len(known))
             yield number, fields
 
     numbered = Rows(rows.source, noted())
     found = read_columns(numbered, task, needs_labels=needs_labels)
     if drop_unlabeled:
         found, _ = without_unlabeled(found, task)
+    if held_out is not None:
+        kind = resolved(task, found)
+        are_classes = not (kind.is_regression or kind.is_multilabel)
+        _, found = hold_out(found, held_out, seed, is_stratified=are_classes)
+    ids = [known[number] for number in found.numbers]
     if task.labels is None:
         task, words = (
             replace(task, labels=(*labels,)),

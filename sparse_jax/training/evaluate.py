@@ -1,5 +1,6 @@
 """Evaluation of a saved adapter."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from sparse_jax.adapter.use import apply_adapter, base_folder
 from sparse_jax.data.examples import Splits
 from sparse_jax.data.files import load_one
 from sparse_jax.data.glue import CAUSAL, TASKS, find_task
-from sparse_jax.data.sources import DataSource, one_part
+from sparse_jax.data.sources import DataSource, one_part, place_of
 from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.models.attachment import Attachment
@@ -27,6 +28,7 @@ from sparse_jax.training.setup import Base, load_model_and_data
 __all__ = ["adapted", "evaluate_adapter", "opened"]
 
 # What the evaluation of an adapter takes from the run that wrote it.
+_log = logging.getLogger(__name__)
 _KEPT = (
     "dtype", "seed", "max_length", "batch_size", "loss_on", "packing", "template",
     "held_out", "drop_unlabeled", "columns",
@@ -114,6 +116,11 @@ def evaluate_adapter(
         )
         splits = Splits(one.task, {"validation": one.examples})
     ready = adapted(found, splits)
+    if not settings.is_causal:
+        sizes = {n: size for n, size in ready.feed.sizes.items() if n != "train"}
+        parts = [f"{size} examples in {name}" for name, size in sizes.items()]
+        place = "GLUE of the Hub" if settings.data is None else place_of(settings.data)
+        _log.warning("evaluating on %s of %s", " and ".join(parts), place)
     results, reports = Evaluated({"validation": {}}, {})
     if not (text is not None and data is None and settings.is_causal):
         evaluate = ready.objective.make_evaluate(

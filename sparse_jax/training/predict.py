@@ -14,7 +14,7 @@ from sparse_jax.data.files import OneSplit, load_one
 from sparse_jax.data.glue import CAUSAL, Task, find_task
 from sparse_jax.data.json_lines import JsonLines
 from sparse_jax.data.metrics import predicted
-from sparse_jax.data.sources import DataSource
+from sparse_jax.data.sources import DataSource, one_part
 from sparse_jax.errors import InputError
 from sparse_jax.params.fields import Json
 from sparse_jax.training.evaluate import adapted, opened
@@ -49,7 +49,7 @@ def predict(
       run: run directory, adapter file, or folder of PEFT.
       output: file to write; None is standard output.
       data: file, folder, data set or rows to predict, with or without labels; None is
-        that of the run.
+        that of the run, of a single file the part that it held out.
       columns: our names of columns -> those of the data; None is as in training.
       split: of a folder or a data set; None is the first to evaluate on.
       model, task, labels, batch_size, max_length, mesh: as of `evaluate_adapter`.
@@ -71,13 +71,23 @@ def predict(
             f"`run` must be that of a task with labels, got one of {CAUSAL}. Use "
             "`sparse-jax generate`, which writes JSON lines too."
         )
+    place, part = settings.data, one_part(settings.data, seed=settings.seed)
+    held_out = drop_unlabeled = None
+    if data is None and part is not None and settings.eval_data:
+        place = [*settings.eval_files.values()][0]
+    elif data is None and part is not None:
+        # The rows of a single file that were not trained on.
+        held_out, drop_unlabeled = settings.resolved_held_out, settings.drop_unlabeled
     one = load_one(
         find_task(settings.task),
-        settings.data,
+        place,
         adapter.labels,
         columns=settings.columns,
         split=split,
         needs_labels=False,
+        drop_unlabeled=bool(drop_unlabeled),
+        held_out=held_out,
+        seed=settings.seed,
     )
     ready = adapted(found, Splits(one.task, {one.name: one.examples}))
     base, feed = ready.base, ready.feed

@@ -22,7 +22,7 @@ from sparse_jax.data.examples import Splits
 from sparse_jax.data.files import load, require_new_split
 from sparse_jax.data.glue import CAUSAL, Task, find_task
 from sparse_jax.data.instructions import data_parts, load_conversations, load_whole
-from sparse_jax.data.sources import Part, file_hash, one_part, place_of
+from sparse_jax.data.sources import Part, file_hash, one_part
 from sparse_jax.data.tokenizer import (
     load_tokenizer,
     tokenizer_digest,
@@ -187,11 +187,6 @@ def _labeled(
     if adapter is None and settings.head_bias == "labels":
         train = cast(Encoded, feed.examples["train"])
         base = _with_head_bias(base, train.labels)
-    if adapter is not None:
-        sizes = {name: size for name, size in feed.sizes.items() if name != "train"}
-        parts = [f"{size} examples in {name}" for name, size in sizes.items()]
-        place = "GLUE of the Hub" if settings.data is None else place_of(settings.data)
-        _log.warning("evaluating on %s of %s", " and ".join(parts), place)
     kept = {
         "max_length": feed.max_length,
         "tokenizer_hash": tokenizer_digest(tokenizer),
