@@ -1,7 +1,6 @@
-"""A whole run makes the updates that a loop in PyTorch makes on the same batches."""
+"""A whole run makes the updates of transformers' Trainer on the same batches."""
 
 import json
-import math
 import warnings
 
 import numpy as np
@@ -86,65 +85,73 @@ def largest(gradient, density):
     return mask.reshape(gradient.shape)
 
 
-def torch_losses(model, settings, loss_of):
-    """Returns the losses of Trainer's loop: AdamW, its groups and schedules, clipping.
+def trainer_losses(model, settings, loss_of, folder):
+    """Returns the losses of transformers' Trainer on the batches of a run.
 
     Its schedules begin with a rate of zero: here they are for one update more, from the
     second on.
     """
     import torch
-    from transformers import get_scheduler
-    from transformers.trainer_pt_utils import get_parameter_names
+    from transformers import Trainer, TrainingArguments
 
-    trained = {
-        name: leaf
-        for name, leaf in model.named_parameters()
-        if TRAINED[settings.method](name)
-    }
-    forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)"]
-    decays = get_parameter_names(
-        model, [torch.nn.LayerNorm], [*forbidden, r"_norm(?:$|\.)"]
-    )
-    groups = [
-        {
-            "params": [
-                leaf for name, leaf in trained.items() if (name in decays) == is_on
-            ],
-            "weight_decay": settings.weight_decay * is_on,
-        }
-        for is_on in (True, False)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-    warm_up = round(settings.warmup * UPDATES)
-    schedule = get_scheduler(
-        settings.resolved_schedule, optimizer, max(1, warm_up), UPDATES + 1
+    batches = [*batches_of(settings)]
+    for name, leaf in model.named_parameters():
+        leaf.requires_grad = TRAINED[settings.method](name)
+    if settings.method == "sift":
+        loss_of(model, batches[0]).backward()
+        for name, leaf in model.named_parameters():
+            if leaf.requires_grad and not name.startswith("classifier"):
+                mask = largest(leaf.grad, settings.density)
+                leaf.register_hook(lambda gradient, mask=mask: gradient * mask)
+        model.zero_grad()
+    losses = []
+
+    class Given(Trainer):
+        def get_train_dataloader(self):
+            parts = [
+                {name: x.chunk(settings.accumulate)[i] for name, x in batch.items()}
+                # Trainer takes the mean over the parts.
+                | {"share": settings.accumulate / batch["weights"].sum()}
+                for batch in batches
+                for i in range(settings.accumulate)
+            ]
+            return torch.utils.data.DataLoader(parts, batch_size=None)
+
+        def compute_loss(self, model, inputs, num_items_in_batch=None):
+            loss = inputs["share"] * loss_of(model, inputs)
+            losses.append(loss.item())
+            return loss
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            made = super().create_scheduler(num_training_steps + 1, optimizer)
+            made.step()
+            return made
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.resolved_schedule,
+        warmup_steps=max(1, round(settings.warmup * UPDATES)),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        num_train_epochs=1,
+        remove_unused_columns=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a step of the schedule before the first
-        schedule.step()
-    losses, masks = [], None
-    for batch in batches_of(settings):
-        model.zero_grad()
-        loss = loss_of(model, batch)
-        loss.backward()
-        if masks is None and settings.method == "sift":
-            masks = {
-                name: largest(leaf.grad, settings.density)
-                for name, leaf in trained.items()
-                if not name.startswith("classifier")
-            }
-        for name, mask in (masks or {}).items():
-            trained[name].grad *= mask
-        torch.nn.utils.clip_grad_norm_(
-            list(trained.values()), settings.max_grad_norm or math.inf
-        )
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
+        trainer = Given(model=model, args=arguments, train_dataset=batches)
+        trainer.model_accepts_loss_kwargs = False
+        trainer.train()
+    return np.mean(np.reshape(losses, [UPDATES, -1]), axis=1)
 
 
 def class_loss(model, batch):
+    """Returns the sum of the losses of a batch."""
     import torch
 
     inputs = {
@@ -154,10 +161,11 @@ def class_loss(model, batch):
     losses = torch.nn.functional.cross_entropy(
         model(**inputs).logits, batch["labels"].long(), reduction="none"
     )
-    return (batch["weights"] * losses).sum() / batch["weights"].sum()
+    return (batch["weights"] * losses).sum()
 
 
 def token_loss(model, batch):
+    """Returns the sum of the losses of the tokens of a batch."""
     import torch
 
     ids, weights = batch["input_ids"].long(), batch["weights"][:, 1:]
@@ -165,7 +173,7 @@ def token_loss(model, batch):
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
     )
-    return (weights * losses).sum() / weights.sum()
+    return (weights * losses).sum()
 
 
 @pytest.mark.parametrize(
@@ -198,13 +206,13 @@ def test_a_classifier_learns_as_with_trainer(
     }
     settings = tiny_settings(*encoder, tmp_path / "run", **options)
     model = AutoModelForSequenceClassification.from_pretrained(encoder[0])
-    expected = torch_losses(model, settings, class_loss)
+    expected = trainer_losses(model, settings, class_loss, tmp_path)
     assert min(expected) < 0.9 * expected[0]
     np.testing.assert_allclose(our_losses(settings), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("accumulate", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_decoder_learns_as_in_pytorch(accumulate, decoder, tmp_path):
+def test_a_decoder_learns_as_with_trainer(accumulate, decoder, tmp_path):
     from transformers import AutoModelForCausalLM
 
     settings = text_settings(
@@ -212,6 +220,6 @@ def test_a_decoder_learns_as_in_pytorch(accumulate, decoder, tmp_path):
         learning_rate=1e-3, epochs=13, max_steps=UPDATES, accumulate=accumulate,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(decoder[0])
-    expected = torch_losses(model, settings, token_loss)
+    expected = trainer_losses(model, settings, token_loss, tmp_path)
     assert min(expected) < 0.9 * expected[0]
     np.testing.assert_allclose(our_losses(settings), expected, atol=1e-4)
