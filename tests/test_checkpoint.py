@@ -106,6 +106,10 @@ def test_a_run_goes_on_with_its_own_optimizer_only(files, tmp_path, monkeypatch)
     with pytest.raises(InputError, match="`optimizer` must be that of the run to res"):
         finetune(resumed)
     assert steps_of(tmp_path / "run") == [1]
+    again = {"output": str(tmp_path / "run"), "resume": True}
+    with pytest.raises(InputError, match="A file cannot hold an optimizer: pass it"):
+        finetune(**again)
+    assert finetune(**again, optimizer=optax.sgd(0.1))["steps"] == 4
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def choose_settings(
     if config is not None:
         from sparse_jax.training.config_file import read_settings
 
-        file = read_settings(config)
+        file = read_settings(config, named)
     chosen = {**settings, **file, **{k: v for k, v in named.items() if k in settings}}
     if ist:
         if named.get("sampler", "ist") != "ist":

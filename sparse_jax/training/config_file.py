@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,13 @@ _RESOLVED = ("learning_rate", "max_length", "dense")
 _EARLIER_RANDOM = 7e-4  # the usual learning rate of random entries
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path, given: Container[str] = ()) -> dict[str, Any]:
     """Returns the settings that a file names, by the fields of `Settings`.
 
     Args:
       path: YAML or JSON: a mapping of settings, or one that has them under `settings`,
         as the `config.json` of a run directory, whose `overwrite` is left out.
+      given: settings to leave out, as the caller has others.
 
     Raises:
       InputError: naming the file, and the setting that is unknown, of a wrong type, or
@@ -51,6 +52,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             # Earlier versions recorded the usual options beside an object, too.
             inner = {k: v for k, v in inner.items() if (k, v) not in USUAL.items()}
         found = inner
+    found = {name: one for name, one in found.items() if name not in given}
     known = setting_options()
     for name in found:
         if name not in known:

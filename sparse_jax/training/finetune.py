@@ -103,7 +103,8 @@ def finetune(
     """
     if settings is None and options.get("resume") and "model" not in options:
         config = Path(options.get("output", "")) / CONFIG
-        options = {**(read_settings(config) if config.is_file() else {}), **options}
+        file = read_settings(config, options) if config.is_file() else {}
+        options = {**file, **options}
     run = Settings(**options) if settings is None else replace(settings, **options)
     with warnings_kept() as warnings:
         use_compilation_cache(not run.no_cache)
