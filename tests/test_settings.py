@@ -63,8 +63,8 @@ def help_of(command, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sparse-jax", command, "--help"])
     with pytest.raises(SystemExit):
         main()
-    page = capsys.readouterr().out
-    parts = re.split(r"^  --", page[page.index("Options:") :], flags=re.MULTILINE)[1:]
+    page = re.sub(r"^\S.*:$", "", capsys.readouterr().out, flags=re.MULTILINE)
+    parts = re.split(r"^  --", page, flags=re.MULTILINE)[1:]
     return {part.split()[0].replace("-", "_"): " ".join(part.split()) for part in parts}
 
 
