@@ -18,6 +18,7 @@ __all__ = [
     "bucket_lengths",
     "eval_batches",
     "random_of",
+    "shuffled_rows",
     "train_batches",
 ]
 
@@ -26,7 +27,7 @@ Batch = dict[str, np.ndarray]
 # Batches whose examples are sorted together if batches are grouped by length. More
 # would pad less and mix less: the same examples would meet again in every epoch.
 _WINDOW = 50
-_PACKING = 1  # a purpose of random numbers
+_PACKING, _WINDOWS = 1, 4  # purposes of random numbers
 
 
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
@@ -232,6 +233,18 @@ def train_batches(
     else:
         plan = _cut(order, batch_size)
     return Batches(examples, rows, plan[start:], batch_size, accumulate)
+
+
+def shuffled_rows(
+    examples: Tokenized, seed: int, epoch: int, window: int
+) -> list[np.ndarray]:
+    """Returns the rows of a window of a stream in the order of an epoch.
+
+    Those of the first window are in the order of `train_batches`.
+    """
+    purpose = (_WINDOWS, window) if window else ()
+    rows = _rows(examples, random_of(seed, epoch, _PACKING, *purpose))
+    return [rows[i] for i in random_of(seed, epoch, *purpose).permutation(len(rows))]
 
 
 def eval_batches(examples: Tokenized, batch_size: int) -> Batches:

@@ -34,6 +34,7 @@ def tokenize(
     max_length: int,
     positions: int,
     loss: Loss = "response",
+    may_be_empty: bool = False,
 ) -> TokenSequences:
     """Returns the tokens of conversations, each with a token that ends it.
 
@@ -53,6 +54,7 @@ def tokenize(
       max_length: most tokens of a sequence, special tokens included.
       positions: tokens that the model can tell apart.
       loss: "response" trains on the responses and their end, "all" on every token.
+      may_be_empty: whether none of the conversations needs a target.
 
     Raises:
       InputError: if `max_length` is not in [2, `positions`], if `loss` is unknown, if
@@ -74,12 +76,12 @@ def tokenize(
         end_ids |= marked.ends
         all_ids += [ids[span] for span in kept]
         targets += [_without_first(marks[span]) for span in kept]
-    if not (all_ids or num_cut):
+    if not (all_ids or num_cut or may_be_empty):
         raise InputError(
             f"`data` must have responses to train on, got none in {num_dropped} "
             "examples."
         )
-    if not all_ids:
+    if not (all_ids or may_be_empty):
         raise InputError(
             f"`max_length` must leave tokens to train on, got {max_length}: each of "
             f"the {num_dropped} examples lost its response. Raise it."

@@ -16,7 +16,7 @@ from sparse_jax.data.conversations import (
 )
 from sparse_jax.data.examples import choose_held_out, text_of
 from sparse_jax.data.files import find_file, is_folder
-from sparse_jax.data.read_rows import PARQUET, Record, read_text
+from sparse_jax.data.read_rows import JSON_LINES, PARQUET, Record, Rows, read_text
 from sparse_jax.data.sources import (
     HUB,
     Part,
@@ -24,6 +24,7 @@ from sparse_jax.data.sources import (
     load_from_hub,
     one_part,
     own_splits,
+    place_of,
     rename_columns,
 )
 from sparse_jax.data.tokenizer import Tokenizer
@@ -34,7 +35,9 @@ __all__ = [
     "file_part",
     "load_conversations",
     "load_whole",
+    "read_conversations",
     "read_record",
+    "streamed_files",
 ]
 
 
@@ -237,6 +240,39 @@ def load_whole(
     return {"validation": list(chain(*_records(part, reading)))}
 
 
+def read_conversations(
+    rows: Rows,
+    tokenizer: Tokenizer,
+    *,
+    template: PromptTemplate = ALPACA,
+    columns: Mapping[str, str] | None = None,
+) -> list[Conversation]:
+    """Returns all conversations of rows.
+
+    The arguments and errors are those of `load_conversations`.
+    """
+    return list(chain(*_records_of(rows, _Reading(tokenizer, template, columns))))
+
+
+def streamed_files(data: object) -> tuple[Path, Part | None]:
+    """Returns the file of JSON lines to stream and, perhaps, a file for validation.
+
+    Raises:
+      InputError: if the data are something else.
+    """
+    place = Path(data) if isinstance(data, str) else None
+    if place is not None and (is_folder(place) or place.is_file()):
+        train, validation = _data_files(place)
+        if train.suffix.lower() == JSON_LINES:
+            return train, validation and file_part(validation)
+        place = train
+    raise InputError(
+        "`data` must be a `.jsonl` file with streaming, or a folder with "
+        f"`train.jsonl`, got {brief(str(place or place_of(data)))}. Write an object a "
+        "line, or leave out `streaming`."
+    )
+
+
 def file_part(path: str | Path) -> Part:
     """Returns a file of records, or a document.
 
@@ -311,16 +347,20 @@ def _records(part: Part, reading: _Reading) -> list[Texts]:
         text = read_text(part.path)
         records = [[plain_text(text)]] if text.strip() else []
     else:
-        rows = rename_columns(part.read(), reading.columns, _COLUMNS)
-        records = [
-            read_record(
-                rows.source.at(number), record, reading.tokenizer, reading.template
-            )
-            for number, record in rows.numbered
-        ]
+        records = _records_of(part.read(), reading)
     if not records:
         raise InputError(f"{part.name} must have examples, got an empty file.")
     return records
+
+
+def _records_of(rows: Rows, reading: _Reading) -> list[Texts]:
+    """Returns the records of rows."""
+    tokenizer, template, columns = reading
+    rows = rename_columns(rows, columns, _COLUMNS)
+    return [
+        read_record(rows.source.at(number), record, tokenizer, template)
+        for number, record in rows.numbered
+    ]
 
 
 def _hold_out(

@@ -15,12 +15,14 @@ from sparse_jax.data.glue import TASKS, Task
 from sparse_jax.errors import InputError, brief, listed, reason_of
 
 __all__ = [
-    "SUFFIXES",
+    "JSON_LINES",
     "PARQUET",
+    "SUFFIXES",
     "Record",
     "Rows",
     "Source",
     "as_record",
+    "read_line",
     "read_objects",
     "read_rows",
     "read_table",
@@ -30,7 +32,7 @@ __all__ = [
 # Of characters; the reader of the standard library refuses fields above 131,072.
 _LONGEST_FIELD = 2**31 - 1
 _ROWS = 4096  # of a Parquet file that are read at once
-PARQUET = ".parquet"
+JSON_LINES, PARQUET = ".jsonl", ".parquet"
 _BETWEEN = " \t\r\n,"  # the items of a list
 
 
@@ -161,15 +163,29 @@ def read_text(path: Path) -> str:
         raise InputError(
             f"`{path}` must be a file that can be read: {reason_of(error)}."
         ) from error
+    return _decoded(content, Source(f"`{path}`", "line"))
+
+
+def read_line(content: bytes, source: Source, number: int) -> Record:
+    """Returns the object of a line of a `.jsonl` file.
+
+    Raises:
+      InputError: as `read_rows`, with the line.
+    """
+    return _object(source.at(number), _decoded(content, source, number))
+
+
+def _decoded(content: bytes, source: Source, first: int = 1) -> str:
+    """Returns lines of a file as text; the first has some number."""
     text, wrong = "", content.find(b"\0")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         wrong = error.start
     if wrong >= 0:
-        line = content.count(b"\n", 0, wrong) + 1
+        line = content.count(b"\n", 0, wrong) + first
         raise InputError(
-            f"`{path}` line {line} must be UTF-8, got the byte 0x{content[wrong]:02x}. "
+            f"{source.at(line)} must be UTF-8, got the byte 0x{content[wrong]:02x}. "
             "Convert the file to UTF-8."
         )
     return text
@@ -250,14 +266,16 @@ def _csv_rows(text: str, source: Source) -> list[tuple[int, list[str]]]:
 def _json_lines(text: str, source: Source) -> Numbered:
     """Yields the objects of a text with one in each line."""
     for number, line in _lines(text):
-        place = source.at(number)
-        try:
-            value = _DECODER.decode(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{place} must be a JSON object: {_reason(error)}."
-            ) from error
-        yield number, as_record(place, value)
+        yield number, _object(source.at(number), line)
+
+
+def _object(place: str, line: str) -> Record:
+    """Returns the object of a line."""
+    try:
+        value = _DECODER.decode(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} must be a JSON object: {_reason(error)}.") from error
+    return as_record(place, value)
 
 
 def _json_list(text: str, source: Source) -> Numbered:
@@ -323,5 +341,5 @@ def as_record(place: str, value: object) -> Record:
     return value
 
 
-_OBJECTS = MappingProxyType({".json": _json_list, ".jsonl": _json_lines})
+_OBJECTS = MappingProxyType({".json": _json_list, JSON_LINES: _json_lines})
 SUFFIXES = (".tsv", ".txt", ".csv", *_OBJECTS, PARQUET)

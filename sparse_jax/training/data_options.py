@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["DataOptions"]
 
 LOSSES = ("response", "all")
-HELD_OUT, TEMPLATE = 0.05, "alpaca"
+HELD_OUT, STREAM_HELD_OUT, TEMPLATE = 0.05, 500, "alpaca"
 # Options of the task causal, with their defaults.
 _TEXT = {"loss_on": None, "packing": False, "template": None}
 
@@ -50,8 +50,16 @@ class DataOptions:
     held_out: float | None = setting(
         None,
         "Part of a single file to hold out for evaluation: below 1 a fraction of the "
-        "examples, else their number.",
-        f"{HELD_OUT}",
+        "examples, else their number; with streaming a number, the first ones.",
+        f"{HELD_OUT}; {STREAM_HELD_OUT} with streaming",
+    )
+    streaming: bool = setting(
+        False,
+        "Read the training file, .jsonl, while the run goes on, for data larger than "
+        "memory. For causal, with --max-steps.",
+    )
+    buffer_size: int = setting(
+        2048, "Records that streaming reads, and shuffles with each other, at a time."
     )
     drop_unlabeled: bool = setting(
         False,
@@ -71,7 +79,8 @@ class DataOptions:
     @property
     def resolved_held_out(self) -> float:
         """Fraction, or number, of the examples that are not trained on."""
-        return HELD_OUT if self.held_out is None else self.held_out
+        usual = STREAM_HELD_OUT if self.streaming else HELD_OUT
+        return usual if self.held_out is None else self.held_out
 
     def require_data_options(self, task: str) -> None:
         """Raises `InputError` if an option breaks its rule, or does not fit the task.
@@ -94,6 +103,12 @@ class DataOptions:
         require_word("loss_on", self.resolved_loss_on, LOSSES)
         require_word("template", self.resolved_template, PROMPTS)
         share = self.resolved_held_out
+        if self.streaming and not share >= 1:
+            raise InputError(
+                f"`held_out` must be a number of examples with streaming, got "
+                f"{share:g}. They are the first of the file; commonly it is "
+                f"{STREAM_HELD_OUT}."
+            )
         if not share > 0 or (share > 1 and share % 1):
             raise InputError(
                 f"`held_out` must be a fraction of the examples in (0, 1), or a "

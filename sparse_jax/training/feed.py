@@ -1,15 +1,17 @@
 """The feed: every batch of a run, in its order."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from sparse_jax.data.batches import (
+    Batch,
     Batches,
     Encoded,
     TokenSequences,
@@ -19,6 +21,8 @@ from sparse_jax.data.batches import (
 from sparse_jax.data.causal_tokens import tokenize
 from sparse_jax.data.conversations import Conversation
 from sparse_jax.data.examples import Splits
+from sparse_jax.data.read_rows import Rows
+from sparse_jax.data.stream import Place, Stream
 from sparse_jax.data.tokenizer import encode
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Model
@@ -35,6 +39,7 @@ __all__ = [
     "causal_length",
     "labeled_feed",
     "sequence_feed",
+    "streamed_feed",
     "tokenize_splits",
     "usage_text",
 ]
@@ -78,6 +83,7 @@ class Feed:
     usage: Mapping[str, Usage]  # what became of the examples of every split
     digest: str  # SHA-256 of all examples as the model gets them
     end_ids: tuple[int, ...] = ()  # tokens that end the responses
+    stream: Stream | None = None  # in place of the training examples
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -86,8 +92,10 @@ class Feed:
 
     @cached_property
     def batches_per_epoch(self) -> int:
-        """Updates in one pass over the training examples."""
-        return len(self.train(0))
+        """Updates in one pass over the training examples; of a stream, in the run."""
+        if self.stream is not None:
+            return self.settings.max_steps or 1
+        return len(self._epoch(0))
 
     @cached_property
     def evaluation(self) -> dict[str, Batches]:
@@ -96,8 +104,20 @@ class Feed:
         size = self.settings.batch_size
         return {name: eval_batches(part, size) for name, part in parts.items()}
 
-    def train(self, epoch: int, start: int = 0) -> Batches:
+    def usage_after(self, batches: int) -> dict[str, Usage]:
+        """Returns what became of the examples, with those of a stream so far."""
+        if self.stream is None:
+            return {**self.usage}
+        return {"train": Usage(*self.stream.counts(batches)), **self.usage}
+
+    def train(self, epoch: int, start: int = 0) -> Iterable[Batch]:
         """Returns the training batches of an epoch, after the first `start`."""
+        if self.stream is not None:
+            return self.stream.batches(epoch * self.batches_per_epoch + start)
+        return self._epoch(epoch, start)
+
+    def _epoch(self, epoch: int, start: int = 0) -> Batches:
+        """Returns the batches of an epoch of examples that are in memory."""
         return train_batches(
             self.examples["train"],
             self.settings.batch_size,
@@ -208,11 +228,9 @@ def sequence_feed(
     Raises:
       InputError: if a token has no embedding.
     """
-    sequences = {**sequences}
-    for name, part in sequences.items():
-        _require_embedded(part.input_ids, model)
-        pad_id = _embedded_pad(part.pad_id, model)
-        sequences[name] = replace(part, pad_id=pad_id, is_packed=settings.packing)
+    sequences = {
+        name: _embedded(part, model, settings) for name, part in sequences.items()
+    }
     parts = sequences.values()
     return Feed(
         sequences,
@@ -227,6 +245,56 @@ def sequence_feed(
         ),
         end_ids=tuple(sorted({*chain.from_iterable(part.end_ids for part in parts)})),
     )
+
+
+def streamed_feed(
+    path: Path,
+    read: Callable[[Rows], list[Conversation]],
+    start: Place,
+    sequences: Mapping[str, TokenSequences],
+    tokenizer: "PreTrainedTokenizerBase",
+    model: Model,
+    settings: Settings,
+) -> Feed:
+    """Returns the feed of a file that is read while the run goes on.
+
+    Args:
+      path: of JSON lines.
+      read: records -> their conversations.
+      start: of the records to train on.
+      sequences: to evaluate on.
+      tokenizer: of the model.
+      model: bounds the tokens by its embeddings, and the length by its positions.
+      settings: of the run.
+
+    Raises:
+      InputError: if a record of the first window is wrong.
+    """
+    how: dict[str, Any] = {
+        "max_length": causal_length(model, settings),
+        "positions": model.config.max_positions,
+        "loss": settings.resolved_loss_on,
+    }
+
+    def sequences_of(rows: Rows) -> TokenSequences:
+        part = tokenize(read(rows), tokenizer, **how, may_be_empty=True)
+        return _embedded(part, model, settings)
+
+    stream = Stream(
+        path, sequences_of, settings.batch_size, settings.accumulate, settings.seed,
+        settings.buffer_size, start,
+    )  # fmt: skip
+    # The digest is of the first window: what follows may be mended.
+    feed = sequence_feed({"train": stream.first, **sequences}, model, settings)
+    usage = {name: one for name, one in feed.usage.items() if name != "train"}
+    return replace(feed, stream=stream, usage=usage)
+
+
+def _embedded(part: TokenSequences, model: Model, settings: Settings) -> TokenSequences:
+    """Returns sequences as a model takes them, packed if settings say so."""
+    _require_embedded(part.input_ids, model)
+    pad_id = _embedded_pad(part.pad_id, model)
+    return replace(part, pad_id=pad_id, is_packed=settings.packing)
 
 
 def _few(split: str, count: int, settings: Settings) -> Sequence[int] | None:

@@ -35,6 +35,7 @@ from sparse_jax.training.optimizer import averaged
 from sparse_jax.training.output_folder import (
     CONFIG,
     NAMED,
+    STREAM,
     require_unlocked,
     require_usable,
 )
@@ -176,6 +177,9 @@ def _run(
     with closing(checkpoints), stop_signals() as signals:
         state, at = checkpoints.restore(state, budget and budget.begin)
         directory.rewind(at.batches)
+        if (stream := job.feed.stream) is not None:
+            index = directory.checkpoints / STREAM
+            stream.keep_index(index, is_writer=is_first_process())
         directory.show(job.settings.report_to or (), at.batches)
         if job.settings.resume:
             _log.info("resuming after update %d of %d", at.batches, job.total)
@@ -216,7 +220,10 @@ def _run(
         "peak_memory_bytes": peak_bytes(),
         "learning_rate": job.settings.resolved_learning_rate,
         **held,
-        "examples": {name: use._asdict() for name, use in job.feed.usage.items()},
+        "examples": {
+            name: use._asdict()
+            for name, use in job.feed.usage_after(at.batches).items()
+        },
         "warnings": warnings,
     }
     directory.finish(metrics)
@@ -237,6 +244,11 @@ def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
         "with the optimizer that was passed" if rate is None else
         f"at a learning rate of {rate:g}",
     )  # fmt: skip
+    if (stream := job.feed.stream) is not None:
+        _log.info(
+            "train: `%s` is read while the run goes on, %s records at a time",
+            stream.path, f"{stream.window:,}",
+        )  # fmt: skip
     for split, usage in job.feed.usage.items():
         level = logging.WARNING if usage.cut or usage.dropped else logging.INFO
         _log.log(level, usage_text(split, usage, job.feed.max_length))

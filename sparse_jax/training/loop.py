@@ -149,7 +149,8 @@ class Loop:
         start = epoch * self.job.feed.batches_per_epoch
         every = self.job.settings.eval_every or math.inf
         batches = self.job.feed.train(epoch, start=at.batches - start)
-        for batch in itertools.islice(batches, end - at.batches):
+        batches = itertools.islice(batches, end - at.batches)
+        while (batch := self._next(batches, state, at)) is not None:
             # Before the update, so that a run resumed here evaluates, too.
             if at.batches > start and at.batches % every == 0:
                 # A signal stops an evaluation at once.
@@ -168,6 +169,17 @@ class Loop:
             if at.batches % self.job.settings.save_every == 0:
                 self._save(state, at)
         return state, at
+
+    def _next(
+        self, batches: Iterator[Batch], state: CompactState, at: Position
+    ) -> Batch | None:
+        """Returns the next batch; saves a checkpoint if it cannot be read."""
+        try:
+            return next(batches, None)
+        except InputError:
+            if at.batches:
+                self._save(state, at)
+            raise
 
     def _save(self, state: CompactState, at: Position) -> None:
         """Saves a checkpoint, unless it might be the model that has diverged."""

@@ -32,6 +32,7 @@ __all__ = [
     "NAMED",
     "PATCHES",
     "ROWS",
+    "STREAM",
     "require_same_files",
     "require_unlocked",
     "require_usable",
@@ -147,6 +148,7 @@ def _sign(file: IO[str]) -> None:
 CONFIG, METRICS = "config.json", "metrics.json"
 CURVE, LAYERS = "curve.png", "layers.png"
 ROWS, CHECKPOINTS, PATCHES = "metrics.jsonl", "checkpoints", "patches"
+STREAM = "stream.jsonl"  # beside the checkpoints
 FILES = (CONFIG, METRICS, CURVE, LAYERS, ROWS, ADAPTER)
 # What may differ between a run and its continuation.
 FREE = (

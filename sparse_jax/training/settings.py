@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from sparse_jax.data.glue import CAUSAL, TASKS
-from sparse_jax.data.sources import as_source, is_own_rows
+from sparse_jax.data.sources import as_source, is_own_rows, place_of
 from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.lookup import learning_rate_of, word_of
 from sparse_jax.methods.registry import METHODS, USUAL, MethodOptions
@@ -39,7 +39,7 @@ HEAD_BIASES = ("labels", "zeros")
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
     "max_steps", "max_length", "learning_rate", "select_batches",
-    "reselect_every",
+    "reselect_every", "buffer_size",
 )  # fmt: skip
 _PATHS = ("model", "output", "data", "adapter", "kl_text")
 # Words for objects, or objects: other checks say which there are.
@@ -207,6 +207,7 @@ class Settings(
                 "`group_by_length` must be left out with packing, got True. All packed "
                 "rows have one length."
             )
+        self._require_stream()
         self._require_layers()
         self.require_recipe(self.task, self.method, self.sampler_word)
         self.require_evaluation_options(
@@ -284,6 +285,39 @@ class Settings(
             )
         if self.mesh is not None:
             parse_mesh(self.mesh)
+
+    def _require_stream(self) -> None:
+        """Raises if a setting asks of a stream what it cannot do."""
+        usual = {one.name: one.default for one in fields(self)}
+        if not self.streaming:
+            if self.buffer_size != usual["buffer_size"]:
+                raise InputError(
+                    "`buffer_size` must come with `streaming`, got "
+                    f"{self.buffer_size} alone."
+                )
+            return
+        if not self.is_causal:
+            raise InputError(
+                f"`streaming` must be left out with task {self.task!r}, got True. It "
+                f"belongs to {CAUSAL}."
+            )
+        if not isinstance(self.data, str | None):
+            raise InputError(
+                f"`data` must be a `.jsonl` file with streaming, got "
+                f"{place_of(self.data)}. Write it to one, or leave out `streaming`."
+            )
+        if self.max_steps is None:
+            raise InputError(
+                "`max_steps` must be given with streaming, got nothing. A stream has "
+                "no end: it begins again after the last record."
+            )
+        for name in ("epochs", "group_by_length"):
+            if getattr(self, name) != usual[name]:
+                raise InputError(
+                    f"`{name}` must be left out with streaming, got "
+                    f"{getattr(self, name)}. Its records are read a few at a time, for "
+                    "`max_steps` updates."
+                )
 
     def _require_layers(self) -> None:
         """Raises if the choice of layers breaks a rule."""

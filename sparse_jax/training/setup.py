@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -16,20 +16,16 @@ from jax.sharding import Mesh
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.adapter.use import require_base
 from sparse_jax.data.batches import Encoded
-from sparse_jax.data.chat_template import template_digest, warn_of_template
-from sparse_jax.data.conversations import PROMPTS
 from sparse_jax.data.examples import Splits
-from sparse_jax.data.files import load, require_new_split
+from sparse_jax.data.files import load
 from sparse_jax.data.glue import CAUSAL, Task, find_task
-from sparse_jax.data.instructions import data_parts, load_conversations, load_whole
-from sparse_jax.data.sources import Part, file_hash, one_part
+from sparse_jax.data.sources import one_part
 from sparse_jax.data.tokenizer import (
     load_tokenizer,
     tokenizer_digest,
     warn_of_tokenizer,
 )
-from sparse_jax.errors import InputError, brief, listed
-from sparse_jax.generation.ends import require_ends
+from sparse_jax.errors import InputError, brief
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import SequenceClassifier
@@ -37,19 +33,12 @@ from sparse_jax.models.hf.labels import label_leaves
 from sparse_jax.models.hf.model_files import local_folder, read_object
 from sparse_jax.models.hf.pretrained import base_hash, leaf_digests, new_leaves
 from sparse_jax.models.hf.read_config import FAMILIES, read_config
-from sparse_jax.params.fields import Json
 from sparse_jax.params.names import map_named
 from sparse_jax.sharding.mesh import mesh_of
 from sparse_jax.sharding.placement import Placement, load_placed
 from sparse_jax.sharding.processes import is_first_process
-from sparse_jax.training.feed import (
-    Feed,
-    causal_length,
-    labeled_feed,
-    sequence_feed,
-    tokenize_splits,
-    usage_text,
-)
+from sparse_jax.training.causal_data import causal_data
+from sparse_jax.training.feed import Feed, labeled_feed, usage_text
 from sparse_jax.training.objective import (
     Objective,
     classification,
@@ -58,7 +47,6 @@ from sparse_jax.training.objective import (
 )
 from sparse_jax.training.recipe_options import BALANCED
 from sparse_jax.training.settings import Settings
-from sparse_jax.training.token_cache import Tokens, tokenizer_files, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,11 +56,6 @@ __all__ = ["Base", "ModelAndData", "load_model_and_data"]
 _log = logging.getLogger(__name__)
 
 _CONFIG = "config.json"  # of a model
-# Which part of a file is evaluated on.
-_WHOLE = "all of them"
-_HELD_OUT = "those held out of the training"
-_TRAINED = "all of them, which the adapter was trained on"
-_RUN = ""  # none: a run trains
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,85 +262,8 @@ def _causal(settings: Settings, adapter: Adapter | None, mesh: Mesh) -> ModelAnd
         )
     base = _load_base(settings, mesh, None)
     tokenizer = _tokenizer(base, adapter)
-    template = PROMPTS[settings.resolved_template]
-    parts = data_parts(settings.data, seed=settings.seed)
-    hashes = [None if one is None else one.digest for one in parts]
-    used, part = _part_to_use(settings.data, parts, adapter)
-    held_out = _held_out(settings)
-
-    def make() -> Tokens:
-        how = {"template": template, "columns": settings.columns}
-        if part in (_RUN, _HELD_OUT):
-            share = {"held_out": held_out or 0.0, "seed": settings.seed}
-            splits = load_conversations(settings.data, tokenizer, **how, **share)
-        elif part == _TRAINED and settings.eval_files:
-            splits = {}
-        else:
-            splits = load_whole(used, tokenizer, **how)
-        for name, file in settings.eval_files.items():
-            require_new_split(name, file, splits)
-            (splits[name],) = load_whole(file, tokenizer, **how).values()
-        has_chats = any(one.is_rendered for part in splits.values() for one in part)
-        tokens = tokenize_splits(splits, tokenizer, base.model, settings)
-        return Tokens(tokens, has_chats)
-
-    key: list[Json] | None = None
-    if parts[0].digest is not None and not settings.no_cache:
-        files = [[name, file_hash(Path(f))] for name, f in settings.eval_files.items()]
-        key = [
-            hashes, files, part, held_out, settings.seed, asdict(template),
-            settings.columns, causal_length(base.model, settings),
-            base.model.config.max_positions, settings.resolved_loss_on,
-            settings.max_eval_samples, tokenizer_files(base.folder),
-        ]  # fmt: skip
-    splits, has_chats = tokens_of(key, make)
-    feed = sequence_feed(splits, base.model, settings)
-    kept: dict[str, Json] = {
-        "max_length": feed.max_length,
-        "loss_on": settings.resolved_loss_on,
-        "packing": settings.packing,
-        "template": settings.resolved_template,
-        "columns": settings.columns,
-        "held_out": held_out,
-        "data_hash": hashes[0],
-        "validation_hash": hashes[1],
-        "tokenizer_hash": tokenizer_digest(tokenizer),
-        "eos_token_id": list(feed.end_ids),
-    }
-    if has_chats:
-        kept["chat_template_hash"] = template_digest(tokenizer)
-    if adapter is not None:
-        if has_chats:
-            warn_of_template(adapter.settings.get("chat_template_hash"), tokenizer)
-        _warn_of_ends(adapter, feed.end_ids)
-        places = {"validation": f"{used.name}: {part}"} | {
-            name: f"`{file}`: {_WHOLE}" for name, file in settings.eval_files.items()
-        }
-        for name, place in places.items():
-            if name in splits:
-                count = feed.sizes[name]
-                _log.warning("evaluating on %d examples of %s", count, place)
+    feed, kept = causal_data(settings, base.folder, base.model, tokenizer, adapter)
     return ModelAndData(language_modeling(kept), base, feed)
-
-
-def _held_out(settings: Settings) -> float | None:
-    """Returns the fraction of a single file that is not trained on, None if all is."""
-    if settings.eval_data and settings.held_out is None:
-        return None
-    return settings.resolved_held_out
-
-
-def _warn_of_ends(adapter: Adapter, end_ids: Sequence[int]) -> None:
-    """Warns if texts end in a token that an adapter was not trained to end with."""
-    trained = adapter.settings.get("eos_token_id")
-    trained = require_ends(trained, "`eos_token_id` of the adapter")
-    # Earlier versions did not record them.
-    if trained and (other := sorted({*end_ids} - {*trained})):
-        _log.warning(
-            "the texts end in the token %s, and those that the adapter was trained on "
-            "in %s: check the tokenizer's `eos_token` and chat template",
-            listed(map(str, other)), listed(map(str, trained)),
-        )  # fmt: skip
 
 
 def _tokenizer(base: Base, adapter: Adapter | None) -> "PreTrainedTokenizerBase":
@@ -369,26 +275,3 @@ def _tokenizer(base: Base, adapter: Adapter | None) -> "PreTrainedTokenizerBase"
     if adapter is not None:
         warn_of_tokenizer(adapter.settings.get("tokenizer_hash"), tokenizer)
     return tokenizer
-
-
-def _part_to_use(
-    data: object, parts: tuple[Part, Part | None], adapter: Adapter | None
-) -> tuple[Part, str]:
-    """Returns the rows that an adapter is evaluated on, and which part of them.
-
-    That is all of them, unless the adapter was trained on another part.
-    """
-    train, used = parts[0], parts[1] or parts[0]
-    if adapter is None:
-        return train, _RUN
-    trained = adapter.settings.get("data_hash")
-    validation = adapter.settings.get("validation_hash")
-    # Of a folder, earlier versions did not say what was in it.
-    is_old = "data_hash" in adapter.settings and trained is None
-    if is_old and parts[1] is None and Path(str(data)).is_dir():
-        return used, _HELD_OUT
-    if used.digest is None or used.digest != trained or used.digest == validation:
-        return used, _WHOLE
-    # A run with other files to evaluate on held nothing out.
-    is_held_out = validation is None and adapter.settings.get("held_out", 0) is not None
-    return used, _HELD_OUT if is_held_out else _TRAINED
