@@ -29,6 +29,7 @@ SIZES = {
 }  # fmt: skip
 FAMILIES = {
     "bert": {}, "roberta": {}, "xlm-roberta": {}, "camembert": {},
+    "distilbert": {"hidden_dim": 48},
     "llama": {"rope_parameters": LLAMA3},
     "mistral": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e5},
     "qwen2": {"use_sliding_window": False}, "qwen3": {}, "gemma": {},
@@ -330,7 +331,7 @@ def test_the_dtype_of_a_file_is_not_asked_for(dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "near", ["distilbert", "electra", "phi", "gpt_neox", "gemma2", "llava", "mixtral"]
+    "near", ["deberta", "electra", "phi", "gpt_neox", "gemma2", "llava", "mixtral"]
 )
 def test_a_near_family_is_refused_with_those_that_are_read(near, tmp_path):
     write_config(tmp_path, model_type=near, **SIZES)

@@ -59,6 +59,15 @@ ENCODER = {
     "max_position_embeddings": 20,
     "num_labels": 3,
 }
+DISTILBERT = {
+    **SHAPE,
+    "dim": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 24,
+    "max_position_embeddings": 20,
+    "num_labels": 3,
+}
 # Grouped queries, a tied head, and no kernel but the output's that is square.
 LLAMA = {
     **SHAPE,
@@ -73,6 +82,7 @@ LLAMA = {
 GPT2 = {**SHAPE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 MODELS = {
     "bert": ("bert", ENCODER),
+    "distilbert": ("distilbert", DISTILBERT),
     "llama": ("llama", LLAMA),
     "gpt2": ("gpt2", GPT2),
     # A head and biases of its own.
@@ -96,7 +106,7 @@ class Pair:
 
         family, fields = MODELS[name]
         torch.manual_seed(0)
-        is_encoder = name == "bert"
+        is_encoder = "num_labels" in fields
         kind = (
             AutoModelForSequenceClassification if is_encoder else AutoModelForCausalLM
         )
@@ -203,6 +213,7 @@ GIVEN = {
     "bert biases": ("bert", LoRA(rank=2, where=MAPS, dense=("bias$", "^classifier"))),
     "bert shira": ("bert", Sparse(density=0.1, where=SIFT, dense="^classifier")),
     "bert supertuning": ("bert", Sparse(density=0.1, where="down|norm|class|up")),
+    "distilbert lora": ("distilbert", LoRA(rank=2, where=MAPS, dense="^classifier")),
     "llama lora": ("llama", LoRA(rank=2, alpha=3.0, where="attention|mlp")),
     "llama table": ("llama", LoRA(rank=2, where=MAPS, dense="embeddings/word")),
     "llama prefix": ("llama", Prefix(length=5)),
@@ -281,6 +292,9 @@ TAKEN = {
     "bert shira": CLS("ShiraConfig", r=2, target_modules=["query", "output.dense"]),
     "bert supertuning": CLS(
         "SupertuningConfig", sparsity=0.9, target_modules=["value", "dense"]
+    ),
+    "distilbert lora": taken(
+        "distilbert", "LoraConfig", "SEQ_CLS", r=2, target_modules=["q_lin", "lin2"]
     ),
     "llama lora": taken(
         "llama", "LoraConfig", "CAUSAL_LM", r=2, target_modules=[*QV, "down_proj"],

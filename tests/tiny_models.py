@@ -8,11 +8,15 @@ import numpy as np
 
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
+from sparse_jax.models.families.distilbert import DISTILBERT
 from sparse_jax.models.functional import Model
 from sparse_jax.params.names import map_named
 
-FAMILIES = {family.name: family for family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT)}
-PAD_IDS = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}
+FAMILIES = {
+    family.name: family
+    for family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT)
+}
+PAD_IDS = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1, "distilbert": 0}
 
 
 def tiny_config(name, **changes):
@@ -28,6 +32,7 @@ def tiny_config(name, **changes):
         "position_offset": FAMILIES[name].position_offset(pad_id),
         "pad_id": pad_id,
         "num_labels": 3,
+        **FAMILIES[name].constants,
     }
     return EncoderConfig(**{**fields, **changes})
 
@@ -64,7 +69,9 @@ def hugging_face_config(name, **changes):
         "pad_token_id": PAD_IDS[name],
         "num_labels": 3,
     }
-    return AutoConfig.for_model(name, **{**fields, **changes})
+    renamed = FAMILIES[name].renamed
+    fields = {renamed.get(key, key): x for key, x in {**fields, **changes}.items()}
+    return AutoConfig.for_model(name, **fields)
 
 
 def hugging_face_model(auto_class, config):
@@ -86,11 +93,13 @@ def padded_batch(name, lengths=(9, 4, 7)):
     mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int32)
     ids = rng.integers(4, 50, shape, dtype=np.int32)
     types = rng.integers(0, 2, shape, dtype=np.int32)
-    return {
+    batch = {
         "input_ids": np.where(mask, ids, PAD_IDS[name]).astype(np.int32),
         "attention_mask": mask,
-        "token_type_ids": types * mask,
     }
+    if "type_vocab_size" in FAMILIES[name].constants:
+        return batch
+    return {**batch, "token_type_ids": types * mask}
 
 
 def torch_output(model, batch):

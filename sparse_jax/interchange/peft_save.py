@@ -34,7 +34,7 @@ from sparse_jax.params.fields import Json, require_word
 from sparse_jax.params.names import leaf_names, leaves_by_name
 from sparse_jax.supports.positions import fetch
 
-__all__ = ["ABOUT", "PREFIX", "WEIGHTS", "WORDS", "save_peft"]
+__all__ = ["ABOUT", "PREFIX", "WEIGHTS", "WORDS", "needs_base", "save_peft"]
 
 WEIGHTS = "adapter_model.safetensors"
 # What PEFT puts before the name of every module of the base.
@@ -121,6 +121,14 @@ def save_peft(
     (folder / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
+def needs_base(adapter: Adapter, model: Model) -> bool:
+    """Returns whether `save_peft` needs the parameters of the base."""
+    saved = _saved_modules(adapter.dense, model)
+    leaves = jax.tree.leaves(leaf_names(model.abstract()))
+    whole = {leaf for leaf in leaves if _saved_module(leaf, model) in saved}
+    return bool(adapter.support) or not whole <= {*adapter.dense}
+
+
 def _plain(
     wholes: Mapping[str, np.ndarray], targets: Iterable[str], model: Model
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -197,9 +205,10 @@ def _saved_modules(wholes: Iterable[str], model: Model) -> set[str]:
 
     It loads a bias alone as it is.
     """
-    wholes = {*wholes}
     modules = {_saved_module(leaf, model) for leaf in wholes if not _is_bias(leaf)}
-    return modules
+    # With DistilBERT's `classifier` also its `pre_classifier`: ends of names count.
+    alike = {name for name in model.family.names.values() if name.endswith((*modules,))}
+    return modules | alike
 
 
 def _is_bias(leaf: str) -> bool:

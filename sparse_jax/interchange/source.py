@@ -24,7 +24,7 @@ from sparse_jax.adapter.whole import require_whole
 from sparse_jax.errors import InputError, brief
 from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.interchange.patches import save_patches
-from sparse_jax.interchange.peft_save import save_peft
+from sparse_jax.interchange.peft_save import needs_base, save_peft
 from sparse_jax.interchange.peft_sparse import SPARSE
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Head, Model, Params
@@ -199,8 +199,7 @@ def write_peft(source: Source, folder: Path, *, peft_type: str | None = None) ->
             )
     adapter = _with_whole_head(source)
     # PEFT stores sparse entries as differences to the base, and the whole head.
-    has_more = len(adapter.dense) > len(source.adapter.dense)
-    params = source.params() if adapter.support or has_more else None
+    params = source.params() if needs_base(adapter, source.model) else None
     form = {} if peft_type is None else {"sparse": peft_type}
     save_peft(folder, adapter, source.model, params=params, **form)
 

@@ -40,7 +40,7 @@ class EncoderConfig:
     intermediate_size: int
     max_positions: int = 512  # tokens a sequence may have
     position_offset: int = 0  # rows of the position table that no token uses
-    type_vocab_size: int = 2
+    type_vocab_size: int = 2  # 0 is a model without token types
     pad_id: int = 0
     layer_norm_eps: float = 1e-12
     hidden_act: str = "gelu"

@@ -58,14 +58,15 @@ class Attention(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    """Sum of the word, position and token-type vectors, normed: `[B, T, D]`."""
+    """Sum of the word, position and any token-type vectors, normed: `[B, T, D]`."""
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         num_positions = config.max_positions + config.position_offset
         self.hidden_dropout = config.hidden_dropout
         self.word = embed(config, config.vocab_size, rngs)
         self.position = embed(config, num_positions, rngs)
-        self.token_type = embed(config, config.type_vocab_size, rngs)
+        types = config.type_vocab_size
+        self.token_type = embed(config, types, rngs) if types else None
         self.norm = layer_norm(config, rngs)
 
     def __call__(
@@ -77,8 +78,9 @@ class Embeddings(nnx.Module):
         noise: float = 0.0,
     ) -> jax.Array:
         """Looks up int32 `[B, T]` ids of the three kinds."""
-        words = noisy(self.word(input_ids), noise, key)
-        x = words + self.token_type(token_type_ids)
+        x = noisy(self.word(input_ids), noise, key)
+        if self.token_type is not None:
+            x = x + self.token_type(token_type_ids)
         x = self.norm(x + self.position(position_ids))
         return dropout(x, self.hidden_dropout, key)
 

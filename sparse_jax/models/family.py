@@ -178,11 +178,17 @@ class Family:
     prefix: str  # what a bare model's tensors lack in front
     position_offset: Callable[[int], int]  # unused rows of the table, from the pad id
     position_ids: Callable[[jax.Array, int], jax.Array]  # input ids, pad id -> [B, T]
-    pooler: Create | None  # linear map of the first token, under tanh
+    pooler: Create | None  # linear map of the first token
     classifier: Create  # called as `classifier(pooled, key=key)`
     lm_activation: str | None  # None is the activation of the layers
+    lm_decoder: str  # Hugging Face path of the last linear map, tied to the words
     architectures: Mapping[str, str]  # our module -> Hugging Face class
     names: Mapping[str, str]  # our module path -> Hugging Face module path
+    pooler_activation: str = "tanh"
+    # Names of settings that are others than BERT's: BERT's -> the family's.
+    renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    # Fields of our configuration that no setting of the family gives.
+    constants: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     layout: Layout = PLAIN
     bare: str = r"(embeddings|encoder|pooler)\."  # how names without a prefix begin
 

@@ -19,7 +19,8 @@ __all__ = ["MaskedLM", "SequenceClassifier"]
 class SequenceClassifier(Encoder):
     """An encoder that scores whole sequences.
 
-    The leaves of the head are `pooler/...` (BERT only) and `classifier/...`.
+    The leaves of the head are `pooler/...`, if the family has one, and
+    `classifier/...`.
     """
 
     def __init__(self, family: Family, config: EncoderConfig, *, rngs: nnx.Rngs):
@@ -46,7 +47,9 @@ class SequenceClassifier(Encoder):
     def pool(self, hidden: jax.Array) -> jax.Array:
         """Returns what the classifier sees `[B, D]` of hidden states `[B, T, D]`."""
         first = hidden[:, 0]
-        return jnp.tanh(self.pooler(first)) if self.pooler else first
+        if self.pooler is None:
+            return first
+        return ACTIVATIONS[self.family.pooler_activation](self.pooler(first))
 
 
 class LmHead(nnx.Module):

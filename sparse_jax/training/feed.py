@@ -158,6 +158,8 @@ def labeled_feed(
         encoded[name] = encode(examples, tokenizer, **bounds)
     for name, part in encoded.items():
         _require_embedded(part.input_ids, model)
+        if not model.config.type_vocab_size:
+            part = replace(part, token_type_ids=None)
         _require_embedded(part.token_type_ids or (), model, kind="token type")
         encoded[name] = replace(part, pad_id=_embedded_pad(part.pad_id, model))
     ids = chain.from_iterable(part.input_ids for part in encoded.values())

@@ -19,7 +19,17 @@ from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.family import Family
 from sparse_jax.models.modules import dropout, linear, split_key
 
-__all__ = ["BERT", "BERT_NAMES", "CAMEMBERT", "ROBERTA", "ROBERTA_NAMES", "XLM_ROBERTA"]
+__all__ = [
+    "BERT",
+    "BERT_NAMES",
+    "CAMEMBERT",
+    "ROBERTA",
+    "ROBERTA_NAMES",
+    "XLM_ROBERTA",
+    "BertClassifier",
+    "bert_pooler",
+    "bert_position_ids",
+]
 
 
 def _names(prefix: str) -> dict[str, str]:
@@ -69,12 +79,12 @@ class BertClassifier(nnx.Linear):
         return super().__call__(dropout(inputs, self.dropout, key), out_sharding)
 
 
-def _pooler(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Linear:
+def bert_pooler(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Linear:
     """Creates the linear map of the first token."""
     return linear(config, config.hidden_size, config.hidden_size, rngs)
 
 
-def _bert_position_ids(input_ids: jax.Array, pad_id: int) -> jax.Array:
+def bert_position_ids(input_ids: jax.Array, pad_id: int) -> jax.Array:
     """Counts the columns of the batch from zero."""
     del pad_id
     return jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -84,10 +94,11 @@ BERT = Family(
     name="bert",
     prefix="bert",
     position_offset=lambda pad_id: 0,
-    position_ids=_bert_position_ids,
-    pooler=_pooler,
+    position_ids=bert_position_ids,
+    pooler=bert_pooler,
     classifier=BertClassifier,
     lm_activation=None,
+    lm_decoder="cls.predictions.decoder",
     architectures=MappingProxyType(
         {
             "SequenceClassifier": "BertForSequenceClassification",
@@ -141,6 +152,7 @@ def _family(name: str, class_name: str) -> Family:
         pooler=None,
         classifier=RobertaClassifier,
         lm_activation="gelu",
+        lm_decoder="lm_head.decoder",
         architectures=MappingProxyType(
             {
                 "SequenceClassifier": f"{class_name}ForSequenceClassification",

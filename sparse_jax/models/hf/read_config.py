@@ -13,6 +13,7 @@ from sparse_jax.models.config import ClassicConfig, DecoderConfig, EncoderConfig
 from sparse_jax.models.config_checks import MOST_LAYERS, MOST_SIZE, is_size
 from sparse_jax.models.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
 from sparse_jax.models.families.bloom import BLOOM
+from sparse_jax.models.families.distilbert import DISTILBERT
 from sparse_jax.models.families.gpt2 import GPT2
 from sparse_jax.models.families.gptj import GPTJ
 from sparse_jax.models.families.llama import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
@@ -39,6 +40,7 @@ FAMILIES = MappingProxyType(
             ROBERTA,
             XLM_ROBERTA,
             CAMEMBERT,
+            DISTILBERT,
             LLAMA,
             MISTRAL,
             QWEN2,
@@ -64,6 +66,7 @@ _FIELDS = MappingProxyType(
         "hidden_act": "hidden_act",
         "hidden_dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",
+        "classifier_dropout": "classifier_dropout",
         "initializer_range": "initializer_range",
     }
 )
@@ -127,13 +130,11 @@ def write_config(
             fields = their_decoder_fields(family, config)
         AutoConfig.for_model(family.name, **fields, **shared).save_pretrained(folder)
         return
-    fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
     theirs = AutoConfig.for_model(
         family.name,
-        **fields,
+        **{theirs: getattr(config, ours) for ours, theirs in _fields(family).items()},
         max_position_embeddings=config.max_positions + config.position_offset,
         pad_token_id=config.pad_id,
-        classifier_dropout=config.classifier_dropout,
         **shared,
         **_their_labels(config),
     )
@@ -180,7 +181,7 @@ def _check_sizes(
     # transformers takes seconds to import, so it is imported where it is used.
     from transformers import CONFIG_MAPPING
 
-    own_names = CONFIG_MAPPING[family.name].attribute_map
+    own_names = {**CONFIG_MAPPING[family.name].attribute_map, **_renamed(family)}
     more = () if isinstance(family, ClassicFamily) else ("intermediate_size",)
     for name in (*_SIZES, *more):
         words = (own_names.get(name, name), name, *_OLD_NAMES.get(name, ()))
@@ -244,7 +245,8 @@ def _require_encoder(path: Path, theirs: "PreTrainedConfig") -> None:
             f"`position_embedding_type` in `{path}` must be 'absolute', "
             f"got {brief(positions)}."
         )
-    if theirs.is_decoder or theirs.add_cross_attention:
+    # DistilBERT has neither.
+    if any(getattr(theirs, name, 0) for name in ("is_decoder", "add_cross_attention")):
         raise InputError(
             f"`is_decoder` and `add_cross_attention` in `{path}` must be false: "
             "these models read a sequence in both directions."
@@ -262,20 +264,36 @@ def _from_theirs(
         )
     pad_id = 0 if pad_id is None else pad_id
     offset = family.position_offset(pad_id)
-    rate = theirs.classifier_dropout
+    fields = {ours: getattr(theirs, name) for ours, name in _fields(family).items()}
+    if fields["classifier_dropout"] is None:
+        fields["classifier_dropout"] = theirs.hidden_dropout_prob
     labels = cast("dict[int, str]", theirs.id2label)
     names = tuple(labels[i] for i in sorted(labels))
     is_unnamed = names == tuple(f"LABEL_{i}" for i in range(len(names)))
     num_labels = len(names) if num_labels is None else num_labels
     return EncoderConfig(
-        **{ours: getattr(theirs, name) for ours, name in _FIELDS.items()},
+        **fields,
+        **family.constants,
         max_positions=theirs.max_position_embeddings - offset,
         position_offset=offset,
         pad_id=pad_id,
-        classifier_dropout=theirs.hidden_dropout_prob if rate is None else rate,
         num_labels=num_labels,
         label_names=names if len(names) == num_labels and not is_unnamed else None,
     )
+
+
+def _renamed(family: Family | DecoderFamily) -> Mapping[str, str]:
+    """Returns the family's own names of settings that are BERT's otherwise."""
+    return family.renamed if isinstance(family, Family) else {}
+
+
+def _fields(family: Family) -> dict[str, str]:
+    """Returns the settings of a family by our fields."""
+    return {
+        ours: family.renamed.get(name, name)
+        for ours, name in _FIELDS.items()
+        if ours not in family.constants
+    }
 
 
 def _their_labels(config: EncoderConfig) -> dict[str, object]:

@@ -160,13 +160,12 @@ class Weights:
     def _copies(self) -> dict[str, str]:
         """Tensors of a tied head: the name of a tensor -> that of a second copy."""
         family = self.model.family
-        head = family.names.get("lm_head")
         words = tensor_name(family, "embeddings/word/embedding")
         if self.model.head is MaskedLM:
-            bias = tensor_name(family, "lm_head/bias")
-            return {words: f"{head}.decoder.weight", bias: f"{head}.decoder.bias"}
+            bias, copy = tensor_name(family, "lm_head/bias"), family.lm_decoder
+            return {words: f"{copy}.weight", bias: f"{copy}.bias"}
         is_tied = self.model.head is CausalLM and self.model.config.tied
-        return {words: f"{head}.weight"} if is_tied else {}
+        return {words: f"{family.names['lm_head']}.weight"} if is_tied else {}
 
     def _untied_model(self, name: str, copy: str) -> Model:
         """Returns the model with a head of its own, which an encoder cannot have."""
