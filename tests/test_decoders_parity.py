@@ -24,6 +24,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+SLIDING = "sliding_attention"
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 CASES = {
     "llama": ("llama", {}),
     "llama, one head a group": ("llama", {"num_key_value_heads": 4}),
@@ -34,7 +36,9 @@ CASES = {
     "mistral": ("mistral", {"sliding_window": 5}),
     "mistral, no window": ("mistral", {"sliding_window": None, "head_dim": 12}),
     "qwen2": ("qwen2", {}),
+    "qwen2, a window": ("qwen2", WINDOW | {"max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 12}),
+    "qwen3, windows": ("qwen3", WINDOW | {"layer_types": [SLIDING, "full_attention"]}),
     "gemma": ("gemma", {"head_dim": 12}),
 }
 every_case = pytest.mark.parametrize("case", CASES)
@@ -77,7 +81,7 @@ def test_pytorch_reads_what_is_saved(case, tmp_path):
     assert from_pretrained(tmp_path / "ours", head=CausalLM)[0] == model
 
 
-@pytest.mark.parametrize("case", ["llama 3.1", "mistral", "qwen3"])
+@pytest.mark.parametrize("case", ["llama 3.1", "mistral", "qwen3", "qwen3, windows"])
 def test_reading_on_from_a_cache_equals_reading_at_once(case, tmp_path):
     torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)

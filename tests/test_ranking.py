@@ -18,7 +18,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.generation.prefix_trees import tree_batches
 from sparse_jax.generation.ranking import rank_candidates, score_sequences
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.config import ClassicConfig
+from sparse_jax.models.config import ClassicConfig, LayerKind
 from sparse_jax.models.families.bloom import BLOOM
 from sparse_jax.models.families.gpt2 import GPT2
 from sparse_jax.models.families.llama import LLAMA
@@ -92,7 +92,11 @@ def test_a_question_that_does_not_fit_is_counted_and_gets_no_answer(tokenizer, c
 SMALL = {"vocab_size": 17, "hidden_size": 16, "num_layers": 2}
 SMALL |= {"num_heads": 2, "intermediate_size": 24}
 DECODERS = {
-    "window": Model(CausalLM, LLAMA, replace(CONFIG, sliding_window=3)),
+    "window": Model(
+        CausalLM,
+        LLAMA,
+        replace(CONFIG, kinds=(LayerKind(sliding_window=3, rope_theta=1e4),)),
+    ),
     "table of positions": Model(CausalLM, GPT2, ClassicConfig(**SMALL)),
     "linear biases": Model(CausalLM, BLOOM, ClassicConfig(**SMALL)),
 }

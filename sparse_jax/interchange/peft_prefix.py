@@ -79,8 +79,14 @@ def _turned(keys: np.ndarray, model: Model, positions: int) -> np.ndarray:
     """Returns keys (L, P, H * K) turned by some positions."""
     config = model.config
     heads = keys.reshape(*keys.shape[:2], config.num_kv_heads, config.head_size)
-    turn = turn_of(config, jnp.full(heads.shape[:2], positions, jnp.int32))
-    return np.asarray(rotate(jnp.asarray(heads), turn)).reshape(keys.shape)
+    where = jnp.full((1, 1), positions, jnp.int32)
+    turns = [turn_of(kind, config.head_size, where) for kind in config.kinds]
+    layers = config.layer_kinds or [0] * len(heads)
+    turned = [
+        rotate(jnp.asarray(one[None]), turns[kind])
+        for one, kind in zip(heads, layers, strict=True)
+    ]
+    return np.concatenate(turned).reshape(keys.shape)
 
 
 def _require_rotary(model: Model) -> None:

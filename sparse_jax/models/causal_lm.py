@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.attachment import Attachment
-from sparse_jax.models.config import ClassicConfig, DecoderConfig
+from sparse_jax.models.config import ClassicConfig, DecoderConfig, LayerKind
 from sparse_jax.models.decoder import Cached
 from sparse_jax.models.family import DecoderFamily
 from sparse_jax.models.modules import Inputs, linear
 from sparse_jax.models.stack import (
     LayerOptions,
     ModelOptions,
+    of_kinds,
     run_cached_layers,
     run_layers,
     stack_layers,
@@ -103,11 +104,16 @@ class CausalLM(nnx.Module):
         """
         is_token = batch["attention_mask"].astype(bool)
         positions = batch.get("positions", _positions(is_token))
+        info = self.family.parts.position_info
+        context = lambda kind: (
+            info(self.config, kind, positions, positions),
+            _mask(kind, is_token, positions, batch),
+        )
         return run_layers(
             self.layers,
             self.embeddings(batch["input_ids"], positions, key, noise),
-            self.family.parts.position_info(self.config, positions, positions),
-            self._mask(is_token, positions, batch),
+            *of_kinds(self.config.kinds, context),
+            kinds=self.config.layer_kinds,
             key=key,
             **options,
         )
@@ -161,15 +167,17 @@ class CausalLM(nnx.Module):
         is_token = jax.lax.dynamic_update_slice_in_dim(cache.is_token, is_new, start, 1)
         positions = cache.positions[:, None] + _positions(is_new)
         columns = start + jnp.arange(num_new)
-        mask = self._seen(columns, is_token)
+        info, seen = self.family.parts.position_info, _positions(is_token)
+        context = lambda kind: (
+            info(self.config, kind, positions, seen),
+            _seen(kind, columns, is_token),
+        )
         x, k, v = run_cached_layers(
             self.layers,
             self.embeddings(batch["input_ids"], positions, None),
             Cached(cache.k, cache.v, start),
-            self.family.parts.position_info(
-                self.config, positions, _positions(is_token)
-            ),
-            mask,
+            *of_kinds(self.config.kinds, context),
+            kinds=self.config.layer_kinds,
             attachment=attachment,
         )
         cache = Cache(
@@ -181,35 +189,38 @@ class CausalLM(nnx.Module):
         )
         return self.norm(x), cache
 
-    def _mask(
-        self, is_token: jax.Array, positions: jax.Array, batch: Inputs
-    ) -> jax.Array:
-        """Returns which keys every token sees, bool `[B, 1, T, T]`."""
-        columns = jnp.arange(is_token.shape[1])
-        if "ends" in batch:
-            # The branches between a token and its parent do not count as a distance.
-            distance = positions[:, :, None] - positions[:, None, :]
-            columns = columns[None, :, None]
-            is_past = columns >= jnp.swapaxes(columns, 1, 2)
-            is_open = columns < batch["ends"][:, None]
-            mask = is_past & is_open & self._near(distance) & is_token[:, None]
-            return mask[:, None]
-        mask = self._seen(columns, is_token)
-        if "segment_ids" not in batch:
-            return mask
-        segments = batch["segment_ids"]
-        return mask & (segments[:, None, :, None] == segments[:, None, None, :])
 
-    def _seen(self, columns: jax.Array, is_token: jax.Array) -> jax.Array:
-        """Returns which of S keys the tokens in some columns see, `[B, 1, T, S]`."""
-        distance = columns[:, None] - jnp.arange(is_token.shape[1])[None]
-        return self._near(distance)[None, None] & is_token[:, None, None, :]
+def _mask(
+    kind: LayerKind, is_token: jax.Array, positions: jax.Array, batch: Inputs
+) -> jax.Array:
+    """Returns which keys every token sees, bool `[B, 1, T, T]`."""
+    columns = jnp.arange(is_token.shape[1])
+    if "ends" in batch:
+        # The branches between a token and its parent do not count as a distance.
+        distance = positions[:, :, None] - positions[:, None, :]
+        columns = columns[None, :, None]
+        is_past = columns >= jnp.swapaxes(columns, 1, 2)
+        is_open = columns < batch["ends"][:, None]
+        mask = is_past & is_open & _near(kind, distance) & is_token[:, None]
+        return mask[:, None]
+    mask = _seen(kind, columns, is_token)
+    if "segment_ids" not in batch:
+        return mask
+    segments = batch["segment_ids"]
+    return mask & (segments[:, None, :, None] == segments[:, None, None, :])
 
-    def _near(self, distance: jax.Array) -> jax.Array:
-        """Returns whether a key is not ahead, and within the window if there is one."""
-        window = self.config.sliding_window
-        is_near = distance >= 0
-        return is_near if window is None else is_near & (distance < window)
+
+def _seen(kind: LayerKind, columns: jax.Array, is_token: jax.Array) -> jax.Array:
+    """Returns which of S keys the tokens in some columns see, `[B, 1, T, S]`."""
+    distance = columns[:, None] - jnp.arange(is_token.shape[1])[None]
+    return _near(kind, distance)[None, None] & is_token[:, None, None, :]
+
+
+def _near(kind: LayerKind, distance: jax.Array) -> jax.Array:
+    """Returns whether a key is not ahead, and within the window if there is one."""
+    window = kind.sliding_window
+    is_near = distance >= 0
+    return is_near if window is None else is_near & (distance < window)
 
 
 def _positions(is_token: jax.Array) -> jax.Array:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from sparse_jax.errors import InputError
+from sparse_jax.errors import InputError, brief
 from sparse_jax.models.config_checks import check_fields
 
 __all__ = [
     "ClassicConfig",
     "DecoderConfig",
     "EncoderConfig",
+    "LayerKind",
     "RopeScaling",
 ]
 
@@ -98,6 +99,18 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What the attention of a layer sees, and how it turns queries and keys."""
+
+    sliding_window: int | None = None  # tokens that a token sees, itself included
+    rope_theta: float | None = None  # base of the rotary positions; None turns nothing
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The sizes of a decoder with rotary positions and gated layers.
 
@@ -107,7 +120,8 @@ class DecoderConfig:
 
     Raises:
       InputError: if a field has another type or range than its name says,
-        `num_kv_heads` does not divide `num_heads`, or `head_size` is odd.
+        `num_kv_heads` does not divide `num_heads`, `head_size` is odd, or
+        `layer_kinds` does not give each layer one of several `kinds`.
 
     Example:
       >>> DecoderConfig(
@@ -127,9 +141,8 @@ class DecoderConfig:
     max_positions: int = 2048  # tokens a sequence may have
     norm_eps: float = 1e-6
     hidden_act: str = "silu"
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None  # tokens that a token sees, itself included
+    kinds: tuple[LayerKind, ...] = (LayerKind(rope_theta=10000.0),)
+    layer_kinds: tuple[int, ...] | None = None  # of several kinds, that of every layer
     tied: bool = False  # whether the word table is also the last linear map
     qkv_bias: bool = False
     output_bias: bool = False
@@ -155,6 +168,7 @@ class DecoderConfig:
                 f"`head_size` must be even, got {self.head_size}: rotary positions "
                 "turn pairs of entries."
             )
+        _require_kinds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +229,13 @@ class ClassicConfig:
         return self.num_heads
 
     @property
-    def sliding_window(self) -> None:
-        """None: a token sees all tokens before it."""
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """One kind: a token sees all tokens before it."""
+        return (LayerKind(),)
+
+    @property
+    def layer_kinds(self) -> None:
+        """None: all layers are of one kind."""
         return None
 
 
@@ -226,4 +245,21 @@ def _require_whole_heads(config: EncoderConfig | ClassicConfig) -> None:
         raise InputError(
             f"`num_heads` must divide `hidden_size`, got {config.num_heads} heads "
             f"for a hidden size of {config.hidden_size}."
+        )
+
+
+def _require_kinds(config: DecoderConfig) -> None:
+    """Raises unless every layer has a kind, and every kind a layer."""
+    num_kinds, found = len(config.kinds), config.layer_kinds
+    if found is None and num_kinds == 1:
+        return
+    if num_kinds < 2 or found is None or sorted({*found}) != [*range(num_kinds)]:
+        raise InputError(
+            f"`layer_kinds` must have each of 0 to {num_kinds - 1} for {num_kinds} "
+            f"`kinds`, and be None for one, got {brief(found)}."
+        )
+    if len(found) != config.num_layers:
+        raise InputError(
+            f"`layer_kinds` must have one kind for each of the {config.num_layers} "
+            f"layers, got {len(found)}."
         )

@@ -130,6 +130,7 @@ _RULES: MappingProxyType[str, Rule] = MappingProxyType(
         "pad_id": _ID,
         "bos_id": _ID,
         "eos_ids": _IDS,
+        "layer_kinds": _IDS,
         "hidden_act": _ACTIVATION,
     }
 )

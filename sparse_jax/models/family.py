@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
 
-from sparse_jax.models.config import ClassicConfig, EncoderConfig
+from sparse_jax.models.config import ClassicConfig, EncoderConfig, LayerKind
 from sparse_jax.models.decoder import DecoderLayer, Words
 from sparse_jax.models.modules import RmsNorm
 from sparse_jax.models.position_embeddings import turn_of
@@ -160,9 +160,9 @@ class Parts:
     embeddings: CreatePart
     layer: CreatePart  # module with the methods that `run_layers` and its sibling call
     norm: CreatePart  # of the last hidden states
-    # What layers know of where tokens are, from the configuration and the positions of
-    # queries `[B, T]` and of keys `[B, S]`.
-    position_info: Callable[[Any, jax.Array, jax.Array], Any]
+    # What layers of a kind know of where tokens are, from the configuration, the kind
+    # and the positions of queries `[B, T]` and of keys `[B, S]`.
+    position_info: Callable[[Any, LayerKind, jax.Array, jax.Array], Any]
     has_head_bias: bool = False  # of a head that is not tied
 
 
@@ -218,7 +218,9 @@ GATED = Parts(
     norm=lambda config, rngs: RmsNorm(
         config.hidden_size, config.norm_eps, config.norm_offset
     ),
-    position_info=lambda config, positions, seen: turn_of(config, positions),
+    position_info=lambda config, kind, positions, seen: turn_of(
+        kind, config.head_size, positions
+    ),
 )
 
 
@@ -238,6 +240,9 @@ class DecoderFamily:
     layout: Layout = PLAIN
     prefix: str = "model"  # what a bare model's tensors lack in front
     bare: str = r"(embed_tokens|layers|norm)\."  # how the names of such tensors begin
+    # Which layers have a window if `sliding_window` is given; "some" by `layer_types`.
+    windows: Literal["none", "all", "some"] = "none"
+    has_rope_by_type: bool = False  # whether `rope_parameters` has those of each type
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.models.config import DecoderConfig, RopeScaling
+from sparse_jax.models.config import LayerKind, RopeScaling
 
 __all__ = [
     "Turn",
@@ -32,11 +32,13 @@ class Turn(NamedTuple):
     sin: jax.Array  # shape=(B, T, 1, K / 2), float32
 
 
-def turn_of(config: DecoderConfig, positions: jax.Array) -> Turn:
-    """Returns the angles of tokens at int32 positions `[B, T]`."""
-    frequencies = base_frequencies(config.head_size, config.rope_theta)
-    if config.rope_scaling is not None:
-        frequencies = _stretched(frequencies, config.rope_scaling)
+def turn_of(kind: LayerKind, head_size: int, positions: jax.Array) -> Turn:
+    """Returns the angles of tokens at int32 positions `[B, T]`, zero without a base."""
+    if kind.rope_theta is None:
+        return angles(positions, np.zeros(head_size // 2, np.float32))
+    frequencies = base_frequencies(head_size, kind.rope_theta)
+    if kind.rope_scaling is not None:
+        frequencies = _stretched(frequencies, kind.rope_scaling)
     return angles(positions, frequencies)
 
 

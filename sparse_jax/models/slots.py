@@ -32,6 +32,7 @@ def run_slots(
     active: jax.Array,
     *,
     rows_of: Callable[..., Arrays],
+    own: Callable[..., Arrays],
     recompute: Recompute,
 ) -> jax.Array:
     """Runs a stack of layers of which a few are trained.
@@ -39,7 +40,8 @@ def run_slots(
     The result is that of
 
         for l in range(L):
-            x = layer(x, stacked[l], rows_of(stacked[l]), context)
+            one = stacked[l]
+            x = layer(x, one, rows_of(one), own(context, one))
 
     with a gradient for `rows` and `x` only. No backward pass is made below the lowest
     active layer unless the gradient of `x` is asked for.
@@ -50,15 +52,17 @@ def run_slots(
       stacked: pytree of arrays (L, ...): parameters, trained values, keys.
       rows: the trained values of the active layers, (num_active, ...): what
         `rows_of(stacked)` holds at `active`.
-      context: arrays that every layer sees, such as the attention mask.
+      context: arrays that layers see, such as the attention mask.
       active: numbers of the active layers, shape=(num_active,), int32, sorted.
       rows_of: returns the trained values among the arrays of one layer.
+      own: returns what one layer sees of the context; it is called again for the
+        backward pass, and nothing of it is kept.
       recompute: which layers run forward again in the backward pass: "none" of them,
         which keeps the residuals that the gradient of the input needs for every
         layer; the "frozen" ones, which keeps nothing but its input for a frozen
         layer; or "all" of them.
     """
-    run = _Stack(layer, rows_of, recompute)
+    run = _Stack(layer, rows_of, own, recompute)
     stack = jax.custom_vjp(run.forward_only)
     stack.defvjp(run.forward, run.backward, symbolic_zeros=True)
     return stack(x, rows, stacked, context, active)
@@ -78,9 +82,16 @@ class _Kept(NamedTuple):
 class _Stack:
     """The two passes over a stack; its fields pass from the first to the second."""
 
-    def __init__(self, layer: Layer, rows_of: Callable[..., Arrays], recompute: str):
+    def __init__(
+        self,
+        layer: Layer,
+        rows_of: Callable[..., Arrays],
+        own: Callable[..., Arrays],
+        recompute: str,
+    ):
         self.layer = layer
         self.rows_of = rows_of
+        self.own = own
         self.recompute = recompute
         self.pullback: _Pullback
 
@@ -89,7 +100,8 @@ class _Stack:
         del rows, active
 
         def body(x: jax.Array, one: Arrays) -> tuple[jax.Array, None]:
-            return self.layer(x, one, self.rows_of(one), context), None
+            own = self.own(context, one)
+            return self.layer(x, one, self.rows_of(one), own), None
 
         return lax.scan(body, x, stacked)[0]
 
@@ -144,20 +156,18 @@ class _Stack:
             number = num_layers - 1 - step
             at = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
             one, everywhere = at(kept.stacked, number), at(kept.everywhere, number)
-            slot = slot_of[number]
+            slot, context = slot_of[number], self.own(kept.context, one)
 
             def active(dx: jax.Array, grads: Arrays) -> tuple:
                 residuals = at(kept.slots, slot)
-                dx, row = self._pull_active(
-                    dx, one, kept.context, everywhere, residuals
-                )
+                dx, row = self._pull_active(dx, one, context, everywhere, residuals)
                 put = lambda grads, row: lax.dynamic_update_index_in_dim(
                     grads, row.astype(grads.dtype), slot, 0
                 )
                 return dx, jax.tree.map(put, grads, row)
 
             def frozen(dx: jax.Array, grads: Arrays) -> tuple:
-                return self._pull_frozen(dx, one, kept.context, everywhere), grads
+                return self._pull_frozen(dx, one, context, everywhere), grads
 
             return lax.cond(slot < num_active, active, frozen, dx, grads)
 
@@ -172,6 +182,7 @@ class _Stack:
         self, x: jax.Array, one: Arrays, context: Arrays
     ) -> tuple[jax.Array, Arrays, Arrays]:
         """Returns the output of a layer, what all layers keep, and what slots keep."""
+        context = self.own(context, one)
         if self.recompute == "all":
             return self.layer(x, one, self.rows_of(one), context), x, ()
         y, vjp = self._vjp(x, one, context)

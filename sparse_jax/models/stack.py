@@ -1,6 +1,6 @@
 """A stack of equal layers: created at once, run by one scan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, TypeVar
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.attachment import Attachment, LayerValues, Slots
+from sparse_jax.models.config import LayerKind
 from sparse_jax.models.decoder import Cached
 from sparse_jax.models.slots import run_slots
 from sparse_jax.params.axes import keep_batch_sharded
@@ -19,12 +20,14 @@ __all__ = [
     "LayerOptions",
     "ModelOptions",
     "default_unroll",
+    "of_kinds",
     "run_cached_layers",
     "run_layers",
     "stack_layers",
 ]
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+T = TypeVar("T")
 
 
 class LayerOptions(TypedDict, total=False):
@@ -54,6 +57,7 @@ def run_layers(
     layers: nnx.Module,
     x: jax.Array,
     *context: object,
+    kinds: Sequence[int] | None = None,
     key: jax.Array | None = None,
     attachment: Attachment = _NOTHING,
     unroll: int | None = None,
@@ -68,6 +72,8 @@ def run_layers(
       layers: module made by `stack_layers`.
       x: input of the first layer, `[B, T, D]`; its dtype is kept through the stack.
       *context: arrays that every layer sees, such as the attention mask.
+      kinds: the entry of every array of `context` that each layer sees, where these
+        are stacked by `of_kinds`; None is all of it.
       key: source of one key for each layer; None turns dropout off.
       attachment: what a method adds to the layers.
       unroll: layers run in one pass of the loop; None is all of them on CPU without
@@ -85,7 +91,7 @@ def run_layers(
     keys = None if key is None else jax.random.split(key, num_layers)
 
     def call(x: jax.Array, one: tuple, context: tuple) -> jax.Array:
-        layer_params, trained, layer_key = one
+        layer_params, trained, layer_key, _ = one
         layer: Any = nnx.merge(graphdef, attachment.weights(layer_params, trained))
         # Another key than those that the layer itself draws from.
         key = None if layer_key is None else jax.random.fold_in(layer_key, _METHOD)
@@ -93,11 +99,11 @@ def run_layers(
         y = layer(x, *context, layer_key, respond).astype(x.dtype)
         return keep_batch_sharded(y)
 
-    stacked = (params, attachment.trained, keys)
+    stacked = (params, attachment.trained, keys, _numbers(kinds))
     x = keep_batch_sharded(x)
     if attachment.slots is not None:
         return _run_with_slots(call, x, stacked, context, attachment.slots, checkpoint)
-    body = lambda x, one: (call(x, one, context), x if states else None)
+    body = lambda x, one: (call(x, one, _own(context, one)), x if states else None)
     if unroll is None:
         unroll = 1 if attachment.is_loop else default_unroll(num_layers, checkpoint)
     if checkpoint:
@@ -112,6 +118,7 @@ def run_cached_layers(
     x: jax.Array,
     cached: Cached,
     *context: object,
+    kinds: Sequence[int] | None = None,
     attachment: Attachment,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs `x` through a stack of layers that remember keys and values.
@@ -123,6 +130,7 @@ def run_cached_layers(
       x: input of the first layer, `[B, T, D]`.
       cached: `Cached` with keys and values of all layers, `[L, B, S, G, K]`.
       *context: arrays that every layer sees.
+      kinds: as of `run_layers`.
       attachment: what a method adds to the layers.
 
     Returns:
@@ -132,14 +140,14 @@ def run_cached_layers(
     params = nnx.to_pure_dict(state)
 
     def body(x: jax.Array, one: tuple) -> tuple[jax.Array, tuple]:
-        layer_params, trained, k, v = one
+        layer_params, trained, k, v, _ = one
         layer: Any = nnx.merge(graphdef, attachment.weights(layer_params, trained))
         respond = lambda site, f, x: attachment.response(site, f, x, trained, None)
         here = cached._replace(k=k, v=v)
-        y, after = layer.extend(x, *context, None, respond, here)
+        y, after = layer.extend(x, *_own(context, one), None, respond, here)
         return keep_batch_sharded(y.astype(x.dtype)), (after.k, after.v)
 
-    stacked = (params, attachment.trained, cached.k, cached.v)
+    stacked = (params, attachment.trained, cached.k, cached.v, _numbers(kinds))
     x, (k, v) = jax.lax.scan(body, x, stacked)
     return x, k, v
 
@@ -155,8 +163,8 @@ def _run_with_slots(
     """Runs the layers with a gradient for the active ones only."""
 
     def layer(x: jax.Array, one: tuple, row: LayerValues, context: tuple) -> jax.Array:
-        layer_params, trained, layer_key = one
-        return call(x, (layer_params, trained.with_row(row), layer_key), context)
+        layer_params, trained, *rest = one
+        return call(x, (layer_params, trained.with_row(row), *rest), context)
 
     return run_slots(
         layer,
@@ -166,8 +174,38 @@ def _run_with_slots(
         context,
         slots.active,
         rows_of=lambda one: slots.rows_of(one[0], one[1]),
+        own=_own,
         recompute="all" if checkpoint else slots.recompute,
     )
+
+
+def of_kinds(kinds: Sequence[LayerKind], context: Callable[[LayerKind], T]) -> T:
+    """Returns what layers of the only kind see, or of all kinds, stacked `[N, ...]`.
+
+    Example:
+      >>> of_kinds([LayerKind()], lambda kind: jnp.zeros(3)).shape
+      (3,)
+      >>> of_kinds([LayerKind()] * 2, lambda kind: jnp.zeros(3)).shape
+      (2, 3)
+    """
+    first, *others = [context(kind) for kind in kinds]
+    if not others:
+        return first
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), first, *others)
+
+
+def _numbers(kinds: Sequence[int] | None) -> jax.Array | None:
+    """Returns the kind of every layer, int32 `[L]`, if there are several."""
+    return None if kinds is None else jnp.array(kinds, jnp.int32)
+
+
+def _own(context: tuple, one: tuple) -> tuple:
+    """Returns what a layer sees: that of its kind, the last of its arrays, if any."""
+    kind = one[-1]
+    if kind is None:
+        return context
+    pick = lambda arrays: jax.lax.dynamic_index_in_dim(arrays, kind, keepdims=False)
+    return jax.tree.map(pick, context)
 
 
 def default_unroll(num_layers: int, checkpoint: bool = False) -> int:

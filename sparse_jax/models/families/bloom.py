@@ -24,7 +24,7 @@ BLOOM = ClassicFamily(
         embeddings=partial(ClassicEmbeddings, has_norm=True),
         layer=ClassicLayer,
         norm=layer_norm,
-        position_info=lambda config, positions, seen: PositionInfo(
+        position_info=lambda config, kind, positions, seen: PositionInfo(
             bias=alibi(config.num_heads, seen)
         ),
     ),

@@ -30,7 +30,7 @@ GPT2 = ClassicFamily(
         embeddings=partial(ClassicEmbeddings, has_positions=True),
         layer=ClassicLayer,
         norm=layer_norm,
-        position_info=lambda config, positions, seen: PositionInfo(),
+        position_info=lambda config, kind, positions, seen: PositionInfo(),
     ),
     # Its linear maps are PyTorch's `Conv1D`, and the first makes all three of these.
     layout=Layout(is_upright=True, fused=FUSED),

@@ -16,7 +16,7 @@ from sparse_jax.models.classic_decoder import (
     ClassicLayer,
     PositionInfo,
 )
-from sparse_jax.models.config import ClassicConfig
+from sparse_jax.models.config import ClassicConfig, LayerKind
 from sparse_jax.models.family import (
     ClassicFamily,
     Parts,
@@ -30,10 +30,10 @@ __all__ = ["GPTJ"]
 
 
 def _position_info(
-    config: ClassicConfig, positions: jax.Array, seen: jax.Array
+    config: ClassicConfig, kind: LayerKind, positions: jax.Array, seen: jax.Array
 ) -> PositionInfo:
     """Returns the angles of the tokens."""
-    del seen
+    del kind, seen
     return PositionInfo(
         turn=angles(positions, base_frequencies(config.rotary_size, 10000.0))
     )

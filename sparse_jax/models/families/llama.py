@@ -12,7 +12,8 @@ References:
 from types import MappingProxyType
 from typing import Any
 
-from sparse_jax.errors import InputError, brief
+from sparse_jax.errors import InputError
+from sparse_jax.models.config import DecoderConfig
 from sparse_jax.models.family import NAMES, DecoderFamily
 
 __all__ = ["GEMMA", "LLAMA", "MISTRAL", "QWEN2", "QWEN3"]
@@ -36,57 +37,44 @@ LLAMA = DecoderFamily(
 
 MISTRAL = DecoderFamily(
     name="mistral",
-    fields=lambda theirs: {"sliding_window": theirs.sliding_window},
-    their_fields=lambda config: {
-        "sliding_window": config.sliding_window,
-        "head_dim": config.head_size,
-    },
+    fields=lambda theirs: {},
+    their_fields=lambda config: {"head_dim": config.head_size},
     architectures=MappingProxyType({"CausalLM": "MistralForCausalLM"}),
     names=NAMES,
+    windows="all",
 )
 
 
-def _require_full_attention(theirs: Any) -> None:
-    """Raises if some layers have a sliding window."""
-    kinds = [kind for kind in theirs.layer_types if kind != "full_attention"]
-    if kinds:
-        raise InputError(
-            "`layer_types` must be full_attention throughout, got "
-            f"{brief(kinds[0])}. Windows in some layers only are not supported: set "
-            "`use_sliding_window` to false."
-        )
-
-
-def _fields2(theirs: Any) -> dict[str, Any]:
-    """Returns what a configuration of Qwen2 says."""
-    _require_full_attention(theirs)
-    return {"qkv_bias": True}
-
-
-def _fields3(theirs: Any) -> dict[str, Any]:
-    """Returns what a configuration of Qwen3 says."""
-    _require_full_attention(theirs)
-    bias = theirs.attention_bias
-    return {"norms_heads": True, "qkv_bias": bias, "output_bias": bias}
+def _window_flag(config: DecoderConfig) -> dict[str, Any]:
+    """Returns what says in a configuration of Qwen whether its window is of use."""
+    has_window = any(kind.sliding_window is not None for kind in config.kinds)
+    return {"use_sliding_window": has_window}
 
 
 QWEN2 = DecoderFamily(
     name="qwen2",
-    fields=_fields2,
-    their_fields=lambda config: {},
+    fields=lambda theirs: {"qkv_bias": True},
+    their_fields=_window_flag,
     architectures=MappingProxyType({"CausalLM": "Qwen2ForCausalLM"}),
     names=NAMES,
+    windows="some",
 )
 
 QWEN3 = DecoderFamily(
     name="qwen3",
-    fields=_fields3,
+    fields=lambda theirs: {
+        "norms_heads": True,
+        "qkv_bias": theirs.attention_bias,
+        "output_bias": theirs.attention_bias,
+    },
     their_fields=lambda config: {
+        **_window_flag(config),
         "attention_bias": config.qkv_bias,
         "head_dim": config.head_size,
     },
     architectures=MappingProxyType({"CausalLM": "Qwen3ForCausalLM"}),
     names=NAMES,
+    windows="some",
 )
 
 

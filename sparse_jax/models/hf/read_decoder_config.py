@@ -1,12 +1,18 @@
 """The configurations of decoders, as Hugging Face writes them."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sparse_jax.errors import InputError, brief, listed
-from sparse_jax.models.config import ClassicConfig, DecoderConfig, RopeScaling
+from sparse_jax.models.config import (
+    ClassicConfig,
+    DecoderConfig,
+    LayerKind,
+    RopeScaling,
+)
 from sparse_jax.models.family import ClassicFamily, DecoderFamily
 
 if TYPE_CHECKING:
@@ -42,6 +48,7 @@ _FIELDS = MappingProxyType(
         "attention_dropout": "attention_dropout",
     }
 )
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _CLASSIC_FIELDS = MappingProxyType({**_SHARED, "layer_norm_eps": "layer_norm_epsilon"})
 # kind -> their settings and ours
 _ROPES = MappingProxyType(
@@ -64,9 +71,12 @@ def decoder_config(
     """Translates a transformers configuration.
 
     Raises:
-      InputError: if its rotary positions are of a kind that is not supported.
+      InputError: if its attention or its rotary positions are of a kind that is not
+        supported.
     """
-    rope = _rope(theirs, path)
+    kinds = [*map(_kind_of(family, theirs, path), _layer_types(family, theirs))]
+    distinct = tuple(dict.fromkeys(kinds))
+    numbers = tuple(map(distinct.index, kinds))
     fields = {ours: getattr(theirs, name) for ours, name in _FIELDS.items()}
     fields["attention_dropout"] = fields["attention_dropout"] or 0.0
     heads = theirs.num_attention_heads
@@ -76,8 +86,8 @@ def decoder_config(
         **fields,
         num_kv_heads=heads if groups is None else groups,
         head_size=theirs.hidden_size // heads if width is None else width,
-        rope_theta=rope["rope_theta"],
-        rope_scaling=_scaling(rope),
+        kinds=distinct,
+        layer_kinds=None if len(distinct) == 1 else numbers,
         eos_ids=stop_ids(theirs),
         **family.fields(theirs),
     )
@@ -91,8 +101,8 @@ def their_decoder_fields(
     return {
         **fields,
         "num_key_value_heads": config.num_kv_heads,
-        "rope_parameters": _their_rope(config),
         "eos_token_id": their_stop_ids(config.eos_ids),
+        **_their_layers(family, config),
         **family.their_fields(config),
     }
 
@@ -108,10 +118,65 @@ def their_stop_ids(stop: tuple[int, ...]) -> int | list[int] | None:
     return list(stop) if len(stop) > 1 else (stop[0] if stop else None)
 
 
-def _rope(theirs: "PreTrainedConfig", path: Path) -> Mapping[str, Any]:
-    """Returns the rotary settings under the names of transformers 5."""
-    # Its configuration class also reads `rope_theta` and `rope_scaling` of older files.
-    rope = theirs.rope_parameters
+def _layer_types(family: DecoderFamily, theirs: "PreTrainedConfig") -> list[str]:
+    """Returns the type of attention of every layer, as transformers calls it."""
+    if family.windows == "some":
+        return theirs.layer_types
+    is_sliding = family.windows == "all" and theirs.sliding_window is not None
+    return [_SLIDING if is_sliding else _FULL] * theirs.num_hidden_layers
+
+
+def _kind_of(
+    family: DecoderFamily, theirs: "PreTrainedConfig", path: Path
+) -> Callable[[str], LayerKind]:
+    """Returns a function from the type of a layer to its kind."""
+
+    @functools.cache
+    def kind(type_: str) -> LayerKind:
+        if type_ not in (_FULL, _SLIDING):
+            raise InputError(
+                f"`layer_types` in `{path}` must be of {_FULL} and {_SLIDING}, got "
+                f"{brief(type_)}."
+            )
+        window = theirs.sliding_window if type_ == _SLIDING else None
+        if type_ == _SLIDING and window is None:
+            raise InputError(
+                f"`layer_types` in `{path}` must be {_FULL} without a window, got "
+                f"{_SLIDING}. Set `sliding_window`, and `use_sliding_window` of Qwen."
+            )
+        # Its configuration class also reads what older files have: `rope_theta`,
+        # `rope_scaling` and, of Gemma 3, `rope_local_base_freq`.
+        rope = theirs.rope_parameters
+        rope = _rope(rope[type_] if family.has_rope_by_type else rope, path)
+        return LayerKind(
+            sliding_window=window,
+            rope_theta=rope["rope_theta"],
+            rope_scaling=_scaling(rope),
+        )
+
+    return kind
+
+
+def _their_layers(family: DecoderFamily, config: DecoderConfig) -> dict[str, object]:
+    """Returns what a transformers configuration says of the kinds of layers."""
+    names = [_FULL if x.sliding_window is None else _SLIDING for x in config.kinds]
+    ropes = [*map(_their_rope, config.kinds)]
+    by_type = dict(zip(names, ropes, strict=True))
+    window = max((x.sliding_window or 0 for x in config.kinds), default=0) or None
+    fields: dict[str, object] = {
+        "rope_parameters": by_type if family.has_rope_by_type else ropes[0]
+    }
+    # Of the families where some layers have one, the others keep their default.
+    if family.windows == "all" or window is not None:
+        fields["sliding_window"] = window
+    if family.windows == "some":
+        layers = config.layer_kinds or [0] * config.num_layers
+        fields["layer_types"] = [names[kind] for kind in layers]
+    return fields
+
+
+def _rope(rope: object, path: Path) -> Mapping[str, Any]:
+    """Returns rotary settings, with the defaults for what is absent."""
     if not isinstance(rope, Mapping):
         raise InputError(
             f"`rope_parameters` in `{path}` must be an object, got {brief(rope)}."
@@ -150,13 +215,13 @@ def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     return RopeScaling(**scaling) if scaling else None
 
 
-def _their_rope(config: DecoderConfig) -> dict[str, object]:
+def _their_rope(layer: LayerKind) -> dict[str, object]:
     """Returns the rotary settings under the names of transformers 5."""
-    scaling, kind = config.rope_scaling, "default"
+    scaling, kind = layer.rope_scaling, "default"
     if scaling is not None:
         kind = "linear" if scaling.low is None else "llama3"
     settings = {name: getattr(scaling, ours) for name, ours in _ROPES[kind].items()}
-    return {"rope_theta": config.rope_theta, "rope_type": kind, **settings}
+    return {"rope_theta": layer.rope_theta, "rope_type": kind, **settings}
 
 
 def classic_config(
