@@ -44,9 +44,11 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
     return (*(length for length in lengths if length < max_length), max_length)
 
 
-def _stack(rows: Sequence[np.ndarray], length: int, filler: int = 0) -> np.ndarray:
-    """Returns rows as one int32 array `[B, length]`, filled up on the right."""
-    stacked = np.full((len(rows), length), filler, np.int32)
+def _stack(
+    rows: Sequence[np.ndarray], length: int, filler: int = 0, dtype: type = np.int32
+) -> np.ndarray:
+    """Returns rows as one array `[B, length]`, filled up on the right."""
+    stacked = np.full((len(rows), length), filler, dtype)
     for target, row in zip(stacked, rows, strict=True):
         target[: len(row)] = row
     return stacked
@@ -73,6 +75,7 @@ class Encoded:
     pad_id: int
     num_cut: int = 0  # examples that lost tokens
     is_packed: Literal[False] = False  # a row holds one
+    weights: np.ndarray | None = None  # shape=(N,), float32, of the loss; None: all 1
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -83,7 +86,7 @@ class Encoded:
         - `input_ids`, `attention_mask`, and `token_type_ids` if the tokenizer gives
           them: int32 `[B, T]`. The mask is 1 at tokens and 0 at padding.
         - `labels`: int32 or float32 `[B]`.
-        - `weights`: float32 `[B]`, 1 for an example; a filler has 0.
+        - `weights`: float32 `[B]`, 1 for an example, or its own; a filler has 0.
 
         With `l` the losses of the rows, the loss of a batch is
 
@@ -98,6 +101,8 @@ class Encoded:
         if self.token_type_ids is not None:
             types = [self.token_type_ids[i] for i in numbers]
             arrays["token_type_ids"] = _stack(types, arrays["input_ids"].shape[1])
+        if self.weights is not None:
+            return arrays | {"weights": self.weights[numbers]}
         return arrays | {"weights": np.ones(len(numbers), np.float32)}
 
 
@@ -113,6 +118,7 @@ class TokenSequences:
     num_dropped: int = 0  # conversations that lost every target
     end_ids: tuple[int, ...] = ()  # tokens that end the responses
     is_packed: bool = False  # whether a row holds as many sequences as fit
+    weights: np.ndarray | None = None  # shape=(N,), float32, of the loss; None: all 1
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -127,8 +133,8 @@ class TokenSequences:
 
         - `input_ids`, `attention_mask`: int32 `[B, T]`. The mask is 1 at tokens and 0
           at padding.
-        - `weights`: float32 `[B, T]`, 1 at a token that is predicted from those before
-          it, and 0 elsewhere: never 1 at the first token of a sequence.
+        - `weights`: float32 `[B, T]`, 1 (or the weight of the sequence) at a token that
+          is predicted from those before it, and 0 elsewhere: also at the first token.
         - `segment_ids`, `positions`, if packed: int32 `[B, T]`, see `segment_arrays`.
 
         With `l_t` the cross-entropy of token t given the tokens before it in its
@@ -139,11 +145,14 @@ class TokenSequences:
         both sums over all rows, also over all parts: a part may have no weight.
         """
         parts = [[self.input_ids[i] for i in row] for row in rows]
-        marks = [np.concatenate([self.is_target[i] for i in row]) for row in rows]
+        scale = lambda i: 1 if self.weights is None else self.weights[i]
+        marks = [
+            np.concatenate([self.is_target[i] * scale(i) for i in row]) for row in rows
+        ]
         ids = [np.concatenate(row) for row in parts]
         arrays = _padded(ids, self.pad_id, self.max_length, is_packed=self.is_packed)
         length = arrays["input_ids"].shape[1]
-        arrays["weights"] = _stack(marks, length).astype(np.float32)
+        arrays["weights"] = _stack(marks, length, dtype=np.float32)
         return arrays | (segment_arrays(parts, length) if self.is_packed else {})
 
 

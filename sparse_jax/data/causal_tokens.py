@@ -62,7 +62,7 @@ def tokenize(
     """
     _check(max_length, positions, loss, tokenizer)
     ends = _ends(tokenizer)
-    all_ids, targets = [], []
+    all_ids, targets, weights = [], [], []
     num_cut = num_dropped = 0
     end_ids: set[int] = set()
     for marked in _marked(conversations, tokenizer, ends):
@@ -75,6 +75,7 @@ def tokenize(
         num_dropped += not kept
         end_ids |= marked.ends
         all_ids += [ids[span] for span in kept]
+        weights += [marked.weight] * len(kept)
         targets += [_without_first(marks[span]) for span in kept]
     if not (all_ids or num_cut or may_be_empty):
         raise InputError(
@@ -90,8 +91,9 @@ def tokenize(
     pad_id = getattr(tokenizer, "pad_token_id", None) or 0
     stop = tuple(sorted(end_ids))
     return TokenSequences(
-        all_ids, targets, max_length, pad_id, num_cut, num_dropped, stop
-    )
+        all_ids, targets, max_length, pad_id, num_cut, num_dropped, stop,
+        weights=np.array(weights, np.float32) if {*weights} - {1.0} else None,
+    )  # fmt: skip
 
 
 def _check(max_length: int, positions: int, loss: str, tokenizer: Tokenizer) -> None:
@@ -128,6 +130,7 @@ class _Marked(NamedTuple):
     is_excluded: np.ndarray  # the same: tokens that are never targets
     is_plain: bool
     ends: set[int]  # tokens that end its responses
+    weight: float  # of its tokens in the loss
 
 
 def _marked(
@@ -160,7 +163,8 @@ def _with_ends(
     last_ids = {part[-1] for piece, part in responses if piece.is_response and part}
     found = last_ids & ends.added if conversation.is_ended else {ends.end}
     all_ids = np.array([*begin, *ids, *end], np.int32)
-    return _Marked(all_ids, marks, is_excluded, conversation.is_plain, found)
+    about = conversation.is_plain, found, conversation.weight
+    return _Marked(all_ids, marks, is_excluded, *about)
 
 
 def _piece_ids(

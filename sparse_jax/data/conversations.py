@@ -43,6 +43,7 @@ class Conversation:
     is_rendered: bool = False
     # Whether the text has its end; otherwise it gets the tokenizer's.
     is_ended: bool = False
+    weight: float = 1.0  # of its tokens in the loss
 
     @property
     def text(self) -> str:

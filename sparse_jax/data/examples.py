@@ -1,5 +1,6 @@
 """Examples: texts and labels, as they stand in rows and with labels as numbers."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import numpy as np
 
 from sparse_jax.data.batches import random_of
 from sparse_jax.data.glue import Task
-from sparse_jax.data.read_rows import Record, Rows, Source
+from sparse_jax.data.read_rows import WEIGHT, Record, Rows, Source
 from sparse_jax.errors import InputError, brief, listed
 
 __all__ = [
@@ -19,7 +20,10 @@ __all__ = [
     "hold_out",
     "read_columns",
     "text_of",
+    "weight_of",
 ]
+
+_HEAVIEST = 1e30  # the loss is computed in float32
 
 # Other random numbers than those of the first epoch.
 _HOLDING_OUT = 2
@@ -38,6 +42,7 @@ class Examples:
     text_b: list[str] | None  # None if the examples are single texts
     # shape=(N,), int32 classes or float32 values; shape=(N, C), 0 or 1, if multi-label
     labels: np.ndarray
+    weights: np.ndarray | None = None  # shape=(N,), float32, of the loss; None: all 1
 
     def __len__(self) -> int:
         return len(self.text_a)
@@ -45,7 +50,9 @@ class Examples:
     def take(self, numbers: Sequence[int]) -> "Examples":
         """Returns some of the examples."""
         some = lambda texts: texts and [texts[i] for i in numbers]
-        return Examples(some(self.text_a), some(self.text_b), self.labels[[*numbers]])
+        weights = None if self.weights is None else self.weights[[*numbers]]
+        labels = self.labels[[*numbers]]
+        return Examples(some(self.text_a), some(self.text_b), labels, weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +95,7 @@ class Columns(NamedTuple):
     text_a: list[str]
     text_b: list[str] | None  # None if the examples are single texts
     labels: list[object]  # None where there is no label
+    weights: list[float] | None = None  # of the rows in the loss; None: all 1
 
     def take(self, rows: Sequence[int]) -> "Columns":
         """Returns some of the rows."""
@@ -98,6 +106,7 @@ class Columns(NamedTuple):
             [self.text_a[i] for i in rows],
             None if text_b is None else [text_b[i] for i in rows],
             [self.labels[i] for i in rows],
+            self.weights and [self.weights[i] for i in rows],
         )
 
 
@@ -161,17 +170,17 @@ def hold_out(
     total, where = len(columns.labels), columns.source.name
     chosen = choose_held_out(total, share, seed, where, classes)
     rest = sorted({*range(total)} - {*chosen})
-    return columns.take(rest), columns.take(chosen)
+    return columns.take(rest), columns.take(chosen)._replace(weights=None)
 
 
 def read_columns(rows: Rows, task: Task, *, needs_labels: bool = True) -> Columns:
-    """Returns the columns that a task needs.
+    """Returns the columns that a task needs, and the weights of rows that have any.
 
     Raises:
       InputError: if there is no row, a column is absent, or is there under two names
-        with different values, or a text is no string.
+        with different values, a text is no string, or a weight is not positive.
     """
-    numbers, text_a, labels = [], [], []
+    numbers, text_a, labels, weights = [], [], [], []
     text_b: list[str | None] = []
     for number, fields in rows.numbered:
         place = rows.source.at(number)
@@ -182,9 +191,32 @@ def read_columns(rows: Rows, task: Task, *, needs_labels: bool = True) -> Column
         if needs_labels:
             _require(place, fields, task.label)
         labels.append(_value(place, fields, task.label))
+        if rows.is_weighted:
+            weights.append(weight_of(place, fields))
     _require_uniform(rows.source, numbers, text_b)
     pairs = [text for text in text_b if text is not None]
-    return Columns(rows.source, numbers, text_a, pairs or None, labels)
+    weights = weights or None
+    return Columns(rows.source, numbers, text_a, pairs or None, labels, weights)
+
+
+def weight_of(place: str, fields: Record) -> float:
+    """Returns the weight of a row in the loss.
+
+    Raises:
+      InputError: if it is not a positive number.
+    """
+    value = fields.get(WEIGHT)
+    try:
+        weight = float(value) if isinstance(value, str | int | float) else math.nan
+    # An integer may be more than any number with a fraction.
+    except (ValueError, OverflowError):
+        weight = math.nan
+    if isinstance(value, bool) or not 0 < weight < _HEAVIEST:
+        raise InputError(
+            f"{place} must have a positive number as its weight, got {brief(value)}. "
+            "Leave out rows that are not trained on."
+        )
+    return weight
 
 
 def _has_text_b(fields: Record, task: Task) -> bool:

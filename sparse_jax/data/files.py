@@ -142,7 +142,9 @@ def load(
     """
     asked, found, dropped = task, _splits(task, data, seed), []
     renamed = lambda read: rename_columns(read(), columns, _groups(task))
-    splits = {"train": read_columns(renamed(found.pop("train")), task)}
+    rows = found.pop("train")()
+    rows = rename_columns(rows, columns, _groups(task), is_trained=True)
+    splits = {"train": read_columns(rows, task)}
     for name, read in found.items():
         one = read_columns(renamed(read), task, needs_labels=name != "test")
         if name != "test" or has_labels(one):

@@ -1,6 +1,7 @@
 """The data of a causal language model: instructions, chats or plain text."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from sparse_jax.data.conversations import (
     plain_text,
     prompt_and_response,
 )
-from sparse_jax.data.examples import choose_held_out, text_of
+from sparse_jax.data.examples import choose_held_out, text_of, weight_of
 from sparse_jax.data.files import find_file, is_folder
 from sparse_jax.data.read_rows import JSON_LINES, PARQUET, Record, Rows, read_text
 from sparse_jax.data.sources import (
@@ -173,6 +174,7 @@ class _Reading(NamedTuple):
     tokenizer: Tokenizer
     template: PromptTemplate
     columns: Mapping[str, str] | None
+    is_trained: bool = False  # whether weights count
 
 
 def load_conversations(
@@ -212,12 +214,12 @@ def load_conversations(
     """
     if held_out < 0:
         raise InputError(f"`held_out` must not be negative, got {held_out}.")
-    reading = _Reading(tokenizer, template, columns)
+    reading = _Reading(tokenizer, template, columns, is_trained=True)
     train_part, validation_part = data_parts(data, seed=seed)
     train = _records(train_part, reading)
     validation: list[Texts] = []
     if validation_part is not None:
-        validation = _records(validation_part, reading)
+        validation = _records(validation_part, reading._replace(is_trained=False))
     elif held_out:
         train, validation = _hold_out(train, held_out, seed, train_part.name)
     splits = {"train": train, "validation": validation}
@@ -247,11 +249,12 @@ def read_conversations(
     template: PromptTemplate = ALPACA,
     columns: Mapping[str, str] | None = None,
 ) -> list[Conversation]:
-    """Returns all conversations of rows.
+    """Returns all conversations of rows that are trained on.
 
     The arguments and errors are those of `load_conversations`.
     """
-    return list(chain(*_records_of(rows, _Reading(tokenizer, template, columns))))
+    reading = _Reading(tokenizer, template, columns, is_trained=True)
+    return list(chain(*_records_of(rows, reading)))
 
 
 def streamed_files(data: object) -> tuple[Path, Part | None]:
@@ -355,12 +358,15 @@ def _records(part: Part, reading: _Reading) -> list[Texts]:
 
 def _records_of(rows: Rows, reading: _Reading) -> list[Texts]:
     """Returns the records of rows."""
-    tokenizer, template, columns = reading
-    rows = rename_columns(rows, columns, _COLUMNS)
-    return [
-        read_record(rows.source.at(number), record, tokenizer, template)
-        for number, record in rows.numbered
-    ]
+    tokenizer, template, columns, is_trained = reading
+    rows = rename_columns(rows, columns, _COLUMNS, is_trained=is_trained)
+    found = []
+    for number, record in rows.numbered:
+        place = rows.source.at(number)
+        texts = read_record(place, record, tokenizer, template)
+        weight = weight_of(place, record) if rows.is_weighted else 1.0
+        found.append([replace(text, weight=weight) for text in texts])
+    return found
 
 
 def _hold_out(

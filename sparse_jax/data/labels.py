@@ -117,7 +117,8 @@ def number_labels(columns: Columns, task: Task, words: Words) -> Examples:
     else:
         classes = [_class(place, label, words) for place, label in _placed(columns)]
         labels = np.array(classes, np.int32)
-    return Examples(columns.text_a, columns.text_b, labels)
+    weights = columns.weights and np.array(columns.weights, np.float32)
+    return Examples(columns.text_a, columns.text_b, labels, weights)
 
 
 def without_unlabeled(columns: Columns, task: Task) -> tuple[Columns, str | None]:

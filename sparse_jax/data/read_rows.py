@@ -18,6 +18,7 @@ __all__ = [
     "JSON_LINES",
     "PARQUET",
     "SUFFIXES",
+    "WEIGHT",
     "Record",
     "Rows",
     "Source",
@@ -57,6 +58,8 @@ class Source(NamedTuple):
         return f"{self.name} {self.unit} {number}"
 
 
+# A column that counts only where `columns` names it: some data have one of their own.
+WEIGHT = "weight"
 Record = Mapping[str, object]
 Numbered = Iterator[tuple[int, Record]]
 
@@ -66,6 +69,7 @@ class Rows(NamedTuple):
 
     source: Source
     numbered: Iterable[tuple[int, Record]]
+    is_weighted: bool = False  # whether their column `weight` counts in the loss
 
 
 def read_rows(path: str | Path, task: Task = TASKS["classification"]) -> Rows:

@@ -7,7 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from sparse_jax.data.read_rows import Record, Rows, Source, as_record, read_rows
+from sparse_jax.data.read_rows import (
+    WEIGHT,
+    Record,
+    Rows,
+    Source,
+    as_record,
+    read_rows,
+)
 from sparse_jax.errors import InputError, brief, first_line, listed, reason_of
 
 __all__ = [
@@ -171,7 +178,11 @@ def own_splits(data: Mapping[str, Iterable[Record]]) -> dict[str, Part]:
 
 
 def rename_columns(
-    rows: Rows, columns: Mapping[str, str] | None, groups: Iterable[tuple[str, ...]]
+    rows: Rows,
+    columns: Mapping[str, str] | None,
+    groups: Iterable[tuple[str, ...]],
+    *,
+    is_trained: bool = False,
 ) -> Rows:
     """Returns rows whose columns have our names.
 
@@ -179,6 +190,7 @@ def rename_columns(
       rows: of a file.
       columns: our name -> theirs; None leaves all as they are.
       groups: our names, those of one column together.
+      is_trained: whether the rows are trained on; others need no weights.
 
     Raises:
       InputError: if a name of ours is not known; while iterating, if a row has no
@@ -186,7 +198,7 @@ def rename_columns(
     """
     if columns is None:
         return rows
-    groups = [*groups]
+    groups = [*groups, (WEIGHT,)]
     known = [name for group in groups for name in group]
     for ours in columns:
         if ours not in known:
@@ -197,7 +209,10 @@ def rename_columns(
     replaced = {
         name for ours in columns for group in groups if ours in group for name in group
     }
-    return Rows(rows.source, _renamed(rows, columns, replaced))
+    is_weighted = is_trained and WEIGHT in columns
+    if not is_weighted:
+        columns = {k: theirs for k, theirs in columns.items() if k != WEIGHT}
+    return Rows(rows.source, _renamed(rows, columns, replaced), is_weighted)
 
 
 def file_hash(path: Path) -> str:

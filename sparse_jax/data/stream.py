@@ -198,12 +198,14 @@ class Stream:
 
     def _batch(self, rows: Sequence[tuple[TokenSequences, np.ndarray]]) -> Batch:
         """Returns rows of one window, or of two, as a batch."""
-        ids, marks, numbers = [], [], []
+        ids, marks, weights, numbers = [], [], [], []
         for tokens, row in rows:
             numbers.append(np.arange(len(ids), len(ids) + len(row)))
             ids += [tokens.input_ids[i] for i in row]
             marks += [tokens.is_target[i] for i in row]
-        examples = replace(self.first, input_ids=ids, is_target=marks)
+            weights += [1] * len(row) if tokens.weights is None else tokens.weights[row]
+        weights = np.array(weights, np.float32)
+        examples = replace(self.first, input_ids=ids, is_target=marks, weights=weights)
         plan = [np.arange(len(rows))]
         (batch,) = Batches(examples, numbers, plan, self.batch_size, self.accumulate)
         return batch

@@ -233,6 +233,7 @@ def encode(
         # Any id will do for a tokenizer without one: no token attends to padding.
         getattr(tokenizer, "pad_token_id", None) or 0,
         num_cut,
+        weights=examples.weights,
     )
 
 

@@ -162,13 +162,16 @@ def labeled_feed(
             part = replace(part, token_type_ids=None)
         _require_embedded(part.token_type_ids or (), model, kind="token type")
         encoded[name] = replace(part, pad_id=_embedded_pad(part.pad_id, model))
-    ids = chain.from_iterable(part.input_ids for part in encoded.values())
+    parts = [*encoded.values()]
+    ids = chain.from_iterable(part.input_ids for part in parts)
     return Feed(
         encoded,
         settings,
         length,
         usage={name: Usage(len(part), part.num_cut) for name, part in encoded.items()},
-        digest=_digest_of(chain(ids, (part.labels for part in encoded.values()))),
+        digest=_digest_of(
+            chain(ids, (x.labels for x in parts), *map(_weights_of, parts))
+        ),
     )
 
 
@@ -209,6 +212,8 @@ def tokenize_splits(
         if (few := _few(name, len(texts), settings)) is not None:
             texts = [texts[i] for i in few]
         part = tokenize(texts, tokenizer, **bounds, loss=settings.resolved_loss_on)
+        if name != "train":
+            part = replace(part, weights=None)
         # A long text is many sequences.
         if (few := _few(name, len(part), settings)) is not None:
             ids, marks = ([x[i] for i in few] for x in (part.input_ids, part.is_target))
@@ -243,7 +248,10 @@ def sequence_feed(
             for name, part in sequences.items()
         },
         digest=_digest_of(
-            chain.from_iterable(chain(part.input_ids, part.is_target) for part in parts)
+            chain.from_iterable(
+                chain(part.input_ids, part.is_target, _weights_of(part))
+                for part in parts
+            )
         ),
         end_ids=tuple(sorted({*chain.from_iterable(part.end_ids for part in parts)})),
     )
@@ -329,6 +337,11 @@ def _embedded_pad(pad_id: int, model: Model) -> int:
     """Returns a token to pad with: another one if the model has no embedding of it."""
     # No token attends to padding, but NaN times nothing is NaN.
     return pad_id if pad_id < model.config.vocab_size else 0
+
+
+def _weights_of(part: Encoded | TokenSequences) -> list[np.ndarray]:
+    """Returns the weights of examples that have any."""
+    return [] if part.weights is None else [part.weights]
 
 
 def _digest_of(arrays: Iterable[np.ndarray]) -> str:

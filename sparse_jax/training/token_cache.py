@@ -76,6 +76,8 @@ def _write(path: Path, tokens: Tokens) -> None:
         arrays[f"{name}.ids"] = np.concatenate(part.input_ids)
         arrays[f"{name}.targets"] = np.concatenate(part.is_target)
         arrays[f"{name}.lengths"] = np.array([len(ids) for ids in part.input_ids])
+        if part.weights is not None:
+            arrays[f"{name}.weights"] = part.weights
         about[name] = {
             "max_length": part.max_length, "pad_id": part.pad_id,
             "num_cut": part.num_cut, "num_dropped": part.num_dropped,
@@ -102,7 +104,8 @@ def _read(path: Path) -> Tokens | None:
             np.split(arrays[f"{name}.{kind}"], starts) for kind in ("ids", "targets")
         )
         about["end_ids"] = tuple(about["end_ids"])
-        splits[name] = TokenSequences(ids, marks, **about)
+        weights = arrays.get(f"{name}.weights")
+        splits[name] = TokenSequences(ids, marks, **about, weights=weights)
     return Tokens(splits, json.loads(said["has_chats"]))
 
 
