@@ -10,6 +10,8 @@ import pytest
 from tiny_run import tiny_settings, write_files
 
 from sparse_jax import InputError, evaluate_adapter, finetune
+from sparse_jax.data.glue import TASKS
+from sparse_jax.data.metrics import evaluate, require_metrics
 from sparse_jax.training import best_model
 from sparse_jax.training.best_model import BestModel, Standing
 from sparse_jax.training.checkpoint import Checkpoints
@@ -208,3 +210,44 @@ def test_a_metric_that_is_not_finite_is_never_the_best():
     ]
     assert by.standing(rows) == Standing(1, 2.0, 1)
     assert not by.is_better([], {"loss": np.nan})
+
+
+def test_a_metric_of_a_program_is_reported_and_chooses_the_model(files, tmp_path):
+    seen = []
+
+    def classes_error(labels, predictions):
+        seen.append((labels.copy(), predictions.copy()))
+        return [0.5, 0.25, 0.25, 0.75][len(seen) - 1]
+
+    options = {
+        **BEST, "epochs": 1, "metric_for_best_model": "classes_error",
+    }  # fmt: skip
+    settings = settings_of(files, tmp_path / "run", **options)
+    found = finetune(settings, metrics={"classes_error": classes_error})
+    assert (found["best_step"], found["eval"]["classes_error"]) == (4, 0.25)
+    again = evaluate_adapter(
+        tmp_path / "run", metrics={"share": lambda *both: np.mean(both[0] == both[1])}
+    )
+    assert again["share"] == again["accuracy"] == found["eval"]["accuracy"]
+    assert [shown.shape for shown in seen[0]] == [(13,), (13,)]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"accuracy": max}, "`metrics` must be functions by names .* got 'accuracy'"),
+        ({"my score": max}, "`metrics` must be functions by names .* got 'my score'"),
+        ({"share": 0.5}, "`metrics` must be functions by names .* got 'share': 0.5"),
+    ],
+)
+def test_other_metrics_are_refused(metrics, message):
+    with pytest.raises(InputError, match=message):
+        require_metrics(metrics, "sst2", ("accuracy", "loss"))
+
+
+def test_a_metric_that_is_no_number_and_one_without_labels_are_refused():
+    outputs, labels = np.array([[1.0, 0.0]]), np.array([0])
+    with pytest.raises(InputError, match="must return a number, got 'ten' of 'share'"):
+        evaluate(TASKS["sst2"], outputs, labels, {"share": lambda *_: "ten"})
+    with pytest.raises(InputError, match="left out with task 'causal', got share"):
+        require_metrics({"share": max}, "causal", ())

@@ -1,6 +1,7 @@
 """Weights of examples in the loss, from a column of the data."""
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,12 @@ def write(path, rows):
     return str(path)
 
 
+def listed(examples):
+    """Returns the weights of examples."""
+    assert examples.weights.dtype == np.float32
+    return examples.weights.tolist()
+
+
 def labeled(count=20):
     return [{"text": f"t{i}", "label": i % 2, "trust": i + 1} for i in range(count)]
 
@@ -32,11 +39,9 @@ def test_a_column_weighs_the_training_examples_and_no_others(tmp_path):
     data = write(tmp_path / "a.jsonl", labeled())
     splits = load(TASKS["classification"], data, columns=COLUMNS, held_out=0.25)
     numbers = [float(text[1:]) + 1 for text in splits.train.text_a]
-    assert splits.train.weights.tolist() == numbers
-    assert splits.train.weights.dtype == np.float32
+    assert listed(splits.train) == numbers
     assert splits["validation"].weights is None
-    taken = splits.train.take([3, 0])
-    assert taken.weights.tolist() == [numbers[3], numbers[0]]
+    assert listed(splits.train.take([3, 0])) == [numbers[3], numbers[0]]
 
 
 def test_data_to_evaluate_on_need_no_weights(tmp_path):
@@ -63,7 +68,7 @@ def test_values_are_weighted_and_tables_have_words(tmp_path):
     (tmp_path / "a.tsv").write_text("text\tlabel\ttrust\n" + "".join(lines))
     splits = load(TASKS["regression"], str(tmp_path / "a.tsv"), columns=COLUMNS,
                   held_out=0.5)  # fmt: skip
-    assert splits.train.weights.tolist() == [0.5] * 4
+    assert listed(splits.train) == [0.5] * 4
 
 
 @pytest.mark.parametrize("value", [0, -1, "much", None, True, float("nan"), 1e400])
@@ -83,7 +88,8 @@ def test_an_absent_column_is_named(tmp_path):
 
 def test_the_loss_is_the_weighted_mean_of_the_examples():
     logits = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]], np.float32)
-    loss = make_loss(lambda params, inputs, **_: jnp.asarray(logits))
+    model: Any = lambda params, inputs, **_: jnp.asarray(logits)
+    loss = make_loss(model)
     batch = {"labels": np.array([1, 1, 0]), "weights": np.array([3.0, 1.0, 0.0])}
     total, weight = loss({}, batch, None, Attachment())
     each = [np.log(1 + np.exp(2.0)), np.log(1 + np.exp(-1.0))]
@@ -101,7 +107,7 @@ def test_texts_are_weighted_token_by_token(tmp_path):
     how = {"columns": COLUMNS, "held_out": 0.25}
     splits = load_conversations(data, tokenizer, **how)
     sequences = tokenize(splits["train"], tokenizer, max_length=32, positions=32)
-    assert sequences.weights.tolist() == [one.weight for one in splits["train"]]
+    assert listed(sequences) == [one.weight for one in splits["train"]]
     whole = load_whole(data, tokenizer, columns=COLUMNS)["validation"]
     assert {one.weight for one in whole} == {1.0}
     plain = load_conversations(data, tokenizer, held_out=0.25)["train"]

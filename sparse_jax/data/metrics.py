@@ -5,17 +5,20 @@ regression, or 0 or 1 for every label `[N, C]`.
 """
 
 import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import numpy as np
 
 from sparse_jax.data.glue import Task
-from sparse_jax.errors import brief, listed
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.params.fields import Json
 
 __all__ = [
     "METRICS",
+    "Metric",
     "accuracy",
     "evaluate",
     "f1",
@@ -28,12 +31,16 @@ __all__ = [
     "pearson",
     "predicted",
     "report",
+    "require_metrics",
     "rmse",
     "spearman",
     "subset_accuracy",
 ]
 
-_LESS_IS_BETTER = ("loss", "perplexity", "rmse", "kl")
+# Words of names.
+_LESS_IS_BETTER = {"loss", "perplexity", "error", "mae", "mse", "rmse", "kl"}
+# (labels, predictions) -> a number
+Metric = Callable[[np.ndarray, np.ndarray], SupportsFloat]
 # A confusion matrix of more is no longer read.
 _MOST_CLASSES = 100
 
@@ -183,13 +190,41 @@ def is_greater_better(name: str) -> bool:
     """Returns whether a model with a greater value of a metric is a better one.
 
     Example:
-      >>> is_greater_better("accuracy"), is_greater_better("loss_test")
+      >>> is_greater_better("accuracy"), is_greater_better("mean_absolute_error")
       (True, False)
     """
-    return not name.startswith(_LESS_IS_BETTER)
+    return not _LESS_IS_BETTER & {*name.split("_")}
 
 
-def evaluate(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def require_metrics(own: Mapping[str, Metric], task: str, known: Sequence[str]) -> None:
+    """Raises `InputError` unless metrics of a program can be those of a task.
+
+    Args:
+      own: functions of labels and predictions by name.
+      task: of the run.
+      known: metrics that it has anyway; none if it has no predictions.
+    """
+    for name, metric in own.items():
+        if not known:
+            raise InputError(
+                f"`metrics` must be left out with task {task!r}, got {listed(own)}. "
+                "They compare predictions with labels."
+            )
+        is_name = isinstance(name, str) and re.fullmatch("[a-z0-9_]+", name)
+        if not is_name or name in known or not callable(metric):
+            raise InputError(
+                "`metrics` must be functions by names of lower-case letters, digits "
+                f"and `_`, other than {listed(known)}, got {brief(name)}: "
+                f"{brief(metric)}."
+            )
+
+
+def evaluate(
+    task: Task,
+    outputs: np.ndarray,
+    labels: np.ndarray,
+    own: Mapping[str, Metric] = MappingProxyType({}),
+) -> dict[str, float]:
     """Returns the metrics of a task, the primary one first, and last the mean loss.
 
     They are NaN if an output is not finite.
@@ -198,6 +233,10 @@ def evaluate(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, f
       task: names the metrics, and the class that F1 is about.
       outputs: logits `[N, C]`, or values `[N]` or `[N, 1]` for regression.
       labels: `[N]`, classes or values; `[N, C]`, 0 or 1, if any number of labels fit.
+      own: other metrics.
+
+    Raises:
+      InputError: if one of the other metrics is not a number.
 
     Example:
       >>> from sparse_jax.data.glue import TASKS
@@ -206,13 +245,26 @@ def evaluate(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, f
     """
     outputs = np.asarray(outputs)
     if not np.isfinite(outputs).all():
-        return dict.fromkeys((*task.metrics, "loss"), math.nan)
+        return dict.fromkeys((*task.metrics, "loss", *own), math.nan)
     loss, predictions = _mean_loss(task, outputs, labels), predicted(task, outputs)
+    more = {
+        name: _number(name, metric(labels, predictions)) for name, metric in own.items()
+    }
     if task.positive is not None and task.labels:
         positive = task.labels.index(task.positive)
         predictions, labels = predictions == positive, labels == positive
     found = {name: METRICS[name](predictions, labels) for name in task.metrics}
-    return {**found, "loss": loss}
+    return {**found, "loss": loss, **more}
+
+
+def _number(name: str, value: SupportsFloat) -> float:
+    """Returns what a metric of a program says."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"`metrics` must return a number, got {brief(value)} of {brief(name)}."
+        ) from error
 
 
 def _mean_loss(task: Task, outputs: np.ndarray, labels: np.ndarray) -> float:

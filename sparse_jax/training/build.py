@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import cast
 
@@ -18,6 +18,7 @@ from sparse_jax.compact.compact import Compact, Loss, Tuner
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.compact.model_taps import in_stack
 from sparse_jax.data.batches import Batches
+from sparse_jax.data.metrics import Metric
 from sparse_jax.errors import InputError
 from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.methods.method import Method
@@ -122,14 +123,18 @@ class Job:
         return make_tuner(settings, loss, *args)
 
 
-def make_job(settings: Settings) -> Job:
+def make_job(settings: Settings, metrics: Mapping[str, Metric] | None = None) -> Job:
     """Loads the data and the model of a run.
+
+    Args:
+      settings: of the run.
+      metrics: functions of labels and predictions by name, beside those of the task.
 
     Raises:
       InputError: for anything wrong with the task, its files, the model's folder, the
         rules, or the length.
     """
-    objective, base, feed = load_model_and_data(settings)
+    objective, base, feed = load_model_and_data(settings, metrics=metrics)
     head = head_rules(objective.head, base.new)
     method = method_of(settings, head)
     # Rules are compared with the names of the leaves and of the sites.

@@ -11,6 +11,7 @@ from sparse_jax.adapter.use import apply_adapter, base_folder
 from sparse_jax.data.examples import Splits
 from sparse_jax.data.files import load_one
 from sparse_jax.data.glue import CAUSAL, TASKS, find_task
+from sparse_jax.data.metrics import Metric
 from sparse_jax.data.sources import DataSource, one_part, place_of
 from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.interchange.open_adapter import open_adapter
@@ -67,6 +68,7 @@ def evaluate_adapter(
     mesh: str | None = None,
     text: str | Path | None = None,
     report: bool = False,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, Any]:
     """Returns the metrics of an adapter, those that its run reported.
 
@@ -92,6 +94,7 @@ def evaluate_adapter(
         of a decoder without `data` they are all. A few thousand tokens are enough.
       report: whether to return, as `report`, what `metrics.report` says of every split
         with labels: scores of every class, a confusion matrix, a baseline.
+      metrics: functions of labels and predictions by name, as `finetune` takes them.
 
     Raises:
       InputError: if the adapter cannot be read, the base is another one, or the data
@@ -115,7 +118,7 @@ def evaluate_adapter(
             drop_unlabeled=settings.drop_unlabeled,
         )
         splits = Splits(one.task, {"validation": one.examples})
-    ready = adapted(found, splits)
+    ready = adapted(found, splits, metrics)
     if not settings.is_causal:
         sizes = {n: size for n, size in ready.feed.sizes.items() if n != "train"}
         parts = [f"{size} examples in {name}" for name, size in sizes.items()]
@@ -130,8 +133,8 @@ def evaluate_adapter(
     if text is not None:
         base, ready = ready.base, None
         results["text"] = distance_of(found.adapter, base, text, settings)
-    metrics: dict[str, Any] = {**flattened(results)}
-    return {**metrics, "report": reports} if report and reports else metrics
+    scores: dict[str, Any] = {**flattened(results)}
+    return {**scores, "report": reports} if report and reports else scores
 
 
 def opened(
@@ -198,12 +201,17 @@ def _own_data(run: Path) -> dict[str, Any]:
     return {"data": said["data"], "eval_data": tuple(more) or None}
 
 
-def adapted(found: Opened, splits: Splits | None = None) -> Adapted:
+def adapted(
+    found: Opened,
+    splits: Splits | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> Adapted:
     """Returns a base with an adapter on it, and its data.
 
     Args:
       found: the adapter.
       splits: labeled examples, in place of those that the settings name.
+      metrics: functions of labels and predictions by name.
 
     Raises:
       InputError: if the base is another one, or the data are wrong or have other
@@ -211,7 +219,7 @@ def adapted(found: Opened, splits: Splits | None = None) -> Adapted:
     """
     adapter, settings = found
     objective, base, feed = load_model_and_data(
-        settings, adapter=adapter, splits=splits
+        settings, adapter=adapter, splits=splits, metrics=metrics
     )
     _require_labels(adapter, objective)
     _require_same_head(adapter, objective, base)

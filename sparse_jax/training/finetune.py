@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import jax
 from sparse_jax.adapter.file import save_adapter
 from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.compact.selection import before_selection
+from sparse_jax.data.metrics import Metric
 from sparse_jax.errors import listed
 from sparse_jax.interchange.patches import save_patches
 from sparse_jax.params.fields import Json
@@ -72,6 +73,7 @@ def finetune(
     /,
     *,
     callbacks: Callbacks | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Fine-tunes a model on a task and fills a run directory.
@@ -86,6 +88,10 @@ def finetune(
     Args:
       settings: what to do.
       callbacks: functions to call after updates, evaluations and checkpoints.
+      metrics: functions of labels and predictions by name, which are reported beside
+        the metrics of a task with labels, and may choose the best model. Of classes
+        both are numbers `[N]`, of sets of labels 0 or 1 `[N, C]`, else values `[N]`.
+        Less is better where the name has the word `loss`, `error`, `mae` or `mse`.
       **options: fields of `Settings`, in place of `settings` or of some of them. With
         `resume`, the folder `output` has those of the run.
 
@@ -109,11 +115,14 @@ def finetune(
     run = Settings(**options) if settings is None else replace(settings, **options)
     with warnings_kept() as warnings:
         use_compilation_cache(not run.no_cache)
-        return _finetune(run, warnings, callbacks or Callbacks())
+        return _finetune(run, warnings, callbacks or Callbacks(), metrics)
 
 
 def _finetune(
-    settings: Settings, warnings: list[str], callbacks: Callbacks
+    settings: Settings,
+    warnings: list[str],
+    callbacks: Callbacks,
+    metrics: Mapping[str, Metric] | None,
 ) -> dict[str, Json]:
     """Fine-tunes; `warnings` are those of the run so far."""
     require_usable(settings)
@@ -121,7 +130,7 @@ def _finetune(
     # Also waits until all have looked at the folder, before the first one writes.
     require_agreement("settings", settings.record())
     on_first_process(lambda: require_unlocked(Path(settings.output)))
-    job = make_job(settings)
+    job = make_job(settings, metrics)
     best = best_model_of(job)
     about = provenance(job)
     same = [about[name] for name in (*NAMED, "base_config")]
@@ -135,9 +144,9 @@ def _finetune(
         )
     directory = RunDirectory.create(settings, about)
     with closing(directory):
-        if settings.resume and (metrics := directory.finished()):
+        if settings.resume and (found := directory.finished()):
             _log.info("the run in %s is complete: nothing to resume", directory.path)
-            return metrics
+            return found
         directory.callbacks = callbacks
         with job.base.placement.active():
             return _run(job, directory, warnings, best)

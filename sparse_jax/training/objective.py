@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -15,7 +16,7 @@ import optax
 from sparse_jax.compact.compact import Loss
 from sparse_jax.data.batches import Batch
 from sparse_jax.data.glue import CAUSAL, Task
-from sparse_jax.data.metrics import evaluate, one_class_warning, report
+from sparse_jax.data.metrics import Metric, evaluate, one_class_warning, report
 from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.next_token import summed_token_loss
@@ -121,6 +122,7 @@ def classification(
     task: Task,
     settings: Mapping[str, Any],
     class_weights: Sequence[float] | None = None,
+    own: Mapping[str, Metric] = MappingProxyType({}),
 ) -> Objective:
     """Returns the objective of classes, or of numbers.
 
@@ -131,6 +133,7 @@ def classification(
       task: with the labels found in the data.
       settings: what an adapter has to say for its evaluation to be repeated.
       class_weights: of the examples of each class, in training; None weighs all alike.
+      own: metrics beside those of the task.
     """
     per = ", nats per label" if task.is_multilabel else ", nats"
 
@@ -147,7 +150,7 @@ def classification(
                     outputs.append(outputs_of(params, trained, batch))
                     labels.append(batch["labels"][batch["weights"] == 1])
                 found = np.concatenate(outputs), np.concatenate(labels)
-                results[split] = evaluate(task, *found)
+                results[split] = evaluate(task, *found, own)
                 reports[split] = report(task, *found)
                 warning = one_class_warning(task, *found)
                 if warning is not None and is_first_process():
@@ -159,7 +162,7 @@ def classification(
     return Objective(
         name=task.name,
         labels=task.labels or (),
-        metrics=(*task.metrics, "loss"),
+        metrics=(*task.metrics, "loss", *own),
         loss_name="squared error" if task.is_regression else f"cross-entropy{per}",
         head=("classifier",),
         settings=settings,

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -19,6 +19,7 @@ from sparse_jax.data.batches import Encoded
 from sparse_jax.data.examples import Splits
 from sparse_jax.data.files import load
 from sparse_jax.data.glue import CAUSAL, Task, find_task
+from sparse_jax.data.metrics import Metric, require_metrics
 from sparse_jax.data.sources import one_part
 from sparse_jax.data.tokenizer import (
     load_tokenizer,
@@ -84,7 +85,11 @@ class ModelAndData(NamedTuple):
 
 
 def load_model_and_data(
-    settings: Settings, *, adapter: Adapter | None = None, splits: Splits | None = None
+    settings: Settings,
+    *,
+    adapter: Adapter | None = None,
+    splits: Splits | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> ModelAndData:
     """Loads the data and the model that settings name.
 
@@ -93,18 +98,22 @@ def load_model_and_data(
       adapter: that is evaluated; None trains. Of the file that it was trained on, the
         part held out is used, of any other all; a line says which.
       splits: labeled examples, in place of those that the settings name.
+      metrics: functions of labels and predictions by name, beside those of the task.
 
     Raises:
       InputError: for anything wrong with the task, its files, the model's folder, or
         the length; or if the model is not the base of the adapter.
     """
+    metrics = metrics or {}
+    if settings.is_causal:
+        require_metrics(metrics, settings.task, ())
     # The folder first: data from the Hub takes minutes to arrive, or to fail.
     local_folder(settings.model)
     mesh = mesh_of(settings.mesh)
     if settings.is_causal:
         loaded = _causal(settings, adapter, mesh)
     else:
-        loaded = _labeled(settings, adapter, mesh, splits)
+        loaded = _labeled(settings, adapter, mesh, splits, metrics)
     loaded.base.placement.require_batch(settings.batch_size, settings.accumulate)
     feed = loaded.feed
     for split, usage in feed.usage.items() if adapter is not None else ():
@@ -141,7 +150,11 @@ def _load_base(settings: Settings, mesh: Mesh, labels: Sequence[str] | None) -> 
 
 
 def _labeled(
-    settings: Settings, adapter: Adapter | None, mesh: Mesh, splits: Splits | None
+    settings: Settings,
+    adapter: Adapter | None,
+    mesh: Mesh,
+    splits: Splits | None,
+    metrics: Mapping[str, Metric],
 ) -> ModelAndData:
     """Returns classes, or numbers, and a model that predicts them."""
     _, config = read_config(local_folder(settings.model))
@@ -158,6 +171,7 @@ def _labeled(
         held_out=settings.resolved_held_out,
         seed=settings.seed,
     )
+    require_metrics(metrics, settings.task, (*splits.task.metrics, "loss"))
     if is_first_process():
         for note in splits.notes:
             _log.info("%s", note)
@@ -183,7 +197,8 @@ def _labeled(
     if adapter is None:
         train = cast(Encoded, feed.examples["train"])
         weights = _class_weights(settings, splits.task, train.labels)
-    return ModelAndData(classification(splits.task, kept, weights), base, feed)
+    objective = classification(splits.task, kept, weights, metrics)
+    return ModelAndData(objective, base, feed)
 
 
 def _class_weights(
