@@ -29,8 +29,10 @@ def arrays():
 
 
 @pytest.mark.parametrize("mask", ["causal", "of tokens"])
-@pytest.mark.parametrize("bias", [None, "of keys", "of all"])
-def test_attention_in_parts_is_attention_at_once(bias, mask, monkeypatch):
+@pytest.mark.parametrize(
+    ("bias", "cap"), [(None, None), ("of keys", None), ("of all", None), (None, 0.5)]
+)
+def test_attention_in_parts_is_attention_at_once(bias, cap, mask, monkeypatch):
     found = arrays()
 
     # A few of the first rows see no key; what they mix is nobody's concern.
@@ -38,7 +40,7 @@ def test_attention_in_parts_is_attention_at_once(bias, mask, monkeypatch):
 
     def total(q, k, v):
         options = (found.get(bias), found[mask], 0.0, None)
-        mixed = attend(q, k, v, *options)
+        mixed = attend(q, k, v, *options, cap=cap)
         return jnp.sum(jnp.where(seen, jnp.sin(mixed), 0)), mixed
 
     grad = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)

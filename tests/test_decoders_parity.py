@@ -26,6 +26,18 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 SLIDING = "sliding_attention"
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+GEMMA2 = {
+    "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 7,
+    "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+}  # fmt: skip
+GEMMA3 = {
+    "num_hidden_layers": 3, "head_dim": 12, "sliding_window": 5,
+    "query_pre_attn_scalar": 7, "layer_types": [SLIDING, "full_attention", SLIDING],
+    "rope_parameters": {
+        "full_attention": LINEAR,
+        SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+    },
+}  # fmt: skip
 CASES = {
     "llama": ("llama", {}),
     "llama, one head a group": ("llama", {"num_key_value_heads": 4}),
@@ -40,6 +52,8 @@ CASES = {
     "qwen3": ("qwen3", {"head_dim": 12}),
     "qwen3, windows": ("qwen3", WINDOW | {"layer_types": [SLIDING, "full_attention"]}),
     "gemma": ("gemma", {"head_dim": 12}),
+    "gemma 2": ("gemma2", GEMMA2),
+    "gemma 3": ("gemma3_text", GEMMA3),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -81,7 +95,9 @@ def test_pytorch_reads_what_is_saved(case, tmp_path):
     assert from_pretrained(tmp_path / "ours", head=CausalLM)[0] == model
 
 
-@pytest.mark.parametrize("case", ["llama 3.1", "mistral", "qwen3", "qwen3, windows"])
+@pytest.mark.parametrize(
+    "case", ["llama 3.1", "mistral", "qwen3", "qwen3, windows", "gemma 3"]
+)
 def test_reading_on_from_a_cache_equals_reading_at_once(case, tmp_path):
     torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)
@@ -145,6 +161,25 @@ def test_half_precision_stays_half(tmp_path):
     ids, mask = padded("right")
     assert model.hidden(params, batch_of(ids, mask)).dtype == jnp.bfloat16
     assert model(params, batch_of(ids, mask)).dtype == jnp.float32
+
+
+def test_gemma_3_is_read_as_transformers_4_wrote_it(tmp_path):
+    torch_model("gemma 3", tmp_path)
+    expected = from_pretrained(tmp_path, head=CausalLM)[0]
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
+        config.pop(name)
+    config |= {
+        "sliding_window_pattern": 2, "rope_theta": 10000.0,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert from_pretrained(tmp_path, head=CausalLM)[0] == expected
+    # Without a file that says so, every sixth layer sees all tokens.
+    del config["sliding_window_pattern"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert from_pretrained(tmp_path, head=CausalLM)[0].config.layer_kinds is None
 
 
 def test_a_rope_that_we_lack_is_named(tmp_path):

@@ -1,5 +1,7 @@
 """Attention: queries meet keys, in groups or not, those of a cache and a prefix too."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, cast
 
 import jax
@@ -9,6 +11,9 @@ from sparse_jax.models.attachment import MEMORY, Memory, Respond
 from sparse_jax.models.modules import dropout
 
 __all__ = ["Attended", "attend", "memory_of", "remember", "split_heads"]
+
+
+Mix = Callable[..., jax.Array]  # (q, k, v, bias, mask) -> y
 
 
 class Attended(NamedTuple):
@@ -93,13 +98,17 @@ def attend(
     mask: jax.Array,
     rate: float,
     key: jax.Array | None,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Mixes values by how well their keys meet the queries.
 
-        y = softmax(q k^T / sqrt(K) + bias) v
+        y = softmax(cap tanh(scale q k^T / cap) + bias) v
 
-    The softmax is taken in float32. Long sequences are taken some queries at a time,
-    and scores computed again for the gradient.
+    Without `cap` the scores are `scale q k^T`. The softmax is taken in float32. Long
+    sequences are taken some queries at a time, and scores computed again for the
+    gradient.
 
     Args:
       q: queries, shape=(B, T, H, K).
@@ -109,6 +118,8 @@ def attend(
       mask: True where a key is seen, bool, broadcast to (B, H, T, S).
       rate: fraction of the weights that dropout takes.
       key: source of the dropout; None turns it off.
+      scale: of the scores; None is 1 / sqrt(K).
+      cap: bound of the scores; None has none.
 
     Example:
       >>> q, mask = jnp.ones((1, 2, 1, 4)), jnp.tri(2, dtype=bool)[None, None]
@@ -116,12 +127,34 @@ def attend(
       >>> attend(q, q, v, None, mask, 0.0, None)[0, :, 0, 0]
       Array([1., 2.], dtype=float32)
     """
-    if key is None or rate == 0:
-        return _attend_in_parts(q, k, v, bias, mask)
+    drops = key is not None and rate > 0
+    if cap is None and not drops:
+        mix: Mix = partial(jax.nn.dot_product_attention, scale=scale)
+    else:
+        mix = partial(_mixed, scale=scale, cap=cap, rate=rate, key=key)
+    if drops:
+        return mix(q, k, v, bias, mask)
+    return _attend_in_parts(mix, q, k, v, bias, mask)
+
+
+def _mixed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array,
+    *,
+    scale: float | None,
+    cap: float | None,
+    rate: float,
+    key: jax.Array | None,
+) -> jax.Array:
+    """Attends with dropout or a bound, which the attention of JAX has not."""
     repeats = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
     scores = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     scores = scores if bias is None else scores + bias
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores), rate, key).astype(v.dtype)
@@ -129,13 +162,18 @@ def attend(
 
 
 def _attend_in_parts(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: jax.Array
+    mix: Mix,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array,
 ) -> jax.Array:
     """Attends without dropout, some queries at a time where there are many."""
     length, heads = q.shape[1:3]
     size = max(_FEWEST_QUERIES, _MOST_SCORES // (heads * k.shape[1]))
     if size >= length:
-        return jax.nn.dot_product_attention(q, k, v, bias, mask=mask)
+        return mix(q, k, v, bias, mask)
     count = -(-length // size)
     # Parts of equal size, with little padding.
     size = -(-length // count)
@@ -162,7 +200,7 @@ def _attend_in_parts(
     def part(varying: dict[str, jax.Array], k: jax.Array, v: jax.Array) -> jax.Array:
         options = {**fixed, **varying}
         q = options.pop("q")
-        return jax.nn.dot_product_attention(q, k, v, **options)
+        return mix(q, k, v, **options)
 
     mixed = jax.lax.map(lambda varying: part(varying, k, v), varying)
     mixed = jnp.moveaxis(mixed, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])

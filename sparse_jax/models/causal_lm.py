@@ -124,9 +124,10 @@ class CausalLM(nnx.Module):
         words = self.embeddings.word.embedding
         kernel = words[...].T if head is None else head.kernel[...]
         scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-        if head is None or head.bias is None:
-            return scores
-        return scores + head.bias[...].reshape(*[1] * (scores.ndim - 1), -1)
+        if head is not None and head.bias is not None:
+            scores = scores + head.bias[...].reshape(*[1] * (scores.ndim - 1), -1)
+        cap = self.config.logit_softcap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
 
     def cache(self, batch_size: int, length: int) -> Cache:
         """Returns an empty cache for `length` columns of tokens and padding."""

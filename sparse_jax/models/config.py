@@ -150,6 +150,10 @@ class DecoderConfig:
     norms_heads: bool = False  # whether queries and keys are normed (Qwen3)
     norm_offset: float = 0.0  # added to the scale of every norm (1 for Gemma)
     scales_words: bool = False  # whether word vectors are multiplied by sqrt(D)
+    has_post_norms: bool = False  # whether attention and MLP are normed after, too
+    query_pre_attn_scalar: float | None = None  # scores over its root; None is K
+    attention_softcap: float | None = None  # bound of the scores; None has none
+    logit_softcap: float | None = None  # bound of the logits; None has none
     attention_dropout: float = 0.0  # fraction dropped
     initializer_range: float = 0.02  # standard deviation of new kernels
     pad_id: int | None = None
@@ -236,6 +240,11 @@ class ClassicConfig:
     @property
     def layer_kinds(self) -> None:
         """None: all layers are of one kind."""
+        return None
+
+    @property
+    def logit_softcap(self) -> None:
+        """None: logits have no bound."""
         return None
 
 

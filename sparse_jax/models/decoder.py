@@ -59,6 +59,9 @@ class DecoderAttention(nnx.Module):
         heads, groups = config.num_heads * width, config.num_kv_heads * width
         self.head_size = width
         self.rate = config.attention_dropout
+        scalar = config.query_pre_attn_scalar
+        self.scale = None if scalar is None else scalar**-0.5
+        self.cap = config.attention_softcap
         make = lambda num_in, num_out, bias: linear(
             config, num_in, num_out, rngs, use_bias=bias
         )
@@ -69,6 +72,7 @@ class DecoderAttention(nnx.Module):
         self.output = make(heads, size, config.output_bias)
         self.query_norm = _norm(config, width) if config.norms_heads else None
         self.key_norm = _norm(config, width) if config.norms_heads else None
+        self.post_norm = _norm(config, size) if config.has_post_norms else None
 
     def __call__(
         self,
@@ -92,9 +96,15 @@ class DecoderAttention(nnx.Module):
             cached = cached.put(k, v)
             k, v = cached.k.astype(q.dtype), cached.v.astype(q.dtype)
         seen = remember(memory_of(respond, x), k, v, mask)
-        mixed = attend(q, seen.k, seen.v, seen.bias, seen.mask, self.rate, key)
+        mixed = attend(
+            q, seen.k, seen.v, seen.bias, seen.mask, self.rate, key,
+            scale=self.scale, cap=self.cap,
+        )  # fmt: skip
         mixed = mixed.reshape(*x.shape[:-1], -1)
-        return respond("attention/output", self.output, mixed), cached
+        y = respond("attention/output", self.output, mixed)
+        if self.post_norm is not None:
+            y = respond("attention/post_norm", self.post_norm, y)
+        return y, cached
 
 
 class GatedMlp(nnx.Module):
@@ -110,17 +120,24 @@ class GatedMlp(nnx.Module):
         self.gate = make(size, hidden)
         self.up = make(size, hidden)
         self.down = make(hidden, size)
+        self.post_norm = _norm(config, size) if config.has_post_norms else None
 
     def __call__(self, x: jax.Array, respond: Respond) -> jax.Array:
         """Maps every token on its own."""
         x = respond("mlp/norm", self.norm, x)
         gate = ACTIVATIONS[self.activation](respond("mlp/gate", self.gate, x))
         hidden = gate * respond("mlp/up", self.up, x)
-        return respond("mlp/down", self.down, hidden)
+        y = respond("mlp/down", self.down, hidden)
+        if self.post_norm is not None:
+            y = respond("mlp/post_norm", self.post_norm, y)
+        return y
 
 
 class DecoderLayer(nnx.Module):
-    """One Transformer block, normed before attention and MLP: `[B, T, D]`."""
+    """One Transformer block, normed before attention and MLP: `[B, T, D]`.
+
+    With `has_post_norms` what they return is normed as well, before it is added.
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.attention = DecoderAttention(config, rngs)

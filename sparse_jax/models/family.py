@@ -243,6 +243,7 @@ class DecoderFamily:
     # Which layers have a window if `sliding_window` is given; "some" by `layer_types`.
     windows: Literal["none", "all", "some"] = "none"
     has_rope_by_type: bool = False  # whether `rope_parameters` has those of each type
+    activation: str = "hidden_act"  # as a Hugging Face configuration calls it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

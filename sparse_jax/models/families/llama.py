@@ -1,4 +1,4 @@
-"""Llama, and those that differ from it in little: Mistral, Qwen and Gemma.
+"""Llama, and those that differ from it in little: Mistral and Qwen.
 
 References:
   Touvron et al., 2023. https://arxiv.org/abs/2302.13971
@@ -6,17 +6,15 @@ References:
   Jiang et al., 2023. https://arxiv.org/abs/2310.06825
   Yang et al., 2024. https://arxiv.org/abs/2407.10671
   Yang et al., 2025. https://arxiv.org/abs/2505.09388
-  Gemma Team, 2024. https://arxiv.org/abs/2403.08295
 """
 
 from types import MappingProxyType
 from typing import Any
 
-from sparse_jax.errors import InputError
 from sparse_jax.models.config import DecoderConfig
 from sparse_jax.models.family import NAMES, DecoderFamily
 
-__all__ = ["GEMMA", "LLAMA", "MISTRAL", "QWEN2", "QWEN3"]
+__all__ = ["LLAMA", "MISTRAL", "QWEN2", "QWEN3"]
 
 LLAMA = DecoderFamily(
     name="llama",
@@ -75,31 +73,4 @@ QWEN3 = DecoderFamily(
     architectures=MappingProxyType({"CausalLM": "Qwen3ForCausalLM"}),
     names=NAMES,
     windows="some",
-)
-
-
-def _fields(theirs: Any) -> dict[str, Any]:
-    """Returns what a configuration of Gemma says."""
-    if theirs.use_bidirectional_attention:
-        raise InputError(
-            "`use_bidirectional_attention` must be false, got true: a decoder sees the "
-            "tokens before each only."
-        )
-    return {
-        "norm_offset": 1.0,
-        "scales_words": True,
-        "qkv_bias": theirs.attention_bias,
-        "output_bias": theirs.attention_bias,
-    }
-
-
-GEMMA = DecoderFamily(
-    name="gemma",
-    fields=_fields,
-    their_fields=lambda config: {
-        "attention_bias": config.qkv_bias,
-        "head_dim": config.head_size,
-    },
-    architectures=MappingProxyType({"CausalLM": "GemmaForCausalLM"}),
-    names=NAMES,
 )

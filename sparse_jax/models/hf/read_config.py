@@ -14,9 +14,10 @@ from sparse_jax.models.config_checks import MOST_LAYERS, MOST_SIZE, is_size
 from sparse_jax.models.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
 from sparse_jax.models.families.bloom import BLOOM
 from sparse_jax.models.families.distilbert import DISTILBERT
+from sparse_jax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from sparse_jax.models.families.gpt2 import GPT2
 from sparse_jax.models.families.gptj import GPTJ
-from sparse_jax.models.families.llama import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
+from sparse_jax.models.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from sparse_jax.models.family import ClassicFamily, DecoderFamily, Family
 from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.model_files import read_object, require_no_peft
@@ -46,6 +47,8 @@ FAMILIES = MappingProxyType(
             QWEN2,
             QWEN3,
             GEMMA,
+            GEMMA2,
+            GEMMA3,
             GPT2,
             GPTJ,
             BLOOM,

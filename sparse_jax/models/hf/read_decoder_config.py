@@ -44,7 +44,6 @@ _FIELDS = MappingProxyType(
         "intermediate_size": "intermediate_size",
         "max_positions": "max_position_embeddings",
         "norm_eps": "rms_norm_eps",
-        "hidden_act": "hidden_act",
         "attention_dropout": "attention_dropout",
     }
 )
@@ -78,6 +77,7 @@ def decoder_config(
     distinct = tuple(dict.fromkeys(kinds))
     numbers = tuple(map(distinct.index, kinds))
     fields = {ours: getattr(theirs, name) for ours, name in _FIELDS.items()}
+    fields["hidden_act"] = getattr(theirs, family.activation)
     fields["attention_dropout"] = fields["attention_dropout"] or 0.0
     heads = theirs.num_attention_heads
     groups = getattr(theirs, "num_key_value_heads", None)
@@ -100,6 +100,7 @@ def their_decoder_fields(
     fields = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
     return {
         **fields,
+        family.activation: config.hidden_act,
         "num_key_value_heads": config.num_kv_heads,
         "eos_token_id": their_stop_ids(config.eos_ids),
         **_their_layers(family, config),
