@@ -1,11 +1,18 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sparse_jax.data.batches import TokenSequences
-from sparse_jax.training.token_cache import Tokens, tokenizer_files, tokens_of
+from sparse_jax.data.batches import Encoded, TokenSequences
+from sparse_jax.data.examples import Examples
+from sparse_jax.training.token_cache import (
+    Tokens,
+    encoded_of,
+    tokenizer_files,
+    tokens_of,
+)
 
 
 @pytest.fixture
@@ -19,7 +26,9 @@ def made(monkeypatch, tmp_path):
             keys.append(key)
             ids = [np.arange(n, dtype=np.int32) for n in (3, 1, 5)]
             part = TokenSequences(ids, [i > 0 for i in ids], 8, 2, 1, 4, (7, 9))
-            return Tokens({"train": part, "validation": part}, has_chats=True)
+            weights = np.array([0.5, 1, 2], np.float32)
+            splits = {"train": replace(part, weights=weights), "validation": part}
+            return Tokens(splits, has_chats=True)
 
         return tokens_of([*key], make)
 
@@ -39,6 +48,39 @@ def test_tokens_are_made_once_and_come_back_as_they_were(made):
             assert all(a.dtype == b.dtype and (a == b).all() for a, b in pairs)
         for field in ("max_length", "pad_id", "num_cut", "num_dropped", "end_ids"):
             assert getattr(part, field) == getattr(other, field)
+    assert second.splits["train"].weights.tolist() == [0.5, 1, 2]
+    assert second.splits["validation"].weights is None
+
+
+@pytest.mark.parametrize("has_types", [False, True])
+def test_labeled_texts_are_encoded_once_whatever_their_labels_are(
+    monkeypatch, tmp_path, has_types
+):
+    monkeypatch.setenv("SPARSE_JAX_CACHE", str(tmp_path / "cache"))
+    made = []
+
+    def get(text_a, text_b=None, labels=(0, 1), key="key"):
+        examples = Examples([*text_a], text_b and [*text_b], np.array(labels))
+
+        def make():
+            made.append(text_a)
+            ids = [np.arange(len(text), dtype=np.int32) for text in text_a]
+            types = [i % 2 for i in ids] if has_types else None
+            return {"train": Encoded(ids, types, examples.labels, 8, 3, 1)}
+
+        return encoded_of({"train": examples}, [key], make)["train"]
+
+    first, second = get(["ab", "c"]), get(["ab", "c"], labels=(1, 1))
+    assert len(made) == 1
+    for field in ("max_length", "pad_id", "num_cut"):
+        assert getattr(first, field) == getattr(second, field)
+    for field in ("input_ids", "token_type_ids") if has_types else ("input_ids",):
+        pairs = zip(getattr(first, field), getattr(second, field), strict=True)
+        assert all(a.dtype == b.dtype and (a == b).all() for a, b in pairs)
+    assert (first.labels.tolist(), second.labels.tolist()) == ([0, 1], [1, 1])
+    assert (second.token_type_ids is not None) == has_types
+    get(["a", "bc"]), get(["ab", "c"], ["d", "e"]), get(["ab", "c"], key="other")
+    assert len(made) == 4
 
 
 def test_another_key_makes_others(made):

@@ -26,7 +26,9 @@ from sparse_jax.data.stream import Place, Stream
 from sparse_jax.data.tokenizer import encode
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Model
+from sparse_jax.params.fields import Json
 from sparse_jax.training.settings import Settings
+from sparse_jax.training.token_cache import encoded_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,8 +136,9 @@ def labeled_feed(
     tokenizer: "PreTrainedTokenizerBase",
     model: Model,
     settings: Settings,
+    key: list[Json] | None = None,
 ) -> Feed:
-    """Encodes all examples.
+    """Encodes all examples, or takes what an earlier run has kept.
 
     Args:
       splits: texts and labels.
@@ -143,6 +146,7 @@ def labeled_feed(
       model: bounds the tokens by its embeddings, and the length by its positions.
       settings: of the run; without `max_length` an example has at most 128 tokens, or
         the model's positions.
+      key: what says which tokenizer it is; None keeps nothing.
 
     Raises:
       InputError: if `max_length` is more than the model's positions, or a token or
@@ -150,12 +154,15 @@ def labeled_feed(
     """
     positions = model.config.max_positions
     length = settings.max_length or min(MAX_LENGTH, positions)
-    encoded = {}
+    bounds, texts = {"max_length": length, "positions": positions}, {**splits}
     for name, examples in splits.items():
         if (few := _few(name, len(examples), settings)) is not None:
-            examples = examples.take(few)
-        bounds = {"max_length": length, "positions": positions}
-        encoded[name] = encode(examples, tokenizer, **bounds)
+            texts[name] = examples.take(few)
+    encoded = encoded_of(
+        texts,
+        key and [*key, length, positions],
+        lambda: {name: encode(one, tokenizer, **bounds) for name, one in texts.items()},
+    )
     for name, part in encoded.items():
         _require_embedded(part.input_ids, model)
         if not model.config.type_vocab_size:

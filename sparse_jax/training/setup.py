@@ -48,6 +48,7 @@ from sparse_jax.training.objective import (
 )
 from sparse_jax.training.recipe_options import BALANCED
 from sparse_jax.training.settings import Settings
+from sparse_jax.training.token_cache import tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -180,7 +181,8 @@ def _labeled(
     base = _load_base(settings, mesh, splits.task.labels or ())
     _warn_of_problem_type(base, splits.task)
     tokenizer = _tokenizer(base, adapter)
-    feed = labeled_feed(splits, tokenizer, base.model, settings)
+    key = None if settings.no_cache else tokenizer_files(base.folder)
+    feed = labeled_feed(splits, tokenizer, base.model, settings, key)
     if adapter is None and settings.head_bias == "labels":
         train = cast(Encoded, feed.examples["train"])
         base = _with_head_bias(base, train.labels)
