@@ -19,6 +19,8 @@ from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
+from sparse_jax.models.modules import product
+from sparse_jax.models.stack import default_unroll
 from sparse_jax.params.names import leaf_names
 
 SITES = [
@@ -91,6 +93,27 @@ def test_scan_unrolled_and_checkpointed_layers_are_equal():
             found,
             expected,
         )
+
+
+def test_shallow_stacks_are_unrolled_on_a_cpu_and_deep_ones_are_not():
+    assert [default_unroll(depth) for depth in (6, 30)] == [6, 1]
+    assert default_unroll(6, checkpoint=True) == 1
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3)])
+def test_a_product_and_its_gradients_are_those_of_matmul(shape):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (3, 5))
+
+    def gradients(function):
+        total = lambda x, kernel: jnp.sum(jnp.sin(function(x, kernel)))
+        return jax.value_and_grad(total, (0, 1))(x, kernel)
+
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+        gradients(product),
+        gradients(jnp.matmul),
+    )
 
 
 @both_families

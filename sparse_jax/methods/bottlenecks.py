@@ -15,6 +15,7 @@ from sparse_jax.methods.method import Method, refuse_to_merge
 from sparse_jax.methods.sites import Added, channels, kernels_at, uniform
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Module
+from sparse_jax.models.modules import product
 from sparse_jax.params.arguments import require_whole
 from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
@@ -99,8 +100,9 @@ class Bottleneck(Method, ABC):
         if site not in added:
             return y
         arrays, z = added[site], self._reads(x, y)
-        low = z @ arrays["down"].astype(z.dtype) + channels(arrays["down_bias"], z)
-        high = self.activation(low) @ arrays["up"].astype(z.dtype)
+        low = product(z, arrays["down"].astype(z.dtype))
+        low = self.activation(low + channels(arrays["down_bias"], z))
+        high = product(low, arrays["up"].astype(z.dtype))
         high = high + channels(arrays["up_bias"], z)
         return y + jnp.asarray(self.scale * strength, z.dtype) * high
 

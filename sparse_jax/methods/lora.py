@@ -23,6 +23,7 @@ from sparse_jax.methods.sites import (
     uniform,
 )
 from sparse_jax.models.attachment import Module
+from sparse_jax.models.modules import product
 from sparse_jax.params.arguments import require_whole
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.scores import leaf_key
@@ -135,7 +136,8 @@ class LowRank(Method, ABC):
         if key is not None and self.dropout > 0:
             kept = jax.random.bernoulli(leaf_key(key, site), 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-        return (x @ pair["a"].astype(x.dtype)) @ pair["b"].astype(x.dtype)
+        low = product(x, pair["a"].astype(x.dtype))
+        return product(low, pair["b"].astype(x.dtype))
 
     def _with_product(self, kernel: jax.Array, pair: Parts) -> jax.Array:
         """Returns W + scale * A @ B."""
@@ -242,7 +244,7 @@ class DoRA(LowRank):
         arrays, kernel = added[site], linear.kernel[...]
         scale = jnp.asarray(self.scale * strength, jnp.float32)
         norm = lax.stop_gradient(_norms(kernel, arrays["a"], arrays["b"], scale))
-        y = x @ kernel.astype(x.dtype)
+        y = product(x, kernel.astype(x.dtype))
         y = y + scale.astype(x.dtype) * self._product(site, x, arrays, key)
         y = y * channels(arrays["m"] / norm, x)
         if getattr(linear, "bias", None) is None:

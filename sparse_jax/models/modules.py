@@ -1,17 +1,18 @@
 """Linear maps, tables, norms and dropout as every model creates them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.config import ClassicConfig, DecoderConfig, EncoderConfig
-from sparse_jax.params.axes import keep_rows_whole
+from sparse_jax.params.axes import is_one_cpu, keep_rows_whole
 
 __all__ = [
     "Inputs", "RmsNorm", "dropout", "embed", "layer_norm", "linear", "noisy",
-    "split_key",
+    "product", "split_key",
 ]  # fmt: skip
 
 # Arrays of a batch by name, such as `input_ids`.
@@ -74,8 +75,33 @@ def linear(
     config: Config, num_in: int, num_out: int, rngs: nnx.Rngs, *, use_bias: bool = True
 ) -> nnx.Linear:
     """Creates `x @ kernel + bias` with a normal kernel and a zero bias, if any."""
-    init = _normal(config)
-    return nnx.Linear(num_in, num_out, use_bias=use_bias, kernel_init=init, rngs=rngs)
+    options: dict[str, Any] = {"use_bias": use_bias, "kernel_init": _normal(config)}
+    return nnx.Linear(num_in, num_out, dot_general=_product, rngs=rngs, **options)
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns `x @ kernel`, `[..., F]` of `[..., D]` and `[D, F]`.
+
+    On a CPU it is a product of two matrices. For the gradient of the kernel XLA:CPU
+    would write a transposed copy of activations of rank 3, entry by entry: with the
+    gradients of both kernels an MLP of 384 x 1536 took 155 ms, and takes 115.
+
+    Example:
+      >>> product(jnp.ones((1, 2, 3)), jnp.ones((3, 1))).tolist()
+      [[[3.0], [3.0]]]
+    """
+    return _product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _product(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
+) -> jax.Array:
+    """Returns a product as `lax.dot_general` does, which `nnx.Linear` calls."""
+    if x.ndim < 3 or not is_one_cpu():
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 class Table(nnx.Embed):

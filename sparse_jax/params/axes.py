@@ -14,6 +14,7 @@ __all__ = [
     "FSDP",
     "TENSOR",
     "inside_replicas",
+    "is_one_cpu",
     "keep_batch_sharded",
     "keep_rows_whole",
     "rows_here",
@@ -48,6 +49,12 @@ def keep_batch_sharded(x: jax.Array) -> jax.Array:
     if not sizes or x.shape[0] % math.prod(sizes.values()):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(tuple(sizes)))
+
+
+def is_one_cpu() -> bool:
+    """Returns whether a program is for the CPU, and for one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "cpu" and math.prod(mesh.shape.values()) == 1
 
 
 def rows_here(rows: int) -> int:
