@@ -262,6 +262,11 @@ def base_config(model: Model, *, training: bool = False) -> dict[str, Any]:
         for name, value in asdict(model.config).items()
         if name not in _NAMES and (training or not _OF_TRAINING.search(name))
     }
+    kinds, numbers = fields.pop("kinds", [{}]), fields.pop("layer_kinds", None)
+    for name, value in kinds[0].items():
+        # Of layers that differ, that of each.
+        several = numbers and [kinds[number][name] for number in numbers]
+        fields[name] = several or value
     return {"family": model.family.name, **fields}
 
 
