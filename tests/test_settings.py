@@ -16,6 +16,7 @@ from typer.main import get_command
 
 from sparse_jax import (
     LANE,
+    Callbacks,
     Cyclic,
     Importance,
     InputError,
@@ -542,3 +543,29 @@ def test_a_sampler_of_ones_own_has_a_word_everywhere(registered, capsys, monkeyp
 def test_a_sampler_that_cannot_be_registered_is_refused(word, kind, message):
     with pytest.raises(InputError, match=message):
         register_sampler(word, kind)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lerning_rate": 3}, "`lerning_rate` must be left out.* 'learning_rate'"),
+        ({"callbacks": {"on_step": print}}, "`callbacks` must be `Callbacks`, got"),
+        ({"resume": True, "output": "nothere"}, "`output` must be the folder of a ru"),
+    ],
+)
+def test_what_finetune_does_not_take_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        finetune(**options)
+
+
+def test_a_callback_that_is_no_function_is_refused():
+    with pytest.raises(
+        InputError, match="`on_step` must be a function of one argument"
+    ):
+        Callbacks(on_step=3)
+
+
+def test_optimizers_and_schedules_may_have_the_names_of_the_trainer():
+    names = {"optimizer": "adamw_torch", "schedule": "warmup_stable_decay"}
+    run = Settings(**RUN, **names)
+    assert (run.optimizer, run.schedule) == ("adamw", "wsd")

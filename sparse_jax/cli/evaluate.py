@@ -3,6 +3,8 @@
 import json
 import re
 
+from typer import Argument
+
 from sparse_jax.cli.options import (
     ADAPTER,
     BASE,
@@ -14,6 +16,7 @@ from sparse_jax.cli.options import (
     take_devices,
     takes_settings,
 )
+from sparse_jax.errors import InputError, brief
 
 __all__ = ["evaluate"]
 
@@ -21,7 +24,8 @@ __all__ = ["evaluate"]
 @takes_settings("columns", "max_eval_samples", "drop_unlabeled", "mesh")
 def evaluate(
     *,
-    adapter: str = option(..., ADAPTER),
+    run: str | None = Argument(None, help=ADAPTER, show_default=False),
+    adapter: str | None = option(None, "The same, as an option.", "none"),
     model: str | None = BASE,
     task: str | None = option(
         None, "Task to evaluate on.", "the one it was trained on"
@@ -51,12 +55,17 @@ def evaluate(
     Of labels, `report` has scores of every class, a confusion matrix (rows are true
     classes) and the score of always predicting the most frequent one.
     """
+    if (run is None) == (adapter is None):
+        raise InputError(
+            f"`adapter` must be given once, got {brief(run)} and {brief(adapter)}. "
+            "Pass the folder of a run, as in `sparse-jax evaluate runs/mrpc`."
+        )
     take_devices(devices, mesh=mesh)
     # JAX takes seconds to import, and `--help` has to be quick.
     from sparse_jax.training.evaluate import evaluate_adapter
 
     metrics = evaluate_adapter(
-        adapter,
+        run or adapter or "",
         model=model,
         task=task,
         labels=labels or (),

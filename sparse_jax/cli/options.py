@@ -227,7 +227,7 @@ def choose_settings(
     """
     named, file = named_on_command_line(context), {}
     if config is None and named.get("resume") and not {"model", "task"} <= {*named}:
-        config = _config_of(named.get("output"))
+        config = _config_of(str(named.get("output", "")))
     if config is not None:
         from sparse_jax.training.config_file import read_settings
 
@@ -251,12 +251,17 @@ def choose_settings(
     return {k: tuple(v) or None if is_list(v) else v for k, v in chosen.items()}
 
 
-def _config_of(output: str | None) -> str | None:
-    """Returns the settings of the run in a folder, if there is one."""
-    from sparse_jax.training.output_folder import CONFIG
+def _config_of(output: str) -> str:
+    """Returns the settings of the run in a folder.
 
-    path = None if output is None else Path(output) / CONFIG
-    return str(path) if path is not None and path.is_file() else None
+    Raises:
+      InputError: if there is none.
+    """
+    from sparse_jax.training.output_folder import CONFIG, require_run
+
+    path = Path(output) / CONFIG
+    require_run(path)
+    return str(path)
 
 
 def named_on_command_line(context: typer.Context) -> dict[str, Any]:

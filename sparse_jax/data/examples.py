@@ -279,7 +279,7 @@ def _require_uniform(
 ) -> None:
     """Raises unless there are rows, and all or none of them have second texts."""
     if not numbers:
-        raise InputError(f"{source.name} must have examples, got an empty file.")
+        raise InputError(f"{source.name} must have examples, got none.")
     for number, text in zip(numbers, text_b, strict=True):
         if (text is None) != (text_b[0] is None):
             raise InputError(

@@ -352,7 +352,7 @@ def _records(part: Part, reading: _Reading) -> list[Texts]:
     else:
         records = _records_of(part.read(), reading)
     if not records:
-        raise InputError(f"{part.name} must have examples, got an empty file.")
+        raise InputError(f"{part.name} must have examples, got none.")
     return records
 
 

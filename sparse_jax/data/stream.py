@@ -140,7 +140,7 @@ class Stream:
         self.digest, self._size = sampled_hash(self.path), self.path.stat().st_size
         lines = _read(self.path, self.start, self.window)
         if not lines.numbered:
-            raise InputError(f"`{self.path}` must have examples, got an empty file.")
+            raise InputError(f"`{self.path}` must have examples, got none.")
         self.first = self.tokenize(_rows(self.path, lines))
         self._add(lines, self.first)
         if not len(self.first):

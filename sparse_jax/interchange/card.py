@@ -29,8 +29,9 @@ _METRICS = {
 }
 # Settings of a run that a reader may want, and that name no folder.
 _SHOWN = (
-    "learning_rate", "batch_size", "accumulate", "epochs", "max_steps", "max_length",
-    "dtype", "seed", "sampler", "active", "loss_on", "packing", "template", "held_out",
+    "optimizer", "learning_rate", "schedule", "warmup", "weight_decay", "batch_size",
+    "accumulate", "epochs", "max_steps", "max_length", "dtype", "seed", "sampler",
+    "active", "loss_on", "packing", "template", "held_out", "max_eval_samples",
 )  # fmt: skip
 _OWN_TASKS = ("classification", "multilabel", "regression")
 
@@ -63,12 +64,15 @@ def write_card(
     """
     base = base or hub_id(source.adapter.base_model)
     data = _data_set(source.adapter.task, settings)
+    most = settings.get("max_eval_samples")
+    # Metrics of a part of the examples must not stand beside those of all.
+    compared = {} if most else results
     parts = [
-        f"---\n{_metadata(target, source, name, base, results, data)}\n---",
+        f"---\n{_metadata(target, source, name, base, compared, data)}\n---",
         f"# {name}",
         _summary(source, base),
         f"## Load\n\n{_load(target, source, name, repo, base, dtype)}",
-        *([f"## Results\n\n{_results_table(results)}"] if results else []),
+        *([f"## Results\n\n{_results_table(results, most)}"] if results else []),
         f"## Settings\n\n{_settings_table(source, settings)}",
     ]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -185,14 +189,15 @@ def _load(
     )
 
 
-def _results_table(results: Results) -> str:
-    """Returns the metrics of every split."""
+def _results_table(results: Results, most: Json) -> str:
+    """Returns the metrics of every split, of which `most` examples were evaluated."""
+    remark = f"Of at most {most} examples of every split.\n\n" if most else ""
     rows = [
         f"| {split} | {metric} | {'not finite' if value is None else f'{value:.4f}'} |"
         for split, metrics in results.items()
         for metric, value in metrics.items()
     ]
-    return "\n".join(["| split | metric | value |", "|---|---|---|", *rows])
+    return remark + "\n".join(["| split | metric | value |", "|---|---|---|", *rows])
 
 
 def _settings_table(source: Source, settings: Mapping[str, Json]) -> str:

@@ -89,7 +89,7 @@ class MethodOptions:
         "the modules that others add to; may be repeated.",
         "query, key, value and output of the attention; for series "
         "attention/output and mlp/down; for parallel mlp/down; for ia3 key and "
-        "value",
+        "value, beside the input of mlp/down",
     )
 
     def require_method_options(self, method: "str | Method") -> None:

@@ -1,5 +1,6 @@
 """The best model of a run: which it is, and when no better one is to be expected."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from sparse_jax.training.objective import Metrics, flattened
 from sparse_jax.training.run_files import MetricRows
 
 __all__ = ["BestModel", "Standing", "best_model_of"]
+
+_log = logging.getLogger(__name__)
 
 
 class Standing(NamedTuple):
@@ -115,11 +118,10 @@ def best_model_of(job: Job) -> BestModel | None:
     patience = settings.early_stopping_patience
     count = len(_evaluations(job))
     if patience is not None and patience >= count:
-        raise InputError(
-            f"`early_stopping_patience` must be less than {count}, the evaluations of "
-            f"the run, got {patience}. Evaluate more often, by `eval_every`, or train "
-            "for more epochs."
-        )
+        _log.warning(
+            "`early_stopping_patience`=%d stops no run of %d evaluations: evaluate "
+            "more often, by `eval_every`, or train for more epochs", patience, count,
+        )  # fmt: skip
     return BestModel(*place, settings.early_stopping_threshold, patience)
 
 

@@ -1,10 +1,11 @@
 """Fine-tuning, from settings to a run directory."""
 
+import difflib
 import functools
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sparse_jax.adapter.file import save_adapter
 from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.compact.selection import before_selection
 from sparse_jax.data.metrics import Metric
-from sparse_jax.errors import listed
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.interchange.patches import save_patches
 from sparse_jax.params.fields import Json
 from sparse_jax.sharding.processes import (
@@ -23,6 +24,7 @@ from sparse_jax.sharding.processes import (
     require_agreement,
 )
 from sparse_jax.sharding.runner import MeshRunner
+from sparse_jax.supports.roles import FROZEN, is_role
 from sparse_jax.training.best_model import BestModel, best_model_of
 from sparse_jax.training.build import Job, make_job
 from sparse_jax.training.checkpoint import Checkpoints
@@ -37,6 +39,7 @@ from sparse_jax.training.output_folder import (
     CONFIG,
     NAMED,
     STREAM,
+    require_run,
     require_unlocked,
     require_usable,
 )
@@ -108,14 +111,33 @@ def finetune(
       KeyboardInterrupt: after SIGINT.
       SystemExit: after SIGTERM.
     """
+    _require_names(options, callbacks)
     if settings is None and options.get("resume") and "model" not in options:
         config = Path(options.get("output", "")) / CONFIG
-        file = read_settings(config, options) if config.is_file() else {}
-        options = {**file, **options}
+        require_run(config)
+        options = {**read_settings(config, options), **options}
     run = Settings(**options) if settings is None else replace(settings, **options)
     with warnings_kept() as warnings:
         use_compilation_cache(not run.no_cache)
         return _finetune(run, warnings, callbacks or Callbacks(), metrics)
+
+
+def _require_names(options: Mapping[str, object], callbacks: object) -> None:
+    """Raises for an argument that `finetune` does not have."""
+    known = [one.name for one in fields(Settings)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            remedy = f" Did you mean {close[0]!r}?" if close else ""
+            raise InputError(
+                f"`{name}` must be left out, got {brief(options[name])}.{remedy} The "
+                "arguments are the fields of `Settings`."
+            )
+    if not isinstance(callbacks, Callbacks | None):
+        raise InputError(
+            f"`callbacks` must be `Callbacks`, got {brief(callbacks)}. Pass "
+            "`Callbacks(on_step=function)`."
+        )
 
 
 def _finetune(
@@ -142,6 +164,14 @@ def _finetune(
         _log.warning(
             "newly initialized, as `%s` has none for this task: %s", folder, new
         )
+        roles = jax.tree.leaves(job.method.roles(job.base.params), is_leaf=is_role)
+        frozen = {role.name for role in roles if role.kind == FROZEN}
+        if left := [leaf for leaf in fresh if leaf in frozen]:
+            _log.warning(
+                "newly initialized, and not trained: %s; `dense` replaces the head, "
+                "and has to match it too: add --dense '^%s'",
+                listed(left), left[0].partition("/")[0] + "/",
+            )  # fmt: skip
     directory = RunDirectory.create(settings, about)
     with closing(directory):
         if settings.resume and (found := directory.finished()):

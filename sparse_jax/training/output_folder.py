@@ -288,9 +288,20 @@ def _require_same(path: Path, settings: Settings) -> None:
         is_object = isinstance(was, Mapping) and isinstance(given, Mapping)
         if is_object and (field := changed_field(was, given)):
             name, was, given = f"{field}` of `{name}", was[field], given[field]
+        wanted = "left out" if was is None else brief(was)
         raise InputError(
-            f"`{name}` must be {brief(was)} as in the run to resume, got "
+            f"`{name}` must be {wanted} as in the run to resume, got "
             f"{brief(given)}. Pass the same options, or --overwrite to start over."
+        )
+
+
+def require_run(config: Path) -> None:
+    """Raises unless there is the record of a run to resume."""
+    if not config.is_file():
+        raise InputError(
+            f"`output` must be the folder of a run to resume, got "
+            f"{brief(str(config.parent))}, which has no {CONFIG}. Leave out `resume` "
+            "to start one."
         )
 
 

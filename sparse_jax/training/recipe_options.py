@@ -31,6 +31,11 @@ ENTRYWISE = (
 OF_MATRICES = ("adafactor", "muon")
 OPTIMIZERS = (*ENTRYWISE, *OF_MATRICES)
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
+# What the Trainer of transformers calls them.
+_TRAINERS = {
+    "constant_with_warmup": "constant", "warmup_stable_decay": "wsd",
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw",
+}  # fmt: skip
 MOMENTS = ("float32", "bfloat16")
 WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 COOLDOWN = 0.2  # fraction of the updates of wsd
@@ -121,6 +126,10 @@ class RecipeOptions:
         if self.optimizer is None:
             # What earlier versions called the default.
             object.__setattr__(self, "optimizer", OPTIMIZERS[0])
+        for name in ("optimizer", "schedule"):
+            word = getattr(self, name)
+            if isinstance(word, str) and word in _TRAINERS:
+                object.__setattr__(self, name, _TRAINERS[word])
         self._require_numbers()
         if self.class_weights and task.lower() == CAUSAL:
             raise InputError(

@@ -26,7 +26,7 @@ from sparse_jax.data.tokenizer import (
     tokenizer_digest,
     warn_of_tokenizer,
 )
-from sparse_jax.errors import InputError, brief
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import SequenceClassifier
@@ -234,7 +234,8 @@ def _class_weights(
         if name not in found or not (value >= 0 and math.isfinite(value)):
             raise InputError(
                 f"`class_weights` must be {BALANCED}, or pairs of a label and a "
-                f"weight such as {names[0]}=2,{names[1]}=1, got {brief(asked)}."
+                f"weight such as {names[0]}=2,{names[1]}=1, got {brief(pair)} in "
+                f"{brief(asked)}. The labels are {listed(names)}."
             )
         found[name] = value
     return [*found.values()]

@@ -8,12 +8,12 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparse_jax.errors import InputError, reason_of
+from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.params.fields import Json, require_new, require_word
 from sparse_jax.training.run_files import Row, is_evaluation, updates_of
 
@@ -43,6 +43,9 @@ class Callbacks:
       on_evaluate: takes the row of a split, with its metrics.
       on_save: takes the number of updates of a checkpoint that begins to be written.
 
+    Raises:
+      InputError: if one is no function.
+
     Example:
       >>> calls = Callbacks(on_evaluate=lambda row: print(row["accuracy"]))
       >>> calls.see({"step": 5, "epoch": 1, "split": "validation", "accuracy": 0.8})
@@ -52,6 +55,15 @@ class Callbacks:
     on_step: Callable[[Row], object] | None = None
     on_evaluate: Callable[[Row], object] | None = None
     on_save: Callable[[int], object] | None = None
+
+    def __post_init__(self):
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None and not callable(value):
+                raise InputError(
+                    f"`{one.name}` must be a function of one argument, got "
+                    f"{brief(value)}."
+                )
 
     def see(self, row: Row) -> None:
         """Takes a row of a run."""
