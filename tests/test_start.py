@@ -265,6 +265,7 @@ def test_a_new_head_that_is_left_frozen_is_told(files, tmp_path, caplog):
     options = {"method": "lora", "rank": 1, "dense": ("bias$",), "max_steps": 1}
     train(files, tmp_path / "run", **options)
     assert (
-        "not trained: classifier/kernel; `dense` replaces the head, and has to match "
-        "it too: add --dense '^classifier/'" in caplog.text
+        "not trained: classifier/kernel, pooler/kernel; `dense` replaces the head, and "
+        "has to match it too: add --dense '^classifier/' --dense '^pooler/'"
+        in caplog.text
     )
