@@ -167,10 +167,10 @@ def _finetune(
         roles = jax.tree.leaves(job.method.roles(job.base.params), is_leaf=is_role)
         frozen = {role.name for role in roles if role.kind == FROZEN}
         if left := [leaf for leaf in fresh if leaf in frozen]:
-            heads = {f"--dense '^{leaf.partition('/')[0]}/'" for leaf in left}
+            heads = sorted({f"--dense '^{leaf.partition('/')[0]}/'" for leaf in left})
             _log.warning(
                 "newly initialized, and not trained: %s; `dense` replaces the head, "
-                "and has to match it too: add %s", listed(left), " ".join(sorted(heads)),
+                "and has to match it too: add %s", listed(left), " ".join(heads),
             )  # fmt: skip
     directory = RunDirectory.create(settings, about)
     with closing(directory):
