@@ -11,7 +11,7 @@ from tiny_decoders import batch_of, padded, random_model, torch_logits
 from sparse_jax import from_pretrained, save_pretrained
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
-from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.heads import MaskedLM
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2,
@@ -193,8 +193,43 @@ def test_a_rope_that_we_lack_is_named(tmp_path):
 
 def test_a_head_that_a_decoder_lacks_is_named(tmp_path):
     torch_model("llama", tmp_path)
-    with pytest.raises(InputError, match="`head` must be one of CausalLM for the"):
-        from_pretrained(tmp_path, head=SequenceClassifier)
+    message = "`head` must be one of CausalLM, SequenceClassifier for the"
+    with pytest.raises(InputError, match=message):
+        from_pretrained(tmp_path, head=MaskedLM)
+
+
+CLASSIFIERS = {
+    **{name: (name, SIZES) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma")},
+    "gpt2": ("gpt2", {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "gptj": ("gptj", {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4,
+                      "rotary_dim": 4}),
+    "bloom": ("bloom", {"vocab_size": 61, "hidden_size": 32, "n_layer": 2,
+                        "n_head": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "side"), [("llama", "left"), *((case, "right") for case in CLASSIFIERS)]
+)
+def test_classifiers_equal_those_of_pytorch_both_ways(case, side, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    family, fields = CLASSIFIERS[case]
+    labels = {"pad_token_id": 0, "id2label": {0: "a", 1: "b", 2: "c"}}
+    kind = "SequenceClassification"
+    theirs = random_model(family, {**fields, **labels}, tmp_path / "theirs", kind)
+    model, params = from_pretrained(tmp_path / "theirs")
+    assert model.config.label_names == ("a", "b", "c")
+    ids, mask = padded(side)
+    ids[0, -1] = 0  # a text that ends in the token that pads
+    ours = np.array(model(params, batch_of(ids, mask), unroll=1))
+    expected = torch_logits(theirs, ids, mask)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+    save_pretrained(model, params, tmp_path / "ours")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+    again.config._attn_implementation = "eager"
+    np.testing.assert_array_equal(torch_logits(again.eval(), ids, mask), expected)
+    assert from_pretrained(tmp_path / "ours")[0] == model
 
 
 @pytest.mark.parametrize("is_truncated", [False, True])

@@ -89,6 +89,9 @@ MODELS = {
         Sparse(density=0.1, where="embeddings/word", dense="^norm/"),
     ),
     "gpt2, sift": (write_gpt2, {"head": CausalLM}, SIFT),
+    "llama, labels": (
+        write_llama, {"labels": LABELS}, LoRA(rank=2, where="query", dense=HEAD),
+    ),
 }  # fmt: skip
 
 
@@ -319,6 +322,7 @@ def code_of(card):
         ("encoder, sift", "merged"),
         ("encoder, lora", "peft"),
         ("encoder, sift", "peft"),
+        ("llama, labels", "peft"),
         ("llama, sift", "peft"),
         ("llama, sift", "patch"),
         ("llama, sift", "delta"),

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tiny_run import write_model
-from tiny_text import text_settings, write_chats, write_decoder
+from tiny_text import WORDS, text_settings, write_chats, write_decoder
 
-from sparse_jax import Settings, evaluate_adapter, finetune
+from sparse_jax import Settings, evaluate_adapter, export, finetune, predict
 from sparse_jax.errors import InputError
+from sparse_jax.generation.writer import load_writer
 from sparse_jax.training.build import make_job
 from sparse_jax.training.loop import Loop
 from sparse_jax.training.run_files import updates_of
@@ -145,24 +146,42 @@ def test_wrong_settings_are_refused(name):
 
 
 def test_a_model_of_the_wrong_kind_is_refused(files, tmp_path):
-    decoder, data = files
+    _, data = files
     encoder = write_model(tmp_path / "encoder")
     with pytest.raises(InputError, match="must be a decoder for the task causal, one"):
         finetune(text_settings(encoder, data, tmp_path / "run"))
-    (tmp_path / "glue").mkdir()
-    for name in ("train", "dev"):
-        (tmp_path / "glue" / f"{name}.jsonl").write_text(
-            '{"sentence": "good", "label": 1}\n{"sentence": "bad", "label": 0}\n'
-        )
-    settings = Settings(
-        model=str(decoder),
-        task="sst2",
-        data=str(tmp_path / "glue"),
-        output=str(tmp_path / "run"),
-    )
-    with pytest.raises(InputError, match="must be an encoder for a task with labels"):
-        finetune(settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_decoder_learns_labels_and_transformers_predicts_the_same(files, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    words = ["say {} twice :", "once {}", "twice : {} once say"]
+    rows = [(text.format(color), color) for color in WORDS[1:3] for text in words] * 5
+    lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run = tmp_path / "run"
+    settings = text_settings(files[0], data, run, task="classification", epochs=8)
+    assert finetune(settings)["eval"]["accuracy"] == 1.0
+    with pytest.raises(InputError, match="must be one of a causal language model"):
+        load_writer(adapter=run)
+    predict(run, data=data, output=tmp_path / "said.jsonl")
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").open()]
+    export(run, to="merged", output=tmp_path / "merged")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    # The base names no token that pads, so that the end of a text does.
+    pad = WORDS.index("</s>")
+    assert theirs.config.pad_token_id == pad
+    for (text, label), line in zip(rows[:6], said, strict=False):
+        ids = [WORDS.index(word) for word in text.split()]
+        batch = torch.tensor([ids + [pad] * (6 - len(ids))] * 2)
+        with torch.no_grad():
+            scores = theirs(batch, attention_mask=(batch != pad).long()).logits[0]
+        scores = scores.softmax(-1).tolist()
+        assert line["prediction"] == line["label"] == label
+        assert [*line["scores"].values()] == pytest.approx(scores, abs=1e-5)
 
 
 def test_data_have_to_be_given_and_have_to_fit(files, tmp_path):

@@ -4,15 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def random_model(family, fields, folder):
+def random_model(family, fields, folder, head="CausalLM"):
     """Writes a PyTorch model without a parameter that is zero or one, returns it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **fields)
+    config = transformers.AutoConfig.for_model(family, **fields)
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = getattr(transformers, f"AutoModelFor{head}").from_config(config).eval()
     with torch.no_grad():
         for leaf in model.parameters():
             if leaf.ndim == 1:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_jax.data.chat_template import warn_of_template
@@ -51,7 +52,9 @@ def write_merged(
         warn_of_template(settings["chat_template_hash"], tokenizer)
     model = source.model
     save_pretrained(model, source.merged(), folder, dtype=dtype, shard_size=shard_size)
-    _complete_config(source, folder)
+    # Of tokens that may pad a text, the first are those that it does not hold itself.
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    _complete_config(source, folder, pads)
     if source.is_causal:
         _write_generation_config(source, folder)
     for pattern in TOKENIZER_FILES:
@@ -62,11 +65,12 @@ def write_merged(
             shutil.copyfile(path, place)
 
 
-def _complete_config(source: Source, folder: Path) -> None:
+def _complete_config(source: Source, folder: Path, pads: Sequence[Json]) -> None:
     """Adds what the configuration of the base says and ours does not."""
     base, written = read_object(source.folder / CONFIG), read_object(folder / CONFIG)
     fields = {name: base[name] for name in base if name not in _OLD}
     config = source.model.config
+    words = range(config.vocab_size)
     if source.is_causal:
         fields["tie_word_embeddings"] = config.tied
     else:
@@ -74,6 +78,9 @@ def _complete_config(source: Source, folder: Path) -> None:
         fields |= {name: written[name] for name in _LABELS if name in written}
         if (task := TASKS.get(source.adapter.task)) is not None:
             fields["problem_type"] = task.problem_type
+        # With none, transformers scores one text at a time with a decoder.
+        if source.model.family.is_decoder and config.pad_id not in words:
+            fields["pad_token_id"] = next(one for one in pads if one in words)
     for name in ("architectures", "dtype", "transformers_version"):
         fields[name] = written[name]
     _write(folder / CONFIG, fields)

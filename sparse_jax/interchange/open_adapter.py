@@ -97,7 +97,8 @@ def _weights(found: PeftFolder, folder: Path) -> Weights:
     if task_type not in _HEADS and task_type not in _HEADLESS:
         raise found.refused("task_type", f"one of {', '.join(_HEADS)} or null")
     able = [head for head in _HEADS.values() if head.__name__ in family.architectures]
-    head = able[0] if task_type in _HEADLESS else _HEADS[str(task_type)]
+    # Without a word about it a decoder writes texts.
+    head = able[-1] if task_type in _HEADLESS else _HEADS[str(task_type)]
     if head not in able:
         raise InputError(
             f"`model` must have the head of `task_type` {task_type!r}, got model type "

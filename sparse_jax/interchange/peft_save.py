@@ -153,7 +153,7 @@ def _common(
         for layer in (layers if "{}" in module else range(1))
     }
     # With this task PEFT wants the classifier, trained or not.
-    is_classifier = model.head is SequenceClassifier and "classifier" in saved
+    is_classifier = model.head is SequenceClassifier and _head_of(model) in saved
     is_causal = model.head is CausalLM
     common: dict[str, Json] = {
         "base_model_name_or_path": adapter.base_model,
@@ -220,7 +220,12 @@ def _saved_module(leaf: str, model: Model) -> str:
     """Returns the module that PEFT saves for a leaf, with a place for the layer."""
     # PEFT takes the whole classifier for one module.
     is_head = leaf.startswith("classifier/")
-    return "classifier" if is_head else module_of(model, leaf.rpartition("/")[0])
+    return _head_of(model) if is_head else module_of(model, leaf.rpartition("/")[0])
+
+
+def _head_of(model: Model) -> str:
+    """Returns the module of a classifier that PEFT saves whatever is trained."""
+    return model.family.names.get("classifier", "classifier")
 
 
 def _bias(

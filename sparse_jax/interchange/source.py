@@ -21,6 +21,7 @@ from sparse_jax.adapter.use import (
     without_leaves,
 )
 from sparse_jax.adapter.whole import require_whole
+from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError, brief
 from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.interchange.patches import save_patches
@@ -73,9 +74,13 @@ class Source:
 
     @functools.cached_property
     def is_causal(self) -> bool:
-        """Whether the model is a decoder, which writes texts."""
+        """Whether the model writes texts, as a decoder does without labels."""
+        adapter = self.adapter
+        leaves = (*adapter.dense, *adapter.support)
+        has_labels = bool(adapter.labels) or adapter.task not in ("", CAUSAL)
+        has_head = any(leaf.startswith("classifier/") for leaf in leaves)
         family, _ = read_config(self.folder)
-        return CausalLM.__name__ in family.architectures
+        return family.is_decoder and not (has_labels or has_head)
 
     @property
     def labels(self) -> tuple[str, ...] | None:

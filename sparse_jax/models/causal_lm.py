@@ -1,4 +1,4 @@
-"""A decoder that scores the next word."""
+"""Decoders, and one that scores the next word."""
 
 from typing import NamedTuple, Unpack
 
@@ -20,7 +20,7 @@ from sparse_jax.models.stack import (
     stack_layers,
 )
 
-__all__ = ["Cache", "CausalLM"]
+__all__ = ["Cache", "CausalLM", "Decoder"]
 
 _NOTHING = Attachment()
 
@@ -35,12 +35,12 @@ class Cache(NamedTuple):
     length: jax.Array  # shape=(), int32: columns in use
 
 
-class CausalLM(nnx.Module):
-    """A decoder with a score for every next word.
+class Decoder(nnx.Module):
+    """The part of a decoder below its head.
 
     Its parts are those of the family. Leaves are `embeddings/...`, among them
     `embeddings/word/embedding`, `layers/...` (stacked, with the layer as leading axis
-    `[L]`), `norm/...`, and `lm_head/...` unless that is tied to the words.
+    `[L]`) and `norm/...`.
     """
 
     def __init__(
@@ -58,19 +58,6 @@ class CausalLM(nnx.Module):
             lambda rngs: parts.layer(config, rngs), config.num_layers, rngs
         )
         self.norm = parts.norm(config, rngs)
-        sizes = (config.hidden_size, config.vocab_size)
-        head = lambda: linear(config, *sizes, rngs, use_bias=parts.has_head_bias)
-        self.lm_head = None if config.tied else head()
-
-    def __call__(
-        self,
-        batch: Inputs,
-        *,
-        key: jax.Array | None = None,
-        **options: Unpack[ModelOptions],
-    ) -> jax.Array:
-        """Returns float32 logits `[B, T, V]`; the arguments are those of `encode`."""
-        return self.logits(self.hidden(batch, key=key, **options))
 
     def hidden(
         self,
@@ -117,17 +104,6 @@ class CausalLM(nnx.Module):
             key=key,
             **options,
         )
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns float32 logits `[..., V]` of normed hidden states `[..., D]`."""
-        head = self.lm_head
-        words = self.embeddings.word.embedding
-        kernel = words[...].T if head is None else head.kernel[...]
-        scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-        if head is not None and head.bias is not None:
-            scores = scores + head.bias[...].reshape(*[1] * (scores.ndim - 1), -1)
-        cap = self.config.logit_softcap
-        return scores if cap is None else cap * jnp.tanh(scores / cap)
 
     def cache(self, batch_size: int, length: int) -> Cache:
         """Returns an empty cache for `length` columns of tokens and padding."""
@@ -222,6 +198,47 @@ def _near(kind: LayerKind, distance: jax.Array) -> jax.Array:
     window = kind.sliding_window
     is_near = distance >= 0
     return is_near if window is None else is_near & (distance < window)
+
+
+class CausalLM(Decoder):
+    """A decoder with a score for every next word.
+
+    The leaves of the head are `lm_head/...`, unless that is tied to the words.
+    """
+
+    def __init__(
+        self,
+        family: DecoderFamily,
+        config: DecoderConfig | ClassicConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(family, config, rngs=rngs)
+        sizes = (config.hidden_size, config.vocab_size)
+        use_bias = family.parts.has_head_bias
+        head = lambda: linear(config, *sizes, rngs, use_bias=use_bias)
+        self.lm_head = None if config.tied else head()
+
+    def __call__(
+        self,
+        batch: Inputs,
+        *,
+        key: jax.Array | None = None,
+        **options: Unpack[ModelOptions],
+    ) -> jax.Array:
+        """Returns float32 logits `[B, T, V]`; the arguments are those of `encode`."""
+        return self.logits(self.hidden(batch, key=key, **options))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits `[..., V]` of normed hidden states `[..., D]`."""
+        head = self.lm_head
+        words = self.embeddings.word.embedding
+        kernel = words[...].T if head is None else head.kernel[...]
+        scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        if head is not None and head.bias is not None:
+            scores = scores + head.bias[...].reshape(*[1] * (scores.ndim - 1), -1)
+        cap = self.config.logit_softcap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def _positions(is_token: jax.Array) -> jax.Array:

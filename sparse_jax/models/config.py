@@ -60,11 +60,7 @@ class EncoderConfig:
                 f"`pad_id` must be in [0, {self.vocab_size}), the words of the model, "
                 f"got {self.pad_id}."
             )
-        if self.label_names is not None and len(self.label_names) != self.num_labels:
-            raise InputError(
-                f"`label_names` must have one name for each of the {self.num_labels} "
-                f"labels, got {len(self.label_names)}."
-            )
+        _require_names_of_labels(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +155,12 @@ class DecoderConfig:
     pad_id: int | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    num_labels: int = 2  # of a classifier; 1 is regression
+    label_names: tuple[str, ...] | None = None
 
     def __post_init__(self):
         check_fields(self)
+        _require_names_of_labels(self)
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"`num_kv_heads` must divide `num_heads`={self.num_heads}, got "
@@ -173,6 +172,11 @@ class DecoderConfig:
                 "turn pairs of entries."
             )
         _require_kinds(self)
+
+    @property
+    def type_vocab_size(self) -> int:
+        """Zero: there are no token types."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,10 +216,13 @@ class ClassicConfig:
     pad_id: int | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    num_labels: int = 2  # of a classifier; 1 is regression
+    label_names: tuple[str, ...] | None = None
 
     def __post_init__(self):
         check_fields(self)
         _require_whole_heads(self)
+        _require_names_of_labels(self)
         if self.rotary_size % 2 or self.rotary_size > self.head_size:
             raise InputError(
                 f"`rotary_size` must be even and at most {self.head_size}, the size "
@@ -246,6 +253,23 @@ class ClassicConfig:
     def logit_softcap(self) -> None:
         """None: logits have no bound."""
         return None
+
+    @property
+    def type_vocab_size(self) -> int:
+        """Zero: there are no token types."""
+        return 0
+
+
+def _require_names_of_labels(
+    config: EncoderConfig | DecoderConfig | ClassicConfig,
+) -> None:
+    """Raises unless every label has a name, or none has."""
+    names = config.label_names
+    if names is not None and len(names) != config.num_labels:
+        raise InputError(
+            f"`label_names` must have one name for each of the {config.num_labels} "
+            f"labels, got {len(names)}."
+        )
 
 
 def _require_whole_heads(config: EncoderConfig | ClassicConfig) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "PLAIN",
     "Parts",
     "gpt_fields",
+    "heads_of",
     "their_gpt_fields",
 ]
 
@@ -174,6 +175,8 @@ Create = Callable[[EncoderConfig, nnx.Rngs], Any]
 class Family:
     """The differences between two encoders of the same layers."""
 
+    is_decoder: ClassVar[bool] = False
+
     name: str  # `model_type` in a Hugging Face configuration
     prefix: str  # what a bare model's tensors lack in front
     position_offset: Callable[[int], int]  # unused rows of the table, from the pad id
@@ -209,8 +212,20 @@ NAMES = MappingProxyType(
         "layers/mlp/down": "model.layers.{}.mlp.down_proj",
         "norm": "model.norm",
         "lm_head": "lm_head",
+        "classifier": "score",
     }
 )
+
+
+def heads_of(class_name: str, causal: str | None = None) -> Mapping[str, str]:
+    """Returns the classes of Hugging Face for a decoder with our heads."""
+    return MappingProxyType(
+        {
+            "CausalLM": causal or f"{class_name}ForCausalLM",
+            "SequenceClassifier": f"{class_name}ForSequenceClassification",
+        }
+    )
+
 
 GATED = Parts(
     embeddings=Words,
@@ -228,6 +243,8 @@ GATED = Parts(
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecoderFamily:
     """The differences between two decoders."""
+
+    is_decoder: ClassVar[bool] = True
 
     name: str  # `model_type` in a Hugging Face configuration
     # Fields of our configuration that depend on the family, from a Hugging Face one.

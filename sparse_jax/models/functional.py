@@ -11,7 +11,7 @@ from flax import nnx
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import Cache, CausalLM
-from sparse_jax.models.heads import MaskedLM, SequenceClassifier
+from sparse_jax.models.heads import DecoderClassifier, MaskedLM, SequenceClassifier
 from sparse_jax.models.modules import Inputs
 
 __all__ = ["Head", "Params", "Model"]
@@ -45,7 +45,7 @@ class Model:
     """
 
     head: Head
-    family: Any  # Family, or DecoderFamily of a CausalLM
+    family: Any  # Family, or DecoderFamily
     config: Any  # EncoderConfig, DecoderConfig or ClassicConfig
 
     def init(self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
@@ -131,7 +131,10 @@ def _complete(batch: Inputs) -> Inputs:
 
 def _create(model: Model, key: jax.Array) -> nnx.Module:
     """Creates the module with new parameters."""
-    return model.head(model.family, model.config, rngs=nnx.Rngs(key))
+    head: Any = model.head
+    if head is SequenceClassifier and model.family.is_decoder:
+        head = DecoderClassifier
+    return head(model.family, model.config, rngs=nnx.Rngs(key))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -1,4 +1,4 @@
-"""The public models: an encoder and a head."""
+"""The public models of labels and of masked words: a body and a head."""
 
 from typing import Unpack
 
@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
-from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.causal_lm import Decoder
+from sparse_jax.models.config import ClassicConfig, DecoderConfig, EncoderConfig
 from sparse_jax.models.encoder import Encoder
-from sparse_jax.models.family import Family
+from sparse_jax.models.family import DecoderFamily, Family
 from sparse_jax.models.modules import Inputs, layer_norm, linear, split_key
 from sparse_jax.models.stack import ModelOptions
 
-__all__ = ["MaskedLM", "SequenceClassifier"]
+__all__ = ["DecoderClassifier", "MaskedLM", "SequenceClassifier"]
 
 
 class SequenceClassifier(Encoder):
@@ -50,6 +51,44 @@ class SequenceClassifier(Encoder):
         if self.pooler is None:
             return first
         return ACTIVATIONS[self.family.pooler_activation](self.pooler(first))
+
+
+class DecoderClassifier(Decoder):
+    """A decoder that scores whole sequences: its `SequenceClassifier`.
+
+    The leaf of the head is `classifier/kernel`.
+    """
+
+    def __init__(
+        self,
+        family: DecoderFamily,
+        config: DecoderConfig | ClassicConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(family, config, rngs=rngs)
+        sizes = (config.hidden_size, config.num_labels)
+        self.classifier = linear(config, *sizes, rngs, use_bias=False)
+
+    def __call__(
+        self,
+        batch: Inputs,
+        *,
+        key: jax.Array | None = None,
+        **options: Unpack[ModelOptions],
+    ) -> jax.Array:
+        """Returns float32 logits `[B, num_labels]` of the last token of each row.
+
+        As in transformers, the last is the rightmost that is not `config.pad_id`. The
+        arguments are those of `Decoder.encode`.
+        """
+        is_token = batch["attention_mask"].astype(bool)
+        if self.config.pad_id is not None:
+            is_token &= batch["input_ids"] != self.config.pad_id
+        last = jnp.argmax(is_token * jnp.arange(is_token.shape[1])[None], axis=1)
+        hidden = self.hidden(batch, key=key, **options)
+        pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return self.classifier(pooled).astype(jnp.float32)
 
 
 class LmHead(nnx.Module):

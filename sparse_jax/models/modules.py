@@ -11,7 +11,7 @@ from sparse_jax.models.config import ClassicConfig, DecoderConfig, EncoderConfig
 from sparse_jax.params.axes import is_one_cpu, keep_rows_whole
 
 __all__ = [
-    "Inputs", "RmsNorm", "dropout", "embed", "layer_norm", "linear", "noisy",
+    "Config", "Inputs", "RmsNorm", "dropout", "embed", "layer_norm", "linear", "noisy",
     "product", "split_key",
 ]  # fmt: skip
 

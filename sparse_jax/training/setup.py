@@ -124,19 +124,15 @@ def load_model_and_data(
 
 
 def _load_base(settings: Settings, mesh: Mesh, labels: Sequence[str] | None) -> Base:
-    """Loads a decoder, or an encoder for labels; what it lacks comes from the seed."""
+    """Loads a decoder, or any model for labels; what it lacks comes from the seed."""
     head = CausalLM if labels is None else SequenceClassifier
     folder = local_folder(settings.model)
     family, _ = read_config(folder)
     if head.__name__ not in family.architectures:
-        kind = "a decoder for the task causal"
-        if labels is not None:
-            kind = "an encoder for a task with labels"
-        able = [word for word in FAMILIES
-                if head.__name__ in FAMILIES[word].architectures]  # fmt: skip
+        able = [word for word in FAMILIES if FAMILIES[word].is_decoder]
         raise InputError(
-            f"`model` must be {kind}, one of {', '.join(able)}, got model type "
-            f"{family.name!r} in `{folder}`."
+            f"`model` must be a decoder for the task {CAUSAL}, one of "
+            f"{', '.join(able)}, got model type {family.name!r} in `{folder}`."
         )
     model, params, placement = load_placed(
         mesh,
@@ -159,8 +155,8 @@ def _labeled(
 ) -> ModelAndData:
     """Returns classes, or numbers, and a model that predicts them."""
     _, config = read_config(local_folder(settings.model))
-    # In the order of its outputs; none if it is no encoder, or has no names.
-    base_labels = getattr(config, "label_names", None) or ()
+    # In the order of its outputs; none if they have no names.
+    base_labels = config.label_names or ()
     part = None if splits else one_part(settings.data, seed=settings.seed)
     splits = splits or load(
         find_task(settings.task),

@@ -12,7 +12,7 @@ from sparse_jax.models.classic_decoder import (
     ClassicLayer,
     PositionInfo,
 )
-from sparse_jax.models.family import FUSED, ClassicFamily, Layout, Parts
+from sparse_jax.models.family import FUSED, ClassicFamily, Layout, Parts, heads_of
 from sparse_jax.models.modules import layer_norm
 from sparse_jax.models.position_embeddings import alibi
 
@@ -43,7 +43,7 @@ BLOOM = ClassicFamily(
         "hidden_dropout": config.hidden_dropout,
         "attention_dropout": config.attention_dropout,
     },
-    architectures=MappingProxyType({"CausalLM": "BloomForCausalLM"}),
+    architectures=heads_of("Bloom"),
     names=MappingProxyType(
         {
             "embeddings/word": "transformer.word_embeddings",
@@ -58,6 +58,7 @@ BLOOM = ClassicFamily(
             "layers/mlp/down": "transformer.h.{}.mlp.dense_4h_to_h",
             "norm": "transformer.ln_f",
             "lm_head": "lm_head",
+            "classifier": "score",
         }
     ),
     bare=r"(word_embeddings|word_embeddings_layernorm|h|ln_f)\.",

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.config import DecoderConfig
-from sparse_jax.models.family import NAMES, DecoderFamily
+from sparse_jax.models.family import NAMES, DecoderFamily, heads_of
 
 __all__ = ["GEMMA", "GEMMA2", "GEMMA3"]
 
@@ -40,7 +40,7 @@ GEMMA = DecoderFamily(
     name="gemma",
     fields=_fields,
     their_fields=_their_fields,
-    architectures=MappingProxyType({"CausalLM": "GemmaForCausalLM"}),
+    architectures=heads_of("Gemma"),
     names=NAMES,
 )
 
@@ -83,7 +83,7 @@ GEMMA2 = DecoderFamily(
         **_their_post_normed_fields(config),
         "attn_logit_softcapping": config.attention_softcap,
     },
-    architectures=MappingProxyType({"CausalLM": "Gemma2ForCausalLM"}),
+    architectures=heads_of("Gemma2"),
     names=_POST_NORMED,
     windows="some",
     activation="hidden_activation",
@@ -94,7 +94,7 @@ GEMMA3 = DecoderFamily(
     name="gemma3_text",
     fields=lambda theirs: {**_post_normed_fields(theirs), "norms_heads": True},
     their_fields=_their_post_normed_fields,
-    architectures=MappingProxyType({"CausalLM": "Gemma3ForCausalLM"}),
+    architectures=heads_of("Gemma3Text", "Gemma3ForCausalLM"),
     names=_POST_NORMED,
     windows="some",
     has_rope_by_type=True,

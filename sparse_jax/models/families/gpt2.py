@@ -18,6 +18,7 @@ from sparse_jax.models.family import (
     Layout,
     Parts,
     gpt_fields,
+    heads_of,
     their_gpt_fields,
 )
 from sparse_jax.models.modules import layer_norm
@@ -43,7 +44,7 @@ GPT2 = ClassicFamily(
     ),
     fields=gpt_fields,
     their_fields=their_gpt_fields,
-    architectures=MappingProxyType({"CausalLM": "GPT2LMHeadModel"}),
+    architectures=heads_of("GPT2", "GPT2LMHeadModel"),
     names=MappingProxyType(
         {
             "embeddings/word": "transformer.wte",
@@ -58,6 +59,7 @@ GPT2 = ClassicFamily(
             "layers/mlp/down": "transformer.h.{}.mlp.c_proj",
             "norm": "transformer.ln_f",
             "lm_head": "lm_head",
+            "classifier": "score",
         }
     ),
     bare=r"(wte|wpe|h|ln_f)\.",

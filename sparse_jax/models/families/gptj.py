@@ -21,6 +21,7 @@ from sparse_jax.models.family import (
     ClassicFamily,
     Parts,
     gpt_fields,
+    heads_of,
     their_gpt_fields,
 )
 from sparse_jax.models.modules import layer_norm
@@ -68,7 +69,7 @@ GPTJ = ClassicFamily(
         **their_gpt_fields(config),
         "rotary_dim": config.rotary_size,
     },
-    architectures=MappingProxyType({"CausalLM": "GPTJForCausalLM"}),
+    architectures=heads_of("GPTJ"),
     names=MappingProxyType(
         {
             "embeddings/word": "transformer.wte",
@@ -81,6 +82,7 @@ GPTJ = ClassicFamily(
             "layers/mlp/down": "transformer.h.{}.mlp.fc_out",
             "norm": "transformer.ln_f",
             "lm_head": "lm_head",
+            "classifier": "score",
         }
     ),
     bare=r"(wte|h|ln_f)\.",

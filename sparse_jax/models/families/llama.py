@@ -8,11 +8,10 @@ References:
   Yang et al., 2025. https://arxiv.org/abs/2505.09388
 """
 
-from types import MappingProxyType
 from typing import Any
 
 from sparse_jax.models.config import DecoderConfig
-from sparse_jax.models.family import NAMES, DecoderFamily
+from sparse_jax.models.family import NAMES, DecoderFamily, heads_of
 
 __all__ = ["LLAMA", "MISTRAL", "QWEN2", "QWEN3"]
 
@@ -28,7 +27,7 @@ LLAMA = DecoderFamily(
         "mlp_bias": config.mlp_bias,
         "head_dim": config.head_size,
     },
-    architectures=MappingProxyType({"CausalLM": "LlamaForCausalLM"}),
+    architectures=heads_of("Llama"),
     names=NAMES,
 )
 
@@ -37,7 +36,7 @@ MISTRAL = DecoderFamily(
     name="mistral",
     fields=lambda theirs: {},
     their_fields=lambda config: {"head_dim": config.head_size},
-    architectures=MappingProxyType({"CausalLM": "MistralForCausalLM"}),
+    architectures=heads_of("Mistral"),
     names=NAMES,
     windows="all",
 )
@@ -53,7 +52,7 @@ QWEN2 = DecoderFamily(
     name="qwen2",
     fields=lambda theirs: {"qkv_bias": True},
     their_fields=_window_flag,
-    architectures=MappingProxyType({"CausalLM": "Qwen2ForCausalLM"}),
+    architectures=heads_of("Qwen2"),
     names=NAMES,
     windows="some",
 )
@@ -70,7 +69,7 @@ QWEN3 = DecoderFamily(
         "attention_bias": config.qkv_bias,
         "head_dim": config.head_size,
     },
-    architectures=MappingProxyType({"CausalLM": "Qwen3ForCausalLM"}),
+    architectures=heads_of("Qwen3"),
     names=NAMES,
     windows="some",
 )

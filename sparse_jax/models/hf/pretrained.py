@@ -62,7 +62,7 @@ def from_pretrained(
 
     Args:
       model: local folder, or the id of a model on the Hugging Face Hub.
-      head: `SequenceClassifier` or `MaskedLM` of an encoder, `CausalLM` of a decoder.
+      head: `SequenceClassifier`, or `MaskedLM` of an encoder, `CausalLM` of a decoder.
       num_labels: labels of a classifier, 1 for regression; None takes those of the
         checkpoint.
       labels: names of the labels of a classifier in the order of its outputs, none for
@@ -210,9 +210,10 @@ def leaf_digests(folder: Path) -> dict[str, str]:
     `base_hash` says whether two bases are one, these in what they differ.
     """
     family, config = read_config(folder)
-    is_causal = CausalLM.__name__ in family.architectures
-    head = CausalLM if is_causal else SequenceClassifier
-    return open_weights(folder, Model(head, family, config)).digests()
+    weights = open_weights(folder, Model(SequenceClassifier, family, config))
+    if family.is_decoder and weights.missing_head:
+        weights = open_weights(folder, Model(CausalLM, family, config))
+    return weights.digests()
 
 
 def _for_labels(

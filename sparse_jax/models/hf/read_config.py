@@ -1,6 +1,7 @@
 """Hugging Face `config.json`, in and out."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import jax.typing
 
 from sparse_jax.errors import InputError, brief, reason_of
-from sparse_jax.models.config import ClassicConfig, DecoderConfig, EncoderConfig
+from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.config_checks import MOST_LAYERS, MOST_SIZE, is_size
 from sparse_jax.models.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
 from sparse_jax.models.families.bloom import BLOOM
@@ -27,6 +28,7 @@ from sparse_jax.models.hf.read_decoder_config import (
     their_classic_fields,
     their_decoder_fields,
 )
+from sparse_jax.models.modules import Config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -83,7 +85,7 @@ _OLD_NAMES = {"hidden_size": ("n_embed",)}
 
 def read_config(
     folder: str | Path, *, num_labels: int | None = None
-) -> tuple[Family | DecoderFamily, EncoderConfig | DecoderConfig | ClassicConfig]:
+) -> tuple[Family | DecoderFamily, Config]:
     """Reads the family and the sizes of the model in a folder.
 
     Args:
@@ -102,11 +104,13 @@ def read_config(
     theirs = _their_config(fields, family, path)
     try:
         if isinstance(family, ClassicFamily):
-            return family, classic_config(family, theirs, path)
-        if isinstance(family, DecoderFamily):
-            return family, decoder_config(family, theirs, path)
-        _require_encoder(path, theirs)
-        return family, _from_theirs(family, theirs, num_labels)
+            config = classic_config(family, theirs, path)
+        elif isinstance(family, DecoderFamily):
+            config = decoder_config(family, theirs, path)
+        else:
+            _require_encoder(path, theirs)
+            config = _encoder_config(family, theirs)
+        return family, _with_labels(config, theirs, num_labels)
     except InputError as error:
         if str(path) in str(error):
             raise
@@ -125,6 +129,7 @@ def write_config(
     shared = {
         "architectures": [family.architectures[model.head.__name__]],
         "dtype": jnp.dtype(dtype).name,
+        **_their_labels(config),
     }
     if isinstance(family, DecoderFamily):
         if isinstance(family, ClassicFamily):
@@ -139,7 +144,6 @@ def write_config(
         max_position_embeddings=config.max_positions + config.position_offset,
         pad_token_id=config.pad_id,
         **shared,
-        **_their_labels(config),
     )
     theirs.save_pretrained(folder)
 
@@ -256,9 +260,7 @@ def _require_encoder(path: Path, theirs: "PreTrainedConfig") -> None:
         )
 
 
-def _from_theirs(
-    family: Family, theirs: "PreTrainedConfig", num_labels: int | None
-) -> EncoderConfig:
+def _encoder_config(family: Family, theirs: "PreTrainedConfig") -> EncoderConfig:
     """Translates a transformers configuration."""
     pad_id = theirs.pad_token_id
     if pad_id is None and family.position_offset(0):
@@ -270,19 +272,25 @@ def _from_theirs(
     fields = {ours: getattr(theirs, name) for ours, name in _fields(family).items()}
     if fields["classifier_dropout"] is None:
         fields["classifier_dropout"] = theirs.hidden_dropout_prob
-    labels = cast("dict[int, str]", theirs.id2label)
-    names = tuple(labels[i] for i in sorted(labels))
-    is_unnamed = names == tuple(f"LABEL_{i}" for i in range(len(names)))
-    num_labels = len(names) if num_labels is None else num_labels
     return EncoderConfig(
         **fields,
         **family.constants,
         max_positions=theirs.max_position_embeddings - offset,
         position_offset=offset,
         pad_id=pad_id,
-        num_labels=num_labels,
-        label_names=names if len(names) == num_labels and not is_unnamed else None,
     )
+
+
+def _with_labels(
+    config: Config, theirs: "PreTrainedConfig", num_labels: int | None
+) -> Config:
+    """Returns a configuration with the labels of transformers', or so many others."""
+    labels = cast("dict[int, str]", theirs.id2label)
+    names = tuple(labels[i] for i in sorted(labels))
+    is_unnamed = names == tuple(f"LABEL_{i}" for i in range(len(names)))
+    size = len(names) if num_labels is None else num_labels
+    is_named = len(names) == size and not is_unnamed
+    return replace(config, num_labels=size, label_names=names if is_named else None)
 
 
 def _renamed(family: Family | DecoderFamily) -> Mapping[str, str]:
@@ -299,7 +307,7 @@ def _fields(family: Family) -> dict[str, str]:
     }
 
 
-def _their_labels(config: EncoderConfig) -> dict[str, object]:
+def _their_labels(config: Config) -> dict[str, object]:
     """Returns the fields that name the labels."""
     if config.label_names is None:
         return {"num_labels": config.num_labels}

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from sparse_jax.errors import InputError, listed
-from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import MaskedLM
 from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, with_full_names
@@ -164,7 +163,7 @@ class Weights:
         if self.model.head is MaskedLM:
             bias, copy = tensor_name(family, "lm_head/bias"), family.lm_decoder
             return {words: f"{copy}.weight", bias: f"{copy}.bias"}
-        is_tied = self.model.head is CausalLM and self.model.config.tied
+        is_tied = family.is_decoder and self.model.config.tied
         return {words: f"{family.names['lm_head']}.weight"} if is_tied else {}
 
     def _untied_model(self, name: str, copy: str) -> Model:
