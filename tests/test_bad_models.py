@@ -33,6 +33,8 @@ FAMILIES = {
     "llama": {"rope_parameters": LLAMA3},
     "mistral": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e5},
     "qwen2": {"use_sliding_window": False}, "qwen3": {}, "gemma": {},
+    "ministral": {"sliding_window": 4}, "phi3": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "gpt2": {}, "gptj": {"rotary_dim": 4}, "bloom": {},
 }  # fmt: skip
 # As JSON: of every type, and of sizes that nothing has.

@@ -38,6 +38,8 @@ GEMMA3 = {
         SLIDING: {"rope_type": "default", "rope_theta": 100.0},
     },
 }  # fmt: skip
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+ALTERNATING = ["full_attention", SLIDING]
 CASES = {
     "llama": ("llama", {}),
     "llama, one head a group": ("llama", {"num_key_value_heads": 4}),
@@ -54,6 +56,13 @@ CASES = {
     "gemma": ("gemma", {"head_dim": 12}),
     "gemma 2": ("gemma2", GEMMA2),
     "gemma 3": ("gemma3_text", GEMMA3),
+    "phi3": ("phi3", {"rope_parameters": PARTIAL, "sliding_window": 5}),
+    "phi3, whole heads": ("phi3", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [0, 1]}),
+    "ministral": (
+        "ministral",
+        {"sliding_window": 5, "layer_types": ALTERNATING, "head_dim": 12},
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -95,9 +104,11 @@ def test_pytorch_reads_what_is_saved(case, tmp_path):
     assert from_pretrained(tmp_path / "ours", head=CausalLM)[0] == model
 
 
-@pytest.mark.parametrize(
-    "case", ["llama 3.1", "mistral", "qwen3", "qwen3, windows", "gemma 3"]
-)
+CACHED = ("llama 3.1", "mistral", "qwen3", "qwen3, windows", "gemma 3",
+          "smollm3")  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CACHED)
 def test_reading_on_from_a_cache_equals_reading_at_once(case, tmp_path):
     torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)
@@ -199,7 +210,7 @@ def test_a_head_that_a_decoder_lacks_is_named(tmp_path):
 
 
 CLASSIFIERS = {
-    **{name: (name, SIZES) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma")},
+    **{name: (name, SIZES) for name in ("llama", "qwen3", "gemma", "phi3", "smollm3")},
     "gpt2": ("gpt2", {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4}),
     "gptj": ("gptj", {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4,
                       "rotary_dim": 4}),

@@ -90,7 +90,7 @@ MODELS = {
     ),
     "gpt2, sift": (write_gpt2, {"head": CausalLM}, SIFT),
     "llama, labels": (
-        write_llama, {"labels": LABELS}, LoRA(rank=2, where="query", dense=HEAD),
+        write_llama, {"labels": LABELS}, LoRA(rank=2, where="query", dense=HEAD[0]),
     ),
 }  # fmt: skip
 

@@ -166,7 +166,7 @@ def test_a_decoder_learns_labels_and_transformers_predicts_the_same(files, tmp_p
     settings = text_settings(files[0], data, run, task="classification", epochs=8)
     assert finetune(settings)["eval"]["accuracy"] == 1.0
     with pytest.raises(InputError, match="must be one of a causal language model"):
-        load_writer(adapter=run)
+        load_writer(None, run)
     predict(run, data=data, output=tmp_path / "said.jsonl")
     said = [json.loads(line) for line in (tmp_path / "said.jsonl").open()]
     export(run, to="merged", output=tmp_path / "merged")

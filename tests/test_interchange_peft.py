@@ -79,12 +79,21 @@ LLAMA = {
     "intermediate_size": 20,
     "tie_word_embeddings": True,
 }
+PHI3 = {
+    **SHAPE,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 20,
+}
 GPT2 = {**SHAPE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 MODELS = {
     "bert": ("bert", ENCODER),
     "distilbert": ("distilbert", DISTILBERT),
     "llama": ("llama", LLAMA),
     "gpt2": ("gpt2", GPT2),
+    "phi3": ("phi3", PHI3),
     # A head and biases of its own.
     "untied": (
         "llama",
@@ -224,6 +233,8 @@ GIVEN = {
     "gpt2 part": ("gpt2", LoRA(rank=2, where=MAPS, rslora=True, alpha=5.0)),
     "gpt2 dora": ("gpt2", DoRA(rank=2, where="attention/(query|key|value)")),
     "gpt2 ia3": ("gpt2", IA3()),
+    "phi3 lora": ("phi3", LoRA(rank=2, where="attention/(key|output)|mlp")),
+    "phi3 ia3": ("phi3", IA3()),
 }
 
 
@@ -316,6 +327,10 @@ TAKEN = {
     "gpt2 lora": taken(
         "gpt2", "LoraConfig", "CAUSAL_LM", r=2, target_modules=["c_attn", "c_fc"],
         fan_in_fan_out=True,
+    ),
+    "phi3 lora": taken(
+        "phi3", "LoraConfig", "CAUSAL_LM", r=2,
+        target_modules=["qkv_proj", "gate_up_proj", "down_proj"],
     ),
     "gpt2 dora": taken(
         "gpt2", "LoraConfig", "CAUSAL_LM", r=2, target_modules=["c_attn"],

@@ -39,15 +39,19 @@ from sparse_jax.models.hf.read_config import read_config
 from sparse_jax.params.names import map_named
 from sparse_jax.training.stop_signals import StopSignals
 
-CLASSIC = {
+CONFIGS = {
     "gpt2": {"n_embd": 32, "n_inner": 48, "n_positions": 64},
     "gptj": {"n_embd": 32, "n_positions": 64, "rotary_dim": 4},
     "bloom": {"hidden_size": 24, "n_head": 3},
-}
+    "phi3": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 20,
+    },
+}  # fmt: skip
 SIZES = {"vocab_size": 61, "n_layer": 2, "n_head": 4}
-# GPT-2 and BLOOM have query, key and value in one tensor, BLOOM by head, and GPT-2 has
-# its kernels upright.
-MODELS = ("bert", "llama", *CLASSIC)
+# GPT-2, BLOOM and Phi-3 have query, key and value in one tensor, in BLOOM by head, in
+# Phi-3 of unequal sizes, and GPT-2 has its kernels upright.
+MODELS = ("bert", "llama", *CONFIGS)
 
 
 def model_of(name, folder):
@@ -56,7 +60,7 @@ def model_of(name, folder):
         return replace(model, config=replace(model.config, tied=True))
     if name == "bert":
         return Model(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
-    theirs = {"model_type": name, **SIZES, **CLASSIC[name]}
+    theirs = {"model_type": name, **SIZES, **CONFIGS[name]}
     (folder / "config.json").write_text(json.dumps(theirs))
     return Model(CausalLM, *read_config(folder))
 

@@ -87,7 +87,7 @@ def patches_of(adapter: Adapter, model: Model) -> list[WeightPatch]:
     by_name = leaves_by_name(shapes)
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     full: dict[str, tuple[int, ...]] = {}
-    layout, heads = model.family.layout, model.config.num_heads
+    layout, config = model.family.layout, model.config
     for leaf, positions, values in _entries(adapter):
         if leaf not in by_name:
             raise InputError(
@@ -97,9 +97,9 @@ def patches_of(adapter: Adapter, model: Model) -> list[WeightPatch]:
         shape = by_name[leaf].shape[int(is_stacked(leaf)) :]
         for layer, (flat, new) in enumerate(zip(positions, values, strict=True)):
             name = tensor_name(model.family, leaf, layer)
-            there = layout.tensor_positions(leaf, shape, flat, heads)
+            there = layout.tensor_positions(leaf, shape, flat, config)
             found.setdefault(name, []).append((there, new))
-            full[name] = layout.tensor_shape(leaf, shape)
+            full[name] = layout.tensor_shape(leaf, shape, config)
     return [_patch(name, full[name], found[name]) for name in sorted(found)]
 
 

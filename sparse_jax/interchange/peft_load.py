@@ -132,8 +132,9 @@ def _dense(source: PeftSource, rest: Arrays) -> Arrays:
     for name, tensor in rest.items():
         for leaf, layer in places[name]:
             like = source.shapes[leaf][1:] if is_stacked(leaf) else source.shapes[leaf]
-            require_shape(name, tensor.shape, layout.tensor_shape(leaf, like))
-            one = layout.split(leaf, tensor, model.config.num_heads)
+            expected = layout.tensor_shape(leaf, like, model.config)
+            require_shape(name, tensor.shape, expected)
+            one = layout.split(leaf, tensor, model.config)
             if source.base is not None:
                 one = one.astype(source.base.dtype)
             stacks.setdefault(leaf, {})[layer] = np.ascontiguousarray(one)

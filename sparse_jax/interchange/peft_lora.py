@@ -60,7 +60,7 @@ def read_lora(source: PeftSource) -> Trained:
             part = lambda array, place=place: layout.split(
                 f"{place.leaf.removesuffix('kernel')}bias",
                 array,
-                source.model.config.num_heads,
+                source.model.config,
             ).astype(np.float32)
             low = _Low(
                 a.T.astype(np.float32),

@@ -46,36 +46,32 @@ class Part(NamedTuple):
 
 def added_part(adapter: Adapter, form: PeftForm, model: Model) -> Part:
     """Returns arrays beside the modules, those of several sites of one module fused."""
-    family, heads = model.family, model.config.num_heads
+    layout = model.family.layout
     sites: dict[str, list[str]] = {}
     for site in adapter.added:
         sites.setdefault(module_of(model, f"layers/{site}"), []).append(site)
     config: dict[str, Json] = {
         **form.config,
-        "fan_in_fan_out": family.layout.is_upright,
+        "fan_in_fan_out": layout.is_upright,
     }
     patterns: dict[str, dict[str, Json]] = {}
     tensors: Arrays = {}
     for module, ours in sites.items():
-        fused = [one.removeprefix("layers/") for one in family.layout.fused]
-        is_fused = family.layout.part_of(f"layers/{ours[0]}/kernel") is not None
-        join = lambda arrays, leaf=f"layers/{ours[0]}/bias": family.layout.fuse(
-            leaf, arrays, heads
-        )
+        leaf = f"layers/{ours[0]}/bias"
+        fused = [one.removeprefix("layers/") for one in layout.modules_with(leaf)]
+        widths = layout.widths(leaf, model.config)
+        join = lambda arrays, leaf=leaf: layout.fuse(leaf, arrays, model.config)
         for name in sorted({part for site in ours for part in adapter.added[site]}):
             behind, turn, fuse = form.parts[name]
-            if is_fused and fuse is None:
+            if fused and fuse is None:
                 raise no_place(f"layers/{ours[0]}/kernel", model)
-            stacks = [
-                adapter.added.get(site, {}).get(name)
-                for site in (fused if is_fused else ours)
-            ]
+            stacks = [adapter.added.get(site, {}).get(name) for site in (fused or ours)]
             for layer in range(model.config.num_layers):
                 arrays = [None if stack is None else stack[layer] for stack in stacks]
-                one = fuse(arrays, join) if is_fused and fuse else arrays[0]
+                one = fuse(arrays, widths, join) if fused and fuse else arrays[0]
                 assert one is not None
                 tensors[f"{module.format(layer)}.{behind}"] = turn(one)
-        if is_fused:
+        if fused:
             for field, value in form.patterns(len(ours)).items():
                 patterns.setdefault(field, {})[expression([module])] = value
     for field, found in form.sites.items():

@@ -29,7 +29,7 @@ __all__ = ["read_ia3", "read_prefix", "sparse_reader"]
 
 def read_ia3(source: PeftSource) -> Trained:
     """Returns (IA)3, whose vectors are rows at inputs and columns at outputs."""
-    layout, heads = source.model.family.layout, source.model.config.num_heads
+    layout, config = source.model.family.layout, source.model.config
     sites: dict[str, Arrays] = {}
     for module in source.modules:
         (factor,) = module.take("ia3_l")
@@ -47,7 +47,7 @@ def read_ia3(source: PeftSource) -> Trained:
             stack[part][layer] = (
                 factor[0]
                 if is_input
-                else layout.split(f"layers/{site}/bias", factor[:, 0], heads)
+                else layout.split(f"layers/{site}/bias", factor[:, 0], config)
             )
             if len(stack) > 1:
                 raise source.found.refused(

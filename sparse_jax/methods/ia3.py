@@ -109,7 +109,13 @@ class IA3(Method):
         return map_sites(change, params, added, self.stack)
 
 
-def _with_ones(arrays: Sequence[np.ndarray | None], join: Join) -> np.ndarray:
+def _with_ones(
+    arrays: Sequence[np.ndarray | None], widths: Sequence[int], join: Join
+) -> np.ndarray:
     """Returns the factors of all parts of a module."""
-    size = next(len(one) for one in arrays if one is not None)
-    return join([np.ones(size, np.float32) if one is None else one for one in arrays])
+    return join(
+        [
+            np.ones(width, np.float32) if one is None else one
+            for one, width in zip(arrays, widths, strict=True)
+        ]
+    )

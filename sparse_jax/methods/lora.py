@@ -271,28 +271,40 @@ class DoRA(LowRank):
         return form._replace(config=config, parts={**form.parts, "m": length})
 
 
-def _side_by_side(arrays: Sequence[np.ndarray | None], join: Join) -> np.ndarray:
+def _side_by_side(
+    arrays: Sequence[np.ndarray | None], widths: Sequence[int], join: Join
+) -> np.ndarray:
     """Returns the ranks of all parts, (in, ranks)."""
-    del join
+    del widths, join
     return np.concatenate([one for one in arrays if one is not None], axis=-1)
 
 
-def _block_diagonal(arrays: Sequence[np.ndarray | None], join: Join) -> np.ndarray:
+def _block_diagonal(
+    arrays: Sequence[np.ndarray | None], widths: Sequence[int], join: Join
+) -> np.ndarray:
     """Returns a map whose ranks each reach the outputs of one part, (ranks, out)."""
     found = [one for one in arrays if one is not None]
     rows = iter(
         np.split(np.eye(sum(map(len, found)), dtype=found[0].dtype), len(found))
     )
-    zeros = np.zeros((sum(map(len, found)), found[0].shape[1]), found[0].dtype)
-    return join([zeros if one is None else next(rows).T @ one for one in arrays])
+    zeros = lambda width: np.zeros((sum(map(len, found)), width), found[0].dtype)
+    return join(
+        [
+            zeros(width) if one is None else next(rows).T @ one
+            for one, width in zip(arrays, widths, strict=True)
+        ]
+    )
 
 
-def _joined(arrays: Sequence[np.ndarray | None], join: Join) -> np.ndarray:
+def _joined(
+    arrays: Sequence[np.ndarray | None], widths: Sequence[int], join: Join
+) -> np.ndarray:
     """Returns the lengths of all columns.
 
     Raises:
       InputError: if those of a part are missing.
     """
+    del widths
     if any(one is None for one in arrays):
         raise InputError(
             "`adapter` must have DoRA at all parts of a module that are one in PyTorch "

@@ -24,8 +24,9 @@ __all__ = ["Join", "Method", "PeftForm", "PeftPart", "refuse_to_merge"]
 
 # Puts arrays beside each other along their last axis, as the outputs of a module lie.
 Join = Callable[[Sequence[np.ndarray]], np.ndarray]
-# Arrays of the parts of a module, None where nothing is added -> that of the module.
-Fuse = Callable[[Sequence[np.ndarray | None], Join], np.ndarray]
+# Arrays of the parts of a module, None where nothing is added, and outputs of each
+# part -> the array of the module.
+Fuse = Callable[[Sequence[np.ndarray | None], Sequence[int], Join], np.ndarray]
 
 
 class PeftPart(NamedTuple):

@@ -143,6 +143,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    rotary_size: int | None = None  # leading entries of heads that turn; None is all
     norms_heads: bool = False  # whether queries and keys are normed (Qwen3)
     norm_offset: float = 0.0  # added to the scale of every norm (1 for Gemma)
     scales_words: bool = False  # whether word vectors are multiplied by sqrt(D)
@@ -171,6 +172,8 @@ class DecoderConfig:
                 f"`head_size` must be even, got {self.head_size}: rotary positions "
                 "turn pairs of entries."
             )
+        if self.rotary_size is not None:
+            _require_pairs(self.rotary_size, self.head_size)
         _require_kinds(self)
 
     @property
@@ -223,11 +226,7 @@ class ClassicConfig:
         check_fields(self)
         _require_whole_heads(self)
         _require_names_of_labels(self)
-        if self.rotary_size % 2 or self.rotary_size > self.head_size:
-            raise InputError(
-                f"`rotary_size` must be even and at most {self.head_size}, the size "
-                f"of a head, got {self.rotary_size}."
-            )
+        _require_pairs(self.rotary_size, self.head_size)
 
     @property
     def head_size(self) -> int:
@@ -269,6 +268,15 @@ def _require_names_of_labels(
         raise InputError(
             f"`label_names` must have one name for each of the {config.num_labels} "
             f"labels, got {len(names)}."
+        )
+
+
+def _require_pairs(rotary_size: int, head_size: int) -> None:
+    """Raises unless rotary positions turn pairs of entries of a head."""
+    if rotary_size % 2 or rotary_size > head_size:
+        raise InputError(
+            f"`rotary_size` must be even and at most {head_size}, the size of a head, "
+            f"got {rotary_size}."
         )
 
 

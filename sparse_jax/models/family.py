@@ -10,9 +10,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sparse_jax.models.config import ClassicConfig, EncoderConfig, LayerKind
+from sparse_jax.models.config import (
+    ClassicConfig,
+    EncoderConfig,
+    LayerKind,
+)
 from sparse_jax.models.decoder import DecoderLayer, Words
-from sparse_jax.models.modules import RmsNorm
+from sparse_jax.models.modules import Config, RmsNorm
 from sparse_jax.models.position_embeddings import turn_of
 
 __all__ = [
@@ -32,6 +36,16 @@ __all__ = [
 ]
 
 FUSED = tuple(f"layers/attention/{name}" for name in ("query", "key", "value"))
+# Outputs of the modules that may share a tensor.
+_OUTPUTS = MappingProxyType(
+    {
+        "query": lambda config: config.num_heads * config.head_size,
+        "key": lambda config: config.num_kv_heads * config.head_size,
+        "value": lambda config: config.num_kv_heads * config.head_size,
+        "gate": lambda config: config.intermediate_size,
+        "up": lambda config: config.intermediate_size,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,11 +54,12 @@ class Layout:
 
     `fused` modules have one tensor in common, which holds their outputs one after the
     other. With `by_head` the outputs of a head come first, `[H, 3, K]`, and otherwise
-    those of a module, `[3, H, K]`.
+    those of a module, `[3, H, K]`, with fewer heads of keys and values if queries are
+    grouped.
     """
 
     is_upright: bool = False  # whether kernels of layers are [in, out], as ours are
-    fused: tuple[str, ...] = ()  # modules, in their order in the tensor
+    fused: tuple[tuple[str, ...], ...] = ()  # of each tensor the modules, in order
     by_head: bool = False
 
     def turned(self, leaf: str, array: np.ndarray) -> np.ndarray:
@@ -70,32 +85,53 @@ class Layout:
         is_kept = self.is_upright and leaf.startswith("layers/")
         return leaf.endswith("/kernel") and not is_kept
 
+    def modules_with(self, leaf: str) -> tuple[str, ...]:
+        """Returns the modules that share the tensor of a leaf; none if it is alone."""
+        module = leaf.rpartition("/")[0]
+        return next((group for group in self.fused if module in group), ())
+
     def part_of(self, leaf: str) -> int | None:
         """Returns which part of a fused tensor a leaf is; None is no part."""
-        module = leaf.rpartition("/")[0]
-        return self.fused.index(module) if module in self.fused else None
+        group = self.modules_with(leaf)
+        return group.index(leaf.rpartition("/")[0]) if group else None
 
-    def tensor_shape(self, leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of the tensor that holds a leaf of some shape.
+    def widths(self, leaf: str, config: Config) -> list[int]:
+        """Returns the outputs of all parts of the tensor that holds a leaf.
 
         Example:
-          >>> Layout(fused=FUSED).tensor_shape(f"{FUSED[0]}/kernel", (2, 5))
-          (15, 2)
+          >>> from sparse_jax.models.config import DecoderConfig
+          >>> config = DecoderConfig(
+          ...     vocab_size=9, hidden_size=8, num_layers=1, num_heads=4,
+          ...     num_kv_heads=2, head_size=2, intermediate_size=16,
+          ... )
+          >>> Layout(fused=(FUSED,)).widths(f"{FUSED[0]}/kernel", config)
+          [8, 4, 4]
         """
-        count = 1 if self.part_of(leaf) is None else len(self.fused)
-        whole = (*shape[:-1], count * shape[-1])
+        names = [module.rpartition("/")[2] for module in self.modules_with(leaf)]
+        return [_OUTPUTS[name](config) for name in names]
+
+    def tensor_shape(
+        self, leaf: str, shape: tuple[int, ...], config: Config
+    ) -> tuple[int, ...]:
+        """Returns the shape of the tensor that holds a leaf of some shape."""
+        width = sum(self.widths(leaf, config)) or shape[-1]
+        whole = (*shape[:-1], width)
         return self.turned(leaf, np.broadcast_to(np.int8(0), whole)).shape
 
     def tensor_positions(
-        self, leaf: str, shape: Sequence[int], positions: np.ndarray, num_heads: int
+        self, leaf: str, shape: Sequence[int], positions: np.ndarray, config: Config
     ) -> np.ndarray:
         """Returns where entries of a leaf of some shape lie in its tensor, both flat.
 
         Example:
-          >>> PLAIN.tensor_positions("lm_head/kernel", (2, 3), np.array([0, 2]), 1)
+          >>> config = ClassicConfig(
+          ...     vocab_size=9, hidden_size=2, num_layers=1, num_heads=1,
+          ...     intermediate_size=8,
+          ... )
+          >>> PLAIN.tensor_positions("lm_head/kernel", (2, 3), np.array([0, 2]), config)
           array([0, 4])
-          >>> Layout(fused=FUSED).tensor_positions(
-          ...     f"{FUSED[1]}/bias", (2,), np.array([1]), 1
+          >>> Layout(fused=(FUSED,)).tensor_positions(
+          ...     f"{FUSED[1]}/bias", (2,), np.array([1]), config
           ... )
           array([3])
         """
@@ -103,48 +139,67 @@ class Layout:
         rows, columns = np.divmod(positions, shape[-1])
         width = shape[-1]
         if (part := self.part_of(leaf)) is not None:
-            block = width // (num_heads if self.by_head else 1)
-            blocks, rest = np.divmod(columns, block)
-            columns = (blocks * len(self.fused) + part) * block + rest
-            width *= len(self.fused)
+            sizes = self._blocks(leaf, config)
+            blocks, rest = np.divmod(columns, sizes[part])
+            columns = blocks * sum(sizes) + sum(sizes[:part]) + rest
+            width = sum(self.widths(leaf, config))
         if self._is_turned(leaf):
             return columns * math.prod(shape[:-1]) + rows
         return rows * width + columns
 
-    def split(self, leaf: str, tensor: np.ndarray, num_heads: int) -> np.ndarray:
+    def split(self, leaf: str, tensor: np.ndarray, config: Config) -> np.ndarray:
         """Returns the leaf that a tensor holds, a part of it or all.
 
         Example:
-          >>> Layout(fused=FUSED).split(f"{FUSED[1]}/bias", np.arange(6), 1)
+          >>> config = ClassicConfig(
+          ...     vocab_size=9, hidden_size=2, num_layers=1, num_heads=2,
+          ...     intermediate_size=8,
+          ... )
+          >>> Layout(fused=(FUSED,)).split(f"{FUSED[1]}/bias", np.arange(6), config)
           array([2, 3])
-          >>> Layout(fused=FUSED, by_head=True).split(
-          ...     f"{FUSED[1]}/bias", np.arange(6), 2
+          >>> Layout(fused=(FUSED,), by_head=True).split(
+          ...     f"{FUSED[1]}/bias", np.arange(6), config
           ... )
           array([1, 4])
         """
         array, part = self.turned(leaf, tensor), self.part_of(leaf)
         if part is None:
             return array
-        blocks = num_heads if self.by_head else 1
-        blocked = array.reshape(*array.shape[:-1], blocks, len(self.fused), -1)
-        return blocked[..., part, :].reshape(*array.shape[:-1], -1)
+        sizes = self._blocks(leaf, config)
+        start = sum(sizes[:part])
+        blocked = array.reshape(*array.shape[:-1], -1, sum(sizes))
+        found = blocked[..., start : start + sizes[part]]
+        return found.reshape(*array.shape[:-1], -1)
 
     def fuse(
-        self, leaf: str, arrays: Sequence[np.ndarray], num_heads: int
+        self, leaf: str, arrays: Sequence[np.ndarray], config: Config
     ) -> np.ndarray:
         """Returns the tensor of a leaf, or that of all its parts in their order.
 
         Example:
+          >>> config = ClassicConfig(
+          ...     vocab_size=9, hidden_size=2, num_layers=1, num_heads=2,
+          ...     intermediate_size=8,
+          ... )
           >>> parts = [np.array([0, 3]), np.array([1, 4]), np.array([2, 5])]
-          >>> Layout(fused=FUSED, by_head=True).fuse(f"{FUSED[0]}/bias", parts, 2)
+          >>> layout = Layout(fused=(FUSED,), by_head=True)
+          >>> layout.fuse(f"{FUSED[0]}/bias", parts, config)
           array([0, 1, 2, 3, 4, 5])
         """
         if self.part_of(leaf) is None:
             return self.turned(leaf, arrays[0])
-        blocks = num_heads if self.by_head else 1
-        blocked = [x.reshape(*x.shape[:-1], blocks, -1) for x in arrays]
-        whole = np.stack(blocked, axis=-2).reshape(*arrays[0].shape[:-1], -1)
+        sizes = self._blocks(leaf, config)
+        blocked = [
+            array.reshape(*array.shape[:-1], -1, size)
+            for array, size in zip(arrays, sizes, strict=True)
+        ]
+        whole = np.concatenate(blocked, axis=-1).reshape(*arrays[0].shape[:-1], -1)
         return self.turned(leaf, whole)
+
+    def _blocks(self, leaf: str, config: Config) -> list[int]:
+        """Returns how many outputs of each part lie together."""
+        blocks = config.num_heads if self.by_head else 1
+        return [width // blocks for width in self.widths(leaf, config)]
 
 
 PLAIN = Layout()
@@ -234,7 +289,7 @@ GATED = Parts(
         config.hidden_size, config.norm_eps, config.norm_offset
     ),
     position_info=lambda config, kind, positions, seen: turn_of(
-        kind, config.head_size, positions
+        kind, config.rotary_size or config.head_size, positions
     ),
 )
 
@@ -261,6 +316,7 @@ class DecoderFamily:
     windows: Literal["none", "all", "some"] = "none"
     has_rope_by_type: bool = False  # whether `rope_parameters` has those of each type
     activation: str = "hidden_act"  # as a Hugging Face configuration calls it
+    has_layers_without_rope: bool = False  # those with a 0 in `no_rope_layers`
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -61,16 +61,23 @@ def base_frequencies(size: int, theta: float) -> np.ndarray:
 
 
 def rotate(x: jax.Array, turn: Turn) -> jax.Array:
-    """Turns heads `[B, T, H, K]`, the first half of K against the second, in float32.
+    """Turns the leading entries of heads `[B, T, H, K]`, in float32.
+
+    Of twice as many entries as `turn` has angles, the first half is turned against the
+    second.
 
     Example:
       >>> quarter = Turn(jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1)))
-      >>> rotate(jnp.array([[[[1.0, 2.0]]]]), quarter)[0, 0, 0]
-      Array([-2.,  1.], dtype=float32)
+      >>> rotate(jnp.array([[[[1.0, 2.0, 3.0]]]]), quarter)[0, 0, 0]
+      Array([-2.,  1.,  3.], dtype=float32)
     """
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    size = 2 * turn.cos.shape[-1]
+    a, b = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
     turned = [a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    front = jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    if size == x.shape[-1]:
+        return front
+    return jnp.concatenate([front, x[..., size:]], axis=-1)
 
 
 def _stretched(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:

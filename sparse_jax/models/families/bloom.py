@@ -28,7 +28,7 @@ BLOOM = ClassicFamily(
             bias=alibi(config.num_heads, seen)
         ),
     ),
-    layout=Layout(fused=FUSED, by_head=True),
+    layout=Layout(fused=(FUSED,), by_head=True),
     required=MappingProxyType({"apply_residual_connection_post_layernorm": False}),
     fields=lambda theirs: {
         "intermediate_size": 4 * theirs.hidden_size,

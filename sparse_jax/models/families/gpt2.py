@@ -34,7 +34,7 @@ GPT2 = ClassicFamily(
         position_info=lambda config, kind, positions, seen: PositionInfo(),
     ),
     # Its linear maps are PyTorch's `Conv1D`, and the first makes all three of these.
-    layout=Layout(is_upright=True, fused=FUSED),
+    layout=Layout(is_upright=True, fused=(FUSED,)),
     required=MappingProxyType(
         {
             "scale_attn_weights": True,

@@ -1,4 +1,4 @@
-"""Llama, and those that differ from it in little: Mistral and Qwen.
+"""Llama, and those that differ from it in little: Mistral, Qwen, SmolLM3 and Phi-3.
 
 References:
   Touvron et al., 2023. https://arxiv.org/abs/2302.13971
@@ -6,14 +6,28 @@ References:
   Jiang et al., 2023. https://arxiv.org/abs/2310.06825
   Yang et al., 2024. https://arxiv.org/abs/2407.10671
   Yang et al., 2025. https://arxiv.org/abs/2505.09388
+  Abdin et al., 2024. https://arxiv.org/abs/2404.14219
+  Kazemnejad et al., 2023. https://arxiv.org/abs/2305.19466
 """
 
+from types import MappingProxyType
 from typing import Any
 
+from sparse_jax.errors import InputError, brief
 from sparse_jax.models.config import DecoderConfig
-from sparse_jax.models.family import NAMES, DecoderFamily, heads_of
+from sparse_jax.models.family import FUSED, NAMES, DecoderFamily, Layout, heads_of
 
-__all__ = ["LLAMA", "MISTRAL", "QWEN2", "QWEN3"]
+__all__ = [
+    "LLAMA",
+    "MINISTRAL",
+    "MISTRAL",
+    "PHI3",
+    "QWEN2",
+    "QWEN3",
+    "SMOLLM3",
+]
+
+_GATE_UP = ("layers/mlp/gate", "layers/mlp/up")
 
 LLAMA = DecoderFamily(
     name="llama",
@@ -39,6 +53,15 @@ MISTRAL = DecoderFamily(
     architectures=heads_of("Mistral"),
     names=NAMES,
     windows="all",
+)
+
+MINISTRAL = DecoderFamily(
+    name="ministral",
+    fields=lambda theirs: {},
+    their_fields=lambda config: {"head_dim": config.head_size},
+    architectures=heads_of("Ministral"),
+    names=NAMES,
+    windows="some",
 )
 
 
@@ -72,4 +95,48 @@ QWEN3 = DecoderFamily(
     architectures=heads_of("Qwen3"),
     names=NAMES,
     windows="some",
+)
+
+
+SMOLLM3 = DecoderFamily(
+    name="smollm3",
+    fields=LLAMA.fields,
+    their_fields=lambda config: {**LLAMA.their_fields(config), **_window_flag(config)},
+    architectures=heads_of("SmolLM3"),
+    names=NAMES,
+    windows="some",
+    has_layers_without_rope=True,
+)
+
+
+def _phi3_fields(theirs: Any) -> dict[str, Any]:
+    """Returns what a configuration of Phi-3 says."""
+    for name in ("resid_pdrop", "embd_pdrop"):
+        if getattr(theirs, name):
+            raise InputError(
+                f"`{name}` must be 0, got {brief(getattr(theirs, name))}: Phi-3 is "
+                "trained without this dropout. Set it to 0."
+            )
+    size = theirs.hidden_size // theirs.num_attention_heads
+    share = theirs.rope_parameters["partial_rotary_factor"]
+    return {"rotary_size": None if share == 1 else int(size * share)}
+
+
+PHI3 = DecoderFamily(
+    name="phi3",
+    fields=_phi3_fields,
+    their_fields=lambda config: {
+        "partial_rotary_factor": (config.rotary_size or config.head_size)
+        / config.head_size,
+    },
+    architectures=heads_of("Phi3"),
+    names=MappingProxyType(
+        {
+            **NAMES,
+            **dict.fromkeys(FUSED, "model.layers.{}.self_attn.qkv_proj"),
+            **dict.fromkeys(_GATE_UP, "model.layers.{}.mlp.gate_up_proj"),
+        }
+    ),
+    layout=Layout(fused=(FUSED, _GATE_UP)),
+    windows="all",
 )

@@ -313,7 +313,7 @@ def _tensors(
         one = array.shape[1:] if is_stacked(leaf) else array.shape
         of_file = np.dtype(array.dtype if dtype is None else dtype)
         make = lambda: _tensor(model, found, of_file)
-        return LazyTensor(layout.tensor_shape(leaf, one), of_file, make)
+        return LazyTensor(layout.tensor_shape(leaf, one, model.config), of_file, make)
 
     return {name: stored(found) for name, found in parts.items()}
 
@@ -328,7 +328,7 @@ def _tensor(model: Model, parts: Sequence[_Part], dtype: np.dtype) -> np.ndarray
     whole = [np.asarray(part.array) for part in parts]
     if is_stacked(leaf):
         whole = [array[part.layer] for array, part in zip(whole, parts, strict=True)]
-    tensor = model.family.layout.fuse(leaf, whole, model.config.num_heads)
+    tensor = model.family.layout.fuse(leaf, whole, model.config)
     return rounded(leaf, tensor, dtype)
 
 

@@ -18,7 +18,15 @@ from sparse_jax.models.families.distilbert import DISTILBERT
 from sparse_jax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from sparse_jax.models.families.gpt2 import GPT2
 from sparse_jax.models.families.gptj import GPTJ
-from sparse_jax.models.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from sparse_jax.models.families.llama import (
+    LLAMA,
+    MINISTRAL,
+    MISTRAL,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+)
 from sparse_jax.models.family import ClassicFamily, DecoderFamily, Family
 from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.model_files import read_object, require_no_peft
@@ -46,11 +54,14 @@ FAMILIES = MappingProxyType(
             DISTILBERT,
             LLAMA,
             MISTRAL,
+            MINISTRAL,
             QWEN2,
             QWEN3,
             GEMMA,
             GEMMA2,
             GEMMA3,
+            PHI3,
+            SMOLLM3,
             GPT2,
             GPTJ,
             BLOOM,

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,18 @@ def decoder_config(
         supported.
     """
     kinds = [*map(_kind_of(family, theirs, path), _layer_types(family, theirs))]
+    if family.has_layers_without_rope:
+        turns = theirs.no_rope_layers[: len(kinds)]
+        if len(turns) < len(kinds):
+            raise InputError(
+                f"`no_rope_layers` in `{path}` must have a number for each of the "
+                f"{len(kinds)} layers, got {len(turns)}."
+            )
+        plain = {"rope_theta": None, "rope_scaling": None}
+        kinds = [
+            kind if turn else replace(kind, **plain)
+            for kind, turn in zip(kinds, turns, strict=True)
+        ]
     distinct = tuple(dict.fromkeys(kinds))
     numbers = tuple(map(distinct.index, kinds))
     fields = {ours: getattr(theirs, name) for ours, name in _FIELDS.items()}
@@ -161,18 +174,23 @@ def _kind_of(
 def _their_layers(family: DecoderFamily, config: DecoderConfig) -> dict[str, object]:
     """Returns what a transformers configuration says of the kinds of layers."""
     names = [_FULL if x.sliding_window is None else _SLIDING for x in config.kinds]
-    ropes = [*map(_their_rope, config.kinds)]
-    by_type = dict(zip(names, ropes, strict=True))
+    by_type = dict(zip(names, map(_their_rope, config.kinds), strict=True))
+    turning = [kind for kind in config.kinds if kind.rope_theta is not None]
+    layers = config.layer_kinds or [0] * config.num_layers
     window = max((x.sliding_window or 0 for x in config.kinds), default=0) or None
     fields: dict[str, object] = {
-        "rope_parameters": by_type if family.has_rope_by_type else ropes[0]
+        "rope_parameters": by_type
+        if family.has_rope_by_type
+        else _their_rope((turning or config.kinds)[0])
     }
     # Of the families where some layers have one, the others keep their default.
     if family.windows == "all" or window is not None:
         fields["sliding_window"] = window
     if family.windows == "some":
-        layers = config.layer_kinds or [0] * config.num_layers
         fields["layer_types"] = [names[kind] for kind in layers]
+    if family.has_layers_without_rope:
+        turns = [int(kind.rope_theta is not None) for kind in config.kinds]
+        fields["no_rope_layers"] = [turns[kind] for kind in layers]
     return fields
 
 
@@ -222,7 +240,9 @@ def _their_rope(layer: LayerKind) -> dict[str, object]:
     if scaling is not None:
         kind = "linear" if scaling.low is None else "llama3"
     settings = {name: getattr(scaling, ours) for name, ours in _ROPES[kind].items()}
-    return {"rope_theta": layer.rope_theta, "rope_type": kind, **settings}
+    # A model may turn nothing at all; its base is then of no use.
+    theta = 10000.0 if layer.rope_theta is None else layer.rope_theta
+    return {"rope_theta": theta, "rope_type": kind, **settings}
 
 
 def classic_config(

@@ -95,7 +95,7 @@ class Weights:
         Raises:
           InputError: if a value is not finite.
         """
-        layout, heads = self.model.family.layout, self.model.config.num_heads
+        layout, config = self.model.family.layout, self.model.config
         layers = range(1)
         if is_stacked(leaf):
             layers, index = range(shape[0])[index[0]], index[1:]
@@ -108,7 +108,7 @@ class Weights:
                 lazy = file.get_slice(found)
                 part = layout.turned(leaf, lazy[layout.turned_index(leaf, index)])
             else:
-                part = layout.split(leaf, file.get_tensor(found), heads)[index]
+                part = layout.split(leaf, file.get_tensor(found), config)[index]
             # A number too large for the dtype becomes infinite, and is reported below.
             with np.errstate(over="ignore"):
                 part = part.astype(dtype, copy=False)
@@ -199,7 +199,8 @@ class Weights:
     ) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yields the names and shapes of the tensors that hold a leaf."""
         layers, one = (shape[0], shape[1:]) if is_stacked(leaf) else (1, shape)
-        expected = self.model.family.layout.tensor_shape(leaf, one)
+        layout, config = self.model.family.layout, self.model.config
+        expected = layout.tensor_shape(leaf, one, config)
         for layer in range(layers):
             yield tensor_name(self.model.family, leaf, layer), expected
 
