@@ -333,7 +333,7 @@ def test_the_dtype_of_a_file_is_not_asked_for(dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "near", ["deberta", "electra", "phi", "gpt_neox", "gemma2", "llava", "mixtral"]
+    "near", ["deberta", "electra", "phi", "gpt_neox", "gemma3", "llava", "mixtral"]
 )
 def test_a_near_family_is_refused_with_those_that_are_read(near, tmp_path):
     write_config(tmp_path, model_type=near, **SIZES)

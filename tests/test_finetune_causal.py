@@ -168,7 +168,8 @@ def test_a_decoder_learns_labels_and_transformers_predicts_the_same(files, tmp_p
     with pytest.raises(InputError, match="must be one of a causal language model"):
         load_writer(None, run)
     predict(run, data=data, output=tmp_path / "said.jsonl")
-    said = [json.loads(line) for line in (tmp_path / "said.jsonl").open()]
+    text = (tmp_path / "said.jsonl").read_text()
+    said = [json.loads(line) for line in text.splitlines()]
     export(run, to="merged", output=tmp_path / "merged")
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     # The base names no token that pads, so that the end of a text does.
