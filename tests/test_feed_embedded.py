@@ -50,6 +50,18 @@ def feed_of(tokenizer, **changes):
     return labeled_feed(pairs(), tokenizer, model, settings), model
 
 
+def test_a_run_trains_on_examples_spread_over_the_data(tokenizer, folder):
+    texts = [f"film {'good ' * i}" for i in range(10)]
+    examples = Examples(texts, None, np.zeros(10, np.int32))
+    splits = Splits(TASKS["sst2"], {"train": examples, "validation": examples})
+    settings = Settings(**RUN, task="sst2", max_train_samples=4, max_eval_samples=2)
+    model = Model(SequenceClassifier, BERT, CONFIG)
+    feed = labeled_feed(splits, tokenizer, model, settings)
+    lengths = [len(ids) for ids in feed.examples["train"].input_ids]
+    assert np.diff(lengths).tolist() == [2, 3, 2]
+    assert feed.sizes == {"train": 4, "validation": 2}
+
+
 def drawn(model):
     """Returns random parameters."""
     random = np.random.default_rng(0)

@@ -218,7 +218,7 @@ def test_a_broken_line_is_named(tmp_path, line, message):
 
 def test_a_file_without_records_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n\n")
-    with pytest.raises(InputError, match="must have examples, got an empty file"):
+    with pytest.raises(InputError, match="must have examples, got none"):
         stream_of(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="must be a file that can be read"):
         stream_of(tmp_path / "b.jsonl")

@@ -192,11 +192,11 @@ def test_the_quickstart_task_loads():
             "train.tsv` must have labeled examples for eval",
         ),
         ("rte", {"train_xlsx": "x"}, "train.xlsx` must end in .tsv, .txt, "),
-        ("rte", {"train_tsv": ""}, "train.tsv` must have examples, got an empty file."),
+        ("rte", {"train_tsv": ""}, "train.tsv` must have examples, got none."),
         (
             "cola",
             {"train_tsv": ""},
-            "train.tsv` must have examples, got an empty file.",
+            "train.tsv` must have examples, got none.",
         ),
         ("rte", {"train_tsv": RTE[:32]}, "train.tsv` must have examples, got an empty"),
         (

@@ -191,9 +191,9 @@ def test_the_end_of_a_document_is_held_out(write, space):
 
 
 BAD = [
-    ("train_jsonl", "", "train.jsonl` must have examples, got an empty file."),
-    ("train_json", "[]", "train.json` must have examples, got an empty file."),
-    ("train_txt", " \n", "train.txt` must have examples, got an empty file."),
+    ("train_jsonl", "", "train.jsonl` must have examples, got none."),
+    ("train_json", "[]", "train.json` must have examples, got none."),
+    ("train_txt", " \n", "train.txt` must have examples, got none."),
     ("train_jsonl", lines(ADD) + "{", "line 2 must be a JSON object: Expecting"),
     ("train_json", '[\n{"text": }]', "train.json` line 2 must be JSON: Expecting"),
     ("train_json", "{}", "train.json` must be a list of objects, got dict."),

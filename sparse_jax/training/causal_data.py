@@ -206,6 +206,7 @@ def _in_memory(reader: _Reader, folder: Path, adapter: Adapter | None) -> _Read:
             asdict(reader.how["template"]), settings.columns,
             causal_length(model, settings), model.config.max_positions,
             settings.resolved_loss_on, settings.max_eval_samples,
+            settings.max_train_samples,
             tokenizer_files(folder),
         ]  # fmt: skip
     tokens, has_chats = tokens_of(key, make)

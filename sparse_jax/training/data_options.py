@@ -61,6 +61,9 @@ class DataOptions:
     buffer_size: int = setting(
         2048, "Records that streaming reads, and shuffles with each other, at a time."
     )
+    max_train_samples: int | None = setting(
+        None, "Most examples to train on, spread evenly over the data.", "all"
+    )
     drop_unlabeled: bool = setting(
         False,
         "Leave out rows without a label: absent, null, NaN, - or, for classes, -1.",

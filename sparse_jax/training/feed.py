@@ -315,12 +315,13 @@ def _embedded(part: TokenSequences, model: Model, settings: Settings) -> TokenSe
 
 
 def _few(split: str, count: int, settings: Settings) -> Sequence[int] | None:
-    """Returns the examples of a split to evaluate on, None if these are all.
+    """Returns the examples of a split that are used, None if these are all.
 
     They are spread evenly: files are often sorted by their labels.
     """
-    most = settings.max_eval_samples
-    if split == "train" or most is None or most >= count:
+    is_train = split == "train"
+    most = settings.max_train_samples if is_train else settings.max_eval_samples
+    if most is None or most >= count:
         return None
     return [i * count // most for i in range(most)]
 

@@ -38,7 +38,7 @@ DTYPES = ("float32", "bfloat16")
 HEAD_BIASES = ("labels", "zeros")
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "save_every", "patch_every", "keep",
-    "max_steps", "max_length", "learning_rate", "select_batches",
+    "max_steps", "max_length", "max_train_samples", "learning_rate", "select_batches",
     "reselect_every", "buffer_size",
 )  # fmt: skip
 _PATHS = ("model", "output", "data", "adapter", "kl_text")
@@ -311,7 +311,7 @@ class Settings(
                 "`max_steps` must be given with streaming, got nothing. A stream has "
                 "no end: it begins again after the last record."
             )
-        for name in ("epochs", "group_by_length"):
+        for name in ("epochs", "group_by_length", "max_train_samples"):
             if getattr(self, name) != usual[name]:
                 raise InputError(
                     f"`{name}` must be left out with streaming, got "
