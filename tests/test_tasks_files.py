@@ -193,12 +193,8 @@ def test_the_quickstart_task_loads():
         ),
         ("rte", {"train_xlsx": "x"}, "train.xlsx` must end in .tsv, .txt, "),
         ("rte", {"train_tsv": ""}, "train.tsv` must have examples, got none."),
-        (
-            "cola",
-            {"train_tsv": ""},
-            "train.tsv` must have examples, got none.",
-        ),
-        ("rte", {"train_tsv": RTE[:32]}, "train.tsv` must have examples, got an empty"),
+        ("cola", {"train_tsv": ""}, "train.tsv` must have examples, got none."),
+        ("rte", {"train_tsv": RTE[:32]}, "train.tsv` must have examples, got none"),
         (
             "rte",
             {"train_tsv": RTE, "train_csv": RTE},
