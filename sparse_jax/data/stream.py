@@ -99,7 +99,7 @@ def is_streamed(digest: object) -> bool:
 
 @dataclass(eq=False)
 class Stream:
-    """The batches of a file of JSON lines, of which two windows are in memory.
+    """The batches of a file of JSON lines, of which memory holds three windows.
 
     The records of a window are made into rows and shuffled together; the rows of all
     windows follow each other, pass after pass, and batch b has those from b * B on. So
@@ -133,6 +133,7 @@ class Stream:
     start: Place = Place()
     first: TokenSequences = field(init=False)
     digest: str = field(init=False)
+    _size: int = field(init=False)
     _windows: list[Window] = field(init=False, default_factory=list)
     _index: Path | None = field(init=False, default=None)
 
@@ -282,10 +283,8 @@ class Stream:
         """Adds a window to the index."""
         rows = len(shuffled_rows(tokens, self.seed, 0, 0)) if len(tokens) else 0
         counts = (len(tokens), tokens.num_cut, tokens.num_dropped)
-        number, one = (
-            len(self._windows),
-            Window(*lines.end, rows, *counts, lines.digest),
-        )
+        one = Window(*lines.end, rows, *counts, lines.digest)
+        number = len(self._windows)
         self._windows.append(one)
         if self._index is not None:
             with suppress(OSError), self._index.open("a", encoding="utf-8") as file:
