@@ -235,7 +235,7 @@ def settings_of(files, output, **changes):
         "streaming": True, "buffer_size": 6, "held_out": 8.0, "max_steps": 7,
         "batch_size": 4, "epochs": 3, "save_every": 2, "packing": True, **changes,
     }  # fmt: skip
-    return text_settings(*files, output, **options)
+    return text_settings(files[0], files[1], output, **options)
 
 
 def stop_at(monkeypatch, number):

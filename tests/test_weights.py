@@ -1,20 +1,25 @@
 """Weights of examples in the loss, from a column of the data."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_text import text_settings
 from tiny_tokenizers import characters
 
 from sparse_jax import InputError
 from sparse_jax.data.batches import TokenSequences, train_batches
 from sparse_jax.data.causal_tokens import tokenize
+from sparse_jax.data.conversations import plain_text
 from sparse_jax.data.files import load, load_one
 from sparse_jax.data.glue import TASKS
 from sparse_jax.data.instructions import load_conversations, load_whole
 from sparse_jax.models.attachment import Attachment
+from sparse_jax.training.feed import tokenize_splits
 from sparse_jax.training.objective import make_loss
 
 COLUMNS = {"weight": "trust"}
@@ -94,6 +99,18 @@ def test_the_loss_is_the_weighted_mean_of_the_examples():
     total, weight = loss({}, batch, None, Attachment())
     each = [np.log(1 + np.exp(2.0)), np.log(1 + np.exp(-1.0))]
     np.testing.assert_allclose(total / weight, (3 * each[0] + each[1]) / 4, rtol=1e-6)
+
+
+def test_some_of_the_sequences_keep_their_weights():
+    model: Any = SimpleNamespace(config=SimpleNamespace(max_positions=8))
+    options = {"max_train_samples": 4, "max_length": 8, "loss_on": "all"}
+    settings = text_settings("model", "data", "run", **options)
+    parts = [replace(plain_text("abcdefgh" * (i + 1)), weight=i + 1) for i in range(4)]
+    few = tokenize_splits({"train": parts}, characters(), model, settings)["train"]
+    # Of the 1, 2, 3 and 4 or more sequences of the texts.
+    found = listed(few)
+    assert len(few) == len(found) == 4
+    assert found == sorted(found) and len({*found}) > 2
 
 
 def texts(count=12):

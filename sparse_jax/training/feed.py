@@ -224,7 +224,8 @@ def tokenize_splits(
         # A long text is many sequences.
         if (few := _few(name, len(part), settings)) is not None:
             ids, marks = ([x[i] for i in few] for x in (part.input_ids, part.is_target))
-            part = replace(part, input_ids=ids, is_target=marks)
+            weights = None if part.weights is None else part.weights[[*few]]
+            part = replace(part, input_ids=ids, is_target=marks, weights=weights)
         sequences[name] = part
     return sequences
 
