@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_decoders import batch_of, padded, random_model, torch_logits
 
-from sparse_jax import from_pretrained, save_pretrained
+from sparse_jax import from_pretrained, generate, save_pretrained
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.heads import MaskedLM
@@ -40,6 +40,11 @@ GEMMA3 = {
 }  # fmt: skip
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 ALTERNATING = ["full_attention", SLIDING]
+PROMPTS = [
+    "The capital of France is", "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n", "The three laws of thermodynamics are:\n1.",
+    "Recipe for apple pie. Ingredients:",
+]  # fmt: skip
 CASES = {
     "llama": ("llama", {}),
     "llama, one head a group": ("llama", {"num_key_value_heads": 4}),
@@ -128,15 +133,17 @@ def test_reading_on_from_a_cache_equals_reading_at_once(case, tmp_path):
     assert cache.positions.tolist() == [11, 7, 4] and int(cache.length) == 11
 
 
-def test_packed_segments_do_not_see_each_other(tmp_path):
-    torch_model("llama", tmp_path)
+@pytest.mark.parametrize("case", ["llama", "gemma 3"])
+def test_packed_segments_do_not_see_each_other(case, tmp_path):
+    torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)
-    ids = np.random.default_rng(1).integers(3, 61, (1, 10))
+    # The first is longer than the window of Gemma, five tokens.
+    ids = np.random.default_rng(1).integers(3, 61, (1, 12))
     alone = [np.array(model(params, batch_of(part, np.ones_like(part))))
-             for part in (ids[:, :6], ids[:, 6:])]  # fmt: skip
+             for part in (ids[:, :8], ids[:, 8:])]  # fmt: skip
     batch = batch_of(ids, np.ones_like(ids)) | {
-        "segment_ids": jnp.array([[1] * 6 + [2] * 4]),
-        "positions": jnp.array([[*range(6), *range(4)]]),
+        "segment_ids": jnp.array([[1] * 8 + [2] * 4]),
+        "positions": jnp.array([[*range(8), *range(4)]]),
     }
     together = np.array(model(params, batch))
     np.testing.assert_allclose(together, np.concatenate(alone, axis=1), atol=1e-5)
@@ -154,6 +161,33 @@ def test_genuine_models_give_the_logits_of_pytorch(folder, shared_data):
     mask = np.ones_like(ids)
     ours = np.array(model(params, batch_of(ids, mask)))
     np.testing.assert_allclose(ours, torch_logits(theirs, ids, mask), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_gemma_3_270m_writes_the_greedy_text_of_pytorch(shared_data):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = shared_data / "models" / "gemma3-270m"
+    if not path.is_dir():
+        pytest.skip(f"needs Gemma 3 270M, there is no {path}")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model, params = from_pretrained(path, head=CausalLM)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    texts = generate(model, params, prompts, max_new_tokens=64)
+    rows = [[*one, *text.tolist()] for one, text in zip(prompts, texts, strict=True)]
+    # Longer than the window of 512 tokens.
+    rows.append([token for row in rows for token in row[1:]] * 2)
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    hidden = jax.jit(lambda *args: model.hidden(*args, unroll=1))
+    for number, row in enumerate(rows):
+        ids = np.array([row])
+        expected = torch_logits(theirs, ids, np.ones_like(ids))[0]
+        ours = model.logits(params, hidden(params, batch_of(ids, np.ones_like(ids))))
+        np.testing.assert_allclose(ours[0], expected, rtol=0, atol=1e-3)
+        if number < len(prompts):
+            begin = len(prompts[number]) - 1
+            assert expected[begin:-1].argmax(-1).tolist() == texts[number].tolist()
 
 
 def test_a_long_context_needs_no_table(tmp_path):

@@ -68,6 +68,12 @@ def write_llama(folder):
     write_tokenizer_of_words(folder)
 
 
+def write_gemma3(folder):
+    kinds = {"sliding_window": 5, "sliding_window_pattern": 2}
+    random_model("gemma3_text", {**SIZES, **kinds, "head_dim": 8}, folder)
+    write_tokenizer_of_words(folder)
+
+
 def write_gpt2(folder):
     random_model("gpt2", GPT2, folder)
     write_tokenizer_of_words(folder)
@@ -88,6 +94,7 @@ MODELS = {
         write_llama, {"head": CausalLM},
         Sparse(density=0.1, where="embeddings/word", dense="^norm/"),
     ),
+    "gemma 3, sift": (write_gemma3, {"head": CausalLM}, replace(SIFT, dense="norm")),
     "gpt2, sift": (write_gpt2, {"head": CausalLM}, SIFT),
     "llama, labels": (
         write_llama, {"labels": LABELS}, LoRA(rank=2, where="query", dense=HEAD[0]),

@@ -30,11 +30,16 @@ CLASSIC = {
     "vocab_size": 61, "n_layer": 2, "n_head": 4, "initializer_range": 0.2,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+GEMMA = {
+    **SIZES, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 7,
+}  # fmt: skip
 CASES = {
     "llama": ("llama", SIZES),
     "mistral": ("mistral", {**SIZES, "sliding_window": 5}),
     "qwen3": ("qwen3", {**SIZES, "head_dim": 12}),
     "gemma": ("gemma", {**SIZES, "head_dim": 12}),
+    "gemma 2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0}),
+    "gemma 3": ("gemma3_text", {**GEMMA, "sliding_window_pattern": 2}),
     "gpt2": ("gpt2", {**CLASSIC, "n_embd": 32, "n_positions": 64}),
     "bloom": ("bloom", {**CLASSIC, "hidden_size": 32, "seq_length": 64}),
 }
@@ -134,7 +139,7 @@ def test_beams_that_never_end_equal_those_of_pytorch(case, load):
     assert found == torch_texts(theirs, NEVER, num_beams=4)
 
 
-@pytest.mark.parametrize("case", ["mistral", "bloom"])
+@pytest.mark.parametrize("case", ["gemma 3", "bloom"])
 def test_a_cache_changes_nothing(case, load):
     _, model, params = load(case)
     logits = jax.jit(model)

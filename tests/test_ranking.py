@@ -92,10 +92,14 @@ def test_a_question_that_does_not_fit_is_counted_and_gets_no_answer(tokenizer, c
 SMALL = {"vocab_size": 17, "hidden_size": 16, "num_layers": 2}
 SMALL |= {"num_heads": 2, "intermediate_size": 24}
 DECODERS = {
-    "window": Model(
+    "windows in some layers": Model(
         CausalLM,
         LLAMA,
-        replace(CONFIG, kinds=(LayerKind(sliding_window=3, rope_theta=1e4),)),
+        replace(
+            CONFIG,
+            kinds=(LayerKind(sliding_window=3, rope_theta=1e4), LayerKind()),
+            layer_kinds=(0, 0, 1, 0),
+        ),
     ),
     "table of positions": Model(CausalLM, GPT2, ClassicConfig(**SMALL)),
     "linear biases": Model(CausalLM, BLOOM, ClassicConfig(**SMALL)),
