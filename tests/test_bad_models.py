@@ -29,7 +29,7 @@ SIZES = {
 }  # fmt: skip
 FAMILIES = {
     "bert": {}, "roberta": {}, "xlm-roberta": {}, "camembert": {},
-    "distilbert": {"hidden_dim": 48},
+    "distilbert": {"hidden_dim": 48}, "modernbert": {"local_attention": 4},
     "llama": {"rope_parameters": LLAMA3},
     "mistral": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e5},
     "qwen2": {"use_sliding_window": False}, "qwen3": {}, "gemma": {},

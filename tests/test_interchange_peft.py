@@ -91,6 +91,7 @@ GPT2 = {**SHAPE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 MODELS = {
     "bert": ("bert", ENCODER),
     "distilbert": ("distilbert", DISTILBERT),
+    "modernbert": ("modernbert", {**ENCODER, "pad_token_id": 0, "local_attention": 4}),
     "llama": ("llama", LLAMA),
     "gpt2": ("gpt2", GPT2),
     "phi3": ("phi3", PHI3),
@@ -223,6 +224,7 @@ GIVEN = {
     "bert shira": ("bert", Sparse(density=0.1, where=SIFT, dense="^classifier")),
     "bert supertuning": ("bert", Sparse(density=0.1, where="down|norm|class|up")),
     "distilbert lora": ("distilbert", LoRA(rank=2, where=MAPS, dense="^classifier")),
+    "modernbert lora": ("modernbert", LoRA(rank=2, where="query|mlp", dense="^class")),
     "llama lora": ("llama", LoRA(rank=2, alpha=3.0, where="attention|mlp")),
     "llama table": ("llama", LoRA(rank=2, where=MAPS, dense="embeddings/word")),
     "llama prefix": ("llama", Prefix(length=5)),
@@ -306,6 +308,9 @@ TAKEN = {
     ),
     "distilbert lora": taken(
         "distilbert", "LoraConfig", "SEQ_CLS", r=2, target_modules=["q_lin", "lin2"]
+    ),
+    "modernbert lora": taken(
+        "modernbert", "LoraConfig", "SEQ_CLS", r=2, target_modules=["Wqkv", "Wi", "Wo"]
     ),
     "llama lora": taken(
         "llama", "LoraConfig", "CAUSAL_LM", r=2, target_modules=[*QV, "down_proj"],

@@ -51,15 +51,15 @@ CONFIGS = {
 SIZES = {"vocab_size": 61, "n_layer": 2, "n_head": 4}
 # GPT-2, BLOOM and Phi-3 have query, key and value in one tensor, in BLOOM by head, in
 # Phi-3 of unequal sizes, and GPT-2 has its kernels upright.
-MODELS = ("bert", "llama", *CONFIGS)
+MODELS = ("bert", "modernbert", "llama", *CONFIGS)
 
 
 def model_of(name, folder):
     if name == "llama":
         model = tiny_decoder()[0]
         return replace(model, config=replace(model.config, tied=True))
-    if name == "bert":
-        return Model(SequenceClassifier, FAMILIES["bert"], tiny_config("bert"))
+    if name in FAMILIES:
+        return Model(SequenceClassifier, FAMILIES[name], tiny_config(name))
     theirs = {"model_type": name, **SIZES, **CONFIGS[name]}
     (folder / "config.json").write_text(json.dumps(theirs))
     return Model(CausalLM, *read_config(folder))

@@ -6,17 +6,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.config import EncoderConfig, LayerKind
 from sparse_jax.models.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
 from sparse_jax.models.families.distilbert import DISTILBERT
+from sparse_jax.models.families.modernbert import MODERNBERT
 from sparse_jax.models.functional import Model
 from sparse_jax.params.names import map_named
 
 FAMILIES = {
     family.name: family
-    for family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT)
+    for family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, MODERNBERT)
 }
-PAD_IDS = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1, "distilbert": 0}
+PAD_IDS = {
+    "bert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1, "distilbert": 0,
+    "modernbert": 0,
+}  # fmt: skip
+NO_BIASES = dict.fromkeys(
+    ("attention_bias", "mlp_bias", "norm_bias", "head_bias"), False
+)
+# What a family has beside the sizes, in our configuration and in that of transformers.
+OURS = {
+    "modernbert": {
+        "kinds": (
+            LayerKind(rope_theta=160000.0),
+            LayerKind(rope_theta=10000.0, sliding_window=2),
+        ),
+        "layer_kinds": (0, 1),
+        "head_act": "gelu",
+        **NO_BIASES,
+    }
+}
+THEIRS = {"modernbert": {"local_attention": 4, "classifier_pooling": "mean"}}
 
 
 def tiny_config(name, **changes):
@@ -33,6 +53,7 @@ def tiny_config(name, **changes):
         "pad_id": pad_id,
         "num_labels": 3,
         **FAMILIES[name].constants,
+        **OURS.get(name, {}),
     }
     return EncoderConfig(**{**fields, **changes})
 
@@ -70,7 +91,8 @@ def hugging_face_config(name, **changes):
         "num_labels": 3,
     }
     renamed = FAMILIES[name].renamed
-    fields = {renamed.get(key, key): x for key, x in {**fields, **changes}.items()}
+    fields = {**fields, **THEIRS.get(name, {}), **changes}
+    fields = {renamed.get(key, key): x for key, x in fields.items()}
     return AutoConfig.for_model(name, **fields)
 
 

@@ -15,7 +15,7 @@ from sparse_jax.adapter.file import replacing
 from sparse_jax.adapter.whole import require_whole
 from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.models.functional import Model
-from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
+from sparse_jax.models.hf.tensor_names import has_tensor, is_stacked, tensor_name
 from sparse_jax.models.hf.tensors import save_tensors
 from sparse_jax.params.names import leaves_by_name
 
@@ -96,6 +96,8 @@ def patches_of(adapter: Adapter, model: Model) -> list[WeightPatch]:
             )
         shape = by_name[leaf].shape[int(is_stacked(leaf)) :]
         for layer, (flat, new) in enumerate(zip(positions, values, strict=True)):
+            if not has_tensor(model.family, leaf, layer):
+                continue
             name = tensor_name(model.family, leaf, layer)
             there = layout.tensor_positions(leaf, shape, flat, config)
             found.setdefault(name, []).append((there, new))

@@ -16,7 +16,12 @@ from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.interchange.peft_save import ABOUT, PREFIX, WEIGHTS
 from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.model_files import PEFT_CONFIG, read_object
-from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, with_full_names
+from sparse_jax.models.hf.tensor_names import (
+    has_tensor,
+    is_stacked,
+    tensor_name,
+    with_full_names,
+)
 from sparse_jax.params.fields import JSON_RULES, TEXTS, Json
 from sparse_jax.params.names import leaf_names
 
@@ -188,6 +193,8 @@ def places_of(model: Model) -> dict[str, tuple[Place, ...]]:
     for leaf in jax.tree.leaves(leaf_names(model.abstract())):
         layers = model.config.num_layers if is_stacked(leaf) else 1
         for layer in range(layers):
+            if not has_tensor(model.family, leaf, layer):
+                continue
             name = tensor_name(model.family, leaf, layer)
             found.setdefault(name, []).append(Place(leaf, layer))
     return {name: tuple(places) for name, places in found.items()}

@@ -28,7 +28,7 @@ from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.model_files import PEFT_CONFIG
-from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
+from sparse_jax.models.hf.tensor_names import has_tensor, is_stacked, tensor_name
 from sparse_jax.models.hf.tensors import save_tensors
 from sparse_jax.params.fields import Json, require_word
 from sparse_jax.params.names import leaf_names, leaves_by_name
@@ -138,6 +138,8 @@ def _plain(
         module, _, kind = leaf.rpartition("/")
         inside = ".base_layer" if module_of(model, module) in targets else ""
         for layer, one in enumerate(array if is_stacked(leaf) else array[None]):
+            if not has_tensor(family, leaf, layer):
+                continue
             name, _, last = tensor_name(family, leaf, layer).rpartition(".")
             yield f"{name}{inside}.{last}", family.layout.turned(leaf, one)
 

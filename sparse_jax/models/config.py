@@ -15,55 +15,6 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """The sizes and rates of an encoder and of its classification head.
-
-    Dimension letters: B batch, T tokens, D `hidden_size`, H `num_heads`, K head size,
-    F `intermediate_size`, V `vocab_size`, L `num_layers`.
-
-    Raises:
-      InputError: if a field has another type or range than its name says, or
-        `num_heads` does not divide `hidden_size`.
-
-    Example:
-      >>> config = EncoderConfig(
-      ...     vocab_size=100, hidden_size=32, num_layers=2, num_heads=4,
-      ...     intermediate_size=64,
-      ... )
-      >>> config.num_labels
-      2
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    max_positions: int = 512  # tokens a sequence may have
-    position_offset: int = 0  # rows of the position table that no token uses
-    type_vocab_size: int = 2  # 0 is a model without token types
-    pad_id: int = 0
-    layer_norm_eps: float = 1e-12
-    hidden_act: str = "gelu"
-    hidden_dropout: float = 0.1  # fraction dropped
-    attention_dropout: float = 0.1  # fraction dropped
-    classifier_dropout: float = 0.1  # fraction dropped
-    initializer_range: float = 0.02  # standard deviation of new kernels
-    num_labels: int = 2  # 1 is regression
-    label_names: tuple[str, ...] | None = None
-
-    def __post_init__(self):
-        check_fields(self)
-        _require_whole_heads(self)
-        if not 0 <= self.pad_id < self.vocab_size:
-            raise InputError(
-                f"`pad_id` must be in [0, {self.vocab_size}), the words of the model, "
-                f"got {self.pad_id}."
-            )
-        _require_names_of_labels(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How the rotary frequencies of a model are stretched to longer texts.
 
@@ -104,6 +55,75 @@ class LayerKind:
 
     def __post_init__(self):
         check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The sizes and rates of an encoder and of its classification head.
+
+    Dimension letters: B batch, T tokens, D `hidden_size`, H `num_heads`, K head size,
+    F `intermediate_size`, V `vocab_size`, L `num_layers`.
+
+    Raises:
+      InputError: if a field has another type or range than its name says, or
+        `num_heads` does not divide `hidden_size`.
+
+    Example:
+      >>> config = EncoderConfig(
+      ...     vocab_size=100, hidden_size=32, num_layers=2, num_heads=4,
+      ...     intermediate_size=64,
+      ... )
+      >>> config.num_labels
+      2
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_positions: int = 512  # tokens a sequence may have
+    position_offset: int = 0  # rows of the position table that no token uses
+    type_vocab_size: int = 2  # 0 is a model without token types
+    pad_id: int = 0
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    hidden_dropout: float = 0.1  # fraction dropped
+    attention_dropout: float = 0.1  # fraction dropped
+    classifier_dropout: float = 0.1  # fraction dropped
+    initializer_range: float = 0.02  # standard deviation of new kernels
+    # Of ModernBERT. Windows of encoders are on either side of a token.
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)
+    layer_kinds: tuple[int, ...] | None = None  # of several kinds, that of every layer
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    head_bias: bool = True  # of the linear map in the head
+    head_act: str | None = None  # None is what the family has
+    pooling: str = "cls"  # what a classifier sees: the first token, or their "mean"
+    num_labels: int = 2  # 1 is regression
+    label_names: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+        _require_whole_heads(self)
+        _require_kinds(self)
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise InputError(
+                f"`pad_id` must be in [0, {self.vocab_size}), the words of the model, "
+                f"got {self.pad_id}."
+            )
+        _require_names_of_labels(self)
+
+    @property
+    def head_size(self) -> int:
+        """Size of a query."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values: as many as there are queries."""
+        return self.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +309,7 @@ def _require_whole_heads(config: EncoderConfig | ClassicConfig) -> None:
         )
 
 
-def _require_kinds(config: DecoderConfig) -> None:
+def _require_kinds(config: EncoderConfig | DecoderConfig) -> None:
     """Raises unless every layer has a kind, and every kind a layer."""
     num_kinds, found = len(config.kinds), config.layer_kinds
     if found is None and num_kinds == 1:

@@ -128,6 +128,8 @@ _RULES: MappingProxyType[str, Rule] = MappingProxyType(
         "qkv_bias": _FLAG,
         "output_bias": _FLAG,
         "mlp_bias": _FLAG,
+        "norm_bias": _FLAG,
+        "head_bias": _FLAG,
         "norms_heads": _FLAG,
         "scales_words": _FLAG,
         "has_post_norms": _FLAG,
@@ -136,5 +138,7 @@ _RULES: MappingProxyType[str, Rule] = MappingProxyType(
         "eos_ids": _IDS,
         "layer_kinds": _IDS,
         "hidden_act": _ACTIVATION,
+        "head_act": _ACTIVATION,
+        "pooling": ("cls or mean", lambda x: x in ("cls", "mean")),
     }
 )

@@ -10,7 +10,7 @@ from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Respond
 from sparse_jax.models.attend import attend, memory_of, remember, split_heads
 from sparse_jax.models.config import EncoderConfig
-from sparse_jax.models.family import Family
+from sparse_jax.models.family import Body, Family
 from sparse_jax.models.modules import (
     Inputs,
     dropout,
@@ -121,20 +121,31 @@ class EncoderLayer(nnx.Module):
         return self.mlp(x, mlp_key, respond)
 
 
+BODY = Body(
+    embeddings=Embeddings,
+    layer=EncoderLayer,
+    norm=None,
+    context=lambda config, is_token, positions: ((is_token[:, None, None],), None),
+)
+
+
 class Encoder(nnx.Module):
     """The part of a model below its head.
 
     Leaves are `embeddings/...` and `layers/...`; those under `layers/` are stacked,
-    with the layer as leading axis `[L]`.
+    with the layer as leading axis `[L]`. Pre-normed encoders also have `norm/...`.
     """
 
     def __init__(self, family: Family, config: EncoderConfig, rngs: nnx.Rngs):
         self.family = family
         self.config = config
-        self.embeddings = Embeddings(config, rngs)
+        body = family.body or BODY
+        self.embeddings = body.embeddings(config, rngs)
         self.layers = stack_layers(
-            lambda rngs: EncoderLayer(config, rngs), config.num_layers, rngs
+            lambda rngs: body.layer(config, rngs), config.num_layers, rngs
         )
+        self.norm = None if body.norm is None else body.norm(config, rngs)
+        self.context = body.context
 
     def encode(
         self,
@@ -159,8 +170,11 @@ class Encoder(nnx.Module):
         input_ids = batch["input_ids"]
         token_type_ids = batch.get("token_type_ids", jnp.zeros_like(input_ids))
         position_ids = self.family.position_ids(input_ids, self.config.pad_id)
-        mask = batch["attention_mask"][:, None, None, :].astype(bool)
+        is_token = batch["attention_mask"].astype(bool)
         table_key, layers_key = split_key(key, 2)
         ids = (input_ids, position_ids, token_type_ids)
         x = self.embeddings(*ids, table_key, noise)
-        return run_layers(self.layers, x, mask, key=layers_key, **options)
+        context, kinds = self.context(self.config, is_token, position_ids)
+        more = {"key": layers_key, "kinds": kinds, **options}
+        x = run_layers(self.layers, x, *context, **more)
+        return x if self.norm is None or options.get("states") else self.norm(x)

@@ -20,11 +20,14 @@ from sparse_jax.models.modules import Config, RmsNorm
 from sparse_jax.models.position_embeddings import turn_of
 
 __all__ = [
+    "Body",
     "ClassicFamily",
+    "Context",
     "Create",
     "DecoderFamily",
     "FUSED",
     "Family",
+    "GATE_UP",
     "GATED",
     "Layout",
     "NAMES",
@@ -36,6 +39,7 @@ __all__ = [
 ]
 
 FUSED = tuple(f"layers/attention/{name}" for name in ("query", "key", "value"))
+GATE_UP = ("layers/mlp/gate", "layers/mlp/up")
 # Outputs of the modules that may share a tensor.
 _OUTPUTS = MappingProxyType(
     {
@@ -223,6 +227,22 @@ class Parts:
 
 
 Create = Callable[[EncoderConfig, nnx.Rngs], Any]
+# Arrays, and the entry of each that a layer sees; None is all of it.
+Context = tuple[tuple[Any, ...], tuple[int, ...] | None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Body:
+    """Functions that create the parts of an encoder from its configuration."""
+
+    # Module called as (input_ids, position_ids, token_type_ids, key, noise), with the
+    # table `word`.
+    embeddings: CreatePart
+    layer: CreatePart  # module that `run_layers` calls
+    norm: CreatePart | None  # of the last hidden states
+    # What layers see, and which of it each, from the configuration, which tokens there
+    # are, bool `[B, T]`, and their positions, int32 `[B, T]`.
+    context: Callable[[Any, jax.Array, jax.Array], Context]
 
 
 # Families are compared by identity, which also makes them hashable.
@@ -231,22 +251,30 @@ class Family:
     """The differences between two encoders of the same layers."""
 
     is_decoder: ClassVar[bool] = False
+    has_layers_without_rope: ClassVar[bool] = False
 
     name: str  # `model_type` in a Hugging Face configuration
     prefix: str  # what a bare model's tensors lack in front
     position_offset: Callable[[int], int]  # unused rows of the table, from the pad id
     position_ids: Callable[[jax.Array, int], jax.Array]  # input ids, pad id -> [B, T]
-    pooler: Create | None  # linear map of the first token
+    pooler: Create | None  # map of the first token, or of the mean of all
     classifier: Create  # called as `classifier(pooled, key=key)`
     lm_activation: str | None  # None is the activation of the layers
     lm_decoder: str  # Hugging Face path of the last linear map, tied to the words
     architectures: Mapping[str, str]  # our module -> Hugging Face class
     names: Mapping[str, str]  # our module path -> Hugging Face module path
-    pooler_activation: str = "tanh"
+    pooler_activation: str | None = "tanh"  # None if the pooler has its own
     # Names of settings that are others than BERT's: BERT's -> the family's.
     renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     # Fields of our configuration that no setting of the family gives.
     constants: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # More fields of our configuration, from a Hugging Face one, and the other way.
+    fields: Callable[[Any], Mapping[str, Any]] = lambda theirs: {}
+    their_fields: Callable[[Any], Mapping[str, Any]] = lambda config: {}
+    body: Body | None = None  # None is that of BERT
+    absent: tuple[str, ...] = ()  # leaves without a tensor in the first layer, all ones
+    windows: Literal["none", "some"] = "none"
+    has_rope_by_type: bool = False
     layout: Layout = PLAIN
     bare: str = r"(embeddings|encoder|pooler)\."  # how names without a prefix begin
 
@@ -310,6 +338,7 @@ class DecoderFamily:
     names: Mapping[str, str]  # our module path -> Hugging Face module path
     parts: Parts = GATED
     layout: Layout = PLAIN
+    absent: ClassVar[tuple[str, ...]] = ()
     prefix: str = "model"  # what a bare model's tensors lack in front
     bare: str = r"(embed_tokens|layers|norm)\."  # how the names of such tensors begin
     # Which layers have a window if `sliding_window` is given; "some" by `layer_types`.

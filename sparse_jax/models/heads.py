@@ -42,15 +42,20 @@ class SequenceClassifier(Encoder):
         """
         body_key, head_key = split_key(key, 2)
         hidden = self.encode(batch, key=body_key, **options)
-        logits = self.classifier(self.pool(hidden), key=head_key)
+        pooled = self.pool(hidden, batch["attention_mask"])
+        logits = self.classifier(pooled, key=head_key)
         return logits.astype(jnp.float32)
 
-    def pool(self, hidden: jax.Array) -> jax.Array:
+    def pool(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
         """Returns what the classifier sees `[B, D]` of hidden states `[B, T, D]`."""
-        first = hidden[:, 0]
+        x = hidden[:, 0]
+        if self.config.pooling == "mean":
+            mask = mask[:, :, None].astype(hidden.dtype)
+            x = jnp.sum(hidden * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
         if self.pooler is None:
-            return first
-        return ACTIVATIONS[self.family.pooler_activation](self.pooler(first))
+            return x
+        x, activation = self.pooler(x), self.family.pooler_activation
+        return x if activation is None else ACTIVATIONS[activation](x)
 
 
 class DecoderClassifier(Decoder):
@@ -95,9 +100,10 @@ class LmHead(nnx.Module):
     """Scores of every word, from vectors and the word table: `[..., V]`."""
 
     def __init__(self, family: Family, config: EncoderConfig, rngs: nnx.Rngs):
-        self.activation = family.lm_activation or config.hidden_act
-        self.dense = linear(config, config.hidden_size, config.hidden_size, rngs)
-        self.norm = layer_norm(config, rngs)
+        act, size = config.head_act or family.lm_activation, config.hidden_size
+        self.activation = act or config.hidden_act
+        self.dense = linear(config, size, size, rngs, use_bias=config.head_bias)
+        self.norm = layer_norm(config, rngs, use_bias=config.norm_bias)
         self.bias = nnx.Param(jnp.zeros(config.vocab_size))
 
     def __call__(self, x: jax.Array, words: jax.Array) -> jax.Array:

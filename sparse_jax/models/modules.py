@@ -119,13 +119,16 @@ def embed(config: Config, num_rows: int, rngs: nnx.Rngs) -> Table:
     return table
 
 
-def layer_norm(config: EncoderConfig | ClassicConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(
+    config: EncoderConfig | ClassicConfig, rngs: nnx.Rngs, *, use_bias: bool = True
+) -> nnx.LayerNorm:
     """Creates a layer norm over the hidden size, with statistics in float32."""
     # The fast variance E[x^2] - E[x]^2 loses digits that PyTorch keeps.
     return nnx.LayerNorm(
         config.hidden_size,
         epsilon=config.layer_norm_eps,
         use_fast_variance=False,
+        use_bias=use_bias,
         rngs=rngs,
     )
 

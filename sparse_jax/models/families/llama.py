@@ -15,7 +15,14 @@ from typing import Any
 
 from sparse_jax.errors import InputError, brief
 from sparse_jax.models.config import DecoderConfig
-from sparse_jax.models.family import FUSED, NAMES, DecoderFamily, Layout, heads_of
+from sparse_jax.models.family import (
+    FUSED,
+    GATE_UP,
+    NAMES,
+    DecoderFamily,
+    Layout,
+    heads_of,
+)
 
 __all__ = [
     "LLAMA",
@@ -26,8 +33,6 @@ __all__ = [
     "QWEN3",
     "SMOLLM3",
 ]
-
-_GATE_UP = ("layers/mlp/gate", "layers/mlp/up")
 
 LLAMA = DecoderFamily(
     name="llama",
@@ -134,9 +139,9 @@ PHI3 = DecoderFamily(
         {
             **NAMES,
             **dict.fromkeys(FUSED, "model.layers.{}.self_attn.qkv_proj"),
-            **dict.fromkeys(_GATE_UP, "model.layers.{}.mlp.gate_up_proj"),
+            **dict.fromkeys(GATE_UP, "model.layers.{}.mlp.gate_up_proj"),
         }
     ),
-    layout=Layout(fused=(FUSED, _GATE_UP)),
+    layout=Layout(fused=(FUSED, GATE_UP)),
     windows="all",
 )

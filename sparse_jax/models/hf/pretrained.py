@@ -19,7 +19,7 @@ from sparse_jax.models.heads import SequenceClassifier
 from sparse_jax.models.hf.labels import HeadUse, label_leaves, use_of_head
 from sparse_jax.models.hf.model_files import local_folder
 from sparse_jax.models.hf.read_config import read_config, write_config
-from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name
+from sparse_jax.models.hf.tensor_names import has_tensor, is_stacked, tensor_name
 from sparse_jax.models.hf.tensors import LazyTensor, base_hash, bytes_of, write_tensors
 from sparse_jax.models.hf.weights import Index, Weights, open_weights, rounded
 from sparse_jax.params.names import leaves_by_name, map_named
@@ -301,6 +301,8 @@ def _tensors(
 
     def collect(leaf: str, array: jax.Array) -> None:
         for layer in range(len(array) if is_stacked(leaf) else 1):
+            if not has_tensor(model.family, leaf, layer):
+                continue
             name = tensor_name(model.family, leaf, layer)
             part = _Part(layout.part_of(leaf) or 0, leaf, layer, array)
             parts.setdefault(name, []).append(part)

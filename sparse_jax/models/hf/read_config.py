@@ -27,14 +27,17 @@ from sparse_jax.models.families.llama import (
     QWEN3,
     SMOLLM3,
 )
+from sparse_jax.models.families.modernbert import MODERNBERT
 from sparse_jax.models.family import ClassicFamily, DecoderFamily, Family
 from sparse_jax.models.functional import Model
 from sparse_jax.models.hf.model_files import read_object, require_no_peft
 from sparse_jax.models.hf.read_decoder_config import (
     classic_config,
     decoder_config,
+    kinds_of,
     their_classic_fields,
     their_decoder_fields,
+    their_layers,
 )
 from sparse_jax.models.modules import Config
 
@@ -52,6 +55,7 @@ FAMILIES = MappingProxyType(
             XLM_ROBERTA,
             CAMEMBERT,
             DISTILBERT,
+            MODERNBERT,
             LLAMA,
             MISTRAL,
             MINISTRAL,
@@ -120,7 +124,7 @@ def read_config(
             config = decoder_config(family, theirs, path)
         else:
             _require_encoder(path, theirs)
-            config = _encoder_config(family, theirs)
+            config = _encoder_config(family, theirs, path)
         return family, _with_labels(config, theirs, num_labels)
     except InputError as error:
         if str(path) in str(error):
@@ -152,6 +156,8 @@ def write_config(
     theirs = AutoConfig.for_model(
         family.name,
         **{theirs: getattr(config, ours) for ours, theirs in _fields(family).items()},
+        **(their_layers(family, config) if family.windows == "some" else {}),
+        **family.their_fields(config),
         max_position_embeddings=config.max_positions + config.position_offset,
         pad_token_id=config.pad_id,
         **shared,
@@ -271,7 +277,9 @@ def _require_encoder(path: Path, theirs: "PreTrainedConfig") -> None:
         )
 
 
-def _encoder_config(family: Family, theirs: "PreTrainedConfig") -> EncoderConfig:
+def _encoder_config(
+    family: Family, theirs: "PreTrainedConfig", path: Path
+) -> EncoderConfig:
     """Translates a transformers configuration."""
     pad_id = theirs.pad_token_id
     if pad_id is None and family.position_offset(0):
@@ -283,9 +291,15 @@ def _encoder_config(family: Family, theirs: "PreTrainedConfig") -> EncoderConfig
     fields = {ours: getattr(theirs, name) for ours, name in _fields(family).items()}
     if fields["classifier_dropout"] is None:
         fields["classifier_dropout"] = theirs.hidden_dropout_prob
+    layers = {}
+    if family.windows == "some":
+        kinds, numbers = kinds_of(family, theirs, path)
+        layers = {"kinds": kinds, "layer_kinds": numbers}
     return EncoderConfig(
         **fields,
+        **layers,
         **family.constants,
+        **family.fields(theirs),
         max_positions=theirs.max_position_embeddings - offset,
         position_offset=offset,
         pad_id=pad_id,

@@ -11,10 +11,11 @@ from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.models.config import (
     ClassicConfig,
     DecoderConfig,
+    EncoderConfig,
     LayerKind,
     RopeScaling,
 )
-from sparse_jax.models.family import ClassicFamily, DecoderFamily
+from sparse_jax.models.family import ClassicFamily, DecoderFamily, Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 __all__ = [
     "classic_config",
     "decoder_config",
+    "kinds_of",
     "stop_ids",
     "their_classic_fields",
     "their_decoder_fields",
+    "their_layers",
     "their_stop_ids",
 ]
 
@@ -74,6 +77,28 @@ def decoder_config(
       InputError: if its attention or its rotary positions are of a kind that is not
         supported.
     """
+    distinct, numbers = kinds_of(family, theirs, path)
+    fields = {ours: getattr(theirs, name) for ours, name in _FIELDS.items()}
+    fields["hidden_act"] = getattr(theirs, family.activation)
+    fields["attention_dropout"] = fields["attention_dropout"] or 0.0
+    heads = theirs.num_attention_heads
+    groups = getattr(theirs, "num_key_value_heads", None)
+    width = getattr(theirs, "head_dim", None)
+    return DecoderConfig(
+        **fields,
+        num_kv_heads=heads if groups is None else groups,
+        head_size=theirs.hidden_size // heads if width is None else width,
+        kinds=distinct,
+        layer_kinds=numbers,
+        eos_ids=stop_ids(theirs),
+        **family.fields(theirs),
+    )
+
+
+def kinds_of(
+    family: Family | DecoderFamily, theirs: "PreTrainedConfig", path: Path
+) -> tuple[tuple[LayerKind, ...], tuple[int, ...] | None]:
+    """Returns the kinds of layers, and that of every layer if there are several."""
     kinds = [*map(_kind_of(family, theirs, path), _layer_types(family, theirs))]
     if family.has_layers_without_rope:
         turns = theirs.no_rope_layers[: len(kinds)]
@@ -89,21 +114,7 @@ def decoder_config(
         ]
     distinct = tuple(dict.fromkeys(kinds))
     numbers = tuple(map(distinct.index, kinds))
-    fields = {ours: getattr(theirs, name) for ours, name in _FIELDS.items()}
-    fields["hidden_act"] = getattr(theirs, family.activation)
-    fields["attention_dropout"] = fields["attention_dropout"] or 0.0
-    heads = theirs.num_attention_heads
-    groups = getattr(theirs, "num_key_value_heads", None)
-    width = getattr(theirs, "head_dim", None)
-    return DecoderConfig(
-        **fields,
-        num_kv_heads=heads if groups is None else groups,
-        head_size=theirs.hidden_size // heads if width is None else width,
-        kinds=distinct,
-        layer_kinds=None if len(distinct) == 1 else numbers,
-        eos_ids=stop_ids(theirs),
-        **family.fields(theirs),
-    )
+    return distinct, None if len(distinct) == 1 else numbers
 
 
 def their_decoder_fields(
@@ -116,7 +127,7 @@ def their_decoder_fields(
         family.activation: config.hidden_act,
         "num_key_value_heads": config.num_kv_heads,
         "eos_token_id": their_stop_ids(config.eos_ids),
-        **_their_layers(family, config),
+        **their_layers(family, config),
         **family.their_fields(config),
     }
 
@@ -132,7 +143,9 @@ def their_stop_ids(stop: tuple[int, ...]) -> int | list[int] | None:
     return list(stop) if len(stop) > 1 else (stop[0] if stop else None)
 
 
-def _layer_types(family: DecoderFamily, theirs: "PreTrainedConfig") -> list[str]:
+def _layer_types(
+    family: Family | DecoderFamily, theirs: "PreTrainedConfig"
+) -> list[str]:
     """Returns the type of attention of every layer, as transformers calls it."""
     if family.windows == "some":
         return theirs.layer_types
@@ -141,7 +154,7 @@ def _layer_types(family: DecoderFamily, theirs: "PreTrainedConfig") -> list[str]
 
 
 def _kind_of(
-    family: DecoderFamily, theirs: "PreTrainedConfig", path: Path
+    family: Family | DecoderFamily, theirs: "PreTrainedConfig", path: Path
 ) -> Callable[[str], LayerKind]:
     """Returns a function from the type of a layer to its kind."""
 
@@ -171,7 +184,9 @@ def _kind_of(
     return kind
 
 
-def _their_layers(family: DecoderFamily, config: DecoderConfig) -> dict[str, object]:
+def their_layers(
+    family: Family | DecoderFamily, config: EncoderConfig | DecoderConfig
+) -> dict[str, object]:
     """Returns what a transformers configuration says of the kinds of layers."""
     names = [_FULL if x.sliding_window is None else _SLIDING for x in config.kinds]
     by_type = dict(zip(names, map(_their_rope, config.kinds), strict=True))

@@ -8,6 +8,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.models.family import DecoderFamily, Family
 
 __all__ = [
+    "has_tensor",
     "is_stacked",
     "modules_called",
     "tensor_name",
@@ -41,6 +42,18 @@ def tensor_name(family: Family | DecoderFamily, leaf: str, layer: int = 0) -> st
     """
     module, _, kind = leaf.rpartition("/")
     return f"{family.names[module].format(layer)}.{_SUFFIXES[kind]}"
+
+
+def has_tensor(family: Family | DecoderFamily, leaf: str, layer: int) -> bool:
+    """Returns whether a layer of a leaf is in a file; what is not is all ones.
+
+    Example:
+      >>> from sparse_jax.models.families.modernbert import MODERNBERT
+      >>> leaf = "layers/attention/norm/scale"
+      >>> has_tensor(MODERNBERT, leaf, 0), has_tensor(MODERNBERT, leaf, 1)
+      (False, True)
+    """
+    return layer > 0 or leaf not in family.absent
 
 
 def modules_called(family: Family | DecoderFamily, pattern: str) -> list[str]:

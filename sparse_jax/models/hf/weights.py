@@ -15,7 +15,12 @@ import numpy as np
 from sparse_jax.errors import InputError, listed
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.heads import MaskedLM
-from sparse_jax.models.hf.tensor_names import is_stacked, tensor_name, with_full_names
+from sparse_jax.models.hf.tensor_names import (
+    has_tensor,
+    is_stacked,
+    tensor_name,
+    with_full_names,
+)
 from sparse_jax.models.hf.tensors import open_tensors
 from sparse_jax.params.names import leaf_names, map_named
 
@@ -101,6 +106,9 @@ class Weights:
             layers, index = range(shape[0])[index[0]], index[1:]
         parts = []
         for layer in layers:
+            if not has_tensor(self.model.family, leaf, layer):
+                parts.append(np.ones(np.empty(shape[1:])[index].shape, dtype))
+                continue
             name = tensor_name(self.model.family, leaf, layer)
             found = self.names[name]
             file = self.files[found]
@@ -202,7 +210,8 @@ class Weights:
         layout, config = self.model.family.layout, self.model.config
         expected = layout.tensor_shape(leaf, one, config)
         for layer in range(layers):
-            yield tensor_name(self.model.family, leaf, layer), expected
+            if has_tensor(self.model.family, leaf, layer):
+                yield tensor_name(self.model.family, leaf, layer), expected
 
     def _floats(self, name: str) -> Any:
         """Returns a tensor that is not read yet, if it holds floating-point numbers."""
