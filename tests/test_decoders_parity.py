@@ -244,7 +244,7 @@ def test_a_head_that_a_decoder_lacks_is_named(tmp_path):
 
 
 CLASSIFIERS = {
-    **{name: (name, SIZES) for name in ("llama", "qwen3", "gemma", "phi3", "smollm3")},
+    **{name: (name, SIZES) for name in ("llama", "gemma2", "gemma3_text", "phi3")},
     "gpt2": ("gpt2", {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4}),
     "gptj": ("gptj", {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4,
                       "rotary_dim": 4}),

@@ -80,13 +80,17 @@ def test_pytorch_loads_what_we_save(name, head, auto_class, tmp_path):
     assert_close(ours, logits)
 
 
-@both_families
-def test_regression_head_equals_pytorch(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("bert", {}), ("roberta", {}), ("modernbert", {"classifier_pooling": "cls"})],
+)
+def test_regression_head_equals_pytorch(name, changes, tmp_path):
     auto_class = transformers.AutoModelForSequenceClassification
-    theirs = hugging_face_model(auto_class, hugging_face_config(name, num_labels=1))
+    config = hugging_face_config(name, num_labels=1, **changes)
+    theirs = hugging_face_model(auto_class, config)
     theirs.save_pretrained(tmp_path)
     batch = padded_batch(name)
-    del batch["token_type_ids"]
+    batch.pop("token_type_ids", None)
     model, params = from_pretrained(tmp_path)
     logits = model(params, jax_batch(batch))
     assert logits.shape == (3, 1)

@@ -1,1 +1,1 @@
-"""The encoder models: BERT and RoBERTa, in Flax NNX."""
+"""Transformers in Flax NNX: encoders, decoders and their heads."""
