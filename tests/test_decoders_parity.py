@@ -12,6 +12,7 @@ from sparse_jax import from_pretrained, generate, save_pretrained
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.heads import MaskedLM
+from sparse_jax.models.hf.pretrained import base_config
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2,
@@ -107,6 +108,9 @@ def test_pytorch_reads_what_is_saved(case, tmp_path):
         torch_logits(again.eval(), ids, mask), torch_logits(theirs, ids, mask)
     )
     assert from_pretrained(tmp_path / "ours", head=CausalLM)[0] == model
+    # As a run compares it with what its adapter has.
+    about = base_config(model)
+    assert json.loads(json.dumps(about)) == about
 
 
 CACHED = ("llama 3.1", "mistral", "qwen3", "qwen3, windows", "gemma 3",

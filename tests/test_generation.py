@@ -38,7 +38,6 @@ CASES = {
     "mistral": ("mistral", {**SIZES, "sliding_window": 5}),
     "qwen3": ("qwen3", {**SIZES, "head_dim": 12}),
     "gemma": ("gemma", {**SIZES, "head_dim": 12}),
-    "gemma 2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0}),
     "gemma 3": ("gemma3_text", {**GEMMA, "sliding_window_pattern": 2}),
     "gpt2": ("gpt2", {**CLASSIC, "n_embd": 32, "n_positions": 64}),
     "bloom": ("bloom", {**CLASSIC, "hidden_size": 32, "seq_length": 64}),
