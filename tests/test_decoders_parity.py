@@ -63,7 +63,6 @@ CASES = {
     "gemma 2": ("gemma2", GEMMA2),
     "gemma 3": ("gemma3_text", GEMMA3),
     "phi3": ("phi3", {"rope_parameters": PARTIAL, "sliding_window": 5}),
-    "phi3, whole heads": ("phi3", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [0, 1]}),
     "ministral": (
         "ministral",
@@ -248,10 +247,8 @@ def test_a_head_that_a_decoder_lacks_is_named(tmp_path):
 
 
 CLASSIFIERS = {
-    **{name: (name, SIZES) for name in ("llama", "gemma2", "gemma3_text", "phi3")},
+    **{name: (name, SIZES) for name in ("llama", "gemma3_text", "phi3")},
     "gpt2": ("gpt2", {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4}),
-    "gptj": ("gptj", {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4,
-                      "rotary_dim": 4}),
     "bloom": ("bloom", {"vocab_size": 61, "hidden_size": 32, "n_layer": 2,
                         "n_head": 4}),
 }  # fmt: skip

@@ -246,7 +246,9 @@ def quick(cases, *others):
     return [pytest.param(case, marks=slow(case)) for case in cases]
 
 
-@pytest.mark.parametrize("case", quick(GIVEN, "gpt2 part", "gpt2 ia3", "llama lora"))
+@pytest.mark.parametrize(
+    "case", quick(GIVEN, "gpt2 part", "gpt2 ia3", "llama lora", "phi3 ia3")
+)
 def test_what_was_trained_here_gives_the_same_logits_in_peft(case, pairs, tmp_path):
     from peft import PeftModel
 
@@ -345,7 +347,9 @@ TAKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", quick(TAKEN, "bert rslora", "gpt2 dora", "bert dora"))
+@pytest.mark.parametrize(
+    "case", quick(TAKEN, "bert rslora", "gpt2 dora", "bert dora", "phi3 lora")
+)
 def test_what_peft_trained_gives_the_same_logits_here(case, pairs, tmp_path):
     import peft
 

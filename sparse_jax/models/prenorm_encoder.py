@@ -87,7 +87,9 @@ class _Mlp(nnx.Module):
         size, hidden = config.hidden_size, config.intermediate_size
         self.activation = config.hidden_act
         self.rate = config.hidden_dropout
-        make = lambda *sizes: linear(config, *sizes, rngs, use_bias=config.mlp_bias)
+        make = lambda num_in, num_out: linear(
+            config, num_in, num_out, rngs, use_bias=config.mlp_bias
+        )
         self.norm = _norm(config, rngs)
         self.gate = make(size, hidden)
         self.up = make(size, hidden)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.attachment import Attachment, LayerValues, Slots
-from sparse_jax.models.config import LayerKind
 from sparse_jax.models.decoder import Cached
 from sparse_jax.models.slots import run_slots
 from sparse_jax.params.axes import keep_batch_sharded
@@ -27,6 +26,7 @@ __all__ = [
 ]
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+Kind = TypeVar("Kind")
 T = TypeVar("T")
 
 
@@ -179,13 +179,13 @@ def _run_with_slots(
     )
 
 
-def of_kinds(kinds: Sequence[LayerKind], context: Callable[[LayerKind], T]) -> T:
+def of_kinds(kinds: Sequence[Kind], context: Callable[[Kind], T]) -> T:
     """Returns what layers of the only kind see, or of all kinds, stacked `[N, ...]`.
 
     Example:
-      >>> of_kinds([LayerKind()], lambda kind: jnp.zeros(3)).shape
+      >>> of_kinds(["full"], lambda kind: jnp.zeros(3)).shape
       (3,)
-      >>> of_kinds([LayerKind()] * 2, lambda kind: jnp.zeros(3)).shape
+      >>> of_kinds(["full", "sliding"], lambda kind: jnp.zeros(3)).shape
       (2, 3)
     """
     first, *others = [context(kind) for kind in kinds]
