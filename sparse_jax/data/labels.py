@@ -117,7 +117,8 @@ def number_labels(columns: Columns, task: Task, words: Words) -> Examples:
     else:
         classes = [_class(place, label, words) for place, label in _placed(columns)]
         labels = np.array(classes, np.int32)
-    weights = columns.weights and np.array(columns.weights, np.float32)
+    given = columns.weights
+    weights = None if given is None else np.array(given, np.float32)
     return Examples(columns.text_a, columns.text_b, labels, weights)
 
 
