@@ -135,8 +135,8 @@ def decoder(
         else:
             x = run_slots(
                 call_row, x, stacked, slots.rows, (), slots.active,
-                rows_of=lambda one: slots.rows_of(*one), own=lambda context, one: context,
-                recompute=slots.recompute,
+                rows_of=lambda one: slots.rows_of(*one), recompute=slots.recompute,
+                own=lambda context, one: context,
             )  # fmt: skip
         logits = (_norm(x) @ params["embedding"].T).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(
