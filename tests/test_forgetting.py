@@ -133,5 +133,5 @@ def test_a_file_without_text_is_refused(place, tmp_path):
     save_adapter(tmp_path / "a.safetensors", random_adapter(place, params, "sparse"))
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
     options = {"model": str(place / "model"), "text": tmp_path / "empty.txt"}
-    with pytest.raises(InputError, match="empty.txt` must have examples, got an empty"):
+    with pytest.raises(InputError, match="empty.txt` must have examples, got none"):
         evaluate_adapter(tmp_path / "a.safetensors", **options)

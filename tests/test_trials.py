@@ -57,7 +57,7 @@ def test_a_run_that_was_made_with_other_settings_is_not_taken_for_it(calls, tmp_
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     (tmp_path / "run" / "metrics.json").write_text("{}")
     assert trials.run_once(made) == {}
-    with pytest.raises(InputError, match="`max_steps` must be None as in the run"):
+    with pytest.raises(InputError, match="`max_steps` must be left out as in the run"):
         trials.run_once(replace(made, max_steps=3))
     assert not calls
 
