@@ -162,7 +162,7 @@ def test_a_metric_is_named_as_in_the_results():
 @pytest.mark.parametrize(
     ("patience", "every", "count"), [(2, None, 2), (1, None, 0), (6, 2, 6), (3, 5, 4)]
 )
-def test_patience_beyond_the_evaluations_is_told(patience, every, count, caplog):
+def test_a_run_warns_of_patience_beyond_its_evaluations(patience, every, count, caplog):
     """Twelve updates in two epochs."""
     settings = tiny_settings(
         "m", "d", "o", early_stopping_patience=patience, eval_every=every

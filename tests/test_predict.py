@@ -7,6 +7,8 @@ import pytest
 from tiny_run import WORDS, tiny_settings, write_model
 
 from sparse_jax import InputError, evaluate_adapter, finetune, predict
+from sparse_jax.data.files import load, load_one
+from sparse_jax.data.glue import find_task
 from sparse_jax.data.json_lines import JsonLines
 from sparse_jax.training import predict as predicting
 
@@ -81,7 +83,9 @@ def test_predictions_are_those_that_are_evaluated(name, place, tmp_path):
 
 
 def test_of_a_single_file_the_rows_that_were_held_out_are_predicted(place, tmp_path):
-    data = place / "classification data" / "train.jsonl"
+    content = (place / "classification data" / "train.jsonl").read_text()
+    data = tmp_path / "train.jsonl"
+    data.write_text(content)
     options = {"task": "classification", "method": "head", "max_steps": 1}
     run = tmp_path / "run"
     metrics = finetune(tiny_settings(place / "model", data, run, held_out=5, **options))
@@ -92,6 +96,20 @@ def test_of_a_single_file_the_rows_that_were_held_out_are_predicted(place, tmp_p
     right = np.mean([line["prediction"] == line["label"] for line in lines])
     assert metrics["eval"]["accuracy"] == pytest.approx(right)
     assert predict(run, data=str(data), output=tmp_path / "all.jsonl") == 16
+    # Of a file that has changed nothing says which rows were trained on.
+    data.write_text(content + content.splitlines()[0] + "\n")
+    assert predict(run, output=tmp_path / "changed.jsonl") == 17
+
+
+def test_what_a_mixture_held_out_depends_on_the_seed_of_the_run(tmp_path):
+    for name in "ab":
+        texts = [{"text": f"{name}{i}", "label": str(i % 2)} for i in range(20)]
+        write_rows(tmp_path / f"{name}.jsonl", texts)
+    data = {str(tmp_path / "a.jsonl"): 0.7, str(tmp_path / "b.jsonl"): 0.3}
+    task, share = find_task("classification"), {"held_out": 6, "seed": 3}
+    found = load_one(task, data, ("0", "1"), **share)
+    held_out = load(task, data, **share)["validation"]
+    assert found.examples.text_a == held_out.text_a
 
 
 def test_texts_without_labels_and_ids_are_predicted(place, tmp_path, capsys):

@@ -261,7 +261,7 @@ def test_what_a_run_cannot_go_on_from_is_refused(name, files, old, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_new_head_that_is_left_frozen_is_told(files, tmp_path, caplog):
+def test_a_run_warns_of_a_new_head_that_is_left_frozen(files, tmp_path, caplog):
     options = {"method": "lora", "rank": 1, "dense": ("bias$",), "max_steps": 1}
     train(files, tmp_path / "run", **options)
     assert (

@@ -57,8 +57,9 @@ def evaluate(
     """
     if (run is None) == (adapter is None):
         raise InputError(
-            f"`adapter` must be given once, got {brief(run)} and {brief(adapter)}. "
-            "Pass the folder of a run, as in `sparse-jax evaluate runs/mrpc`."
+            f"`adapter` must be given once, as the argument or by --adapter, got "
+            f"{brief(run)} and {brief(adapter)}. Pass the folder of a run, as in "
+            "`sparse-jax evaluate runs/mrpc`."
         )
     take_devices(devices, mesh=mesh)
     # JAX takes seconds to import, and `--help` has to be quick.

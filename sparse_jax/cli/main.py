@@ -75,7 +75,8 @@ def _keep_freed_memory() -> None:
     back to the kernel, which clears every page for the next: a seventh of the CPU time
     of updates of SmolLM2-135M, and 4 % of those of MiniLM.
     """
-    with suppress(OSError, AttributeError):
+    # Elsewhere there is no such function, or on Windows no such library.
+    with suppress(OSError, AttributeError, TypeError):
         adjust = ctypes.CDLL(None).mallopt
         adjust(_MMAP_MAX, 0)
         adjust(_TRIM_THRESHOLD, 2**31 - 1)

@@ -215,18 +215,19 @@ def load_one(
       split: of a folder or a data set; None is the first to evaluate on.
       needs_labels: whether the examples get the numbers of their labels.
       drop_unlabeled: whether to leave out rows without a label.
-      held_out, seed: of the rows that `load` holds out, to return these; None is all.
+      held_out: what `load` holds out, to return that only; None is all.
+      seed: of the rows that are held out, or drawn for a mixture.
 
     Raises:
       InputError: as of `load`, or if there is no such split.
     """
     name, known = split or "validation", {}
-    part = one_part(data)
+    part = one_part(data, seed=seed)
     if part is not None:
         name = "validation" if part.path is None else part.path.stem
         rows = _reader(part, task)()
     else:
-        splits = _splits(task, data, seed=0)
+        splits = _splits(task, data, seed)
         name = split or next((one for one in splits if one != "train"), "train")
         if name not in splits:
             raise InputError(f"`split` must be one of {listed(splits)}, got {name!r}.")

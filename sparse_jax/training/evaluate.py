@@ -116,6 +116,7 @@ def evaluate_adapter(
             found.adapter.labels,
             columns=settings.columns,
             drop_unlabeled=settings.drop_unlabeled,
+            seed=settings.seed,
         )
         splits = Splits(one.task, {"validation": one.examples})
     ready = adapted(found, splits, metrics)

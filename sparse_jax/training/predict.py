@@ -49,7 +49,8 @@ def predict(
       run: run directory, adapter file, or folder of PEFT.
       output: file to write; None is standard output.
       data: file, folder, data set or rows to predict, with or without labels; None is
-        that of the run, of a single file the part that it held out.
+        that of the run, of a single file the part that it held out, unless the file
+        has changed.
       columns: our names of columns -> those of the data; None is as in training.
       split: of a folder or a data set; None is the first to evaluate on.
       model, task, labels, batch_size, max_length, mesh: as of `evaluate_adapter`.
@@ -72,12 +73,12 @@ def predict(
             "`sparse-jax generate`, which writes JSON lines too."
         )
     place, part = settings.data, one_part(settings.data, seed=settings.seed)
-    held_out = drop_unlabeled = None
+    held_out, digest = None, adapter.settings.get("data_hash")
     if data is None and part is not None and settings.eval_data:
         place = [*settings.eval_files.values()][0]
-    elif data is None and part is not None:
-        # The rows of a single file that were not trained on.
-        held_out, drop_unlabeled = settings.resolved_held_out, settings.drop_unlabeled
+    elif data is None and part is not None and digest and digest == part.digest:
+        # The rows of a single file that were not trained on; of a changed one all.
+        held_out = settings.resolved_held_out
     one = load_one(
         find_task(settings.task),
         place,
@@ -85,7 +86,7 @@ def predict(
         columns=settings.columns,
         split=split,
         needs_labels=False,
-        drop_unlabeled=bool(drop_unlabeled),
+        drop_unlabeled=held_out is not None and settings.drop_unlabeled,
         held_out=held_out,
         seed=settings.seed,
     )
