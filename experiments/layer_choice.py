@@ -140,7 +140,7 @@ def probes_of(name: str, trial: Trial, args: argparse.Namespace) -> Probes | Non
     importance: list[float] = []
     for row in updates_of(read_rows(folder / "metrics.jsonl")):
         importance = row.get("importance", importance)
-        # Lists are written when they change, and before the first probe are zero.
+        # Lists are written when they change; of earlier versions also zeros before.
         if any(row.get("probe_losses", ())):
             found.updates.append(row["step"])
             found.losses.append(row["probe_losses"])

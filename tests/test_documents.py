@@ -14,6 +14,7 @@ from sparse_jax.cli.main import app
 from sparse_jax.methods.registry import METHODS, MethodOptions
 from sparse_jax.samplers.registry import SAMPLERS
 from sparse_jax.supports.scores import SCORES
+from sparse_jax.training.other_names import OTHER_NAMES
 from sparse_jax.training.settings import setting_options
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,30 @@ def test_the_recipe_of_other_libraries_is_a_run():
     [text] = re.findall(r"```yaml\n(.*?)```", OTHERS, re.DOTALL)
     run = Settings(**yaml.safe_load(text))
     assert (run.schedule, run.warmup, run.weight_decay) == ("cosine", 0.03, 0.1)
+
+
+def rows_of_others():
+    """Names of other libraries in a row of a table, and the row."""
+    pages = {"command_line": 3, "evaluation": 1, "other_libraries": 1}
+    for page, there in pages.items():
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        for line in text.splitlines():
+            cells = re.split(r"(?<!\\)\|", line)
+            if line.startswith("| ") and len(cells) > 4:
+                names = re.findall(r"(?:`|, |\()([a-z]\w*)(?=[`=:])", cells[there])
+                yield {*names}, line
+
+
+def test_hints_on_names_of_others_are_those_of_the_documents():
+    rows = list(rows_of_others())
+    for name, hint in OTHER_NAMES.items():
+        option = re.match(r"--[a-z-]+|", hint)[0]
+        is_there = any(name in names and option in row for names, row in rows)
+        assert is_there or name in ("ist", "lora_r", "lr"), name
+    # Of files of LLaMA-Factory.
+    named = {n for _, row in rows if "`--" in row for n in re.findall(r"`(\w+): ", row)}
+    assert len(named) > 25
+    assert named <= {*OTHER_NAMES, *setting_options()}
 
 
 TABLES = {"--method": METHODS, "--score": SCORES}

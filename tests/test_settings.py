@@ -408,6 +408,7 @@ def test_a_run_that_replaced_another_is_resumed_from_its_file(tmp_path):
 
 
 FILES = {
+    "of others": ("ist: true", "got 'ist'. Here it is `sampler: ist`. They are"),
     "unknown": ("densty: 0.1", "such as .*, got 'densty'. Did you mean 'density'?"),
     "twice": ("rank: 1\n'rank': 2", "must be a YAML or JSON file, .* 'rank' twice"),
     "twice in a method": ("method: {name: a, name: b}", "it has 'name' twice"),

@@ -22,6 +22,7 @@ from sparse_jax.cli.options import Sections, flag
 from sparse_jax.cli.plan import plan
 from sparse_jax.cli.predict import predict
 from sparse_jax.errors import InputError, printable
+from sparse_jax.training.other_names import name_hint
 
 __all__ = ["app", "main", "run"]
 
@@ -118,6 +119,13 @@ def _as_typed(message: str, words: Sequence[str]) -> str:
 
 def _reading(error: Any) -> str:
     """Returns what could not be read, and where the options are explained."""
+    if error.ctx and hasattr(error, "possibilities"):
+        name = error.option_name.lstrip("-").replace("-", "_")
+        known = [param.name for param in error.ctx.command.params]
+        # Typer's own are all that look alike.
+        error.possibilities = None
+        if hint := name_hint(name, known, joined=" "):
+            error.message += f".{hint}"
     message = error.format_message().rstrip(".")
     # Typer's own words do not have the value.
     if errors := getattr(error.__cause__, "errors", None):

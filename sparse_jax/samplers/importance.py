@@ -30,7 +30,7 @@ class ImportanceMemory(NamedTuple):
     probes: jax.typing.ArrayLike  # shape=(), int32: probes that counted
     skipped: jax.typing.ArrayLike  # shape=(), int32: probes with a loss not finite
     suppressed: jax.Array  # shape=(num_probes, L), bool: subsets of the last probe
-    losses: jax.Array  # shape=(num_probes,), float32: their losses
+    losses: jax.Array  # shape=(num_probes,), float32: their losses, NaN before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class Importance(Sampler[ImportanceMemory]):
             probes=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
             suppressed=jnp.zeros((self.num_probes, self.num_layers), bool),
-            losses=jnp.zeros(self.num_probes, jnp.float32),
+            losses=jnp.full(self.num_probes, jnp.nan, jnp.float32),
         )
 
     def weights(self, memory: ImportanceMemory) -> jax.Array:

@@ -1,6 +1,5 @@
 """Settings in a file: the `config.json` of a run, or your own in YAML or JSON."""
 
-import difflib
 import json
 import re
 from collections.abc import Container, Iterable, Mapping
@@ -16,6 +15,7 @@ from sparse_jax.methods.lookup import learning_rate_of
 from sparse_jax.methods.registry import METHODS, USUAL
 from sparse_jax.params.fields import Json, checked, fields_of, from_json
 from sparse_jax.samplers.registry import SAMPLERS, sampler_class
+from sparse_jax.training.other_names import name_hint
 from sparse_jax.training.output_folder import WITHOUT
 from sparse_jax.training.settings import OWN, setting_options
 
@@ -56,12 +56,10 @@ def read_settings(path: str | Path, given: Container[str] = ()) -> dict[str, Any
     known = setting_options()
     for name in found:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
-            remedy = f" Did you mean {close[0]!r}?" if close else ""
             raise InputError(
                 f"`{path}` must have settings such as {listed(known, 3)}, got "
-                f"{brief(name)}.{remedy} They are the options of "
-                "`sparse-jax finetune`, with `_` for `-`."
+                f"{brief(name)}.{name_hint(str(name), known, joined=': ')} They are "
+                "the options of `sparse-jax finetune`, with `_` for `-`."
             )
     # What earlier versions recorded of the only one that had a name.
     if found.get("optimizer", "") is None:

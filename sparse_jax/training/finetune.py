@@ -1,6 +1,5 @@
 """Fine-tuning, from settings to a run directory."""
 
-import difflib
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ from sparse_jax.training.kl_budget import KlBudget
 from sparse_jax.training.loop import Loop
 from sparse_jax.training.objective import Evaluated
 from sparse_jax.training.optimizer import averaged
+from sparse_jax.training.other_names import name_hint
 from sparse_jax.training.output_folder import (
     CONFIG,
     NAMED,
@@ -127,11 +127,9 @@ def _require_names(options: Mapping[str, object], callbacks: object) -> None:
     known = [one.name for one in fields(Settings)]
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            remedy = f" Did you mean {close[0]!r}?" if close else ""
             raise InputError(
-                f"`{name}` must be left out, got {brief(options[name])}.{remedy} The "
-                "arguments are the fields of `Settings`."
+                f"`{name}` must be left out, got {brief(options[name])}."
+                f"{name_hint(name, known)} The arguments are the fields of `Settings`."
             )
     if not isinstance(callbacks, Callbacks | None):
         raise InputError(
@@ -283,6 +281,12 @@ def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
         "with the optimizer that was passed" if rate is None else
         f"at a learning rate of {rate:g}",
     )  # fmt: skip
+    updates, period = job.total - job.select_after, job.sampler and job.sampler.period
+    if period is not None and updates <= period:
+        _log.warning(
+            "%s draws the layers evenly in %d updates: its first probe comes after "
+            "%d. Lower `probe_every`", settings.sampler_word, updates, period
+        )  # fmt: skip
     if (stream := job.feed.stream) is not None:
         _log.info(
             "train: `%s` is read while the run goes on, %s records at a time",

@@ -79,6 +79,9 @@ class Loop:
     def __post_init__(self):
         self._schedules = {then: self.job.schedule(then) for then in (False, True)}
         self._text: Metrics = {}  # of the last comparison with the base
+        # A resumed run goes on from the lists of its rows.
+        for row in self.directory.rows:
+            self._known |= row
 
     def run(self, state: CompactState, at: Position) -> tuple[CompactState, Position]:
         """Trains from a position to the end; the state is donated.
@@ -329,13 +332,15 @@ class Loop:
         )
 
     def _news(self, metrics: dict[str, jax.Array]) -> dict[str, Json]:
-        """Returns metrics as numbers and lists, without lists that have not changed."""
+        """Returns metrics as numbers and lists, without lists that say nothing new."""
         shown = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        known, self._known = self._known, shown
+        known, self._known = self._known, self._known | shown
         return {
             name: value
             for name, value in shown.items()
-            if not isinstance(value, list) or value != known.get(name)
+            if not isinstance(value, list)
+            # Before the first probe its losses are not numbers.
+            or (value != known.get(name) and np.isfinite(value).any())
         }
 
     def _is_first(self, batch: Batch, runner: MeshRunner) -> bool:
