@@ -56,13 +56,15 @@ CASES = {
     "mistral": ("mistral", {"sliding_window": 5}),
     "mistral, no window": ("mistral", {"sliding_window": None, "head_dim": 12}),
     "qwen2": ("qwen2", {}),
-    "qwen2, a window": ("qwen2", WINDOW | {"max_window_layers": 1}),
+    "qwen2, a window": ("qwen2", WINDOW | {"max_window_layers": 1, "head_dim": 12}),
     "qwen3": ("qwen3", {"head_dim": 12}),
     "qwen3, windows": ("qwen3", WINDOW | {"layer_types": [SLIDING, "full_attention"]}),
     "gemma": ("gemma", {"head_dim": 12}),
     "gemma 2": ("gemma2", GEMMA2),
     "gemma 3": ("gemma3_text", GEMMA3),
-    "phi3": ("phi3", {"rope_parameters": PARTIAL, "sliding_window": 5}),
+    "phi3": (
+        "phi3", {"rope_parameters": PARTIAL, "sliding_window": 5, "head_dim": 12}
+    ),
     "smollm3": ("smollm3", {"no_rope_layers": [0, 1]}),
     "ministral": (
         "ministral",

@@ -33,7 +33,7 @@ def _fields(theirs: Any) -> dict[str, Any]:
 
 def _their_fields(config: DecoderConfig) -> dict[str, Any]:
     """Returns what a configuration of any Gemma says, from ours."""
-    return {"attention_bias": config.qkv_bias, "head_dim": config.head_size}
+    return {"attention_bias": config.qkv_bias}
 
 
 GEMMA = DecoderFamily(

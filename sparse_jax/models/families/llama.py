@@ -44,7 +44,6 @@ LLAMA = DecoderFamily(
     their_fields=lambda config: {
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
-        "head_dim": config.head_size,
     },
     architectures=heads_of("Llama"),
     names=NAMES,
@@ -54,7 +53,7 @@ LLAMA = DecoderFamily(
 MISTRAL = DecoderFamily(
     name="mistral",
     fields=lambda theirs: {},
-    their_fields=lambda config: {"head_dim": config.head_size},
+    their_fields=lambda config: {},
     architectures=heads_of("Mistral"),
     names=NAMES,
     windows="all",
@@ -63,7 +62,7 @@ MISTRAL = DecoderFamily(
 MINISTRAL = DecoderFamily(
     name="ministral",
     fields=lambda theirs: {},
-    their_fields=lambda config: {"head_dim": config.head_size},
+    their_fields=lambda config: {},
     architectures=heads_of("Ministral"),
     names=NAMES,
     windows="some",
@@ -95,7 +94,6 @@ QWEN3 = DecoderFamily(
     their_fields=lambda config: {
         **_window_flag(config),
         "attention_bias": config.qkv_bias,
-        "head_dim": config.head_size,
     },
     architectures=heads_of("Qwen3"),
     names=NAMES,
@@ -123,6 +121,7 @@ def _phi3_fields(theirs: Any) -> dict[str, Any]:
                 "trained without this dropout. Set it to 0."
             )
     size = theirs.hidden_size // theirs.num_attention_heads
+    size = getattr(theirs, "head_dim", None) or size
     share = theirs.rope_parameters["partial_rotary_factor"]
     return {"rotary_size": None if share == 1 else int(size * share)}
 

@@ -126,6 +126,7 @@ def their_decoder_fields(
         **fields,
         family.activation: config.hidden_act,
         "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
         "eos_token_id": their_stop_ids(config.eos_ids),
         **their_layers(family, config),
         **family.their_fields(config),
