@@ -86,6 +86,8 @@ PHI3 = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 20,
+    # Room for the longest text, 9 tokens, behind a prefix of 3.
+    "sliding_window": 12,
 }
 GPT2 = {**SHAPE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 MODELS = {
@@ -237,6 +239,7 @@ GIVEN = {
     "gpt2 ia3": ("gpt2", IA3()),
     "phi3 lora": ("phi3", LoRA(rank=2, where="attention/(key|output)|mlp")),
     "phi3 ia3": ("phi3", IA3()),
+    "phi3 prefix": ("phi3", Prefix(length=3)),
 }
 
 
@@ -619,6 +622,7 @@ UNWRITTEN = {
     ),
     "a prefix and positions": ("gpt2", Prefix(length=3), {}, "rotary positions"),
     "a prefix of an encoder": ("bert", Prefix(length=3), {}, "rotary positions"),
+    "a prefix and windows": ("phi3", Prefix(length=12), {}, "windows longer than a p"),
     "a format": ("llama", Sparse(density=0.1, where="up"), {"sparse": "x"}, "`sparse`"),
 }  # fmt: skip
 

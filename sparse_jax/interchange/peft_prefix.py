@@ -7,6 +7,7 @@ are turned by `length` positions to make up for it. Where positions are added to
 word vectors or to the scores, nothing makes up for it.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,15 +23,18 @@ from sparse_jax.params.fields import Json
 
 __all__ = ["prefix_arrays", "prefix_config", "prefix_tensor"]
 
+_log = logging.getLogger(__name__)
+
 
 def prefix_tensor(parts: Mapping[str, np.ndarray], model: Model) -> np.ndarray:
     """Returns PEFT's `prompt_embeddings` (P, L * 2 * H * K) of keys and values.
 
     Raises:
-      InputError: if the model has no rotary positions.
+      InputError: if the model has no rotary positions, or windows without room for the
+        prefix.
     """
-    _require_rotary(model)
     length = parts["keys"].shape[1]
+    _require_rotary(model, length)
     stacks = [_turned(parts["keys"], model, length), parts["values"]]
     whole = np.stack(stacks, axis=1)  # (L, 2, P, H * K)
     return np.moveaxis(whole, 2, 0).reshape(length, -1)
@@ -40,9 +44,10 @@ def prefix_arrays(tensor: np.ndarray, model: Model) -> dict[str, np.ndarray]:
     """Returns keys and values (L, P, H * K) of PEFT's `prompt_embeddings`.
 
     Raises:
-      InputError: if the model has no rotary positions, or the tensor is for another.
+      InputError: if the model has no rotary positions, or windows without room for the
+        prefix, or the tensor is for another.
     """
-    _require_rotary(model)
+    _require_rotary(model, len(tensor))
     layers, width = model.config.num_layers, _width(model.config)
     if tensor.ndim != 2 or tensor.shape[1] != 2 * layers * width:
         raise InputError(
@@ -90,8 +95,8 @@ def _turned(keys: np.ndarray, model: Model, positions: int) -> np.ndarray:
     return np.concatenate(turned).reshape(keys.shape)
 
 
-def _require_rotary(model: Model) -> None:
-    """Raises unless positions are rotations of whole heads, as in Llama."""
+def _require_rotary(model: Model, length: int) -> None:
+    """Raises unless a prefix of some length gives the outputs that it gives in PEFT."""
     parts = getattr(model.family, "parts", None)
     if model.head is not CausalLM or parts is not GATED:
         raise InputError(
@@ -99,3 +104,17 @@ def _require_rotary(model: Model) -> None:
             f"{model.family.name!r}: PEFT counts the positions of tokens from the "
             "length of the prefix, and sparse_jax from 0. Keep it as an adapter file."
         )
+    windows = [kind.sliding_window for kind in model.config.kinds]
+    room = min((window - length for window in windows if window), default=None)
+    if room is None:
+        return
+    if room < 1:
+        raise InputError(
+            f"`model` must have windows longer than a prefix of PEFT, {length} tokens, "
+            f"got {length + room}: PEFT's windows hide the prefix, and those of "
+            "sparse_jax do not. Keep it as an adapter file."
+        )
+    _log.warning(
+        "the prefix has the outputs of PEFT for texts of at most %d tokens: from later "
+        "ones, the windows of PEFT hide it", room,
+    )  # fmt: skip
