@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -176,6 +178,15 @@ def test_what_was_read_must_stay_as_it_is(tmp_path, change, batches, is_refused)
         return
     with pytest.raises(InputError, match=r"a\.jsonl` must be what it was .* in lines"):
         again.keep_index(index, is_writer=True)
+
+
+def test_a_window_that_two_read_at_once_is_added_once(tmp_path):
+    path = write(tmp_path / "a.jsonl", 40)
+    expected, stream = some(stream_of(path), 25), stream_of(path)
+    stream.tokenize = lambda rows: time.sleep(0.02) or sequences_of(rows)
+    with ThreadPoolExecutor(2) as pool:
+        found = [*pool.map(lambda _: some(stream, 25), range(2))]
+    assert all(same(one, expected) for one in found)
 
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path):

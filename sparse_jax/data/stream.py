@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -136,6 +137,8 @@ class Stream:
     _size: int = field(init=False)
     _windows: list[Window] = field(init=False, default_factory=list)
     _index: Path | None = field(init=False, default=None)
+    # A selection by several batches reads beside the training.
+    _reading: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self):
         self.digest, self._size = sampled_hash(self.path), self.path.stat().st_size
@@ -255,6 +258,11 @@ class Stream:
         """Returns the sequences of a window, which is known or the first unknown."""
         if number == 0:
             return self.first
+        with self._reading:
+            return self._read_tokens(number)
+
+    def _read_tokens(self, number: int) -> TokenSequences:
+        """Reads a window after the first; one at a time, as an unknown one is added."""
         start = self._windows[number - 1].end
         lines = _read(self.path, start, self.window)
         is_end = lines.end.byte == self._size
