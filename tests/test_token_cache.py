@@ -4,9 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny_text import text_settings, tiny_decoder, write_decoder
 
 from sparse_jax.data.batches import Encoded, TokenSequences
 from sparse_jax.data.examples import Examples
+from sparse_jax.data.tokenizer import load_tokenizer
+from sparse_jax.training.causal_data import causal_data
 from sparse_jax.training.token_cache import (
     Tokens,
     encoded_of,
@@ -109,6 +112,23 @@ def test_a_folder_that_cannot_be_written_is_reported(made, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file")
     made("a")
     assert "tokens are not kept in" in caplog.text
+
+
+def test_the_same_bytes_are_other_texts_in_a_file_of_another_kind(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SPARSE_JAX_CACHE", str(tmp_path / "cache"))
+    folder, (model, _) = write_decoder(tmp_path / "model"), tiny_decoder()
+    sizes = []
+    for name in ("a.jsonl", "a.txt", "a.jsonl"):
+        (tmp_path / name).write_text('{"text": "red blue"}\n' * 5)
+        settings = text_settings(folder, tmp_path / name, "run", max_length=8)
+        feed, _ = causal_data(settings, folder, model, load_tokenizer(folder), None)
+        sizes.append(feed.sizes)
+    # Of the text 13 tokens are cut into sequences that share one.
+    assert sizes[0] == sizes[2] == {"train": 4, "validation": 1}
+    assert sizes[1] == {"train": 2, "validation": 1}
+    assert len([*(tmp_path / "cache").rglob("*.safetensors")]) == 2
 
 
 def test_the_files_of_a_tokenizer_are_part_of_the_key(tmp_path):

@@ -1,7 +1,7 @@
 """The data of causal language models: read and tokenized, kept, or streamed."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -201,8 +201,12 @@ def _in_memory(reader: _Reader, folder: Path, adapter: Adapter | None) -> _Read:
     key: list[Json] | None = None
     if parts[0].digest is not None and not settings.no_cache:
         files = [[name, file_hash(Path(f))] for name, f in settings.eval_files.items()]
+        data = settings.data
+        places = data if isinstance(data, Mapping) else [x and x.path for x in parts]
+        # The same bytes are other texts in a file of another kind.
+        kinds = [Path(str(x)).suffix for x in (*places, *settings.eval_files.values())]
         key = [
-            hashes, files, part, reader.held_out, settings.seed,
+            hashes, kinds, files, part, reader.held_out, settings.seed,
             asdict(reader.how["template"]), settings.columns,
             causal_length(model, settings), model.config.max_positions,
             settings.resolved_loss_on, settings.max_eval_samples,
