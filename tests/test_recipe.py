@@ -31,6 +31,7 @@ VALUES = {
     "leaves": {
         "layers": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 3))},
         "norm": {"scale": jnp.ones(3)},
+        "classifier": {"kernel": jnp.ones((3, 4))},
     },
 }
 
@@ -68,11 +69,12 @@ def test_an_optimizer_by_name_is_one_program_for_all_rates_and_decays(word):
     for path in (("layers", "bias"), ("norm", "scale")):
         pair = [tree[path[0]][path[1]] for tree in (double, plain)]
         np.testing.assert_allclose(*pair, rtol=1e-5)
-    gap = double["layers"]["kernel"] - plain["layers"]["kernel"]
     decays = word not in ("adam", "adagrad", "radam", "rmsprop", "sgd", "signum")
     # Schedule-free training moves a tenth of the way to its first step.
     share = {"schedule_free_adamw": 1.0, "adafactor": 0.0}.get(word, float(decays))
-    np.testing.assert_allclose(gap, -0.02 * 0.5 * share, atol=1e-6)
+    for name in ("layers", "classifier"):
+        gap = double[name]["kernel"] - plain[name]["kernel"]
+        np.testing.assert_allclose(gap, -0.02 * 0.5 * share, atol=1e-6)
 
 
 def test_muon_orthogonalizes_the_matrix_of_every_layer_for_itself():

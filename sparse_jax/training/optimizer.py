@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -241,11 +242,34 @@ def _schedule_free_adamw(
     return optax.contrib.schedule_free(base, learning_rate, b1)
 
 
+def _muon(
+    learning_rate: optax.Schedule,
+    eps: float = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    mu_dtype: Any = None,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.999,
+    muon_weight_dimension_numbers: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns Optax's optimizer of the name, which decays only what is not Adam's."""
+    steps = optax.contrib.muon(
+        1.0, eps=eps, mu_dtype=mu_dtype, adam_b1=adam_b1, adam_b2=adam_b2,
+        muon_weight_dimension_numbers=muon_weight_dimension_numbers,
+    )  # fmt: skip
+    # Steps are downward already, and so is the decay.
+    decay = optax.add_decayed_weights(-weight_decay, mask)
+    return optax.chain(steps, decay, optax.scale_by_schedule(learning_rate))
+
+
+# Those that Optax has in a form that lacks something.
+_OWN = MappingProxyType({SCHEDULE_FREE: _schedule_free_adamw, "muon": _muon})
+
+
 def _named(word: object) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """Returns the function of Optax that makes an optimizer, and its arguments."""
-    make: Any = _schedule_free_adamw
-    if word != SCHEDULE_FREE:
-        make = getattr(optax, str(word), None) or getattr(optax.contrib, str(word))
+    make: Any = _OWN.get(str(word)) or getattr(optax, str(word), None)
+    make = make or getattr(optax.contrib, str(word))
     return make, tuple(inspect.signature(make).parameters)
 
 
