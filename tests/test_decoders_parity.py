@@ -62,9 +62,7 @@ CASES = {
     "gemma": ("gemma", {"head_dim": 12}),
     "gemma 2": ("gemma2", GEMMA2),
     "gemma 3": ("gemma3_text", GEMMA3),
-    "phi3": (
-        "phi3", {"rope_parameters": PARTIAL, "sliding_window": 5, "head_dim": 12}
-    ),
+    "phi3": ("phi3", {"rope_parameters": PARTIAL, "sliding_window": 5, "head_dim": 12}),
     "smollm3": ("smollm3", {"no_rope_layers": [0, 1]}),
     "ministral": (
         "ministral",
