@@ -10,7 +10,7 @@ from sparse_jax.methods.ia3 import IA3
 from sparse_jax.methods.lora import DoRA, LoRA
 from sparse_jax.methods.prefix import Prefix
 from sparse_jax.models.attachment import MEMORY, Memory
-from sparse_jax.models.attend import attend, remember
+from sparse_jax.models.attend import Mask, attend, remember
 
 
 def attend_to(q, seen, rate=0.0, key=None):
@@ -172,7 +172,7 @@ def test_a_prefix_joins_the_attention():
     arrays = {"keys": jnp.array([[1.0, 0.0]]), "values": jnp.array([[8.0, 0.0]])}
     added = {"attention/memory": arrays}
     k = v = jnp.array([[[[0.0, 0.0]]]])
-    mask = jnp.ones((1, 1, 1, 1), bool)
+    mask = Mask(jnp.ones((1, 1, 1, 1), bool))
     q = jnp.array([[[[2**0.5 * np.log(3.0), 0.0]]]])
 
     def mixed(strength):
@@ -190,7 +190,8 @@ def test_a_prefix_is_the_same_with_dropout_in_the_attention():
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
     memory = Memory(draw(0, 3, 8), draw(1, 3, 8), jnp.log(jnp.float32(0.5)))
     k, v, q = (draw(i, 2, 5, 4, 2) for i in (2, 3, 4))
-    mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)[:, None, None]
+    seen = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    mask = Mask(seen[:, None, None])
     seen = remember(memory, k, v, mask)
     # So small a rate drops nothing of these few weights.
     dropped = attend_to(q, seen, 1e-9, jax.random.key(0))

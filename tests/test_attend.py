@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparse_jax.models import attend as module
-from sparse_jax.models.attend import attend
+from sparse_jax.models.attend import Mask, attend
 
 BATCH, LENGTH, HEADS, GROUPS, WIDTH = 2, 13, 4, 2, 8
 
@@ -39,7 +39,7 @@ def test_attention_in_parts_is_attention_at_once(bias, cap, mask, monkeypatch):
     seen = found["causal"].any(axis=-1)[:, 0, :, None, None]
 
     def total(q, k, v):
-        options = (found.get(bias), found[mask], 0.0, None)
+        options = (found.get(bias), Mask(found[mask]), 0.0, None)
         mixed = attend(q, k, v, *options, cap=cap)
         return jnp.sum(jnp.where(seen, jnp.sin(mixed), 0)), mixed
 
@@ -62,7 +62,7 @@ def test_parts_hold_fewer_scores(monkeypatch):
     mask = jnp.tri(length, dtype=bool)[None, None]
 
     def temporaries():
-        total = lambda q: jnp.sum(attend(q, q, q, None, mask, 0.0, None))
+        total = lambda q: jnp.sum(attend(q, q, q, None, Mask(mask), 0.0, None))
         compiled = jax.jit(jax.grad(total)).lower(q).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

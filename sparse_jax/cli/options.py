@@ -98,16 +98,16 @@ class Sections(TyperCommand):
                     formatter.write_dl(found)
 
 
-def option(default: Any, text: str, shown: str = "", **more: Any) -> Any:
+def option(default: Any, text: str, shown: str = "", *names: str, **more: Any) -> Any:
     """Returns an option; `shown` describes a default that is not shown as it is."""
     if shown:
         text, more["show_default"] = f"{text}  [default: {shown}]", False
-    return Option(default, help=text, **more)
+    return Option(default, *names, help=text, **more)
 
 
-def flag(name: str, text: str, default: object = False) -> Any:
+def flag(name: str, text: str, default: object = False, shown: str = "") -> Any:
     """Returns an option without a value."""
-    return Option(default, name, help=text)
+    return option(default, text, shown, name)
 
 
 ADAPTER = "Adapter file, or the folder of a run or of a PEFT adapter."

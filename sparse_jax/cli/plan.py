@@ -64,10 +64,11 @@ def plan(
         "What to compile for: cpu, gpu, or TPUs such as v5e:4x4, v6e:8x8 or "
         "v5p:2x2x1; no TPU needed.",
     ),
-    largest_batch: bool = flag(
+    largest_batch: bool | None = flag(
         "--largest-batch/--no-largest-batch",
         "Compile again to find the largest batch.",
-        True,
+        None,
+        "on, but off with --compare",
     ),
     json: str | None = option(
         None, "File to write the plan to, in bytes and seconds.", "none"
@@ -109,7 +110,7 @@ def plan(
     length = min(2048, model.config.max_positions) if length is None else length
     place: Any = {"length": length, "shape": shape, "target": found}
     plans = [make_plan(model, run, **place) for run in runs]
-    if largest_batch:
+    if compare is None if largest_batch is None else largest_batch:
         plans = [
             with_largest_batch(model, run, one, **place)
             for run, one in zip(runs, plans, strict=True)

@@ -1,6 +1,7 @@
 """Attention: queries meet keys, in groups or not, those of a cache and a prefix too."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -8,12 +9,44 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.models.attachment import MEMORY, Memory, Respond
+from sparse_jax.models.attend_tpu import Reach, attend_in_blocks, has_kernel
 from sparse_jax.models.modules import dropout
 
-__all__ = ["Attended", "attend", "memory_of", "remember", "split_heads"]
+__all__ = [
+    "Attended",
+    "Mask",
+    "Reach",
+    "attend",
+    "memory_of",
+    "remember",
+    "split_heads",
+]
 
 
 Mix = Callable[..., jax.Array]  # (q, k, v, bias, mask) -> y
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("seen", "segments", "reach"),
+    meta_fields=("reaches",),
+)
+@dataclass(frozen=True)
+class Mask:
+    """Which keys the queries see: one by one, and by the rule that kernels know.
+
+    Attributes:
+      seen: True where a key is seen, bool, broadcast to (B, H, T, S).
+      segments: shape=(B, T), int32; tokens of one number see each other as far as they
+        reach. None if that does not say it all.
+      reach: which of the reaches holds, shape=(), int32.
+      reaches: those of all layers.
+    """
+
+    seen: jax.Array
+    segments: jax.Array | None = None
+    reach: jax.Array | None = None
+    reaches: tuple[Reach, ...] = ()
 
 
 class Attended(NamedTuple):
@@ -21,7 +54,7 @@ class Attended(NamedTuple):
 
     k: jax.Array  # shape=(B, S, H, K)
     v: jax.Array  # shape=(B, S, H, K)
-    mask: jax.Array  # bool, shape=(B or 1, H or 1, T or 1, S): True where attended
+    mask: Mask
     bias: jax.Array | None  # of the scores, float32, shape=(1, 1, 1, S); None is zero
 
 
@@ -31,9 +64,7 @@ def memory_of(respond: Respond, x: jax.Array) -> Memory | None:
     return cast(Memory | None, respond(MEMORY, nothing, x))
 
 
-def remember(
-    memory: Memory | None, k: jax.Array, v: jax.Array, mask: jax.Array
-) -> Attended:
+def remember(memory: Memory | None, k: jax.Array, v: jax.Array, mask: Mask) -> Attended:
     """Puts a memory in front of the keys and values of a batch.
 
     Every token sees all of the memory, which has no position: call this after keys
@@ -43,14 +74,14 @@ def remember(
       memory: what `memory_of` returned.
       k: keys, shape=(B, T, H, K); with grouped queries H counts the groups.
       v: values, in the shape of the keys.
-      mask: True where a key is seen, bool, broadcast to (B, H, T, T).
+      mask: of these keys.
 
     Example:
       >>> k = jnp.ones((2, 3, 1, 4))
-      >>> mask = jnp.ones((2, 1, 1, 3), bool)
+      >>> mask = Mask(jnp.ones((2, 1, 1, 3), bool))
       >>> memory = Memory(jnp.zeros((5, 4)), jnp.zeros((5, 4)), jnp.float32(0))
       >>> seen = remember(memory, k, k, mask)
-      >>> seen.k.shape, seen.mask.shape, seen.bias.shape
+      >>> seen.k.shape, seen.mask.seen.shape, seen.bias.shape
       ((2, 8, 1, 4), (2, 1, 1, 8), (1, 1, 1, 8))
     """
     if memory is None:
@@ -66,10 +97,10 @@ def remember(
         ],
         axis=1,
     )
-    mask = jnp.pad(mask, ((0, 0),) * 3 + ((length, 0),), constant_values=True)
+    seen = jnp.pad(mask.seen, ((0, 0),) * 3 + ((length, 0),), constant_values=True)
     bias = jnp.concatenate([jnp.full(length, memory.bias), jnp.zeros(num_tokens)])
     bias = bias.reshape(1, 1, 1, -1)
-    return Attended(front(memory.keys, k), front(memory.values, v), mask, bias)
+    return Attended(front(memory.keys, k), front(memory.values, v), Mask(seen), bias)
 
 
 # Scores of one example held at a time, in entries: 64 MiB of float32. At 2,048 tokens
@@ -95,7 +126,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     bias: jax.Array | None,
-    mask: jax.Array,
+    mask: Mask,
     rate: float,
     key: jax.Array | None,
     *,
@@ -108,33 +139,38 @@ def attend(
 
     Without `cap` the scores are `scale q k^T`. The softmax is taken in float32. Long
     sequences are taken some queries at a time, and scores computed again for the
-    gradient.
+    gradient; on a TPU in bfloat16 by a kernel, where there is neither a bias nor
+    dropout. What a token that sees no key mixes is then another number.
 
     Args:
       q: queries, shape=(B, T, H, K).
       k: keys, shape=(B, S, G, K), where G divides H.
       v: values, shape=(B, S, G, K).
       bias: of the scores, broadcast to (B, H, T, S); None is zero.
-      mask: True where a key is seen, bool, broadcast to (B, H, T, S).
+      mask: which keys are seen.
       rate: fraction of the weights that dropout takes.
       key: source of the dropout; None turns it off.
       scale: of the scores; None is 1 / sqrt(K).
       cap: bound of the scores; None has none.
 
     Example:
-      >>> q, mask = jnp.ones((1, 2, 1, 4)), jnp.tri(2, dtype=bool)[None, None]
+      >>> q, mask = jnp.ones((1, 2, 1, 4)), Mask(jnp.tri(2, dtype=bool)[None, None])
       >>> v = jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1) * q
       >>> attend(q, q, v, None, mask, 0.0, None)[0, :, 0, 0]
       Array([1., 2.], dtype=float32)
     """
     drops = key is not None and rate > 0
+    if mask.segments is not None and bias is None and not drops and has_kernel(q):
+        rule = (mask.segments, cast(jax.Array, mask.reach))
+        options = {"reaches": mask.reaches, "scale": scale, "cap": cap}
+        return attend_in_blocks(q, k, v, *rule, **options)
     if cap is None and not drops:
         mix: Mix = partial(jax.nn.dot_product_attention, scale=scale)
     else:
         mix = partial(_mixed, scale=scale, cap=cap, rate=rate, key=key)
     if drops:
-        return mix(q, k, v, bias, mask)
-    return _attend_in_parts(mix, q, k, v, bias, mask)
+        return mix(q, k, v, bias, mask.seen)
+    return _attend_in_parts(mix, q, k, v, bias, mask.seen)
 
 
 def _mixed(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.attend import Mask, Reach
 from sparse_jax.models.config import ClassicConfig, DecoderConfig, LayerKind
 from sparse_jax.models.decoder import Cached
 from sparse_jax.models.family import DecoderFamily
@@ -92,9 +93,10 @@ class Decoder(nnx.Module):
         is_token = batch["attention_mask"].astype(bool)
         positions = batch.get("positions", _positions(is_token))
         info = self.family.parts.position_info
+        reaches = tuple(_reach(kind) for kind in self.config.kinds)
         context = lambda kind: (
             info(self.config, kind, positions, positions),
-            _mask(kind, is_token, positions, batch),
+            _mask(kind, reaches, is_token, positions, batch),
         )
         return run_layers(
             self.layers,
@@ -147,7 +149,7 @@ class Decoder(nnx.Module):
         info, seen = self.family.parts.position_info, _positions(is_token)
         context = lambda kind: (
             info(self.config, kind, positions, seen),
-            _seen(kind, columns, is_token),
+            Mask(_seen(kind, columns, is_token)),
         )
         x, k, v = run_cached_layers(
             self.layers,
@@ -168,9 +170,13 @@ class Decoder(nnx.Module):
 
 
 def _mask(
-    kind: LayerKind, is_token: jax.Array, positions: jax.Array, batch: Inputs
-) -> jax.Array:
-    """Returns which keys every token sees, bool `[B, 1, T, T]`."""
+    kind: LayerKind,
+    reaches: tuple[Reach, ...],
+    is_token: jax.Array,
+    positions: jax.Array,
+    batch: Inputs,
+) -> Mask:
+    """Returns which keys every token sees, `[B, 1, T, T]`."""
     columns = jnp.arange(is_token.shape[1])
     if "ends" in batch:
         # The branches between a token and its parent do not count as a distance.
@@ -179,12 +185,21 @@ def _mask(
         is_past = columns >= jnp.swapaxes(columns, 1, 2)
         is_open = columns < batch["ends"][:, None]
         mask = is_past & is_open & _near(kind, distance) & is_token[:, None]
-        return mask[:, None]
-    mask = _seen(kind, columns, is_token)
-    if "segment_ids" not in batch:
-        return mask
-    segments = batch["segment_ids"]
-    return mask & (segments[:, None, :, None] == segments[:, None, None, :])
+        return Mask(mask[:, None])
+    seen, segments = _seen(kind, columns, is_token), is_token.astype(jnp.int32)
+    if "segment_ids" in batch:
+        numbers = batch["segment_ids"]
+        seen &= numbers[:, None, :, None] == numbers[:, None, None, :]
+        # Padding has a number of its own.
+        segments = jnp.where(is_token, numbers, -1)
+    number = jnp.int32(reaches.index(_reach(kind)))
+    return Mask(seen, segments, number, reaches)
+
+
+def _reach(kind: LayerKind) -> Reach:
+    """Returns how far a token sees in layers of a kind."""
+    window = kind.sliding_window
+    return Reach(None if window is None else window - 1, 0)
 
 
 def _seen(kind: LayerKind, columns: jax.Array, is_token: jax.Array) -> jax.Array:

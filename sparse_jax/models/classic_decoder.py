@@ -8,7 +8,14 @@ from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Respond
-from sparse_jax.models.attend import Attended, attend, memory_of, remember, split_heads
+from sparse_jax.models.attend import (
+    Attended,
+    Mask,
+    attend,
+    memory_of,
+    remember,
+    split_heads,
+)
 from sparse_jax.models.config import ClassicConfig
 from sparse_jax.models.decoder import Cached
 from sparse_jax.models.modules import (
@@ -88,12 +95,12 @@ class ClassicAttention(nnx.Module):
         self,
         x: jax.Array,
         position: PositionInfo,
-        mask: jax.Array,
+        mask: Mask,
         key: jax.Array | None,
         respond: Respond,
         cached: Cached | None,
     ) -> tuple[jax.Array, Cached | None]:
-        """Attends in normed `x`, `[B, T, D]`; `mask` is True where a key is seen."""
+        """Attends in normed `x`, `[B, T, D]`, to the keys that a mask shows."""
         width = x.shape[-1] // self.num_heads
         q = split_heads(respond("attention/query", self.query, x), width)
         k = split_heads(respond("attention/key", self.key, x), width)
@@ -147,7 +154,7 @@ class ClassicLayer(nnx.Module):
         self,
         x: jax.Array,
         position: PositionInfo,
-        mask: jax.Array,
+        mask: Mask,
         key: jax.Array | None,
         respond: Respond,
     ) -> jax.Array:
@@ -158,7 +165,7 @@ class ClassicLayer(nnx.Module):
         self,
         x: jax.Array,
         position: PositionInfo,
-        mask: jax.Array,
+        mask: Mask,
         key: jax.Array | None,
         respond: Respond,
         cached: Cached | None,

@@ -8,7 +8,7 @@ from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Respond
-from sparse_jax.models.attend import attend, memory_of, remember, split_heads
+from sparse_jax.models.attend import Mask, attend, memory_of, remember, split_heads
 from sparse_jax.models.config import DecoderConfig
 from sparse_jax.models.modules import RmsNorm, embed, linear, noisy
 from sparse_jax.models.position_embeddings import Turn, rotate
@@ -78,12 +78,12 @@ class DecoderAttention(nnx.Module):
         self,
         x: jax.Array,
         turn: Turn,
-        mask: jax.Array,
+        mask: Mask,
         key: jax.Array | None,
         respond: Respond,
         cached: Cached | None,
     ) -> tuple[jax.Array, Cached | None]:
-        """Attends; `mask` is True where a key is seen, `[B, 1, T, S]`."""
+        """Attends to the keys that a mask shows."""
         x = respond("attention/norm", self.norm, x)
         q = split_heads(respond("attention/query", self.query, x), self.head_size)
         k = split_heads(respond("attention/key", self.key, x), self.head_size)
@@ -147,7 +147,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         turn: Turn,
-        mask: jax.Array,
+        mask: Mask,
         key: jax.Array | None,
         respond: Respond,
     ) -> jax.Array:
@@ -158,7 +158,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         turn: Turn,
-        mask: jax.Array,
+        mask: Mask,
         key: jax.Array | None,
         respond: Respond,
         cached: Cached | None,

@@ -8,7 +8,14 @@ from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Respond
-from sparse_jax.models.attend import attend, memory_of, remember, split_heads
+from sparse_jax.models.attend import (
+    Mask,
+    Reach,
+    attend,
+    memory_of,
+    remember,
+    split_heads,
+)
 from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.family import Body, Family
 from sparse_jax.models.modules import (
@@ -40,9 +47,9 @@ class Attention(nnx.Module):
         self.norm = layer_norm(config, rngs)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, key: jax.Array | None, respond: Respond
+        self, x: jax.Array, mask: Mask, key: jax.Array | None, respond: Respond
     ) -> jax.Array:
-        """Attends within each sequence; `mask` is True at tokens, `[B, 1, 1, T]`."""
+        """Attends within each sequence to its tokens."""
         attention_key, output_key = split_key(key, 2)
         width = x.shape[-1] // self.num_heads
         q = split_heads(respond("attention/query", self.query, x), width)
@@ -113,19 +120,25 @@ class EncoderLayer(nnx.Module):
         self.mlp = Mlp(config, rngs)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, key: jax.Array | None, respond: Respond
+        self, x: jax.Array, mask: Mask, key: jax.Array | None, respond: Respond
     ) -> jax.Array:
-        """Attends, then maps every token; `mask` is True at tokens, `[B, 1, 1, T]`."""
+        """Attends, then maps every token."""
         attention_key, mlp_key = split_key(key, 2)
         x = self.attention(x, mask, attention_key, respond)
         return self.mlp(x, mlp_key, respond)
+
+
+def _mask(is_token: jax.Array) -> Mask:
+    """Returns a mask by which all tokens of a row see each other."""
+    segments = is_token.astype(jnp.int32)
+    return Mask(is_token[:, None, None], segments, jnp.int32(0), (Reach(),))
 
 
 BODY = Body(
     embeddings=Embeddings,
     layer=EncoderLayer,
     norm=None,
-    context=lambda config, is_token, positions: ((is_token[:, None, None],), None),
+    context=lambda config, is_token, positions: ((_mask(is_token),), None),
 )
 
 

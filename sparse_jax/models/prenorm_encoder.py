@@ -6,7 +6,14 @@ from flax import nnx
 
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Respond
-from sparse_jax.models.attend import attend, memory_of, remember, split_heads
+from sparse_jax.models.attend import (
+    Mask,
+    Reach,
+    attend,
+    memory_of,
+    remember,
+    split_heads,
+)
 from sparse_jax.models.config import EncoderConfig, LayerKind
 from sparse_jax.models.family import Body, Context
 from sparse_jax.models.modules import (
@@ -61,12 +68,12 @@ class _Attention(nnx.Module):
         self,
         x: jax.Array,
         turn: Turn,
-        mask: jax.Array,
+        mask: Mask,
         is_normed: jax.Array,
         key: jax.Array | None,
         respond: Respond,
     ) -> jax.Array:
-        """Attends; `mask` is True where a key is seen, `[B, 1, T, T]`."""
+        """Attends to the keys that a mask shows."""
         weights_key, output_key = split_key(key, 2)
         # The words are normed already, so that the first layer does not.
         x = jnp.where(is_normed, respond("attention/norm", self.norm, x), x)
@@ -116,7 +123,7 @@ class _Layer(nnx.Module):
         self,
         x: jax.Array,
         turn: Turn,
-        mask: jax.Array,
+        mask: Mask,
         is_normed: jax.Array,
         key: jax.Array | None,
         respond: Respond,
@@ -152,12 +159,16 @@ def _context(
     """Returns angles, masks and whether to norm: of the first layer, then by kind."""
     numbers = config.layer_kinds or (0,) * config.num_layers
     distance = jnp.abs(positions[:, :, None] - positions[:, None, :])
+    windows = tuple(kind.sliding_window for kind in config.kinds)
+    segments, reaches = is_token.astype(jnp.int32), tuple(map(Reach, windows, windows))
 
-    def of(one: tuple[LayerKind, bool]) -> tuple[Turn, jax.Array, jax.Array]:
+    def of(one: tuple[LayerKind, bool]) -> tuple[Turn, Mask, jax.Array]:
         kind, is_normed = one
         window = kind.sliding_window
         is_near = distance >= 0 if window is None else distance <= window
-        mask = (is_near & is_token[:, None])[:, None]
+        seen = (is_near & is_token[:, None])[:, None]
+        number = jnp.int32(windows.index(window))
+        mask = Mask(seen, segments, number, reaches)
         return turn_of(kind, config.head_size, positions), mask, jnp.array(is_normed)
 
     first, others = config.kinds[numbers[0]], [(kind, True) for kind in config.kinds]

@@ -10,7 +10,7 @@ from flax import nnx
 from sparse_jax.models.attachment import Attachment, LayerValues, Slots
 from sparse_jax.models.decoder import Cached
 from sparse_jax.models.slots import run_slots
-from sparse_jax.params.axes import keep_batch_sharded
+from sparse_jax.params.axes import keep_batch_sharded, platform
 
 _NOTHING = Attachment()
 _METHOD = 0x6D  # any number; the layer splits its key and folds nothing in
@@ -222,5 +222,5 @@ def default_unroll(num_layers: int, checkpoint: bool = False) -> int:
     encoder of 30 M parameters, 64 in the loop).
     """
     is_shallow = num_layers <= _MOST_UNROLLED
-    unrolls = is_shallow and jax.default_backend() == "cpu" and not checkpoint
+    unrolls = is_shallow and platform() == "cpu" and not checkpoint
     return num_layers if unrolls else 1

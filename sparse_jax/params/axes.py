@@ -13,10 +13,12 @@ __all__ = [
     "DATA",
     "FSDP",
     "TENSOR",
+    "axes_of_heads",
     "inside_replicas",
     "is_one_cpu",
     "keep_batch_sharded",
     "keep_rows_whole",
+    "platform",
     "rows_here",
 ]
 
@@ -51,10 +53,32 @@ def keep_batch_sharded(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.P(tuple(sizes)))
 
 
+def platform() -> str:
+    """Returns what a program is for, such as "tpu": where the mesh is, if there is one.
+
+    The devices of a mesh may be absent, as those that a plan is for.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 def is_one_cpu() -> bool:
     """Returns whether a program is for the CPU, and for one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() == "cpu" and math.prod(mesh.shape.values()) == 1
+    return platform() == "cpu" and math.prod(mesh.shape.values()) == 1
+
+
+def axes_of_heads(rows: int, heads: int) -> tuple[tuple[str, ...], str | None]:
+    """Returns the mesh axes of the rows and of the heads of an attention.
+
+    Example:
+      >>> axes_of_heads(8, 4)  # without a mesh
+      ((), None)
+    """
+    sizes = _automatic(BATCH_AXES)
+    batch = tuple(sizes) if rows % math.prod(sizes.values()) == 0 else ()
+    tensor = _automatic((TENSOR,)).get(TENSOR, 1)
+    return batch, TENSOR if tensor > 1 and heads % tensor == 0 else None
 
 
 def rows_here(rows: int) -> int:

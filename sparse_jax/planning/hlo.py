@@ -285,6 +285,9 @@ def _in_equation(equation: JaxprEqn) -> int:
     if equation.primitive.name == "cond":
         return max(inner)
     times = equation.params["length"] if equation.primitive.name == "scan" else 1
+    if equation.primitive.name == "pallas_call":
+        # Every block of a kernel counts, those that its mask leaves out too.
+        times = math.prod(equation.params["grid_mapping"].grid)
     if equation.primitive.name == "shard_map":
         mesh = equation.params["mesh"]
         manual = equation.params.get("manual_axes", mesh.axis_names)

@@ -1,0 +1,143 @@
+"""Attention in blocks on TPUs, by the kernel that JAX ships.
+
+Scores live in the memory of a core, block by block, in both passes, and blocks that no
+query sees are left out. Compiled for a v5e, 2,048 tokens of 32 heads take 0.7 ms
+forward and 1.0 ms backward by the schedule, where XLA's softmax takes 2.1 and 8.5.
+
+References:
+  Dao, 2023. https://arxiv.org/abs/2307.08691
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernels,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+
+from sparse_jax.params.axes import axes_of_heads, platform
+
+__all__ = ["Reach", "attend_in_blocks", "has_kernel"]
+
+# Short rows have few scores, and would fill no block.
+_FEWEST_TOKENS = 256
+# Blocks of 512 take half of the instructions of those of 256; those of 1,024 a fifth
+# less than 512, and three times as long to compile.
+_BLOCKS = (256, 512)
+# One backward kernel takes a quarter less time than two, and keeps a gradient of the
+# queries for every block of keys.
+_MOST_FUSED = 4
+
+
+class Reach(NamedTuple):
+    """How far a token sees in its segment; None is to the end of it."""
+
+    back: int | None = None
+    ahead: int | None = None
+
+
+def has_kernel(q: jax.Array) -> bool:
+    """Returns whether the kernel can mix for queries `[B, T, H, K]`.
+
+    Float32 keeps the products that it has everywhere else.
+    """
+    is_long = q.shape[1] >= _FEWEST_TOKENS
+    return platform() == "tpu" and q.dtype == jnp.bfloat16 and is_long
+
+
+def attend_in_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    reach: jax.Array,
+    *,
+    reaches: Sequence[Reach],
+    scale: float | None = None,
+    cap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns what `attend` returns, without a score in memory.
+
+    Args:
+      q: queries, shape=(B, T, H, K), bfloat16.
+      k: keys, shape=(B, T, G, K), where G divides H.
+      v: values, in the shape of the keys.
+      segments: shape=(B, T), int32; a token sees those of its own number.
+      reach: which of `reaches` holds, shape=(), int32.
+      reaches: what there is to choose from.
+      scale, cap: as for `attend`.
+      interpret: whether to run on any device, slowly.
+    """
+    length, width = q.shape[1], q.shape[-1]
+    block = _BLOCKS[length > _BLOCKS[0]]
+    # What is added is a segment of its own, of which nothing is kept.
+    short = -length % block
+    rows = lambda x: jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0)))
+    segments = jnp.pad(segments, ((0, 0), (0, short)), constant_values=-1)
+    q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
+    batch, heads = axes_of_heads(q.shape[0], k.shape[2])
+    by_head = jax.P(batch, heads)
+    options = {"block": block, "cap": cap, "interpret": interpret}
+
+    def mix(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: jax.Array
+    ) -> jax.Array:
+        branches = [partial(_mix, **options, reach=one) for one in reaches]
+        if len(branches) == 1:
+            return branches[0](q, k, v, segments)
+        return jax.lax.switch(reach, branches, q, k, v, segments)
+
+    if batch or heads:
+        specs = (*3 * [by_head], jax.P(batch), jax.P())
+        # Kernels do not say over which axes their results vary.
+        mix = jax.shard_map(mix, in_specs=specs, out_specs=by_head, check_vma=False)
+    q, k, v = (jnp.swapaxes(rows(x), 1, 2) for x in (q, k, v))
+    y = mix(q, k, v, segments, reach)
+    return jnp.swapaxes(y, 1, 2)[:, :length]
+
+
+def _mix(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    reach: Reach,
+    block: int,
+    cap: float | None,
+    interpret: bool,
+) -> jax.Array:
+    """Calls the kernel for heads `[B, H, T, K]` that lie on one device."""
+    _, heads, length, _ = q.shape
+    sizes = ("block_q", "block_kv", "block_kv_compute")
+    sizes += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    is_fused = length // block <= _MOST_FUSED
+    sizes += () if is_fused else ("block_q_dq", "block_kv_dq")
+    # The mask of a block follows from where it is: nothing of the size of all scores
+    # is made.
+    is_causal = reach == Reach(ahead=0)
+    local = masks.LocalMask((length, length), reach, 0)
+    mask = masks.CausalMask((length, length)) if is_causal else local
+    if reach == Reach():
+        mask = masks.FullMask((length, length))
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernels.BlockSizes(
+            **dict.fromkeys(sizes, block), use_fused_bwd_kernel=is_fused
+        ),
+        attn_logits_soft_cap=cap,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    each = lambda q, k, v, segments: kernel(
+        q, k, v, kernels.SegmentIds(q=segments, kv=segments)
+    )
+    return cast(jax.Array, jax.vmap(each)(q, k, v, segments))

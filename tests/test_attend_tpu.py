@@ -1,0 +1,67 @@
+"""The attention kernel of TPUs, run by the interpreter, mixes what XLA mixes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_jax.models.attend import Mask, Reach, attend
+from sparse_jax.models.attend_tpu import attend_in_blocks
+
+LENGTH, HEADS, GROUPS, WIDTH = 260, 4, 2, 16
+# The first row is padding on the left, a sequence, and padding on the right; the second
+# is packed.
+SEGMENTS = np.zeros((2, LENGTH), np.int32) - 1
+SEGMENTS[0, 7:250] = 1
+SEGMENTS[1, :100], SEGMENTS[1, 100:] = 1, 2
+
+
+def arrays(dtype):
+    random = np.random.default_rng(0)
+    draw = lambda heads: random.normal(size=(2, LENGTH, heads, WIDTH))
+    return [jnp.asarray(draw(n), dtype) for n in (HEADS, GROUPS, GROUPS)]
+
+
+def seen_by(reach):
+    """Returns the mask that the segments and a reach stand for."""
+    back = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    seen = SEGMENTS[:, :, None] == SEGMENTS[:, None]
+    seen &= (back <= (LENGTH if reach.back is None else reach.back))[None]
+    return seen & (-back <= (LENGTH if reach.ahead is None else reach.ahead))
+
+
+@pytest.mark.parametrize(
+    ("reach", "cap"),
+    [
+        (Reach(ahead=0), None),
+        (Reach(ahead=0), 0.5),
+        (Reach(30, 0), None),
+        (Reach(30, 30), None),
+        (Reach(), None),
+    ],
+)
+def test_the_kernel_mixes_what_xla_mixes(reach, cap):
+    q, k, v = arrays(jnp.float32)
+    is_token = (SEGMENTS > 0)[:, :, None, None]
+    # With two reaches, the number says which one holds.
+    reaches = (Reach(3, 3), reach) if cap is None else (reach,)
+    rule = {"reaches": reaches, "scale": 0.3, "cap": cap}
+    number, mask = (
+        jnp.int32(len(reaches) - 1),
+        Mask(jnp.asarray(seen_by(reach))[:, None]),
+    )
+
+    def by_kernel(q, k, v):
+        options = {**rule, "interpret": True}
+        return attend_in_blocks(q, k, v, jnp.asarray(SEGMENTS), number, **options)
+
+    def by_xla(q, k, v):
+        return attend(q, k, v, None, mask, 0.0, None, scale=0.3, cap=cap)
+
+    def results(mix):
+        total = lambda *args: jnp.sum(jnp.where(is_token, jnp.sin(mix(*args)), 0))
+        grads = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v)
+        return [np.where(is_token, mix(q, k, v), 0), *grads]
+
+    for found, wanted in zip(results(by_kernel), results(by_xla), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5)
