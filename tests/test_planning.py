@@ -16,6 +16,7 @@ from sparse_jax import LoRA, Uniform
 from sparse_jax.cli.main import main
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.config import LayerKind
 from sparse_jax.models.families.llama import LLAMA
 from sparse_jax.models.functional import Model
 from sparse_jax.planning import plan as plans
@@ -305,6 +306,25 @@ def test_the_compiler_of_tpus_takes_every_kind_of_step(name):
     assert plan.fits
     assert plan.seconds > 0
     assert plan.collectives["all-gather"].count > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "length", "is_kernel"),
+    [("bfloat16", 256, True), ("bfloat16", 128, False), ("float32", 256, False)],
+)
+def test_a_tpu_attends_to_long_rows_of_bfloat16_by_a_kernel(dtype, length, is_kernel):
+    kinds = (LayerKind(rope_theta=1e4, sliding_window=64), LayerKind(rope_theta=1e4))
+    config = dataclasses.replace(
+        CONFIG, max_positions=256, kinds=kinds, layer_kinds=(0, 1, 0, 1)
+    )
+    target, settings = find_target("v5e:2x4", 8), settings_of(**SIFT, dtype=dtype)
+    model = Model(CausalLM, LLAMA, config)
+    run = abstract_run(model, settings, length, ALL, target.devices)
+    lowered = run.runner.lower(run.state, run.batch, run.key, schedule=run.schedule)
+    assert ("tpu_custom_call" in lowered.as_text()) == is_kernel
+    if is_kernel:
+        lowered.compile()
 
 
 @needs_compiler
