@@ -152,6 +152,10 @@ def test_every_method_is_brought_into_the_budget(name, files, tmp_path):
         ({"kl_text": "t", "reselect_every": 2}, "be left out with `reselect_every`"),
         ({"kl_text": "t", "adapter": "a"}, "`kl_text` must be left out with `adapter`"),
         (
+            {"kl_text": "t", "optimizer": "schedule_free_adamw"},
+            "`kl_text` must be left out with optimizer 'schedule_free_adamw'",
+        ),
+        (
             {"kl_text": "t", "kl_budget": 0.1, "method": "prefix"},
             "`kl_budget` must be left out with Prefix",
         ),

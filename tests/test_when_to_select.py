@@ -11,7 +11,14 @@ import pytest
 from test_sharding import ONE_LEAF, random_batch, supports_of, tuner_of
 from tiny_run import tiny_settings, write_files
 
-from sparse_jax import Compact, InputError, Sparse, finetune, sift
+from sparse_jax import (
+    Compact,
+    InputError,
+    Sparse,
+    evaluate_adapter,
+    finetune,
+    sift,
+)
 from sparse_jax.compact.selection import before_selection, selection_statistic
 from sparse_jax.sharding.mesh import MeshShape, make_mesh, mesh_of
 from sparse_jax.sharding.placement import Placement
@@ -254,6 +261,18 @@ def test_a_run_stopped_before_its_selection_ends_like_one_that_was_not(
     rates = [row["learning_rate"] / 3e-2 for row in updates_of(rows)]
     # Three updates rise at once and fall, and so do the three after the selection.
     np.testing.assert_allclose(rates, 2 * [1, 2 / 3, 1 / 3], rtol=1e-6)
+
+
+def test_an_average_is_evaluated_before_the_selection_and_after(files, tmp_path):
+    options = {"where": ("query",), "max_steps": 3, "select_after": 2}
+    options |= {"eval_on_start": True, "eval_every": 1}
+    run = tiny_settings(
+        **files, output=tmp_path / "run", optimizer="schedule_free_adamw", **options
+    )
+    metrics = finetune(run)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "split" in row] == [0, 1, 2, 3]
+    assert evaluate_adapter(tmp_path / "run") == metrics["eval"]
 
 
 @pytest.mark.parametrize(

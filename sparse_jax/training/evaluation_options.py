@@ -10,6 +10,7 @@ from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.params.fields import setting
+from sparse_jax.training.recipe_options import SCHEDULE_FREE
 
 if TYPE_CHECKING:
     from sparse_jax.methods.method import Method
@@ -77,6 +78,7 @@ class EvaluationOptions:
         adapter: str | None,
         method: "str | Method",
         reselect_every: int | None,
+        optimizer: object,
     ) -> None:
         """Raises `InputError` if an option breaks its rule, or does not fit the run.
 
@@ -85,6 +87,7 @@ class EvaluationOptions:
           adapter: that the run goes on from.
           method: of the run.
           reselect_every: updates between two selections of the run.
+          optimizer: of the run.
         """
         for name in (
             "eval_every", "kl_budget", "early_stopping_patience", "max_eval_samples",
@@ -119,6 +122,12 @@ class EvaluationOptions:
                 f"`kl_text` must be left out with `reselect_every`, got "
                 f"{self.kl_text!r}: the base is known at the entries of one selection. "
                 "Compare the adapter at the end, by `evaluate --text`."
+            )
+        if optimizer == SCHEDULE_FREE:
+            raise InputError(
+                f"`kl_text` must be left out with optimizer {optimizer!r}, got "
+                f"{self.kl_text!r}: its model is an average, and the budget bounds the "
+                "values that are trained. Choose adamw."
             )
         kind = METHODS[method].kind if isinstance(method, str) else type(method)
         if self.kl_budget is not None and not kind.starts_at_base:

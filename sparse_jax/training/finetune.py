@@ -191,7 +191,11 @@ def _run(
 
     average = lambda state: state
     if job.settings.optimizer == SCHEDULE_FREE:
-        average = jax.jit(functools.partial(averaged, tuner))
+        of = [
+            jax.jit(functools.partial(averaged, one or tuner))
+            for one in (before, tuner)
+        ]
+        average = lambda state: of[bool(jax.tree.leaves(state.support))](state)
 
     def patch(state: CompactState, update: int) -> None:
         state = average(state)

@@ -211,7 +211,7 @@ class Settings(
         self._require_layers()
         self.require_recipe(self.task, self.method, self.sampler_word)
         self.require_evaluation_options(
-            self.task, self.adapter, self.method, self.reselect_every
+            self.task, self.adapter, self.method, self.reselect_every, self.optimizer
         )
         if self.patch_every is not None and METHODS[self.method_word].adds_arrays:
             raise InputError(
