@@ -250,6 +250,31 @@ def test_an_adapter_that_does_not_fit_is_one_line(
     assert not any(line.startswith(("error", "Traceback", "---")) for line in log)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "predict", "export", "generate"])
+def test_the_argument_of_a_command_is_called_as_in_its_help(command, name):
+    more = {"export": ("--to", "delta", "--output", "PLACE/new"),
+            "generate": ("--prompt", "x")}.get(name, ())  # fmt: skip
+    code, _, err = command(name, "PLACE/none", *more)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: `run` must be an adapter file, or the folder of")
+
+
+def test_a_dry_run_says_what_would_be_trained(command, place):
+    asked = (*FINETUNE, "--density", "0.1", "--max-steps", "2")
+    code, out, err = command(*asked, "--dry-run")
+    assert (code, out) == (0, "")
+    # A tenth of four maps of two layers with their biases; pooler and classifier.
+    said = f"training sift: {8 * (26 + 2) + 17 * 16 + 17 * 2} of "
+    assert [line for line in err.splitlines() if line.startswith(said)]
+    last = "batch 1 of 1 in an epoch: 32 x 16 tokens, 224 without padding; "
+    assert err.splitlines()[-1].startswith(last)
+    assert not (place / "run").exists()
+    assert command(*asked, "--dry-run", "--where", "qwery")[0] == 2
+    # Where a run would be refused, too.
+    code, _, err = command(*asked, "--output", "PLACE/made", "--dry-run")
+    assert (code, "must be an empty or a new folder" in err) == (2, True)
+
+
 def test_an_interrupted_run_says_how_to_go_on(command, place, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -287,6 +312,16 @@ OWN = {
     "sift": ("--density", "0.1"), "lora": ("--rank", "4"), "bitfit": (),
     "prefix": ("--prefix-length", "3"),
 }  # fmt: skip
+
+
+def test_what_a_file_of_settings_trains_is_listed(command, place):
+    settings = {"model": str(place / "model"), "task": "sst2", "method": "bitfit",
+                "class_weights": "balanced", "data": "data"}  # fmt: skip
+    (place / "run.json").write_text(json.dumps(settings))
+    layers = ("--sampler", "static", "--layers", "1")
+    code, out, _ = command("inspect", "--config", "PLACE/run.json", *layers)
+    assert (code, "bitfit on bert with 2 layers" in out) == (0, True)
+    assert out.splitlines()[-1] == "static trains 1 of the 2 layers in an update."
 
 
 @pytest.mark.parametrize("method", INSPECTED)

@@ -214,6 +214,7 @@ def test_a_plan_has_what_the_compiler_says(name):
     # The state is an argument of the program, and the program overwrites it.
     assert plan.reserved >= plan.state + plan.temporaries
     assert plan.peak == max(plan.update_peak, plan.selection_peak)
+    assert plan.peak >= plan.temporaries
     assert plan.reserved < plan.state + plan.temporaries + 4096
     assert plan.collectives["all-gather"].bytes > 0
     assert (plan.fits, plan.largest_batch, plan.seconds) == (None, None, None)

@@ -7,6 +7,7 @@ from typer import Argument
 
 from sparse_jax.cli.options import (
     ADAPTER,
+    AGAIN,
     BASE,
     BATCH_SIZE,
     DEVICES,
@@ -25,7 +26,7 @@ __all__ = ["evaluate"]
 def evaluate(
     *,
     run: str | None = Argument(None, help=ADAPTER, show_default=False),
-    adapter: str | None = option(None, "The same, as an option.", "none"),
+    adapter: str | None = AGAIN,
     model: str | None = BASE,
     task: str | None = option(
         None, "Task to evaluate on.", "the one it was trained on"
@@ -57,7 +58,7 @@ def evaluate(
     """
     if (run is None) == (adapter is None):
         raise InputError(
-            f"`adapter` must be given once, as the argument or by --adapter, got "
+            f"`run` must be given once, as the argument or by --adapter, got "
             f"{brief(run)} and {brief(adapter)}. Pass the folder of a run, as in "
             "`sparse-jax evaluate runs/mrpc`."
         )

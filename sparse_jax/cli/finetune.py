@@ -71,7 +71,7 @@ def finetune(
         if not (lost := lost_processes()):
             raise
         leave(lost)
-    if is_first_process():
+    if is_first_process() and not run.dry_run:
         print_summary(run, metrics)
 
 

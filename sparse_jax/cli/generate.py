@@ -4,8 +4,11 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from typer import Argument
+
 from sparse_jax.cli.options import (
     ADAPTER,
+    AGAIN,
     BASE,
     DEVICES,
     OVERWRITE,
@@ -30,8 +33,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 @takes_settings("mesh")
 def generate(
     *,
+    run: str | None = Argument(None, help=ADAPTER, show_default=False),
     model: str | None = BASE,
-    adapter: str | None = option(None, ADAPTER, "none"),
+    adapter: str | None = AGAIN,
     prompt: list[str] | None = option(
         None, "Text to continue; may be repeated.", "none", metavar="<str>"
     ),
@@ -90,6 +94,11 @@ def generate(
     seed: int = option(0, "Seed of sampling."),
 ) -> None:
     """Generate text with a decoder, and print it."""
+    if None not in (run, adapter):
+        raise InputError(
+            f"`run` must be left out with --adapter, got {brief(run)}: it is the same."
+        )
+    adapter = run or adapter
     if chat and template is not None:
         raise InputError(
             f"`template` must be left out with --chat, got {template!r}: the tokenizer "

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from sparse_jax.cli.options import (
+    CONFIG,
     IST,
     choose_settings,
     option,
     require_used,
     takes_settings,
 )
+from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError, reason_of
 
 if TYPE_CHECKING:
@@ -27,10 +29,8 @@ __all__ = ["inspect"]
 
 _SETTINGS = (
     "model", "method", "density", "granularity", "rank", "size", "prefix_length",
-    "where", "dense", "sampler", "active",
+    "where", "dense", "score", "sampler", "active", "layers",
 )  # fmt: skip
-# What a run needs, and a list does not.
-_UNUSED = {"task": "causal", "output": ""}
 _SITE = "/kernel"
 
 
@@ -52,6 +52,7 @@ class _Leaf(NamedTuple):
 def inspect(
     *,
     context: typer.Context,
+    config: str | None = CONFIG,
     ist: bool = IST,
     json: str | None = option(None, "File to write the list to.", "none"),
     **settings: Any,
@@ -69,10 +70,11 @@ def inspect(
     from sparse_jax.training.build import head_rules, method_of, sampler_of
     from sparse_jax.training.settings import Settings
 
-    given = choose_settings(context, settings, None, ist)
-    run = Settings(**{**given, **_UNUSED})
+    given = choose_settings(context, settings, config, ist)
+    # A run needs them, and a list does not.
+    run = Settings(**{"task": CAUSAL, **given, "output": ""})
     require_used(context, [run])
-    model = read_model(run.model)
+    model = read_model(run.model, run.task)
     head = () if model.head is CausalLM else head_rules(("classifier",), ())
     method, params = method_of(run, head), model.abstract()
     sampler = sampler_of(run, model.config.num_layers)

@@ -45,6 +45,7 @@ app.command()(combine)
 app.command()(compare)
 app.command()(inspect)
 app.command(cls=Sections)(plan)
+_OF_A_RUN = [one.__name__ for one in (evaluate, predict, generate, export)]
 
 
 @app.callback(invoke_without_command=True)
@@ -112,7 +113,11 @@ def _as_typed(message: str, words: Sequence[str]) -> str:
 
     def name(found: re.Match[str]) -> str:
         option = f"--{found[1].replace('_', '-')}"
-        return f"`{option}`" if option in typed else found[0]
+        if option in typed:
+            return f"`{option}`"
+        # What functions call an adapter is the first argument of these commands.
+        is_run = found[1] == "adapter" and words[0] in _OF_A_RUN
+        return "`run`" if is_run else found[0]
 
     return re.sub(r"^`(\w+)`", name, message)
 

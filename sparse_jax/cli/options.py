@@ -21,6 +21,7 @@ from sparse_jax.training.settings import Settings, setting_options
 
 __all__ = [
     "ADAPTER",
+    "AGAIN",
     "BASE",
     "BATCH_SIZE",
     "CONFIG",
@@ -111,6 +112,7 @@ def flag(name: str, text: str, default: object = False, shown: str = "") -> Any:
 
 
 ADAPTER = "Adapter file, or the folder of a run or of a PEFT adapter."
+AGAIN = option(None, "The same, as an option.", "none")
 BASE = option(
     None,
     "Folder of the base model, or its id on the Hugging Face Hub.",

@@ -19,6 +19,7 @@ from sparse_jax.cli.options import (
     require_used,
     takes_settings,
 )
+from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError
 from sparse_jax.methods.registry import METHODS, MethodOptions
 from sparse_jax.samplers.registry import (
@@ -38,8 +39,6 @@ _SETTINGS = (
 )  # fmt: skip
 # What a comparison chooses.
 _CHOICES = ("method", "sampler", "ist")
-# What a run needs, and an update does not.
-_UNUSED = {"task": "causal", "output": "", "drop_unlabeled": False}
 
 
 @takes_settings(*_SETTINGS, defaults={"batch_size": 1, "dtype": "bfloat16"})
@@ -92,6 +91,8 @@ def plan(
     from sparse_jax.sharding.mesh import MeshShape, parse_mesh
 
     given = choose_settings(context, settings, config, ist)
+    # A run needs them, and an update does not.
+    given = {"task": CAUSAL, **given, "output": ""}
     shape = parse_mesh(mesh) if (mesh := given.pop("mesh")) else MeshShape()
     # Once JAX is initialized, as in a notebook, the number of devices is fixed.
     with suppress(RuntimeError):
@@ -99,13 +100,13 @@ def plan(
     if json is not None:
         _require_writable(json)
     if compare is None:
-        runs = [Settings(**{**given, **_UNUSED})]
+        runs = [Settings(**given)]
     else:
         _require_alone(compare, named_on_command_line(context))
         runs = [_compared(word.strip(), given) for word in compare.split(",")]
     require_used(context, runs)
     found = find_target(target, shape.size)
-    model = read_model(runs[0].model)
+    model = read_model(runs[0].model, runs[0].task)
     length = given.get("max_length") if length is None else length
     length = min(2048, model.config.max_positions) if length is None else length
     place: Any = {"length": length, "shape": shape, "target": found}
@@ -151,5 +152,5 @@ def _compared(word: str, given: Mapping[str, Any]) -> Settings:
     known -= set() if "density" in known else {"where"}
     owned = {one.name for one in (*fields(MethodOptions), *fields(SamplerOptions))}
     kept = {name: given[name] for name in given if name in known or name not in owned}
-    chosen = {"method": method, "sampler": sampler or None, **_UNUSED}
+    chosen = {"method": method, "sampler": sampler or None}
     return Settings(**{**kept, **chosen})

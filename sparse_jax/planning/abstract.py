@@ -13,6 +13,7 @@ import numpy as np
 
 from sparse_jax.compact.compact import CompactState, Loss, Tuner
 from sparse_jax.compact.layerwise import Layerwise
+from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model
@@ -50,11 +51,12 @@ class AbstractRun:
     head: Sequence[str]  # rules of the leaves that counts leave out
 
 
-def read_model(model: str) -> Model:
+def read_model(model: str, task: str = CAUSAL) -> Model:
     """Returns a model from its `config.json` alone.
 
     Args:
       model: folder, `config.json`, or id on the Hub, of which nothing else is fetched.
+      task: that a decoder is trained for, with a head for labels unless it is causal.
 
     Raises:
       InputError: as `read_config`.
@@ -62,8 +64,8 @@ def read_model(model: str) -> Model:
     path = Path(model)
     folder = path.parent if path.name == "config.json" else config_folder(model)
     family, config = read_config(folder)
-    is_decoder = CausalLM.__name__ in family.architectures
-    return Model(CausalLM if is_decoder else SequenceClassifier, family, config)
+    writes = CausalLM.__name__ in family.architectures and task.lower() == CAUSAL
+    return Model(CausalLM if writes else SequenceClassifier, family, config)
 
 
 def abstract_run(

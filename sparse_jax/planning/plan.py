@@ -187,10 +187,10 @@ def _compiled(plan: Plan, run: AbstractRun, chip: Chip | None) -> Plan:
         return _too_large(plan, error)
     found: Any = compiled.memory_analysis()
     collectives = collectives_of(compiled.as_text() or "")
-    reserved, peak, selection = _reserved(found), found.peak_memory_in_bytes, None
+    reserved, peak, selection = _reserved(found), _peak(found), None
     if chosen:
         reserved = max(reserved, *map(_reserved, chosen))
-        selection = max(one.peak_memory_in_bytes for one in chosen)
+        selection = max(map(_peak, chosen))
     return replace(
         plan,
         temporaries=found.temp_size_in_bytes,
@@ -216,6 +216,13 @@ def _reserved(found: Any) -> int:
     """Returns the bytes of a program; what it overwrites counts once."""
     extra = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + found.temp_size_in_bytes + extra
+
+
+def _peak(found: Any) -> int:
+    """Returns the most bytes of a program that are in use at once."""
+    # XLA:CPU counts no temporaries there, and holds all of them.
+    is_whole = found.peak_memory_in_bytes >= found.temp_size_in_bytes
+    return found.peak_memory_in_bytes if is_whole else _reserved(found)
 
 
 def _too_large(plan: Plan, error: Exception) -> Plan:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from sparse_jax.adapter.file import save_adapter
 from sparse_jax.compact.compact import CompactState, Tuner
@@ -40,6 +41,7 @@ from sparse_jax.training.output_folder import (
     NAMED,
     STREAM,
     require_run,
+    require_same_files,
     require_unlocked,
     require_usable,
 )
@@ -103,7 +105,8 @@ def finetune(
       split, those of other splits with the split's name), `trained_parameters`,
       `trained_parameters_without_head`, `optimizer_bytes`, `adapter_bytes`,
       `seconds_per_step` (median, without steps that compile), `steps`, `examples`
-      (used, cut and dropped, by split), `warnings`, and more.
+      (used, cut and dropped, by split), `warnings`, and more. Of a `dry_run` what is
+      known before the first update.
 
     Raises:
       InputError: for anything wrong with the settings or the files they name, and if
@@ -170,6 +173,11 @@ def _finetune(
                 "newly initialized, and not trained: %s; `dense` replaces the head, "
                 "and has to match it too: add %s", listed(left), " ".join(heads),
             )  # fmt: skip
+    if settings.dry_run:
+        if settings.resume:
+            require_same_files(Path(settings.output), about)
+        with job.base.placement.active():
+            return {**_dry_run(job), "warnings": warnings}
     directory = RunDirectory.create(settings, about)
     with closing(directory):
         if settings.resume and (found := directory.finished()):
@@ -269,6 +277,30 @@ def _run(
     }
     directory.finish(metrics)
     return metrics
+
+
+def _dry_run(job: Job) -> dict[str, Json]:
+    """Logs what a run would train, from the shapes of its state; returns numbers."""
+    runner = MeshRunner(job.tuner(), job.base.placement)
+    state = CompactState(*runner.abstract(job.base.params, jax.random.key(0)))
+    counts = count_trained(job.method, state.params, state.added, job.head)
+    size = optimizer_bytes(state)
+    _announce(job, counts, size)
+    batch = next(iter(job.feed.train(0)))
+    *rows, length = np.shape(batch["input_ids"])
+    _log.info(
+        "batch 1 of %s in an epoch: %d x %d tokens, %s without padding; a dry run ends "
+        "here", f"{job.feed.batches_per_epoch:,}", np.prod(rows), length,
+        f"{int(np.sum(batch['attention_mask'])):,}",
+    )  # fmt: skip
+    return {
+        "trained_parameters": counts.trained,
+        "trained_parameters_without_head": counts.trained_without_head,
+        "total_parameters": counts.total,
+        "optimizer_bytes": size,
+        "steps": job.total,
+        "examples": {name: use._asdict() for name, use in job.feed.usage.items()},
+    }
 
 
 def _announce(job: Job, counts: Counts, state_bytes: int) -> None:

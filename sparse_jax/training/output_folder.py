@@ -152,8 +152,8 @@ STREAM = "stream.jsonl"  # beside the checkpoints
 FILES = (CONFIG, METRICS, CURVE, LAYERS, ROWS, ADAPTER)
 # What may differ between a run and its continuation.
 FREE = (
-    "output", "overwrite", "resume", "save_every", "patch_every", "keep", "mesh",
-    "no_cache", "report_to",
+    "output", "overwrite", "resume", "dry_run", "save_every", "patch_every", "keep",
+    "mesh", "no_cache", "report_to",
 )  # fmt: skip
 # What earlier versions did, which had no such setting.
 WITHOUT = {"group_by_length": True, "head_bias": "zeros"}

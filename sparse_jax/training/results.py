@@ -180,7 +180,7 @@ def optimizer_bytes(state: CompactState) -> int:
     These are the optimizer's state, float32 masters, and supports.
     """
     kept = (state.opt_state, state.masters, state.support)
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
 def draw_pictures(job: Job, directory: RunDirectory) -> None:

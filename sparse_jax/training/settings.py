@@ -172,6 +172,11 @@ class Settings(
     )
     overwrite: bool = setting(False, "Replace the run in the output folder.")
     resume: bool = setting(False, "Continue the interrupted run in the output folder.")
+    dry_run: bool = setting(
+        False,
+        "Check settings, data and model, say what would be trained, and stop: nothing "
+        "is written.",
+    )
 
     def __post_init__(self):
         for name, one in setting_options().items():
