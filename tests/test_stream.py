@@ -28,10 +28,11 @@ def write(path, count, first=0):
 
 
 def sequences_of(rows, is_packed=False):
-    """Makes a sequence of every record."""
+    """Makes a sequence of every record, with a weight of 1, 2 or 3."""
     ids = [np.array(row["ids"], np.int32) for _, row in rows.numbered]
     marks = [np.arange(len(one)) > 0 for one in ids]
-    return TokenSequences(ids, marks, LENGTH, 0, is_packed=is_packed)
+    weights = np.array([1 + one[0] % 3 for one in ids], np.float32)
+    return TokenSequences(ids, marks, LENGTH, 0, is_packed=is_packed, weights=weights)
 
 
 def stream_of(path, window=7, is_packed=False, **changes):

@@ -207,7 +207,9 @@ class Stream:
             numbers.append(np.arange(len(ids), len(ids) + len(row)))
             ids += [tokens.input_ids[i] for i in row]
             marks += [tokens.is_target[i] for i in row]
-            weights += [1] * len(row) if tokens.weights is None else tokens.weights[row]
+            own = tokens.weights
+            # A list would be added to an array, not made longer.
+            weights += [1.0] * len(row) if own is None else own[row].tolist()
         weights = np.array(weights, np.float32)
         examples = replace(self.first, input_ids=ids, is_target=marks, weights=weights)
         plan = [np.arange(len(rows))]
