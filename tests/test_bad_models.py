@@ -282,6 +282,7 @@ BAD_FIELDS = [
     ("llama", {"num_key_value_heads": -2}, "`num_kv_heads` must be .*, got -2"),
     ("llama", {"hidden_act": ["silu"]}, "must be a valid llama configuration"),
     ("llama", {"rope_parameters": LLAMA3 | {"factor": None}}, "factor"),
+    ("llama", {"rope_parameters": {"rope_theta": None}}, "must have rope_theta for"),
     ("llama", {"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "`low` must"),
     ("llama", {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "be 1"),
     ("llama", {"rope_parameters": {"full_attention": LLAMA3}}, "rope_parameters"),

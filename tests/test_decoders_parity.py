@@ -11,8 +11,10 @@ from tiny_decoders import batch_of, padded, random_model, torch_logits
 from sparse_jax import from_pretrained, generate, save_pretrained
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
+from sparse_jax.models.family import GATED
 from sparse_jax.models.heads import MaskedLM
 from sparse_jax.models.hf.pretrained import base_config
+from sparse_jax.models.hf.read_config import read_config
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2,
@@ -228,6 +230,19 @@ def test_gemma_3_is_read_as_transformers_4_wrote_it(tmp_path):
     del config["sliding_window_pattern"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert from_pretrained(tmp_path, head=CausalLM)[0].config.layer_kinds is None
+
+
+def test_of_heads_with_a_rotary_share_of_no_entry_nothing_turns(tmp_path):
+    torch_model("phi3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for share, entries in ((1.0, 12), (0.5, 6), (0.1, 0)):
+        config["rope_parameters"]["partial_rotary_factor"] = share
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = read_config(tmp_path)[1]
+        assert found.turned_size == entries
+        where = jnp.arange(3)[None]
+        turn = GATED.position_info(found, found.kinds[0], where, where)
+        assert turn.cos.shape == (1, 3, 1, entries // 2)
 
 
 def test_a_rope_that_we_lack_is_named(tmp_path):

@@ -85,8 +85,7 @@ def _turned(keys: np.ndarray, model: Model, positions: int) -> np.ndarray:
     config = model.config
     heads = keys.reshape(*keys.shape[:2], config.num_kv_heads, config.head_size)
     where = jnp.full((1, 1), positions, jnp.int32)
-    size = config.rotary_size or config.head_size
-    turns = [turn_of(kind, size, where) for kind in config.kinds]
+    turns = [turn_of(kind, config.turned_size, where) for kind in config.kinds]
     layers = config.layer_kinds or [0] * len(heads)
     turned = [
         rotate(jnp.asarray(one[None]), turns[kind])

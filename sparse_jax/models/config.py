@@ -197,6 +197,11 @@ class DecoderConfig:
         _require_kinds(self)
 
     @property
+    def turned_size(self) -> int:
+        """Leading entries of a head that turn: all, some, or none."""
+        return self.head_size if self.rotary_size is None else self.rotary_size
+
+    @property
     def type_vocab_size(self) -> int:
         """Zero: there are no token types."""
         return 0

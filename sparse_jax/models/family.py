@@ -317,7 +317,7 @@ GATED = Parts(
         config.hidden_size, config.norm_eps, config.norm_offset
     ),
     position_info=lambda config, kind, positions, seen: turn_of(
-        kind, config.rotary_size or config.head_size, positions
+        kind, config.turned_size, positions
     ),
 )
 

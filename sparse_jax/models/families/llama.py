@@ -130,8 +130,7 @@ PHI3 = DecoderFamily(
     name="phi3",
     fields=_phi3_fields,
     their_fields=lambda config: {
-        "partial_rotary_factor": (config.rotary_size or config.head_size)
-        / config.head_size,
+        "partial_rotary_factor": config.turned_size / config.head_size,
     },
     architectures=heads_of("Phi3"),
     names=MappingProxyType(

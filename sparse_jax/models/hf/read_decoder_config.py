@@ -234,7 +234,8 @@ def _rope(rope: object, path: Path) -> Mapping[str, Any]:
         raise InputError(
             f"`partial_rotary_factor` in `{path}` must be 1, got {brief(share)}."
         )
-    missing = [name for name in _ROPES[kind] if rope.get(name) is None]
+    needed = ("rope_theta", *_ROPES[kind])
+    missing = [name for name in needed if rope.get(name) is None]
     if missing:
         raise InputError(
             f"`rope_parameters` in `{path}` must have {listed(missing)} for the type "
