@@ -394,6 +394,9 @@ def test_the_end_that_training_taught_ends_a_text(chatty, tmp_path):
     data = tmp_path / "chats.jsonl"
     data.write_text((json.dumps({"messages": messages}) + "\n") * 2)
     settings = text_settings(chatty, data, tmp_path / "run", max_length=64)
+    (asked,) = read_requests(data, load_writer(chatty), None, False)[:1]
+    # The answer that a file has is not what the model goes on with.
+    assert asked.prompt == messages[:1]
     kept = load_model_and_data(settings).objective.settings
     assert kept["eos_token_id"] == [3]
     assert load_writer(chatty).stop == (1,)

@@ -137,7 +137,8 @@ def _request(
         )
     asked, tokenizer = record[column], writer.tokenizer
     if isinstance(asked, list):
-        ids = _chat(place, asked, writer)
+        asked = _asked(place, asked)
+        ids = encoded(tokenizer, render_prompt(asked, tokenizer, place))
     elif column in ("messages", "conversations"):
         raise InputError(f"{place} must have a list in `{column}`, got {brief(asked)}.")
     elif column == "instruction":
@@ -152,11 +153,11 @@ def _request(
     return Request(id_of(record, number), asked, ids)
 
 
-def _chat(place: str, turns: list[object], writer: Writer) -> list[int]:
-    """Returns the tokens of a chat that the assistant is to go on with."""
+def _asked(place: str, turns: list[object]) -> Sequence[Record]:
+    """Returns the messages of a chat that the assistant is to go on with."""
     messages = [turn for turn in turns if isinstance(turn, dict)]
     if len(messages) < len(turns) or not messages:
         raise InputError(f"{place} must have messages as objects, got {brief(turns)}.")
     if messages[-1].get("role", messages[-1].get("from")) in ("assistant", "gpt"):
         messages = messages[:-1]
-    return encoded(writer.tokenizer, render_prompt(messages, writer.tokenizer, place))
+    return messages

@@ -103,7 +103,7 @@ class Settings(
         + ".",
         "all layers",
     )
-    batch_size: int = setting(32, "Examples per update.")
+    batch_size: int = setting(32, "Examples per update; with packing rows.")
     accumulate: int = setting(1, "Micro-batches per update, to save memory.")
     epochs: int = setting(3, "Passes over the training examples.")
     max_steps: int | None = setting(None, "Updates after which to stop.", "no limit")
