@@ -322,6 +322,10 @@ def test_what_a_file_of_settings_trains_is_listed(command, place):
     code, out, _ = command("inspect", "--config", "PLACE/run.json", *layers)
     assert (code, "bitfit on bert with 2 layers" in out) == (0, True)
     assert out.splitlines()[-1] == "static trains 1 of the 2 layers in an update."
+    _, both, _ = command("inspect", "--config", "PLACE/run.json")
+    # A layer has seven biases of 16 and one of 24, the rest of the model 66.
+    assert f"\n{66 + 136} of " in out
+    assert f"\n{66 + 2 * 136} of " in both
 
 
 @pytest.mark.parametrize("method", INSPECTED)

@@ -24,6 +24,7 @@ from sparse_jax.errors import InputError, reason_of
 if TYPE_CHECKING:
     from sparse_jax.methods.method import Method
     from sparse_jax.models.functional import Params
+    from sparse_jax.samplers.sampler import Sampler
 
 __all__ = ["inspect"]
 
@@ -78,7 +79,7 @@ def inspect(
     head = () if model.head is CausalLM else head_rules(("classifier",), ())
     method, params = method_of(run, head), model.abstract()
     sampler = sampler_of(run, model.config.num_layers)
-    leaves = _leaves(method, params)
+    leaves = _leaves(method, params, sampler)
     layers = model.config.num_layers
     kind = f"{model.family.name} with {layers} layers"
     _print(leaves, run.method_word, kind)
@@ -89,16 +90,21 @@ def inspect(
         _write(json, leaves)
 
 
-def _leaves(method: "Method", params: "Params") -> Sequence[_Leaf]:
+def _leaves(
+    method: "Method", params: "Params", sampler: "Sampler | None"
+) -> Sequence[_Leaf]:
     """Returns the rows of a method on parameters that are shapes."""
     import jax
 
     from sparse_jax.params.names import leaves_by_name
     from sparse_jax.supports.roles import DENSE, SPARSE, is_role
 
+    reached = lambda size: size if sampler is None else sampler.reached(size)
     added = jax.eval_shape(method.added, params, jax.random.key(0))
     sites = {
-        f"{method.stack}/{site}{_SITE}": sum(one.size for one in jax.tree.leaves(parts))
+        f"{method.stack}/{site}{_SITE}": reached(
+            sum(one.size for one in jax.tree.leaves(parts))
+        )
         for site, parts in added.items()
     }
     roles = jax.tree.leaves(method.roles(params), is_leaf=is_role)
@@ -110,6 +116,8 @@ def _leaves(method: "Method", params: "Params") -> Sequence[_Leaf]:
             trained = layers * method.support_size(role)
         elif role.kind == DENSE:
             trained = leaf.size
+        if role.name.startswith(f"{method.stack}/"):
+            trained = reached(trained)
         found.append(_Leaf(role.name, leaf.shape, trained, sites.pop(role.name, 0)))
     # What belongs to no linear map, such as prefixes.
     others = [(site.removesuffix(_SITE), size) for site, size in sites.items()]

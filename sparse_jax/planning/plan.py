@@ -15,6 +15,7 @@ from sparse_jax.planning.hlo import Traffic, collectives_of, count_flops
 from sparse_jax.planning.target import Chip, Target
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.supports.roles import SPARSE, map_roles
+from sparse_jax.training.build import sampler_of
 from sparse_jax.training.results import count_trained
 from sparse_jax.training.settings import Settings
 
@@ -110,7 +111,9 @@ def make_plan(
     run = abstract_run(model, settings, length, shape, devices)
     sampler = "" if settings.sampler is None else f"+{settings.sampler_word}"
     state = run.state
-    counts = count_trained(run.tuner.method, state.params, state.added, run.head)
+    rule = sampler_of(settings, model.config.num_layers)
+    found = (run.tuner.method, state.params, state.added, run.head, rule)
+    counts = count_trained(*found)
     with jax.set_mesh(run.placement.mesh):
         step = lambda *args: run.tuner.step(*args[:3], schedule=args[3])
         flops = count_flops(step, run.state, run.batch, run.key, run.schedule)

@@ -57,6 +57,8 @@ class Sampler(Generic[Memory]):
 
     # Whether the layers are chosen once, before the first update, by `measure`.
     measures: ClassVar[bool] = False
+    # Whether every turn has the same layers, so that the others are never trained.
+    is_constant: ClassVar[bool] = False
 
     def __post_init__(self):
         require_count("num_layers", self.num_layers)
@@ -94,6 +96,16 @@ class Sampler(Generic[Memory]):
         """
         del layers, states_fn
         return jnp.zeros(self.num_layers, jnp.float32)
+
+    def reached(self, size: int) -> int:
+        """Returns how many of the `size` entries of all layers a run ever trains.
+
+        Example:
+          >>> Sampler(num_layers=4, num_active=1).reached(100)
+          100
+        """
+        few = self.measures or self.is_constant
+        return size * self.num_active // self.num_layers if few else size
 
     @property
     def period(self) -> int | None:

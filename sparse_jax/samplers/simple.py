@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,8 @@ class Middle(Sampler[tuple[()]]):
       Array([2, 3], dtype=int32)
     """
 
+    is_constant: ClassVar[bool] = True
+
     def draw(
         self, memory: tuple[()], key: jax.Array, turn: jax.typing.ArrayLike
     ) -> jax.Array:
@@ -144,6 +147,7 @@ class Static(Sampler[tuple[()]]):
     """
 
     layers: tuple[int, ...]
+    is_constant: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

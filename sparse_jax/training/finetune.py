@@ -217,7 +217,7 @@ def _run(
     if job.start is not None and job.start.added:
         state = runner.start(state, job.start.added)
     budget = None if job.text is None else KlBudget(job, tuner, state)
-    counts = count_trained(job.method, state.params, state.added, job.head)
+    counts = count_trained(job.method, state.params, state.added, job.head, job.sampler)
     _announce(job, counts, optimizer_bytes(state))
     first = None if before is None else MeshRunner(before, placement)
     if first is not None:
@@ -283,7 +283,7 @@ def _dry_run(job: Job) -> dict[str, Json]:
     """Logs what a run would train, from the shapes of its state; returns numbers."""
     runner = MeshRunner(job.tuner(), job.base.placement)
     state = CompactState(*runner.abstract(job.base.params, jax.random.key(0)))
-    counts = count_trained(job.method, state.params, state.added, job.head)
+    counts = count_trained(job.method, state.params, state.added, job.head, job.sampler)
     size = optimizer_bytes(state)
     _announce(job, counts, size)
     batch = next(iter(job.feed.train(0)))
@@ -309,7 +309,8 @@ def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
     rate, layers = settings.resolved_learning_rate, ""
     if job.sampler is not None:
         some, every = job.sampler.num_active, job.sampler.num_layers
-        layers = f", {some} of {every} layers at a time by {settings.sampler_word}"
+        at_a_time = "" if job.sampler.is_constant else " at a time"
+        layers = f", {some} of {every} layers{at_a_time} by {settings.sampler_word}"
     _log.info(
         "training %s%s: %s of %s parameters (%.3g %%), %s of state, %d updates %s",
         settings.method_word, layers, f"{counts.trained:,}", f"{counts.total:,}",

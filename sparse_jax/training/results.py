@@ -23,6 +23,7 @@ from sparse_jax.methods.sites import Added
 from sparse_jax.models.hf.pretrained import base_config
 from sparse_jax.params.fields import Json
 from sparse_jax.params.names import first_match
+from sparse_jax.samplers.sampler import Sampler
 from sparse_jax.supports.roles import FROZEN, SPARSE, Role, map_roles
 from sparse_jax.training.build import Job
 from sparse_jax.training.figures import draw_curve, draw_layers
@@ -140,7 +141,11 @@ class Counts(NamedTuple):
 
 
 def count_trained(
-    method: Method, params: optax.Params, added: Added, head: Sequence[str]
+    method: Method,
+    params: optax.Params,
+    added: Added,
+    head: Sequence[str],
+    sampler: Sampler | None = None,
 ) -> Counts:
     """Counts what a method trains.
 
@@ -149,6 +154,7 @@ def count_trained(
       params: parameters, or their shapes.
       added: arrays that the method adds, or their shapes.
       head: rules of the leaves that belong to the head.
+      sampler: of the layers; those that it never draws do not count.
 
     Example:
       >>> import jax.numpy as jnp
@@ -158,16 +164,17 @@ def count_trained(
       >>> count_trained(method, params, {}, head=["^classifier"])
       Counts(trained=12, trained_without_head=5, total=107)
     """
+    reached = lambda size: size if sampler is None else sampler.reached(size)
     extra = sum(leaf.size for leaf in jax.tree.leaves(added))
-    sizes = {True: 0, False: extra}
+    sizes = {True: 0, False: reached(extra)}
 
     def add(role: Role, leaf: jax.Array) -> None:
         is_head = first_match({"head": head}, role.name, "") == "head"
+        size = 0 if role.kind == FROZEN else leaf.size
         if role.kind == SPARSE:
-            shape = role.packed_shape(leaf.shape, method.support_size(role))
-            sizes[is_head] += math.prod(shape)
-        elif role.kind != FROZEN:
-            sizes[is_head] += leaf.size
+            size = math.prod(role.packed_shape(leaf.shape, method.support_size(role)))
+        is_layer = role.name.startswith(f"{method.stack}/")
+        sizes[is_head] += reached(size) if is_layer else size
 
     map_roles(add, method.roles(params), params)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
