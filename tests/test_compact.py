@@ -193,10 +193,13 @@ def test_lora_starts_at_the_base_model_and_merges_into_it():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most"), [(jnp.float32, 12), (jnp.bfloat16, 16)], ids=["f32", "bf16"]
+    ("dtype", "split", "most"),
+    [(jnp.float32, False, 12), (jnp.bfloat16, False, 16), (jnp.bfloat16, True, 14)],
+    ids=["f32", "bf16", "split"],
 )
-def test_state_beside_the_weights_is_at_most_16_bytes_an_entry(dtype, most):
-    tuner = Compact(loss, Sparse(density=0.1, where="kernel"), optax.adam(1e-3))
+def test_state_beside_the_weights_is_at_most_16_bytes_an_entry(dtype, split, most):
+    method = Sparse(density=0.1, where="kernel")
+    tuner = Compact(loss, method, optax.adam(1e-3), split_masters=split)
     state = tuner.init(make_params(dtype), jax.random.key(0))
     entries = sum(leaf.size for leaf in jax.tree.leaves(state.support))
     small = state._replace(params=())

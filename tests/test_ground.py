@@ -15,7 +15,8 @@ from flax import nnx
 from sparse_jax import ENTRY, InputError, gather, scatter, sift
 from sparse_jax.params.names import first_match, leaf_names, require_match
 from sparse_jax.supports.layout import require_density, support_size
-from sparse_jax.supports.packing import current_values, keep_masters, pack, unpack
+from sparse_jax.supports.masters import current_values, keep_masters
+from sparse_jax.supports.packing import pack, unpack
 from sparse_jax.supports.roles import DENSE, FROZEN, SPARSE, map_roles, roles_of
 from sparse_jax.supports.scores import SCORES, leaf_key
 

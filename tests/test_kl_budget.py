@@ -108,7 +108,12 @@ METHODS = {
     "full": {"method": "full"},
     "dora": {"method": "dora"},
     "layers": {"sampler": "uniform", "active": 0.5},
-    "bfloat16": {"dtype": "bfloat16", "sampler": "ist", "active": 0.5},
+    "bfloat16": {
+        "dtype": "bfloat16",
+        "split_masters": True,
+        "sampler": "ist",
+        "active": 0.5,
+    },  # fmt: skip
 }
 
 

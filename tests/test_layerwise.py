@@ -1,5 +1,7 @@
 """A few layers at a time in the compact tier: the numbers of the Optax tier."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ from sparse_jax import (
     ist,
 )
 from sparse_jax.errors import InputError
+from sparse_jax.supports.masters import current_values
 
 LAYERS = CONFIG.num_layers
 SIZES = {"num_layers": LAYERS, "num_active": 1}
@@ -166,7 +169,9 @@ def test_sparse_entries_move_inside_their_support_only():
 
 @main_methods
 def test_bfloat16_weights_keep_float32_masters(method):
-    state, losses = run_compact(tuner_of(method), make_params(jnp.bfloat16), 3)
+    params, tx = make_params(jnp.bfloat16), optax.adamw(1e-3)
+    steps = 50 if method is METHODS["sift"] else 3
+    state, losses = run_compact(tuner_of(method, tx), params, steps)
     assert np.isfinite(losses).all()
     for master in jax.tree.leaves(state.masters):
         assert master.dtype == jnp.float32
@@ -176,6 +181,15 @@ def test_bfloat16_weights_keep_float32_masters(method):
             get(state.params).reshape(LAYERS, -1), get(state.support), axis=1
         )
         np.testing.assert_array_equal(chosen, get(state.masters).astype(jnp.bfloat16))
+        # In halves they are the same, and so is all else.
+        tuner = tuner_of(method, tx, split_masters=True)
+        split, same = run_compact(tuner, params, steps)
+        assert losses == same
+        trees = (tuner.roles(params), split.support, split.masters, split.params)
+        equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+        equal(current_values(*trees), state.masters)
+        equal(split.opt_state.rows, state.opt_state.rows)
+        equal(split.params, state.params)
 
 
 @main_methods

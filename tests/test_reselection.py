@@ -22,6 +22,7 @@ from sparse_jax import (
     sift,
 )
 from sparse_jax.compact.selection import reselect
+from sparse_jax.supports.masters import current_values
 from sparse_jax.training.build import make_job
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.start import note_entries
@@ -44,13 +45,13 @@ def draw(seed, dtype=jnp.float32):
 
 
 # Of the second selection, one by one of the table of scores: what it looks at changes.
-@pytest.mark.parametrize("score", ["gradient", "lift"])
-def test_both_tiers_choose_again_and_carry_the_same(score):
+@pytest.mark.parametrize(("score", "split"), [("gradient", False), ("lift", True)])
+def test_both_tiers_choose_again_and_carry_the_same(score, split):
     params = draw(0, jnp.bfloat16)
     inner, rules = optax.adam(0.3), {"density": 0.1, "score": score}
     tx = sift(inner, **rules, stacked="layers", reselect_every=2)
     theirs, opt = params, tx.init(params)
-    tuner = Compact(loss, Sparse(**rules), inner)
+    tuner = Compact(loss, Sparse(**rules), inner, split_masters=split)
     state = tuner.init(params, KEY)
     # One that left and came back would start from a parameter that is rounded twice.
     for i in range(4):
@@ -66,7 +67,8 @@ def test_both_tiers_choose_again_and_carry_the_same(score):
     same(state.support, opt.support)
     # The transformation adds a step to a parameter, which rounds it once more.
     near = functools.partial(np.testing.assert_allclose, rtol=1e-6)
-    jax.tree.map(near, state.masters, opt.masters)
+    trees = (tuner.roles(params), state.support, state.masters, state.params)
+    jax.tree.map(near, current_values(*trees), opt.masters)
     same(optax.tree.get(state.opt_state, "mu")["leaves"], opt.inner_state[0].mu)
     assert optax.tree.get(state.opt_state, "count") == 4 == state.count
 
@@ -91,13 +93,18 @@ def test_layers_with_fewer_entries_are_filled_outside_those_of_other_adapters():
     assert known["layers/w"].tolist() == [[1, 5], [6, 7]]
 
 
-AGAIN = {"reselect_every": 1, "learning_rate": 0.1, "batch_size": 6, "save_every": 1}
+AGAIN = {
+    "reselect_every": 1, "learning_rate": 0.1, "batch_size": 6, "save_every": 1,
+    "dtype": "bfloat16",
+}  # fmt: skip
 
 
 def test_a_run_that_chooses_again_resumes_bit_for_bit_and_its_adapter_has_it_all(
     files, tmp_path, monkeypatch
 ):
-    whole = finetune(tiny_settings(**files, output=tmp_path / "whole", **AGAIN))
+    # The other kind of masters goes on from the same checkpoint.
+    again = {**AGAIN, "split_masters": True}
+    whole = finetune(tiny_settings(**files, output=tmp_path / "whole", **again))
     broken = tiny_settings(**files, output=tmp_path / "broken", **AGAIN)
     save = Checkpoints.save
 

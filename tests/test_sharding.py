@@ -57,13 +57,12 @@ def random_batch(accumulate=1):
     return batch
 
 
-def tuner_of(method, placement=None, dtype=jnp.float32, sampler=None, accumulate=1):
+def tuner_of(method, placement=None, dtype=jnp.float32, sampler=None, **options):
     model, params = tiny_decoder()
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     # At 1e-2 the last of 50 updates multiply a difference in rounding by five each: one
     # ulp in the params becomes 3e-5 in the loss. In float64 meshes agree to 2e-14.
     loss, tx = make_token_loss(model), optax.adamw(5e-3)
-    options = {"accumulate": accumulate}
     if placement is not None:
         options["shards"] = placement.shards("layers")
         options["data_axes"] = placement.data_axes
@@ -199,6 +198,14 @@ def test_coarse_weights_keep_masters_on_the_mesh():
     support = many[1].support["layers"]["mlp"]["up"]["kernel"]
     assert masters.dtype == jnp.float32
     assert masters.sharding.spec == support.sharding.spec
+    split = on_mesh(ONE_LEAF, 3, MESHES["all"], split_masters=True, **options)
+    assert split[0] == many[0]
+    halves = split[1].masters["layers"]["mlp"]["up"]["kernel"]
+    assert halves.dtype == jnp.int16
+    assert halves.sharding.spec == support.sharding.spec
+    jax.tree.map(np.testing.assert_array_equal, split[1].params, many[1].params)
+    same = split[1].opt_state, many[1].opt_state
+    jax.tree.map(np.testing.assert_array_equal, *same)
 
 
 def test_micro_batches_are_cut_over_the_mesh():

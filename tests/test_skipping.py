@@ -41,9 +41,9 @@ def loss(params, batch, key, attachment):
 
 TUNERS = {
     "sift": Compact(loss, SIFT, TX),
-    "sift, two parts": Compact(loss, SIFT, TX, accumulate=2),
+    "sift, two parts": Compact(loss, SIFT, TX, accumulate=2, split_masters=True),
     "full": Compact(loss, Dense(dense=".*"), TX),
-    "sift, importance": Layerwise(loss, SIFT, TX, sampler=PROBING),
+    "sift, importance": Layerwise(loss, SIFT, TX, sampler=PROBING, split_masters=True),
     "full, norms, restarted": Layerwise(
         loss,
         Dense(dense="^layers/.*(query|bias)|^classifier/"),
@@ -77,7 +77,7 @@ def bits(state):
         ("sift", jnp.float32),
         pytest.param("sift, two parts", jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param("full", jnp.bfloat16, marks=pytest.mark.slow),
-        ("sift, importance", jnp.float32),
+        ("sift, importance", jnp.bfloat16),
         ("full, norms, restarted", jnp.bfloat16),
         ("lora, held", jnp.float32),
     ],

@@ -35,7 +35,7 @@ __all__ = ["plan"]
 _SETTINGS = (
     "model", "method", "density", "granularity", "rank", "where", "sampler", "active",
     "recompute", "batch_size", "accumulate", "dtype", "select_batches", "checkpointing",
-    "mesh",
+    "split_masters", "moment_dtype", "mesh",
 )  # fmt: skip
 # What a comparison chooses.
 _CHOICES = ("method", "sampler", "ist")

@@ -14,7 +14,7 @@ __all__ = ["print_plans", "write_plans"]
 _HELD = {
     "parameters": "parameters",
     "added": "added arrays",
-    "masters": "packed float32 values",
+    "masters": "masters of trained values",
     "supports": "supports",
     "optimizer": "optimizer state",
 }
@@ -116,7 +116,8 @@ def _words(plans: Sequence[Plan], target: Target) -> list[str]:
             f"The time is an estimate: matrix products at {UTILIZATION:.0%} of the "
             "peak FLOP/s, plus communication at the bandwidth of all links, plus, on a "
             f"TPU, {SECONDS_PER_ENTRY * 1e9:.1f} ns for every entry of a support; for "
-            "lanes, three times the weight at the bandwidth of the memory."
+            "lanes, three times the weight at the bandwidth of the memory. Split "
+            "masters read the weights once more."
         )
     if any(plan.reserved is not None for plan in plans):
         words.append(

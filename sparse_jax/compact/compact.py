@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar, final
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from sparse_jax.adapter.adapter import Adapter, adapter_of
 from sparse_jax.compact.checks import (
@@ -17,7 +18,7 @@ from sparse_jax.compact.checks import (
     require_same,
     sums_of,
 )
-from sparse_jax.compact.gradients import Values, summed_gradients, update_if
+from sparse_jax.compact.gradients import Values, as_types, summed_gradients
 from sparse_jax.compact.model_taps import (
     TrainedValues,
     choose_by_gradient,
@@ -33,12 +34,8 @@ from sparse_jax.params.arguments import (
     require_transformation,
 )
 from sparse_jax.supports.layout import Shards
-from sparse_jax.supports.packing import (
-    current_values,
-    keep_masters,
-    pack,
-    write_back,
-)
+from sparse_jax.supports.masters import current_values, keep_masters
+from sparse_jax.supports.packing import pack, write_back
 from sparse_jax.supports.positions import fetch
 from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
 
@@ -53,7 +50,7 @@ class CompactState(NamedTuple):
     count: jax.typing.ArrayLike  # shape=(), int32: updates made; -1 before a selection
     params: optax.Params  # current parameters, in their own dtypes
     support: Any  # sparse leaves: shape=(k,) or (L, k), int32; see `Layout`
-    masters: optax.Params  # trained leaves below float32: their float32 values
+    masters: optax.Params  # trained leaves below float32: see `masters.py`
     added: Added  # arrays that the method adds, float32
     opt_state: optax.OptState  # of the trained values
 
@@ -77,6 +74,7 @@ class Tuner(ABC):
     accumulate: int = 1
     shards: Mapping[str, Shards] = field(default_factory=dict)
     data_axes: tuple[str, ...] = ()
+    split_masters: bool = False
 
     def __post_init__(self):
         require_loss(self.loss)
@@ -190,7 +188,8 @@ class Tuner(ABC):
             seen = state.params if statistic is None else statistic
             return choose_from(seen, *trees, key, avoid)
         first = self.first(batch, key)
-        sums = lambda params, attachment: self._sums(params, attachment, *first)
+        given = self.loss, self.method.stack
+        sums = lambda params, attachment: sums_of(*given, params, attachment, *first)
         return choose_by_gradient(*trees, state.added, key, sums, avoid)
 
     def first(self, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
@@ -261,20 +260,10 @@ class Tuner(ABC):
             count=jnp.zeros([], jnp.int32),
             params=params,
             support=support,
-            masters=keep_masters(roles, leaves, params),
+            masters=keep_masters(roles, leaves, params, self.split_masters),
             added=added,
             opt_state=self._start(roles, params, TrainedValues(added, leaves)),
         )
-
-    def _sums(
-        self,
-        params: optax.Params,
-        attachment: Attachment,
-        batch: object,
-        key: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the sums that the loss returns, checked."""
-        return sums_of(self.loss, self.method.stack, params, attachment, batch, key)
 
     def _gradients(
         self,
@@ -284,7 +273,8 @@ class Tuner(ABC):
         key: jax.Array,
     ) -> tuple[jax.Array, Values]:
         """Returns the loss and its gradient with respect to the trained values."""
-        total = lambda values, batch, key: self._sums(*tapped(values), batch, key)
+        given = self.loss, self.method.stack
+        total = lambda values, *args: sums_of(*given, *tapped(values), *args)
         require_groups(batch, self.accumulate)
         parts = {"accumulate": self.accumulate, "data_axes": self.data_axes}
         (loss, weight), grads = summed_gradients(total, values, batch, key, **parts)
@@ -315,9 +305,9 @@ class Compact(Tuner):
         packed = w[S];   packed += tx(d loss / d packed);   w[S] = packed
 
     Float32 leaves are their own masters; coarser leaves keep float32 masters of the
-    trained values. `tx` sees nothing but trained values, so clipping by the global
-    norm is the norm of these. Every method is pure and meant to be compiled with the
-    state donated: then no weight has a second copy.
+    trained values, or halves of them. `tx` sees nothing but trained values, so clipping
+    by the global norm is the norm of these. Every method is pure and meant to be
+    compiled with the state donated: then no weight has a second copy.
 
     Attributes:
       loss: (params, batch, key, attachment) -> (total, weight). The loss is total /
@@ -329,6 +319,8 @@ class Compact(Tuner):
       shards: how leaves are sharded, by name, as from `Placement.shards`.
       data_axes: mesh axes over which replicas see different examples. They exchange
         gradients of the trained values, never dense ones.
+      split_masters: whether bfloat16 leaves keep 2 bytes a trained value, as
+        `remainder_of` says, in place of 4. An update then reads the weights, too.
 
     Example:
       >>> from sparse_jax.methods.sparse import Sparse
@@ -373,18 +365,25 @@ class Compact(Tuner):
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         ready = finite & jnp.greater_equal(state.count, 0)
 
-        kept = (state.count, values._asdict(), state.opt_state)
-        count, moved, opt_state = update_if(
-            ready, self._tx, grads._asdict(), *kept, **extra_args
-        )
-        values = TrainedValues(**moved)
-        state = state._replace(
-            count=count,
-            params=write_back(roles, state.params, state.support, values.leaves),
-            masters=keep_masters(roles, values.leaves, state.params),
-            added=values.added,
-            opt_state=opt_state,
-        )
+        def update(state: CompactState) -> CompactState:
+            values = self._values(roles, state)._asdict()
+            kept = (state.opt_state, values)
+            updates, opt_state = self._tx.update(grads._asdict(), *kept, **extra_args)
+            moved: Any = optax.apply_updates(values, updates)
+            added, leaves = TrainedValues(**moved)
+            new = CompactState(
+                count=optax.safe_increment(state.count),
+                params=write_back(roles, state.params, state.support, leaves),
+                support=state.support,
+                masters=keep_masters(roles, leaves, state.params, self.split_masters),
+                added=added,
+                opt_state=opt_state,
+            )
+            return as_types(new, state)
+
+        # A choice between arrays would copy whole leaves that are trained (measured on
+        # a CPU: 10 times the time of the update), a branch works in place.
+        state = lax.cond(ready, update, lambda state: state, state)
         return state, {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
 
     def _start(

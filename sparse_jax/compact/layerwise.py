@@ -28,12 +28,8 @@ from sparse_jax.samplers.registry import (
     require_no_measuring,
 )
 from sparse_jax.samplers.sampler import Sampler, SamplerState, advance, begin, is_active
-from sparse_jax.supports.packing import (
-    below_float32,
-    current_values,
-    route,
-    write_back,
-)
+from sparse_jax.supports.masters import current_values, kept_of, value_of
+from sparse_jax.supports.packing import route, write_back
 from sparse_jax.supports.roles import (
     DENSE,
     FROZEN,
@@ -265,11 +261,12 @@ class Layerwise(Tuner):
         def row(
             role: Role, leaf: jax.Array, support: jax.Array, master: jax.Array
         ) -> jax.Array:
-            if below_float32(leaf):
-                return take_rows(master, active)
-            if role.kind == DENSE:
-                return take_rows(leaf, active)
-            return role.layout.gather(leaf, take_rows(support, active), active)
+            def read() -> jax.Array:
+                if role.kind == DENSE:
+                    return take_rows(leaf, active)
+                return role.layout.gather(leaf, take_rows(support, active), active)
+
+            return value_of(take_rows(master, active), read)
 
         inside, outside = _sides(roles)
         trees = (state.params, state.support, state.masters)
@@ -360,15 +357,21 @@ class Layerwise(Tuner):
             return leaf
 
         def keep(
-            role: Role, master: jax.Array, row: jax.Array, value: jax.Array
+            role: Role,
+            leaf: jax.Array,
+            master: jax.Array,
+            row: jax.Array,
+            value: jax.Array,
         ) -> jax.Array:
             if isinstance(master, optax.MaskedNode):
                 return master
-            return put_rows(master, row, active) if role.stacked else value
+            value = row if role.stacked else value
+            kept = kept_of(value, leaf.dtype, self.split_masters)
+            return put_rows(master, kept, active) if role.stacked else kept
 
         inside, outside = _sides(roles)
         params = write_back(outside, state.params, state.support, beyond)
-        trees = (state.masters, rows.leaves, beyond)
+        trees = (state.params, state.masters, rows.leaves, beyond)
         return state._replace(
             params=map_roles(write, inside, params, state.support, rows.leaves),
             masters=map_roles(keep, roles, *trees, only=TRAINED),

@@ -12,7 +12,7 @@ from sparse_jax.compact.checks import sums_of
 from sparse_jax.compact.compact import Compact, CompactState, Tuner
 from sparse_jax.methods.method import Method
 from sparse_jax.models.attachment import Added
-from sparse_jax.supports.packing import keep_masters, pack, value_dtype
+from sparse_jax.supports.packing import value_dtype
 from sparse_jax.supports.roles import FROZEN, SPARSE, Role, Roles, is_role, map_roles
 from sparse_jax.transforms.carry import Box, carry_state, carry_values, origins_of
 
@@ -73,7 +73,7 @@ def before_selection(tuner: Tuner) -> Compact:
     """
     own = tuner.method
     method = _Unselected(method=own, dense=own.dense, stack=own.stack)
-    placed = (tuner.accumulate, tuner.shards, tuner.data_axes)
+    placed = (tuner.accumulate, tuner.shards, tuner.data_axes, tuner.split_masters)
     return Compact(tuner.loss, method, tuner.whole_tx, *placed)
 
 
@@ -169,14 +169,11 @@ def reselect(
     roles = tuner.roles(state.params)
     fresh = tuner.begin(state.params, support, state.added)
     origins = origins_of(roles, state.support, support)
-    values = carry_values(
-        roles, origins, state.masters, pack(roles, support, state.params)
-    )
     stays = jax.tree.map(lambda _: Box(None), state.added)
     both = {"added": stays, "leaves": origins}
     chosen = fresh._replace(
         count=state.count,
-        masters=keep_masters(roles, values, state.params),
+        masters=carry_values(roles, origins, state.masters, fresh.masters),
         opt_state=carry_state(tuner.tx, both, state.opt_state, fresh.opt_state),
     )
     pick = lambda new, old: jnp.where(finite, new, old)

@@ -25,7 +25,7 @@ from sparse_jax.samplers.simple import Static
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner
-from sparse_jax.supports.packing import current_values
+from sparse_jax.supports.masters import current_values
 from sparse_jax.training.build import head_rules, make_tuner, method_of, sampler_of
 from sparse_jax.training.objective import make_loss, make_token_loss
 from sparse_jax.training.optimizer import Schedule, schedule_of
@@ -144,8 +144,8 @@ def held_bytes(run: AbstractRun) -> Mapping[str, int]:
     """Returns bytes of one device, exact for the state and for the gradients.
 
     Returns:
-      `parameters`; `added` arrays of the method; `masters`, packed float32 values of
-      coarser leaves; `supports`; `optimizer`; `batch`; and `gradients` of what is
+      `parameters`; `added` arrays of the method; `masters` of the trained values of
+      leaves below float32; `supports`; `optimizer`; `batch`; and `gradients` of what is
       trained, which live for a part of the step only.
     """
     state = run.state

@@ -263,10 +263,13 @@ def _reaching(plan: Plan, run: AbstractRun, chip: Chip) -> float:
     """Returns the estimated time of reaching the trained entries of sparse leaves."""
     if not chip.name.startswith("v"):
         return 0.0
+    # An update that reads split masters reads the weights once more.
+    passes = 3 if run.tuner.split_masters else 2
     if getattr(run.tuner.method, "granularity", "entry") == "entry":
-        return plan.held["supports"] / _BYTES_OF_A_POSITION * SECONDS_PER_ENTRY
+        entries = plan.held["supports"] / _BYTES_OF_A_POSITION
+        return entries * SECONDS_PER_ENTRY * passes / 2
     # Of every weight the gradient is read, and the weight is read and written.
     sizes: list[int] = []
     add = lambda role, leaf: sizes.append(leaf.size * leaf.dtype.itemsize)
     map_roles(add, run.tuner.roles(run.state.params), run.state.params, only=(SPARSE,))
-    return 3 * sum(sizes) / run.placement.mesh.size / chip.bandwidth
+    return (passes + 1) * sum(sizes) / run.placement.mesh.size / chip.bandwidth

@@ -16,8 +16,6 @@ from sparse_jax.supports.roles import DENSE, SPARSE, TRAINED, Role, Roles, map_r
 
 __all__ = [
     "below_float32",
-    "current_values",
-    "keep_masters",
     "pack",
     "rounded_step",
     "route",
@@ -52,30 +50,6 @@ def unpack(
     """Returns packed values in the shapes and dtypes of `like`, zero elsewhere."""
     blank = lambda role, leaf: leaf if role.kind == DENSE else _zeros(leaf)
     return write_back(roles, map_roles(blank, roles, like), support, packed)
-
-
-def keep_masters(
-    roles: Roles, packed: optax.Params, params: optax.Params
-) -> optax.Params:
-    """Returns the packed values of the leaves below float32, `MaskedNode()` elsewhere.
-
-    A float32 leaf is its own master: a second copy would cost 4 bytes an entry.
-    """
-
-    keep = lambda role, values, leaf: (
-        values if below_float32(leaf) else optax.MaskedNode()
-    )
-    return map_roles(keep, roles, packed, params, only=TRAINED)
-
-
-def current_values(
-    roles: Roles, support: optax.Params, masters: optax.Params, params: optax.Params
-) -> optax.Params:
-    """Returns the packed values: masters where there are any, else the parameters."""
-    current = lambda role, leaf, support, master: (
-        master if below_float32(leaf) else role.read(leaf, support)
-    )
-    return map_roles(current, roles, params, support, masters, only=TRAINED)
 
 
 def route(

@@ -337,7 +337,8 @@ def make_tuner(
     if isinstance(tx, str):
         tx = make_optimizer(settings, is_stacked=sampler is None)
         max_norm = settings.max_grad_norm or None
-    placed = (settings.accumulate, placement.shards(method.stack), placement.data_axes)
+    shards, axes = placement.shards(method.stack), placement.data_axes
+    placed = (settings.accumulate, shards, axes, settings.split_masters)
     if sampler is None:
         if max_norm is not None:
             tx = optax.chain(optax.clip_by_global_norm(max_norm), tx)

@@ -19,7 +19,7 @@ from sparse_jax.params.names import leaves_by_name, map_named
 from sparse_jax.sharding.placement import Placement, moved
 from sparse_jax.sharding.processes import is_first_process, require_agreement
 from sparse_jax.supports.layout import Shards
-from sparse_jax.supports.packing import current_values, keep_masters
+from sparse_jax.supports.masters import current_values, keep_masters
 from sparse_jax.supports.positions import read_entries, write_entries
 from sparse_jax.supports.roles import FROZEN, SPARSE, TRAINED, Role, map_roles
 from sparse_jax.training.checkpoint_file import (
@@ -51,7 +51,8 @@ class Checkpoints:
     Orbax writes it while training goes on, under a temporary name and then moved; of
     several processes the first one writes. Checksums cover all of it: arrays with
     their names, the position, and which run and rows it belongs to. A checkpoint may be
-    read by a run on another mesh.
+    read by a run on another mesh. Values are float32, however masters are kept, so that
+    a run may go on with the other kind.
 
     Attributes:
       earlier: positions of the entries that earlier selections chose, by leaf; saved
@@ -308,7 +309,8 @@ class Checkpoints:
         begin: Begin | None,
     ) -> CompactState:
         """Returns the state whose reduced form is `trained`; `state` is donated."""
-        roles = self._maker(at.is_selected).roles(state.params)
+        tuner = self._maker(at.is_selected)
+        roles = tuner.roles(state.params)
         trained = self._placement.hold(roles, trained)
         if begin is not None:
             begin(state.params, trained.support)
@@ -330,9 +332,8 @@ class Checkpoints:
         rebuild = jax.jit(rebuild, donate_argnums=0, out_shardings=where)
         params = rebuild(state.params, trained)
         only = {"only": TRAINED}
-        masters = keep_masters(
-            roles, map_roles(lambda _, v: v, roles, trained.params, **only), params
-        )
+        values = map_roles(lambda _, v: v, roles, trained.params, **only)
+        masters = keep_masters(roles, values, params, tuner.split_masters)
         # What was saved has its supports.
         return CompactState(*trained._replace(params=params, masters=masters))
 

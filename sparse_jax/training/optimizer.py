@@ -14,7 +14,8 @@ import optax
 
 from sparse_jax.compact.compact import CompactState, TrainedValues, Tuner
 from sparse_jax.errors import InputError, brief
-from sparse_jax.supports.packing import current_values, keep_masters, write_back
+from sparse_jax.supports.masters import current_values, keep_masters
+from sparse_jax.supports.packing import write_back
 from sparse_jax.training.recipe_options import (
     COOLDOWN,
     MOMENTS,
@@ -218,9 +219,10 @@ def averaged(tuner: Tuner, state: CompactState) -> CompactState:
     values = TrainedValues(state.added, current_values(roles, *trees))._asdict()
     # Optax's generic types.
     values = TrainedValues(**optax.contrib.schedule_free_eval_params(kept, values))  # pyright: ignore
+    leaves, split = values.leaves, tuner.split_masters
     return state._replace(
-        params=write_back(roles, state.params, state.support, values.leaves),
-        masters=keep_masters(roles, values.leaves, state.params),
+        params=write_back(roles, state.params, state.support, leaves),
+        masters=keep_masters(roles, leaves, state.params, split),
         added=values.added,
     )
 

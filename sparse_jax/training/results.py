@@ -184,7 +184,7 @@ def count_trained(
 def optimizer_bytes(state: CompactState) -> int:
     """Returns the bytes kept for training beside the model and what it adds.
 
-    These are the optimizer's state, float32 masters, and supports.
+    These are the optimizer's state, masters, and supports.
     """
     kept = (state.opt_state, state.masters, state.support)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))

@@ -118,6 +118,11 @@ class Settings(
         "128, for causal 512",
     )
     dtype: str = setting("float32", f"Dtype of the parameters: {one_of(DTYPES)}.")
+    split_masters: bool = setting(
+        False,
+        "Keep 16 bits beside each bfloat16 weight in place of a float32 master: half "
+        "of its bytes for the same values, but an update also reads the weights.",
+    )
     select_after: float = setting(
         0.0,
         "Updates of the head, and of all else that is trained in full, before sift "
@@ -287,6 +292,11 @@ class Settings(
             raise InputError(
                 "`overwrite` and `resume` must not be given together. The first "
                 "starts over, the second continues."
+            )
+        if self.split_masters and self.dtype != DTYPES[1]:
+            raise InputError(
+                f"`split_masters` must be left out with dtype {self.dtype!r}, got "
+                "True: such parameters are their own masters."
             )
         if self.mesh is not None:
             parse_mesh(self.mesh)

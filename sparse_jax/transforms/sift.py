@@ -19,9 +19,8 @@ from sparse_jax.params.arguments import (
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.granularity import ENTRY, granularity_named
 from sparse_jax.supports.layout import Layout, require_density
+from sparse_jax.supports.masters import current_values, keep_masters
 from sparse_jax.supports.packing import (
-    current_values,
-    keep_masters,
     pack,
     rounded_step,
     unpack,
