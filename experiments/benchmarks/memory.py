@@ -5,9 +5,10 @@
 
 Compiles one step of each method, layers in a loop as on accelerators, and prints what
 the compiler reserves: arguments (weights and state), temporaries, and the total. The
-state that a trained entry costs is counted from the arrays. Nothing is run; half a
-minute on two CPU cores. At the scale of the paper it is Llama-7B at 5 % for a TPU, one
-row of 2048 tokens, beside Table 1 of Song et al., 2024; only libtpu has to be there.
+state that a trained entry costs is counted from the arrays, also for each choice of how
+a run with bfloat16 weights keeps it. Nothing is run; half a minute on two CPU cores. At
+the scale of the paper it is Llama-7B at 5 % for a TPU, one row of 2048 tokens, beside
+Table 1 of Song et al., 2024; only libtpu has to be there.
 """
 
 import argparse
@@ -22,9 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks.step_time import MODELS, methods
-from experiments.papers import print_plan
+from experiments.papers import network_of, print_plan
 from experiments.report import SCALES
 from sparse_jax import Compact, Method, Settings
+from sparse_jax.planning.abstract import abstract_run, held_bytes
+from sparse_jax.sharding.mesh import MeshShape
 
 MIB = 2**20
 # Table 1: params, gradients, optimizer state, activations.
@@ -35,6 +38,20 @@ PUBLISHED = (
     ("SIFT", "no", 12.55, 0.626, 2.51, 35.72),
     ("SIFT", "yes", 12.55, 0.626, 2.51, 0.81),
 )
+BASE = Settings(model="", task="causal", output="", batch_size=1, dtype="bfloat16")
+SIFT = replace(BASE, density=0.05)
+LANES = replace(SIFT, granularity="lane")
+# What a trained entry of a bfloat16 weight is kept in.
+CHOICES = {
+    "entries": SIFT,
+    "entries, bfloat16 first moment": replace(SIFT, moment_dtype="bfloat16"),
+    "entries, split masters": replace(SIFT, split_masters=True),
+    "entries, both": replace(SIFT, split_masters=True, moment_dtype="bfloat16"),
+    "lanes": LANES,
+    "lanes, split masters": replace(LANES, split_masters=True),
+    "lanes, both": replace(LANES, split_masters=True, moment_dtype="bfloat16"),
+}
+KEPT = ("supports", "masters", "optimizer", "gradients")
 COLUMNS = (
     "method",
     "weights",
@@ -73,6 +90,21 @@ def row(stack: Any, method: Method) -> dict[str, float]:
     }
 
 
+def print_choices() -> None:
+    """Prints the bytes of an entry for each of the choices."""
+    table = Table(title="bytes of a trained entry, bfloat16 weights, AdamW")
+    for column in ("choice", *KEPT, "total"):
+        table.add_column(column, justify="left" if column == "choice" else "right")
+    place = (16, MeshShape(), jax.devices("cpu")[:1])
+    for name, settings in CHOICES.items():
+        run = abstract_run(network_of("llama-tiny"), settings, *place)
+        held = held_bytes(run)
+        entries = sum(leaf.size for leaf in jax.tree.leaves(run.state.support))
+        sizes = [held[part] / entries for part in KEPT]
+        table.add_row(name, *(f"{size:.2f}" for size in (*sizes, sum(sizes))))
+    Console(width=100).print(table)
+
+
 def paper(target: str) -> None:
     """Prints the paper's Table 1 and what the compiler says of the same update."""
     table = Table(title="Llama-7B, 5 %, bfloat16, 1 x 2048 tokens (paper), GB")
@@ -82,16 +114,14 @@ def paper(target: str) -> None:
         cells = (f"{size:.2f}" for size in (*sizes, sum(sizes)))
         table.add_row(name, checkpointing, *cells)
     Console(width=100).print(table)
-    base = Settings(
-        model="", task="causal", output="", batch_size=1, dtype="bfloat16",
-        checkpointing=True,
-    )  # fmt: skip
     rows = {
-        "full": replace(base, method="full"),
-        "lora": replace(base, method="lora", rank=128),
-        "sift": replace(base, density=0.05),
-        "sift, lanes": replace(base, density=0.05, granularity="lane"),
+        "full": replace(BASE, method="full"),
+        "lora": replace(BASE, method="lora", rank=128),
+        "sift": SIFT,
+        "sift, lanes": LANES,
+        "sift, split masters": replace(SIFT, split_masters=True),
     }
+    rows = {name: replace(row, checkpointing=True) for name, row in rows.items()}
     print_plan("llama-7b", rows, length=2048, target=target)
 
 
@@ -105,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--checkpointing", action="store_true")
     args = parser.parse_args(argv)
+    print_choices()
     if args.scale == "paper":
         paper(args.plan)
         return
