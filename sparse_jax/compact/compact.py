@@ -37,7 +37,7 @@ from sparse_jax.supports.layout import Shards
 from sparse_jax.supports.masters import current_values, keep_masters
 from sparse_jax.supports.packing import pack, write_back
 from sparse_jax.supports.positions import fetch
-from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
+from sparse_jax.supports.roles import SPARSE, TRAINED, Role, Roles, map_roles
 
 __all__ = ["Compact", "CompactState", "Loss", "TrainedValues", "Tuner"]
 
@@ -271,14 +271,14 @@ class Tuner(ABC):
         values: Values,
         batch: object,
         key: jax.Array,
-    ) -> tuple[jax.Array, Values]:
-        """Returns the loss and its gradient with respect to the trained values."""
+    ) -> tuple[jax.Array, Callable[[], Values]]:
+        """Returns the loss, and its gradient once it is called for."""
         given = self.loss, self.method.stack
         total = lambda values, *args: sums_of(*given, *tapped(values), *args)
         require_groups(batch, self.accumulate)
         parts = {"accumulate": self.accumulate, "data_axes": self.data_axes}
         (loss, weight), grads = summed_gradients(total, values, batch, key, **parts)
-        return loss / weight, jax.tree.map(lambda grad: grad / weight, grads)
+        return loss / weight, lambda: jax.tree.map(lambda grad: grad / weight, grads)
 
     def _require_state(self, state: CompactState) -> None:
         """Raises unless a state has its supports, and all arrays of this tuner."""
@@ -357,18 +357,24 @@ class Compact(Tuner):
         """
         self._require_state(state)
         roles = self.roles(state.params)
-        values = self._values(roles, state)
         trees = (roles, state.params, state.support)
         tapped = lambda values: tap_leaves(self.method, *trees, values)
-        loss, grads = self._gradients(tapped, values, batch, key)
-        norm = optax.tree.norm(grads)
+        # Gradients of coarse leaves are float32 where they are summed, and else from
+        # the update on: until then their own dtype holds the same numbers.
+        is_sum = self.accumulate > 1 or bool(self.data_axes)
+        leaves = map_roles(Role.read, *trees, only=TRAINED)
+        leaves = pack(roles, state.support, state.params) if is_sum else leaves
+        values = TrainedValues(state.added, leaves)
+        loss, mean = self._gradients(tapped, values, batch, key)
+        norm = optax.tree.norm(mean())
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         ready = finite & jnp.greater_equal(state.count, 0)
 
         def update(state: CompactState) -> CompactState:
-            values = self._values(roles, state)._asdict()
-            kept = (state.opt_state, values)
-            updates, opt_state = self._tx.update(grads._asdict(), *kept, **extra_args)
+            trees = (state.support, state.masters, state.params)
+            now = TrainedValues(state.added, current_values(roles, *trees))
+            kept = (state.opt_state, values := now._asdict())
+            updates, opt_state = self._tx.update(mean()._asdict(), *kept, **extra_args)
             moved: Any = optax.apply_updates(values, updates)
             added, leaves = TrainedValues(**moved)
             new = CompactState(
@@ -392,8 +398,3 @@ class Compact(Tuner):
         """Returns the state of the optimizer before the first update."""
         del roles, params
         return self.tx.init(values._asdict())
-
-    def _values(self, roles: Roles, state: CompactState) -> TrainedValues:
-        """Returns the trained values, float32."""
-        leaves = current_values(roles, state.support, state.masters, state.params)
-        return TrainedValues(state.added, leaves)

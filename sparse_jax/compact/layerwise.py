@@ -189,7 +189,8 @@ class Layerwise(Tuner):
 
         values = self._values(roles, state, active)
         tapped = lambda values: self._tapped(roles, state, values, active)
-        loss, grads = self._gradients(tapped, values, batch, key)
+        loss, mean = self._gradients(tapped, values, batch, key)
+        grads = mean()
         norm = optax.tree.norm(grads)
         if self.max_norm is not None:
             grads = optax.tree.scale(jnp.minimum(1.0, self.max_norm / norm), grads)
