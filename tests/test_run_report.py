@@ -13,7 +13,7 @@ from tiny_run import tiny_settings, write_data, write_model
 from sparse_jax import InputError, finetune
 from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.cli.summary import print_summary
-from sparse_jax.training import objective
+from sparse_jax.training import objective, progress
 from sparse_jax.training.checkpoint import Checkpoints
 from sparse_jax.training.progress import show_progress
 from sparse_jax.training.results import require_finite
@@ -273,3 +273,13 @@ def test_a_summary_shows_runs_of_before_and_metrics_that_are_not_finite(
     printed = capsys.readouterr().out
     assert "22 train, 13 validation" in printed
     assert "2, in metrics.json" in printed
+
+
+def test_what_reading_and_long_compilations_leave_is_given_back(monkeypatch):
+    given = []
+    monkeypatch.setattr(progress, "_trim", lambda: given.append(1))
+    progress.release_freed_memory()
+    for seconds in (0.1, 2.0):
+        jax.monitoring.record_event_duration_secs(progress._COMPILED, seconds)
+    jax.monitoring.record_event_duration_secs("/jax/other", 2.0)
+    assert len(given) == 2

@@ -48,6 +48,7 @@ from sparse_jax.training.output_folder import (
 from sparse_jax.training.progress import (
     bytes_shown,
     peak_bytes,
+    release_freed_memory,
     show_progress,
     warnings_kept,
 )
@@ -219,6 +220,7 @@ def _run(
     budget = None if job.text is None else KlBudget(job, tuner, state)
     counts = count_trained(job.method, state.params, state.added, job.head, job.sampler)
     _announce(job, counts, optimizer_bytes(state))
+    release_freed_memory()
     first = None if before is None else MeshRunner(before, placement)
     if first is not None:
         state = first.take_over(state, key)
