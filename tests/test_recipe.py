@@ -12,6 +12,7 @@ import pytest
 from tiny_run import tiny_settings, write_files
 
 from sparse_jax import Compact, InputError, LoRA, Settings, Sparse, finetune
+from sparse_jax.data.glue import TASKS
 from sparse_jax.models.modules import noisy
 from sparse_jax.training import compilation_cache
 from sparse_jax.training.config_file import read_settings
@@ -24,6 +25,7 @@ from sparse_jax.training.optimizer import (
 )
 from sparse_jax.training.output_folder import require_usable
 from sparse_jax.training.recipe_options import OPTIMIZERS, SCHEDULES, RecipeOptions
+from sparse_jax.training.setup import _class_weights
 
 RUN = {"model": "m", "task": "sst2", "output": "o"}
 VALUES = {
@@ -261,10 +263,20 @@ def test_a_second_run_with_other_numbers_compiles_nothing(files, tmp_path, own_c
         require_usable(replace(known, resume=True, optimizer="lion"))
 
 
-def test_class_weights_name_labels_that_there_are(files, tmp_path):
-    settings = tiny_settings(**files, output=tmp_path, class_weights="good=2")
-    with pytest.raises(InputError, match="must be balanced, or pairs .* got 'good=2'"):
-        finetune(settings)
+def test_class_weights_name_labels_that_there_are_once():
+    labels, task = np.array([0, 0, 1]), TASKS["sst2"]
+    weigh = lambda said: _class_weights(
+        Settings(**RUN, class_weights=said), task, labels
+    )
+    assert weigh("positive=3") == [1.0, 3.0]
+    assert weigh("balanced") == [0.75, 1.5]
+    for said, message in (
+        ("good=2", "must be balanced, or pairs .* got 'good=2'"),
+        ("negative=1,negative=2", "each label once, got 'negative=2' in"),
+        ("negative=0,positive=0", "must have one above 0, got 'negative=0,posit"),
+    ):
+        with pytest.raises(InputError, match=message):
+            weigh(said)
 
 
 def test_a_cache_that_cannot_be_written_is_reported(tmp_path, monkeypatch, caplog):

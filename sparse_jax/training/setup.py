@@ -220,21 +220,28 @@ def _class_weights(
         counts = np.bincount(labels, minlength=len(names))
         # A class without examples weighs nothing either way.
         return (len(labels) / (len(names) * np.maximum(counts, 1))).tolist()
-    found = dict.fromkeys(names, 1.0)
+    found: dict[str, float] = {}
     for pair in asked.split(","):
         name, _, weight = pair.rpartition("=")
         try:
             value = float(weight)
         except ValueError:
             value = math.nan
-        if name not in found or not (value >= 0 and math.isfinite(value)):
+        is_known = name in names and name not in found
+        if not is_known or not (value >= 0 and math.isfinite(value)):
             raise InputError(
                 f"`class_weights` must be {BALANCED}, or pairs of a label and a "
-                f"weight such as {names[0]}=2,{names[1]}=1, got {brief(pair)} in "
-                f"{brief(asked)}. The labels are {listed(names)}."
+                f"weight such as {names[0]}=2,{names[1]}=1, each label once, got "
+                f"{brief(pair)} in {brief(asked)}. The labels are {listed(names)}."
             )
         found[name] = value
-    return [*found.values()]
+    weights = [found.get(name, 1.0) for name in names]
+    if not any(weights):
+        raise InputError(
+            f"`class_weights` must have one above 0, got {brief(asked)}: there would "
+            "be no loss."
+        )
+    return weights
 
 
 def _warn_of_problem_type(base: Base, task: Task) -> None:
