@@ -15,7 +15,7 @@ from sparse_jax.adapter.adapter import Adapter
 from sparse_jax.cli.summary import print_summary
 from sparse_jax.training import objective, progress
 from sparse_jax.training.checkpoint import Checkpoints
-from sparse_jax.training.progress import show_progress
+from sparse_jax.training.progress import show_progress, warnings_kept
 from sparse_jax.training.results import require_finite
 from sparse_jax.training.run_files import outcome_warnings, skipped_at_end, updates_of
 
@@ -46,6 +46,16 @@ def test_examples_that_were_cut_are_told(model, data, tmp_path, caplog):
         "train: 22 examples used, 22 cut to 6 tokens",
         "validation: 13 examples used, 13 cut to 6 tokens",
     ]
+
+
+@pytest.mark.parametrize("handlers", [[], [logging.NullHandler()]])
+def test_a_warning_is_printed_where_no_log_takes_it(handlers, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger("sparse_jax"), "propagate", True)
+    monkeypatch.setattr(logging.root, "handlers", handlers)
+    with warnings_kept() as kept:
+        logging.getLogger("sparse_jax.training.loop").warning("batch 1 is skipped")
+    assert kept == ["batch 1 is skipped"]
+    assert capsys.readouterr().err == ("" if handlers else "batch 1 is skipped\n")
 
 
 def rows_of(output):

@@ -129,6 +129,10 @@ def warnings_kept() -> Iterator[list[str]]:
         def emit(self, record: logging.LogRecord) -> None:
             if (line := record.getMessage()) not in kept:
                 kept.append(line)
+            # Without this handler Python would print what nobody else takes.
+            others = {*log.handlers, *(logging.root.handlers * log.propagate)}
+            if others == {self} and logging.lastResort is not None:
+                logging.lastResort.handle(record)
 
     keeper, log = Keeper(logging.WARNING), logging.getLogger("sparse_jax")
     log.addHandler(keeper)
