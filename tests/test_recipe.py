@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from tiny_run import tiny_settings, write_files
+from tiny_text import CONFIG
 
 from sparse_jax import Compact, InputError, LoRA, Settings, Sparse, finetune
 from sparse_jax.data.glue import TASKS
+from sparse_jax.models.decoder import Words
 from sparse_jax.models.modules import noisy
 from sparse_jax.training import compilation_cache
 from sparse_jax.training.config_file import read_settings
@@ -185,6 +188,14 @@ def test_the_noise_of_neftune_is_that_of_the_paper():
     words = noisy(jnp.zeros((3, 4, 25)), 5.0, jax.random.key(0))
     assert 0.45 < float(jnp.max(jnp.abs(words))) <= 5.0 / (4 * 25) ** 0.5
     assert noisy(words, 5.0, None) is words
+
+
+def test_the_noise_is_as_large_for_words_that_are_scaled():
+    words = Words(replace(CONFIG, scales_words=True), nnx.Rngs(0))
+    ids, key = jnp.zeros((1, 4), jnp.int32), jax.random.key(0)
+    noise = words(ids, ids, key, 5.0) - words(ids, ids, None)
+    # 5 / sqrt(4 tokens * 16), while the words are times 4.
+    assert 0.5 < float(jnp.max(jnp.abs(noise))) <= 0.6251
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0, 0.5]])

@@ -32,8 +32,11 @@ class Words(nnx.Module):
     ) -> jax.Array:
         """Looks up the vectors `[B, T, D]` of int32 ids `[B, T]`."""
         del positions
-        x = noisy(self.word(input_ids), noise, key)
-        return x if self.factor is None else x * jnp.asarray(self.factor, x.dtype)
+        x = self.word(input_ids)
+        if self.factor is not None:
+            x = x * jnp.asarray(self.factor, x.dtype)
+        # As transformers has it: the noise is not scaled.
+        return noisy(x, noise, key)
 
 
 class Cached(NamedTuple):
