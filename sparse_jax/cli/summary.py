@@ -52,7 +52,7 @@ def _lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("examples", ", ".join(f"{use['used']:,} {split}" for split, use in examples)),
         ("trained parameters", _share(trained, total)),
         ("without the head", head),
-        ("optimizer state", bytes_shown(metrics["optimizer_bytes"])),
+        ("training state", bytes_shown(metrics["optimizer_bytes"])),
         ("adapter file", bytes_shown(metrics["adapter_bytes"])),
         ("peak memory", bytes_shown(metrics["peak_memory_bytes"])),
         ("selection", "" if seconds is None else f"{seconds:.3g} s"),
