@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny_models import (
     FAMILIES,
     jax_batch,
@@ -16,7 +17,9 @@ from tiny_models import (
 
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.attend import Mask
 from sparse_jax.models.config import EncoderConfig
+from sparse_jax.models.encoder import Attention
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import MaskedLM, SequenceClassifier
 from sparse_jax.models.modules import product
@@ -171,6 +174,18 @@ def test_the_head_of_roberta_drops_entries_only_with_a_key():
     np.testing.assert_array_equal(*module.classifier(x))
     dropped = module.classifier(x, key=jax.random.key(0, impl="rbg"))
     assert not np.array_equal(*dropped)
+
+
+@pytest.mark.parametrize(("name", "drops"), [("bert", True), ("distilbert", False)])
+def test_distilbert_drops_nothing_of_what_attention_returns(name, drops):
+    config = tiny_config(name, hidden_dropout=0.5, attention_dropout=0.0)
+    layer = Attention(config, nnx.Rngs(0))
+    x = jnp.ones((1, 2, config.hidden_size))
+    mask = Mask(jnp.ones((1, 1, 1, 2), bool))
+    respond = lambda site, f, x: f(x)
+    key = jax.random.key(0)
+    first, second = (layer(x, mask, one, respond) for one in (key, None))
+    assert bool(jnp.any(first != second)) == drops
 
 
 def test_attention_with_a_key_and_tiny_dropout_is_attention():

@@ -91,6 +91,7 @@ class EncoderConfig:
     hidden_dropout: float = 0.1  # fraction dropped
     attention_dropout: float = 0.1  # fraction dropped
     classifier_dropout: float = 0.1  # fraction dropped
+    output_dropout: float | None = None  # of attention's output; None: `hidden_dropout`
     initializer_range: float = 0.02  # standard deviation of new kernels
     # Of ModernBERT. Windows of encoders are on either side of a token.
     kinds: tuple[LayerKind, ...] = (LayerKind(),)

@@ -112,6 +112,7 @@ _RULES: MappingProxyType[str, Rule] = MappingProxyType(
         "attention_dropout": _RATE,
         "classifier_dropout": _RATE,
         "embedding_dropout": _RATE,
+        "output_dropout": _RATE,
         "layer_norm_eps": _SMALL,
         "norm_eps": _SMALL,
         "initializer_range": _SMALL,

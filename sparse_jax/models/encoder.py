@@ -39,7 +39,8 @@ class Attention(nnx.Module):
         size = config.hidden_size
         self.num_heads = config.num_heads
         self.attention_dropout = config.attention_dropout
-        self.hidden_dropout = config.hidden_dropout
+        own, others = config.output_dropout, config.hidden_dropout
+        self.output_dropout = others if own is None else own
         self.query = linear(config, size, size, rngs)
         self.key = linear(config, size, size, rngs)
         self.value = linear(config, size, size, rngs)
@@ -60,7 +61,7 @@ class Attention(nnx.Module):
         mixed = attend(q, seen.k, seen.v, seen.bias, seen.mask, rate, attention_key)
         mixed = mixed.reshape(x.shape)
         y = respond("attention/output", self.output, mixed)
-        x = x + dropout(y, self.hidden_dropout, output_key)
+        x = x + dropout(y, self.output_dropout, output_key)
         return respond("attention/norm", self.norm, x)
 
 

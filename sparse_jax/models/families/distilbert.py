@@ -62,6 +62,8 @@ DISTILBERT = Family(
             "classifier_dropout": "seq_classif_dropout",
         }
     ),
-    constants=MappingProxyType({"type_vocab_size": 0, "layer_norm_eps": 1e-12}),
+    constants=MappingProxyType(
+        {"type_vocab_size": 0, "layer_norm_eps": 1e-12, "output_dropout": 0.0}
+    ),
     bare=r"(embeddings|transformer)\.",
 )
