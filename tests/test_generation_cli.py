@@ -104,7 +104,7 @@ def test_texts_alone_are_printed(command, tmp_path):
     assert (code, out) == (0, "\n".join(wanted) + "\n")
 
 
-def test_json_lines_are_read_and_written(command, place, tmp_path, monkeypatch):
+def test_json_lines_are_read_and_written(command, place, tmp_path, monkeypatch, caplog):
     records = [
         {"id": "a", "prompt": "say red"}, {"text": "say blue"},
         {"prompt": "say :"}, {"prompt": "once green :"},
@@ -128,6 +128,7 @@ def test_json_lines_are_read_and_written(command, place, tmp_path, monkeypatch):
         patch.setattr(JsonLines, "add", stop)
         assert command(*words, "--output", output)[0] == 130
     part = tmp_path / "out.jsonl.part"
+    assert f"the same command goes on from {part}" in caplog.text
     assert part.read_text().count("\n") == 3
     code, _, error = command(*words, "--output", output, "--max-new-tokens", "5")
     assert code == 2

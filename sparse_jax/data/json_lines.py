@@ -1,6 +1,7 @@
 """JSON lines, written batch by batch, so that an interrupted command goes on."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,8 @@ from sparse_jax.errors import InputError, brief, reason_of
 from sparse_jax.params.fields import Json
 
 __all__ = ["JsonLines", "id_of"]
+
+_log = logging.getLogger(__name__)
 
 Line = Mapping[str, object]
 
@@ -100,6 +103,8 @@ class JsonLines:
     ) -> None:
         """Puts the file in its place, unless the command was interrupted."""
         if self.path is None or error is not None:
+            if self.path is not None and kind is KeyboardInterrupt:
+                _log.warning("the same command goes on from %s", self._part)
             return
         whole = self.path.with_name(f".{self.path.name}.whole")
         with self._part.open("rb") as part, whole.open("wb") as file:
