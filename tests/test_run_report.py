@@ -195,7 +195,8 @@ def test_time_left_and_pace_leave_out_what_compiles(caplog):
     assert "left" not in first
     assert "25 tokens/s" in second
     assert second.endswith("32 s left")
-    # Six updates of six seconds each.
+    # 200 tokens in 12 seconds, and six updates of six seconds each.
+    assert "17 tokens/s" in last
     assert last.endswith("36 s left")
 
 

@@ -95,7 +95,7 @@ def _listen() -> None:
 
 
 _LINE_EVERY = 50  # updates
-_SMOOTHING = 0.9  # share of the old value in the shown loss and rate
+_SMOOTHING = 0.9  # share of the old value in the shown loss
 
 _log = logging.getLogger(__name__)
 
@@ -146,22 +146,22 @@ class _Pace:
     """The smoothed loss, and how fast updates are when nothing compiles."""
 
     def __init__(self):
-        self.loss = self.rate = float("nan")
-        self.timed, self.seconds = 0, 0.0
+        self.loss = float("nan")
+        self.timed, self.tokens, self.seconds = 0, 0, 0.0
 
     def add(self, loss: float, tokens: int, seconds: float, is_compiling: bool) -> None:
         """Takes an update into account."""
         self.loss = _smoothed(self.loss, loss)
         if is_compiling:
             return
-        self.rate = _smoothed(self.rate, tokens / max(seconds, 1e-9))
-        self.timed, self.seconds = self.timed + 1, self.seconds + seconds
+        self.timed, self.tokens = self.timed + 1, self.tokens + tokens
+        self.seconds += seconds
 
     def text(self, updates_left: int) -> str:
         """Returns loss, tokens per second, memory, and the time of what is left."""
         words = [f"loss {self.loss:.4f}"]
         if self.timed:
-            words.append(f"{self.rate:,.0f} tokens/s")
+            words.append(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
         words.append(bytes_shown(current_bytes()))
         if self.timed:
             words.append(f"{self.seconds / self.timed * updates_left:.0f} s left")
