@@ -24,6 +24,7 @@ from experiments import (
     sweep,
     tables,
 )
+from experiments.benchmarks import against_torch
 from experiments.report import Report
 from sparse_jax import InputError, Settings
 from sparse_jax.data.glue import find_task
@@ -255,3 +256,21 @@ def test_rows_on_questions_train_as_many_entries_as_lora(tmp_path):
     sizes = 16 * 16 + 2 * 16 * 8 + 2 * 16 * 24
     assert rows["sift"].density == pytest.approx(sides / sizes)
     assert (rows["lora+ist"].sampler, rows["lora+random"].sampler) == ("ist", "uniform")
+
+
+def test_programs_are_compared_with_their_peers_round_by_round():
+    def updates(*seconds, peak):
+        rest = {"loss": 9.0, "trained": 5, "peak": peak, "since_start": 3.0}
+        return [{"seconds": one, **rest} for one in (100.0, 50.0, *seconds)]
+
+    rows = {
+        ("LoRA", "sparse_jax"): updates(1.0, 3.0, peak=30),
+        ("LoRA", "PyTorch"): updates(2.0, 2.0, peak=20),
+        ("SIFT + IST", "sparse_jax"): updates(1.0, 1.0, peak=10),
+    }
+    lora, peer, ist = against_torch.summary(rows)
+    # The first two updates, which compile and warm up, do not count.
+    assert (lora["seconds"], lora["ratio"], lora["peak_ratio"]) == (2.0, 1.0, 1.5)
+    assert lora["quartiles"] == [0.75, 1.25]
+    assert (peer["ratio"], peer["quartiles"]) == (1.0, [1.0, 1.0])
+    assert (ist["peer"], ist["ratio"], ist["peak_ratio"]) == ("LoRA", 0.5, 0.5)

@@ -44,6 +44,12 @@ PROGRAMS = (
 )  # fmt: skip
 # What a program is compared with.
 PEERS = {"full": "full", "LoRA": "LoRA", "SIFT": "SHiRA", "SIFT + IST": "LoRA"}
+# Threads that wait do not spin, and warnings of others are not of interest here.
+_QUIET = {
+    "OMP_WAIT_POLICY": "passive",
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 # Losses of one model and batch differ by rounding.
 _TOLERANCE = 1e-4
 
@@ -114,7 +120,9 @@ def their_step(method: str, model: str, ids: np.ndarray) -> tuple[Step, int]:
     import peft
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     linear = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -173,7 +181,7 @@ class Worker:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "passive"},
+            env={**os.environ, **_QUIET, "JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
 
     def step(self) -> dict[str, float]:
@@ -275,7 +283,9 @@ def write_llama(folder: str) -> str:
     """Writes a Llama of 30 M random parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
