@@ -50,7 +50,10 @@ def test_examples_that_were_cut_are_told(model, data, tmp_path, caplog):
 
 @pytest.mark.parametrize("handlers", [[], [logging.NullHandler()]])
 def test_a_warning_is_printed_where_no_log_takes_it(handlers, monkeypatch, capsys):
-    monkeypatch.setattr(logging.getLogger("sparse_jax"), "propagate", True)
+    log = logging.getLogger("sparse_jax")
+    monkeypatch.setattr(log, "propagate", True)
+    # Other tests leave those of the command line.
+    monkeypatch.setattr(log, "handlers", [])
     monkeypatch.setattr(logging.root, "handlers", handlers)
     with warnings_kept() as kept:
         logging.getLogger("sparse_jax.training.loop").warning("batch 1 is skipped")
@@ -287,10 +290,16 @@ def test_a_summary_shows_runs_of_before_and_metrics_that_are_not_finite(
 
 
 def test_what_reading_and_long_compilations_leave_is_given_back(monkeypatch):
-    given = []
+    given, listeners = [], []
     monkeypatch.setattr(progress, "_trim", lambda: given.append(1))
+    name = "register_event_duration_secs_listener"
+    monkeypatch.setattr(jax.monitoring, name, listeners.append)
+    progress._listen.cache_clear()
     progress.release_freed_memory()
-    for seconds in (0.1, 2.0):
-        jax.monitoring.record_event_duration_secs(progress._COMPILED, seconds)
-    jax.monitoring.record_event_duration_secs("/jax/other", 2.0)
+    progress.release_freed_memory()
+    (listen,) = listeners
     assert len(given) == 2
+    for seconds in (0.1, 2.0):
+        listen(progress._COMPILED, seconds)
+    listen("/jax/other", 2.0)
+    assert len(given) == 3
