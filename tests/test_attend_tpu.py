@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from sparse_jax.models.attend import Mask, Reach, attend
 from sparse_jax.models.attend_tpu import attend_in_blocks
@@ -65,3 +66,28 @@ def test_the_kernel_mixes_what_xla_mixes(reach, cap):
 
     for found, wanted in zip(results(by_kernel), results(by_xla), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "local"),
+    [(4, 2, (1, 1)), (3, 2, (3, 1)), (4, 1, (1, 1)), (3, 1, (3, 1))],
+)
+def test_on_a_mesh_every_device_runs_the_kernel_for_its_own_heads(rows, groups, local):
+    """What the axes do not divide is whole on every device, and never left to XLA."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
+    array = lambda heads: jax.ShapeDtypeStruct(
+        (rows, LENGTH, heads, WIDTH), jnp.bfloat16
+    )
+    segments = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32)
+
+    def mix(q, k, v, segments):
+        rule = {"reaches": (Reach(ahead=0),), "interpret": True}
+        return attend_in_blocks(q, k, v, segments, jnp.int32(0), **rule)
+
+    q, k = array(2 * groups), array(groups)
+    with jax.set_mesh(mesh):
+        found = jax.make_jaxpr(mix)(q, k, k, segments)
+    (sharded,) = (one for one in found.eqns if one.primitive.name == "shard_map")
+    shapes = [one.aval.shape for one in sharded.params["jaxpr"].invars]
+    # Keys and values, of a block that is filled up.
+    assert shapes.count((*local, 512, WIDTH)) >= 2

@@ -111,7 +111,9 @@ def plan(
     length = min(2048, model.config.max_positions) if length is None else length
     place: Any = {"length": length, "shape": shape, "target": found}
     plans = [make_plan(model, run, **place) for run in runs]
-    if compare is None if largest_batch is None else largest_batch:
+    if largest_batch is None:
+        largest_batch = compare is None
+    if largest_batch:
         plans = [
             with_largest_batch(model, run, one, **place)
             for run, one in zip(runs, plans, strict=True)

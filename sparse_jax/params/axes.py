@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AxisType
@@ -13,6 +14,7 @@ __all__ = [
     "DATA",
     "FSDP",
     "TENSOR",
+    "HeadAxes",
     "axes_of_heads",
     "inside_replicas",
     "is_one_cpu",
@@ -68,17 +70,26 @@ def is_one_cpu() -> bool:
     return platform() == "cpu" and math.prod(mesh.shape.values()) == 1
 
 
-def axes_of_heads(rows: int, heads: int) -> tuple[tuple[str, ...], str | None]:
-    """Returns the mesh axes of the rows and of the heads of an attention.
+class HeadAxes(NamedTuple):
+    """The mesh axes of the rows and of the heads of an attention."""
+
+    rows: tuple[str, ...]
+    heads: str | None
+
+
+def axes_of_heads(rows: int, heads: int) -> HeadAxes | None:
+    """Returns the axes that divide an attention, None where one device does it all.
 
     Example:
-      >>> axes_of_heads(8, 4)  # without a mesh
-      ((), None)
+      >>> axes_of_heads(8, 4) is None  # without a mesh
+      True
     """
-    sizes = _automatic(BATCH_AXES)
+    sizes = _automatic((*BATCH_AXES, TENSOR))
+    if not sizes:
+        return None
+    tensor = sizes.pop(TENSOR, 1)
     batch = tuple(sizes) if rows % math.prod(sizes.values()) == 0 else ()
-    tensor = _automatic((TENSOR,)).get(TENSOR, 1)
-    return batch, TENSOR if tensor > 1 and heads % tensor == 0 else None
+    return HeadAxes(batch, TENSOR if tensor > 1 and heads % tensor == 0 else None)
 
 
 def rows_here(rows: int) -> int:
