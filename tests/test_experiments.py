@@ -5,6 +5,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -24,7 +25,10 @@ from experiments import (
     sweep,
     tables,
 )
+from experiments.benchmarks import __main__ as all_benchmarks
 from experiments.benchmarks import against_torch
+from experiments.benchmarks.__main__ import BENCHMARKS
+from experiments.benchmarks.result import Panel, Result, finish
 from experiments.report import Report
 from sparse_jax import InputError, Settings
 from sparse_jax.data.glue import find_task
@@ -274,3 +278,48 @@ def test_programs_are_compared_with_their_peers_round_by_round():
     assert lora["quartiles"] == [0.75, 1.25]
     assert (peer["ratio"], peer["quartiles"]) == (1.0, [1.0, 1.0])
     assert (ist["peer"], ist["ratio"], ist["peak_ratio"]) == ("LoRA", 0.5, 0.5)
+
+
+def test_all_benchmarks_are_named_once_and_are_modules():
+    names = [one.name for one in BENCHMARKS]
+    assert len(names) == len({*names})
+    assert {f"experiments.benchmarks.{name}" for name in names} <= {*MODULES}
+
+
+def test_benchmarks_beside_a_library_run_only_where_it_is_asked_for(
+    tmp_path, monkeypatch, capsys
+):
+    commands = []
+
+    def run(words):
+        commands.append(words[2].rpartition(".")[2])
+        stem = Path(words[words.index("--output") + 1])
+        stem.with_suffix(".json").write_text("{}")
+        return SimpleNamespace(returncode=int(commands[-1] == "lane"))
+
+    monkeypatch.setattr(all_benchmarks.subprocess, "run", run)
+    only = all_benchmarks.run_all(None, ["lane", "memory"], tmp_path)
+    assert (only, commands) == (1, ["memory", "lane"])
+    shown = capsys.readouterr().out
+    assert "memory.json" in shown and "failed, exit code 1" in shown
+    commands.clear()
+    all_benchmarks.run_all(None, [], tmp_path)
+    assert "against_torch" not in commands and "step_time" in commands
+    commands.clear()
+    all_benchmarks.run_all("torch", [], tmp_path)
+    assert commands[-1] == "against_torch"
+
+
+def test_a_result_is_a_table_a_file_and_a_picture(tmp_path, capsys):
+    rows = [
+        {"method": "SIFT", "ms": 2.0, "ratio": 0.5, "low": 0.4, "high": 0.6},
+        {"method": "LoRA", "ms": 4.0, "ratio": 1.0, "low": 1.0, "high": 1.0},
+    ]
+    columns = {"method": "{method}", "ms": "{ms:.1f}", "ratio": "{ratio:.2f}"}
+    panel = Panel("ratio", "ratio to LoRA", ("low", "high"), floor=1)
+    result = Result(title="steps", rows=rows, columns=columns, panels=(panel,))
+    finish(tmp_path / "new" / "steps", result)
+    assert "│ SIFT   │ 2.0 │  0.50 │" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "new" / "steps.json").read_text())
+    assert kept["rows"] == rows and kept["versions"]["jax"]
+    assert (tmp_path / "new" / "steps.png").read_bytes().startswith(b"\x89PNG")

@@ -21,15 +21,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+
+from experiments.benchmarks.result import (
+    Panel,
+    Result,
+    benchmark_parser,
+    finish,
+)
 
 RANK, RATE = 16, 1e-4
 OURS, THEIRS = "sparse_jax", "PyTorch"
@@ -248,35 +251,44 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
     return found
 
 
-def print_table(found: list[dict[str, Any]], title: str) -> None:
-    """Prints the rows."""
-    table = Table(
+def result_of(found: list[dict[str, Any]], title: str) -> Result:
+    """Returns the table of the rows."""
+
+    def told(one: dict[str, Any]) -> dict[str, str]:
+        low, high = one["quartiles"]
+        if one["library"] == THEIRS:
+            return {"time": "1", "spread": "", "memory": "1"}
+        return {
+            "time": f"{one['ratio']:.2f} of {one['peer']}",
+            "spread": f"{low:.2f} to {high:.2f}",
+            "memory": f"{one['peak_ratio']:.2f}",
+        }
+
+    def numbers(one: dict[str, Any]) -> dict[str, Any]:
+        low, high = one["quartiles"]
+        return {"low": low, "high": high, "mib": one["peak"] / 2**20}
+
+    return Result(
         title=title,
         caption="Means over the rounds; quartiles are those of the ratios within a "
         "round. The first update includes reading the model and compiling.",
+        rows=[one | numbers(one) | told(one) for one in found],
+        columns={
+            "program": "{method}, {library}",
+            "trained": "{trained:,}",
+            "CPU s": "{seconds:.2f}",
+            "ratio": "{time}",
+            "quartiles": "{spread}",
+            "peak MiB": "{mib:,.0f}",
+            "ratio of it": "{memory}",
+            "first update, CPU s": "{first_update:.1f}",
+            "first loss": "{first_loss:.4f}",
+        },
+        panels=(
+            Panel("ratio", "CPU time, ratio to PyTorch", ("low", "high"), floor=1),
+            Panel("peak_ratio", "peak memory, ratio to PyTorch", floor=1),
+        ),
     )
-    table.add_column("program")
-    columns = (
-        "trained", "CPU s", "ratio", "quartiles", "peak MiB", "ratio",
-        "first update, CPU s", "first loss",
-    )  # fmt: skip
-    for column in columns:
-        table.add_column(column, justify="right")
-    for one in found:
-        low, high = one["quartiles"]
-        is_peer = one["library"] == THEIRS
-        table.add_row(
-            f"{one['method']}, {one['library']}",
-            f"{one['trained']:,}",
-            f"{one['seconds']:.2f}",
-            "1" if is_peer else f"{one['ratio']:.2f} of {one['peer']}",
-            "" if is_peer else f"{low:.2f} to {high:.2f}",
-            f"{one['peak'] / 2**20:,.0f}",
-            "1" if is_peer else f"{one['peak_ratio']:.2f}",
-            f"{one['first_update']:.1f}",
-            f"{one['first_loss']:.4f}",
-        )
-    Console(width=120).print(table)
 
 
 def write_llama(folder: str) -> str:
@@ -297,8 +309,8 @@ def write_llama(folder: str) -> str:
 
 
 def main() -> None:
-    """Prints the table, and writes its rows as JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Prints the table."""
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--model", help="folder of a Llama in safetensors")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
@@ -306,7 +318,6 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="of every program; 0 is all cores"
     )
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--program", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.program:
@@ -324,10 +335,8 @@ def main() -> None:
     where = f"{platform.machine()}, {threads}, {args.rounds} rounds"
     versions = {name: version(name) for name in ("jax", "torch", "peft")}
     told = ", ".join(f"{name} {number}" for name, number in versions.items())
-    print_table(found, f"one update of {size} ({where}; {told})")
-    if args.json:
-        made = {"date": date.today().isoformat(), "where": where, **versions}
-        args.json.write_text(json.dumps({**made, "rows": found}, indent=1))
+    title = f"one update of {size} ({where}; {told})"
+    finish(args.output, result_of(found, title))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ leaves out, too: with many blocks it is nearly twice what runs. XLA has all scor
 once here; models, which take some queries at a time, make them once more.
 """
 
-import argparse
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,8 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 from experiments.benchmarks.lane import (
     BANDWIDTH,
@@ -29,6 +26,7 @@ from experiments.benchmarks.lane import (
     scheduled_cycles,
     take_compiler,
 )
+from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
 from sparse_jax.models.attend_tpu import Reach, attend_in_blocks
 
 WIDTH = 128
@@ -54,7 +52,8 @@ def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return attend_in_blocks(q, k, v, segments, jnp.int32(0), reaches=reaches)
 
 
-WAYS = {"XLA": by_xla, "kernel": by_kernel}
+XLA, KERNEL = "XLA", "kernel"
+WAYS = {XLA: by_xla, KERNEL: by_kernel}
 
 
 def costs(lengths: list[int], heads: int) -> Iterator[tuple[int, dict[str, Cost]]]:
@@ -95,35 +94,38 @@ def _cost(
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--heads", type=int, default=32)
     args = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
         print("skipped: the compiler of TPUs is missing; `pip install libtpu` adds it.")
         return
-    table = Table(
-        title=f"forward and backward of one row, {args.heads} heads of {WIDTH}, "
-        "bfloat16, TPU v5e"
-    )
-    table.add_column("tokens", justify="right")
-    for way in WAYS:
-        table.add_column(f"{way} (ms)", justify="right")
-        table.add_column("temporaries (MiB)", justify="right")
-    table.add_column("at the peak (ms)", justify="right")
-    table.add_column("kernel / XLA", justify="right")
+    rows = []
     for length, found in costs(args.lengths, args.heads):
         # Two products forward, and five backward, of which causal attention needs half.
         flops = 7 * 2 * length**2 * args.heads * WIDTH / 2
-        cells = [
-            cell
-            for one in found.values()
-            for cell in (f"{1e3 * one.seconds:.2f}", f"{one.temporaries / 2**20:,.0f}")
-        ]
-        ratio = found["kernel"].seconds / found["XLA"].seconds
-        cells += [f"{1e3 * flops / PEAK:.2f}", f"{ratio:.2f}"]
-        table.add_row(f"{length:,}", *cells)
-    Console(width=100).print(table)
+        row: dict[str, float] = {"tokens": length, "peak_ms": 1e3 * flops / PEAK}
+        for way, one in found.items():
+            row[f"{way}_ms"] = 1e3 * one.seconds
+            row[f"{way}_mib"] = one.temporaries / 2**20
+        rows.append(row | {"ratio": found[KERNEL].seconds / found[XLA].seconds})
+    result = Result(
+        title=f"forward and backward of one row, {args.heads} heads of {WIDTH}, "
+        "bfloat16, TPU v5e",
+        rows=rows,
+        columns={
+            "tokens": "{tokens:,}",
+            "XLA (ms)": "{XLA_ms:.2f}",
+            "temporaries (MiB)": "{XLA_mib:,.0f}",
+            "kernel (ms)": "{kernel_ms:.2f}",
+            "temporaries of it (MiB)": "{kernel_mib:,.0f}",
+            "at the peak (ms)": "{peak_ms:.2f}",
+            "kernel / XLA": "{ratio:.2f}",
+        },
+        panels=(Panel("ratio", "time, kernel / XLA", floor=1),),
+    )
+    finish(args.output, result)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from rich.console import Console
-from rich.table import Table
 
+from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
 from sparse_jax import ENTRY, LANE, Layout
 
 PEAK, BANDWIDTH = 197e12, 819e9  # of a TPU v5e, in bfloat16
@@ -190,7 +189,7 @@ def entry_seconds(density: float, place: jax.sharding.Sharding) -> list[float]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -204,25 +203,32 @@ def main() -> None:
     compiled = layer(place).compile()
     floor = compiled.cost_analysis()["flops"] / PEAK
     found = re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())
-    table = Table(
-        title=f"one layer of Llama-7B, {TOKENS} tokens, {args.density:.1%}, TPU v5e",
-        caption="forward and backward by the compiler's cycles: "
-        f"{1e3 * sum(map(int, found)) / CLOCK:.1f} ms, at the peak: {1e3 * floor:.1f}",
-    )
-    for column in ("", "packing (ms)", "unpacking (ms)", "adds to the peak"):
-        table.add_column(column, justify="right" if column else "left")
     times = {
         "entry": entry_seconds(args.density, place),
         "lane": lane_seconds(args.density),
     }
+    rows = []
     for name, seconds in times.items():
         pack, unpack = (
             sum(n * s for n, s in zip(COUNTS.values(), seconds[i::2], strict=True))
             for i in (0, 1)
         )
-        cells = (f"{1e3 * pack:.2f}", f"{1e3 * unpack:.2f}")
-        table.add_row(name, *cells, f"{(pack + unpack) / floor:.1%}")
-    Console(width=100).print(table)
+        ms = {"pack_ms": 1e3 * pack, "unpack_ms": 1e3 * unpack}
+        rows.append({"layout": name, **ms, "added": (pack + unpack) / floor})
+    result = Result(
+        title=f"one layer of Llama-7B, {TOKENS} tokens, {args.density:.1%}, TPU v5e",
+        caption="forward and backward by the compiler's cycles: "
+        f"{1e3 * sum(map(int, found)) / CLOCK:.1f} ms, at the peak: {1e3 * floor:.1f}",
+        rows=rows,
+        columns={
+            "": "{layout}",
+            "packing (ms)": "{pack_ms:.2f}",
+            "unpacking (ms)": "{unpack_ms:.2f}",
+            "adds to the peak": "{added:.1%}",
+        },
+        panels=(Panel("added", "time added, ratio to the layer at the peak"),),
+    )
+    finish(args.output, result)
 
 
 if __name__ == "__main__":

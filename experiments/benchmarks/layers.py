@@ -9,7 +9,6 @@ taken in turn, and times are ratios to LoRA on all layers. What a probe costs is
 IST with and without: both draw nearly the same layers. Eight minutes on two CPU cores.
 """
 
-import argparse
 import platform
 import time
 from collections.abc import Mapping
@@ -19,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.table import Table
 
 from experiments.benchmarks import stacks
+from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
 from sparse_jax import (
     Compact,
     Dense,
@@ -127,7 +125,7 @@ def measure(
 
 def main() -> None:
     """Measures and prints the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3, help="of ten updates each")
@@ -137,25 +135,40 @@ def main() -> None:
     batch = built[BASELINE].stack.batch
     seconds = measure(steps, batch, args.rounds)
     machine = f"{jax.default_backend()}, {platform.machine()}, jax {jax.__version__}"
-    table = Table(
-        title=f"{args.batch_size} x {args.length} tokens, float32 ({machine})",
-        caption="ten updates a round, so that a round of IST has one probe",
-    )
-    for column in ("step", "temporary MiB", "below LoRA", "ms", "ratio", "range"):
-        table.add_column(column, justify="left" if column == "step" else "right")
     base = _temporary(steps[BASELINE][0])
+    rows = []
     for name, (compiled, _) in steps.items():
         memory = _temporary(compiled)
         ratio = np.array(seconds[name]) / np.array(seconds[BASELINE])
-        table.add_row(
-            name,
-            f"{memory / MIB:.0f}",
-            f"{100 * (1 - memory / base):.0f}%",
-            f"{1e3 * np.median(seconds[name]):.0f}",
-            f"{np.median(ratio):.2f}",
-            f"{ratio.min():.2f} to {ratio.max():.2f}",
+        rows.append(
+            {
+                "step": name,
+                "temporary_mib": memory / MIB,
+                "below": 1 - memory / base,
+                "ms": 1e3 * float(np.median(seconds[name])),
+                "ratio": float(np.median(ratio)),
+                "low": float(ratio.min()),
+                "high": float(ratio.max()),
+            }
         )
-    Console(width=100).print(table)
+    result = Result(
+        title=f"{args.batch_size} x {args.length} tokens, float32 ({machine})",
+        caption="ten updates a round, so that a round of IST has one probe",
+        rows=rows,
+        columns={
+            "step": "{step}",
+            "temporary MiB": "{temporary_mib:.0f}",
+            "below LoRA": "{below:.0%}",
+            "ms": "{ms:.0f}",
+            "ratio": "{ratio:.2f}",
+            "range": "{low:.2f} to {high:.2f}",
+        },
+        panels=(
+            Panel("ratio", "time, ratio to LoRA", ("low", "high"), floor=1),
+            Panel("temporary_mib", "temporaries, MiB"),
+        ),
+    )
+    finish(args.output, result)
 
 
 def _temporary(compiled: Any) -> float:

@@ -11,7 +11,6 @@ the scale of the paper it is Llama-7B at 5 % for a TPU, one row of 2048 tokens, 
 Table 1 of Song et al., 2024; only libtpu has to be there.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
 from experiments.benchmarks.step_time import MODELS, methods
 from experiments.papers import network_of, print_plan
 from experiments.report import SCALES
@@ -52,16 +52,7 @@ CHOICES = {
     "lanes, both": replace(LANES, split_masters=True, moment_dtype="bfloat16"),
 }
 KEPT = ("supports", "masters", "optimizer", "gradients")
-COLUMNS = (
-    "method",
-    "weights",
-    "state",
-    "temporary",
-    "total",
-    "below full",
-    "not aliased",
-    "state per entry",
-)
+PARTS_HERE = ("weights", "state", "temporary", "total")
 
 
 def nbytes(tree: Any) -> int:
@@ -84,25 +75,29 @@ def row(stack: Any, method: Method) -> dict[str, float]:
         "state": held,
         "temporary": memory.temp_size_in_bytes,
         "total": nbytes(state) + memory.temp_size_in_bytes,
-        "not aliased": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "not_aliased": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         # Adam keeps two float32 moments of each trained value.
-        "per entry": held / (moments // 8),
+        "per_entry": held / (moments // 8),
     }
 
 
-def print_choices() -> None:
-    """Prints the bytes of an entry for each of the choices."""
-    table = Table(title="bytes of a trained entry, bfloat16 weights, AdamW")
-    for column in ("choice", *KEPT, "total"):
-        table.add_column(column, justify="left" if column == "choice" else "right")
+def choices() -> Result:
+    """Returns the bytes of an entry for each of the choices."""
     place = (16, MeshShape(), jax.devices("cpu")[:1])
+    rows = []
     for name, settings in CHOICES.items():
         run = abstract_run(network_of("llama-tiny"), settings, *place)
         held = held_bytes(run)
         entries = sum(leaf.size for leaf in jax.tree.leaves(run.state.support))
-        sizes = [held[part] / entries for part in KEPT]
-        table.add_row(name, *(f"{size:.2f}" for size in (*sizes, sum(sizes))))
-    Console(width=100).print(table)
+        sizes = {part: held[part] / entries for part in KEPT}
+        rows.append({"choice": name, **sizes, "total": sum(sizes.values())})
+    parts = {part: f"{{{part}:.2f}}" for part in (*KEPT, "total")}
+    return Result(
+        title="bytes of a trained entry, bfloat16 weights, AdamW",
+        rows=rows,
+        columns={"choice": "{choice}", **parts},
+        panels=(Panel("total", "bytes of an entry"),),
+    )
 
 
 def paper(target: str) -> None:
@@ -125,9 +120,37 @@ def paper(target: str) -> None:
     print_plan("llama-7b", rows, length=2048, target=target)
 
 
+def compare(stack: Any, density: float, title: str) -> Result:
+    """Returns the bytes of each method for a model."""
+    rows: dict[str, Any] = {
+        name: row(stack, method)
+        for name, method in methods(density, stack.where).items()
+    }
+    full = rows["full AdamW"]
+    dense = nbytes(stack.params) + full["state"]
+    below = {name: full["total"] - sizes["total"] for name, sizes in rows.items()}
+    in_mib = lambda sizes: {part: sizes[part] / MIB for part in PARTS_HERE}
+    return Result(
+        title=title,
+        caption=f"dense gradients + dense optimizer state: {dense / MIB:.0f} MiB",
+        rows=[
+            {"method": name, **sizes, **in_mib(sizes), "below": below[name] / MIB}
+            for name, sizes in rows.items()
+        ],
+        columns={
+            "method": "{method}",
+            **{part: f"{{{part}:.0f}}" for part in PARTS_HERE},
+            "below full": "{below:.0f}",
+            "not aliased": "{not_aliased} B",
+            "state per entry": "{per_entry:.2f} B",
+        },
+        panels=(Panel("total", "weights, state and temporaries, MiB"),),
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints a table for each model."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Prints a table of the choices, and one for each model."""
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--scale", choices=SCALES, default=SCALES[0])
     parser.add_argument("--plan", metavar="TARGET", default="v5p:2x2x1")
     parser.add_argument("--model", choices=MODELS, nargs="*", default=list(MODELS))
@@ -135,32 +158,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--checkpointing", action="store_true")
     args = parser.parse_args(argv)
-    print_choices()
-    if args.scale == "paper":
-        paper(args.plan)
-        return
-    for name in args.model:
+    results = [choices()]
+    for name in args.model if args.scale != "paper" else ():
         dtype = jnp.dtype(args.dtype)
         stack = MODELS[name](dtype, 4, 128, args.checkpointing, unroll=1)
-        rows = {
-            title: row(stack, method)
-            for title, method in methods(args.density, stack.where).items()
-        }
-        full = rows["full AdamW"]
-        dense = nbytes(stack.params) + full["state"]
-        table = Table(
-            title=f"{name}, {args.dtype}, density {args.density}, MiB",
-            caption=f"dense gradients + dense optimizer state: {dense / MIB:.0f} MiB",
-        )
-        for column in COLUMNS:
-            table.add_column(column, justify="left" if column == "method" else "right")
-        for title, sizes in rows.items():
-            parts = ("weights", "state", "temporary", "total")
-            cells = [f"{sizes[part] / MIB:.0f}" for part in parts]
-            below = f"{(full['total'] - sizes['total']) / MIB:.0f}"
-            alias = f"{sizes['not aliased']} B"
-            table.add_row(title, *cells, below, alias, f"{sizes['per entry']:.2f} B")
-        Console(width=100).print(table)
+        title = f"{name}, {args.dtype}, density {args.density}, MiB"
+        results.append(compare(stack, args.density, title))
+    finish(args.output, *results)
+    if args.scale == "paper":
+        paper(args.plan)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Selects from one 4096 x 4096 gradient in turn with `lax.top_k` and prints the ra
 after checking that both choose the same entries. About a minute on two CPU cores.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from rich.console import Console
-from rich.table import Table
 
+from experiments.benchmarks.result import (
+    Panel,
+    Result,
+    benchmark_parser,
+    finish,
+    quartiles,
+)
 from sparse_jax import top_k_support
 
 
@@ -35,7 +39,7 @@ def seconds(function: Callable[[Any], Any], x: jax.Array) -> float:
 
 def main() -> None:
     """Measures both, in turn."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--density", type=float, nargs="*", default=[0.01, 0.05])
     parser.add_argument("--rounds", type=int, default=5)
@@ -44,9 +48,7 @@ def main() -> None:
     # Rows of different scale, as in a real gradient.
     rows = jnp.exp(jax.random.normal(jax.random.key(1), (args.side, 1)))
     x = jax.random.normal(jax.random.key(0), shape) * jnp.broadcast_to(rows, shape)
-    table = Table(title=f"selection from {x.size / 1e6:.1f} M entries")
-    for column in ("density", "this (s)", "lax.top_k (s)", "ratio", "same support"):
-        table.add_column(column, justify="right")
+    rows = []
     for density in args.density:
         k = int(density * x.size)
         ours = jax.jit(lambda x, k=k: top_k_support(x, k))
@@ -55,12 +57,24 @@ def main() -> None:
         times = np.array(
             [(seconds(ours, x), seconds(theirs, x)) for _ in range(args.rounds)]
         )
-        a, b = np.median(times, axis=0)
-        ratio = np.median(times[:, 0] / times[:, 1])
-        table.add_row(
-            f"{density:.1%}", f"{a:.3f}", f"{b:.3f}", f"{ratio:.2f}", f"{same}"
-        )
-    Console(width=100).print(table)
+        ours_s, theirs_s = np.median(times, axis=0)
+        ratio = quartiles(times[:, 0] / times[:, 1])
+        found = {"ours_s": float(ours_s), "top_k_s": float(theirs_s), **ratio}
+        rows.append({"density": density, **found, "same": same})
+    result = Result(
+        title=f"selection from {x.size / 1e6:.1f} M entries",
+        rows=rows,
+        columns={
+            "density": "{density:.1%}",
+            "this (s)": "{ours_s:.3f}",
+            "lax.top_k (s)": "{top_k_s:.3f}",
+            "ratio": "{ratio:.2f}",
+            "quartiles": "{low:.2f} to {high:.2f}",
+            "same support": "{same}",
+        },
+        panels=(Panel("ratio", "time, ratio to lax.top_k", ("low", "high"), floor=1),),
+    )
+    finish(args.output, result)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,24 @@ gradients of the inputs and the dense gradients of the target matrices, with no
 optimizer. About three minutes on two CPU cores.
 """
 
-import argparse
-import json
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.table import Table
 
 from experiments.benchmarks import stacks
+from experiments.benchmarks.result import (
+    Panel,
+    Result,
+    benchmark_parser,
+    finish,
+    quartiles,
+)
 from sparse_jax import Attachment, Compact, Dense, LoRA, Method, Sparse
 from sparse_jax.supports.packing import pack
 from sparse_jax.supports.roles import roles_of
@@ -112,37 +114,37 @@ def measure(
 
 def report(
     steps: dict[str, tuple[Any, Any]], seconds: dict[str, list[float]], title: str
-) -> list[dict[str, Any]]:
-    """Prints the table and returns its rows."""
-    caption = "floor: forward, input gradients, dense target gradients, no optimizer"
-    table = Table(title=title, caption=caption)
-    for column in ("method", "ms", "ratio to the floor", "quartiles", "temporary MiB"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+) -> Result:
+    """Returns the table of a model."""
     rows = []
     for name, (compiled, _) in steps.items():
         ratio = np.array(seconds[name]) / np.array(seconds[FLOOR])
-        low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
-        analysis: Any = compiled.memory_analysis()
-        memory = analysis.temp_size_in_bytes / 2**20
+        memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
         median = float(np.median(seconds[name]) * 1e3)
-        table.add_row(
-            name,
-            f"{median:.0f}",
-            f"{middle:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{memory:.0f}",
-        )
         rows.append(
-            dict(method=name, ms=median, ratio=float(middle), low=float(low),
-                 high=float(high), temporary_mib=memory)
-        )  # fmt: skip
-    Console(width=100).print(table)
-    return rows
+            {"method": name, "ms": median, **quartiles(ratio), "temporary_mib": memory}
+        )
+    return Result(
+        title=title,
+        caption="floor: forward, input gradients, dense target gradients, no optimizer",
+        rows=rows,
+        columns={
+            "method": "{method}",
+            "ms": "{ms:.0f}",
+            "ratio to the floor": "{ratio:.3f}",
+            "quartiles": "{low:.3f} to {high:.3f}",
+            "temporary MiB": "{temporary_mib:.0f}",
+        },
+        panels=(
+            Panel("ratio", "time, ratio to the floor", ("low", "high"), floor=1),
+            Panel("temporary_mib", "temporaries, MiB"),
+        ),
+    )
 
 
 def main() -> None:
-    """Measures the models asked for and writes the rows as JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Measures the models asked for."""
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, nargs="*", default=list(MODELS))
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -150,10 +152,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     machine = f"{jax.default_backend()}, {platform.machine()}, jax {jax.__version__}"
-    results = {}
+    results = []
     for name in args.model:
         stack = MODELS[name](
             jnp.dtype(args.dtype), args.batch_size, args.length, args.checkpointing
@@ -162,9 +163,8 @@ def main() -> None:
         steps = build(stack, args.density)
         seconds = measure(steps, stack.batch, args.rounds)
         title = f"{name}, {size:.1f} M parameters, density {args.density} ({machine})"
-        results[name] = report(steps, seconds, title)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "results": results}))
+        results.append(report(steps, seconds, title))
+    finish(args.output, *results)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ once to take the old adapter off and once to put the new one on, and one copy of
 Also the programs that were compiled, and the memory that was added. About a minute.
 """
 
-import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
 from sparse_jax import Adapter, AdapterSwitch
 
 NAMES = ("a", "b")
@@ -31,7 +30,7 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def compare(dtype: str, size: int, density: float, rounds: int) -> dict[str, str]:
+def compare(dtype: str, size: int, density: float, rounds: int) -> dict[str, Any]:
     """Returns the row of a dtype."""
     kind, size = jnp.dtype(dtype), size // len(LEAVES)
     random = np.random.default_rng(0)
@@ -66,35 +65,52 @@ def compare(dtype: str, size: int, density: float, rounds: int) -> dict[str, str
         times["copy"].append(timed(copy_all))
     jax.monitoring.clear_event_listeners()
     took = np.array(times["switch"])
-    ratio = lambda floor: np.percentile(took / np.array(times[floor]), (25, 50, 75))
-    spread = lambda three: f"{three[1]:.2f} ({three[0]:.2f} to {three[2]:.2f})"
     entry = 4 + 2 * kind.itemsize
-    added = adapters[NAMES[0]].entries * entry / 2**20
-    return {
+    found = {
         "dtype": dtype,
-        "switch, ms": f"{1e3 * np.median(took):.0f}",
-        "to NumPy's writes": spread(ratio("numpy")),
-        "to a copy of all": spread(ratio("copy")),
-        "compiled": str(len(compiled)),
-        "memory of an adapter": f"{added:.0f} MiB, {entry} B/entry",
+        "ms": 1e3 * float(np.median(took)),
+        "compiled": len(compiled),
+        "mib": adapters[NAMES[0]].entries * entry / 2**20,
+        "bytes": entry,
     }
+    for floor in ("numpy", "copy"):
+        ratio = np.quantile(took / np.array(times[floor]), (0.5, 0.25, 0.75))
+        keys = (floor, f"{floor}_low", f"{floor}_high")
+        found |= dict(zip(keys, map(float, ratio), strict=True))
+    return found
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--entries", type=float, default=100e6, help="of all arrays")
     parser.add_argument("--density", type=float, default=0.05, help="of an adapter")
     parser.add_argument("--rounds", type=int, default=20, help="switches")
-    options = parser.parse_args()
+    args = parser.parse_args()
     rows = [
-        compare(dtype, int(options.entries), options.density, options.rounds)
+        compare(dtype, int(args.entries), args.density, args.rounds)
         for dtype in ("float32", "bfloat16")
     ]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*row.values())
-    Console(width=120).print(table)
+    result = Result(
+        title=f"a switch between two adapters, {args.density:.0%} of "
+        f"{args.entries / 1e6:.0f} M entries",
+        rows=rows,
+        columns={
+            "dtype": "{dtype}",
+            "switch, ms": "{ms:.0f}",
+            "to NumPy's writes": "{numpy:.2f} ({numpy_low:.2f} to {numpy_high:.2f})",
+            "to a copy of all": "{copy:.2f} ({copy_low:.2f} to {copy_high:.2f})",
+            "compiled": "{compiled}",
+            "memory of an adapter": "{mib:.0f} MiB, {bytes} B/entry",
+        },
+        panels=(
+            Panel(
+                "numpy", "time, ratio to NumPy's writes", ("numpy_low", "numpy_high"), 1
+            ),
+            Panel("copy", "ratio to a copy of all", ("copy_low", "copy_high"), 1),
+        ),
+    )
+    finish(args.output, result)
 
 
 if __name__ == "__main__":
