@@ -33,7 +33,7 @@ from experiments.papers import MODELS, network_of
 from sparse_jax import Settings
 from sparse_jax.params.names import map_named
 from sparse_jax.planning.abstract import AbstractRun, abstract_run
-from sparse_jax.planning.hlo import count_flops
+from sparse_jax.planning.operations import count_flops
 from sparse_jax.planning.target import CHIPS, chip_of_gpu
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.supports.scores import leaf_key

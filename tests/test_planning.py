@@ -14,7 +14,9 @@ from tiny_text import CONFIG, write_decoder
 
 from sparse_jax import LoRA, Uniform
 from sparse_jax.cli.main import main
+from sparse_jax.cli.plan import _compared
 from sparse_jax.errors import InputError
+from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import LayerKind
 from sparse_jax.models.families.llama import LLAMA
@@ -22,7 +24,11 @@ from sparse_jax.models.functional import Model
 from sparse_jax.planning import plan as plans
 from sparse_jax.planning import target as targets
 from sparse_jax.planning.abstract import abstract_run, held_bytes, read_model
-from sparse_jax.planning.hlo import Traffic, collectives_of, count_flops
+from sparse_jax.planning.choices import choices_in
+from sparse_jax.planning.cycles import seconds_of
+from sparse_jax.planning.hlo import Traffic, collectives_of, instructions
+from sparse_jax.planning.often import Often, often_of
+from sparse_jax.planning.operations import Kernel, count_flops
 from sparse_jax.planning.plan import make_plan, with_largest_batch
 from sparse_jax.planning.target import CHIPS, Chip, Target, find_target
 from sparse_jax.sharding.mesh import MeshShape
@@ -104,6 +110,99 @@ def test_a_gather_in_a_loop_counts_in_every_round():
 
     text = jax.jit(chain).lower(x, stack).compile().as_text()
     assert collectives_of(text)["all-gather"] == Traffic(5, 5 * 64 * 64 * 4)
+
+
+def flops_of(**changes):
+    run = abstract_run(TINY, settings_of(**changes), 16, ALONE, jax.devices()[:1])
+    return run, plans.flops_of(run)
+
+
+def test_only_layers_that_are_drawn_count_as_trained():
+    def flops(*layers):
+        return flops_of(**SIFT, sampler="static", layers=layers)[1]
+
+    frozen, trained = flops(1, 3) - flops(2, 3), flops(2, 3) - flops(3)
+    # The backward pass ends at the lowest trained layer.
+    assert flops(0) - flops(3) == 3 * frozen
+    # 4 x 16 tokens; the gradients of query, 16 x 16, and down, 24 x 16.
+    assert trained - frozen == 2 * 64 * (16 * 16 + 24 * 16)
+
+
+def test_a_probe_counts_with_its_share_of_the_updates():
+    ist = {**METHODS["sift+ist"], "active": 1.0}
+    rare, often = (flops_of(**ist, probe_every=n)[1] for n in (10, 5))
+    run, _ = flops_of(**SIFT)
+    loss = lambda *args: run.tuner.loss(*args, Attachment())[0]
+    forward = count_flops(loss, run.state.params, run.batch, run.key)
+    assert often - rare == pytest.approx(3 * forward / 10, rel=1e-6)
+
+
+def test_the_middle_update_of_a_sampler_is_known_before_it_runs():
+    often = often_of(Uniform(num_layers=4, num_active=1))
+    # The only drawn layer is each of four: 4, 3, 2 or 1 layers have a backward pass.
+    assert often.layers == pytest.approx(2.5, abs=0.4)
+    assert often.trained == pytest.approx(1 / often.layers)
+    assert often_of(None) == (1.0, 1.0, 1.0)
+
+
+OFTEN = Often(layers=2.5, trained=0.4, probes=0.1)
+SAMPLED_LOOP = """
+%frozen (x: f32[8]) -> f32[8] {
+  ROOT %y = f32[8]{0} negate(%x), backend_config={"estimated_cycles":"1000"}
+}
+%trained (x: f32[8]) -> f32[8] {
+  ROOT %y = f32[8]{0} fusion(%x), calls=%reach
+}
+%reach (x: f32[8]) -> f32[2] {
+  ROOT %y = f32[2]{0} gather(%x, %i), slice_sizes={1}
+}
+%body (x: f32[8]) -> f32[8] {
+  ROOT %y = f32[8]{0} conditional(%p, %x, %x), BRANCHES, NAME/body/cond"}
+}
+%more (x: f32[8]) -> pred[] {
+  ROOT %y = pred[] compare(%x, %x)
+}
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %a = f32[8]{0} while(%x), condition=%more, body=%body, NAME"}
+  ROOT %get_rows.7 = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"
+}""".replace("NAME", 'metadata={op_name="jit(_step)/jvp(sampled_layers)/while')
+SAMPLED_LOOP = SAMPLED_LOOP.replace(
+    "BRANCHES", "branch_computations={%frozen, %trained}"
+)
+
+
+def test_branches_of_sampled_layers_run_as_often_as_layers_are_drawn():
+    found = {one.computation: one.times for one in instructions(SAMPLED_LOOP, OFTEN)}
+    assert found == pytest.approx(
+        {"main": 1, "body": 2.5, "trained": 1.0, "reach": 1.0,
+         "frozen": 1.5}
+    )  # fmt: skip
+
+
+def test_the_time_is_the_cycles_the_kernels_and_the_entries():
+    chip = Chip("toy", 0, flops=1e12, bandwidth=1e9, links=1, clock=1e6)
+    kernels = {("get_rows", (8,)): Kernel(flops=2e12, bytes=1e9)}
+    found = seconds_of(SAMPLED_LOOP, chip, kernels, OFTEN)
+    # 1.5 times 1000 cycles, two seconds of products, and two entries gathered.
+    assert found == pytest.approx((1.5e-3, 2.0, 2 * 2550 / 1e9))
+    assert seconds_of("ENTRY %main () -> f32[] {\n}", chip, kernels) is None
+
+
+@needs_compiler
+def test_products_in_a_loop_take_their_rounds_and_no_less_than_at_the_peak():
+    place = jax.sharding.SingleDeviceSharding(find_target("v5e:2x2").devices[0])
+    matrix = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    chain = lambda x, stack: jax.lax.scan(lambda x, w: (x @ w, None), x, stack)[0]
+
+    def seconds(rounds):
+        args = matrix(4096, 2048), matrix(rounds, 2048, 2048)
+        text = plans._program(jax.jit(chain).lower(*args)).as_text()
+        at_peak = count_flops(chain, *args) / CHIPS["v5e"].flops
+        found = seconds_of(text, CHIPS["v5e"], {}).total
+        assert at_peak < found < 2 * at_peak
+        return found
+
+    assert seconds(12) == pytest.approx(2 * seconds(6), rel=0.1)
 
 
 @pytest.mark.parametrize(("step", "times"), [(1, 8), (2, 4), (3, 3)])
@@ -383,6 +482,22 @@ def test_an_unknown_shape_of_a_known_chip_is_refused():
 def test_devices_that_fill_no_box_are_refused():
     with pytest.raises(InputError, match="must have a box of the 3 devices"):
         find_target("v5p:2x2x1", 3)
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("sift", ()),
+        ("sift+split", ("split",)),
+        ("sift+ist+split+bfloat16", ("split", "bfloat16")),
+    ],
+)
+def test_a_comparison_names_what_is_kept(word, kept):
+    given = {"model": "m", "task": "causal", "output": "", "dtype": "bfloat16"}
+    settings = _compared(word, given)
+    assert choices_in(settings) == kept
+    assert settings.split_masters == ("split" in kept)
+    assert (settings.moment_dtype == "bfloat16") == ("bfloat16" in kept)
 
 
 def run(monkeypatch, capsys, *arguments):

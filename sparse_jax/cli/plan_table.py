@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sparse_jax.planning.plan import SECONDS_PER_ENTRY, UTILIZATION, Plan
+from sparse_jax.planning.plan import UTILIZATION, Plan
 from sparse_jax.planning.target import Target
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.training.progress import bytes_shown
@@ -112,13 +112,7 @@ def _words(plans: Sequence[Plan], target: Target) -> list[str]:
             f"programs, {target.chip.flops / 1e12:.0f} TFLOP/s in bfloat16."
         )
     if any(plan.seconds is not None for plan in plans):
-        words.append(
-            f"The time is an estimate: matrix products at {UTILIZATION:.0%} of the "
-            "peak FLOP/s, plus communication at the bandwidth of all links, plus, on a "
-            f"TPU, {SECONDS_PER_ENTRY * 1e9:.1f} ns for every entry of a support; for "
-            "lanes, three times the weight at the bandwidth of the memory. Split "
-            "masters read the weights once more."
-        )
+        words.append(_of_time(target))
     if any(plan.reserved is not None for plan in plans):
         words.append(
             "Temporaries, reserved memory and communication are those that the "
@@ -131,6 +125,23 @@ def _words(plans: Sequence[Plan], target: Target) -> list[str]:
         )
     words += dict.fromkeys(f"Note: {note}." for plan in plans for note in plan.notes)
     return words
+
+
+def _of_time(target: Target) -> str:
+    """Returns what the estimate of the time is."""
+    sent = "communication at the bandwidth of all links, beside nothing else"
+    if target.chip is None or not target.chip.clock:
+        return (
+            f"The time is an estimate: matrix products at {UTILIZATION:.0%} of the "
+            f"peak FLOP/s, plus {sent}."
+        )
+    return (
+        "The time is an estimate: the cycles that the compiler expects, in loops as "
+        "often as they run, plus, where it says none, kernels at the peak FLOP/s or "
+        "the bandwidth of the memory and single entries as in its `optimal_seconds`, "
+        f"plus {sent}. Of sampled layers it is the mean update, with its share of a "
+        "probe."
+    )
 
 
 def _selection(plan: Plan) -> str:

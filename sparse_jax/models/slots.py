@@ -16,7 +16,10 @@ from jax import lax
 
 from sparse_jax.models.attachment import Arrays, Recompute
 
-__all__ = ["run_slots"]
+__all__ = ["SAMPLED", "run_slots"]
+
+# The name of the backward loop in programs, which do not say how often it runs.
+SAMPLED = "sampled_layers"
 
 # (x, one, row, context) -> the next x, [B, T, D], of one layer
 Layer = Callable[..., jax.Array]
@@ -175,7 +178,8 @@ class _Stack:
             zero: Any = dy
             dy = jnp.zeros(zero.shape, zero.dtype)
         # The bound is a traced number, so this loop really ends there.
-        carry = lax.fori_loop(0, num_layers - kept.first, body, (dy, grads))
+        with jax.named_scope(SAMPLED):
+            carry = lax.fori_loop(0, num_layers - kept.first, body, (dy, grads))
         return (*carry, None, None, None)
 
     def _run(

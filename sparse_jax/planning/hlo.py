@@ -1,24 +1,31 @@
-"""The text of a compiled program: instructions, collectives, FLOPs."""
+"""The text of a compiled program: its instructions, its collectives."""
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn
 
-__all__ = ["Instruction", "Traffic", "collectives_of", "count_flops", "instructions"]
+from sparse_jax.models.slots import SAMPLED
+from sparse_jax.planning.often import ALWAYS, Often
+from sparse_jax.samplers.sampler import PROBE
+
+__all__ = ["Instruction", "Traffic", "collectives_of", "instructions", "shapes_of"]
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-)
+_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_SIDES = re.compile(r"(true|false)_computation=%?([\w.\-]+)")
+# The names that JAX gave to a loop over sampled layers, the choice in it, and a probe.
+_OF_SAMPLED = re.compile(rf'op_name="[^"]*{SAMPLED}\)*/while"')
+_IN_SAMPLED = re.compile(
+    rf'op_name="[^"]*{SAMPLED}\)*/while/body/(?:closed_call/)?cond"'
+)
+_OF_PROBE = re.compile(rf'op_name="[^"]*{PROBE}\)*/cond"')
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 # The counter of a loop, where its condition reads it and where its body adds to it.
@@ -33,18 +40,19 @@ class Instruction(NamedTuple):
     operation: str  # such as "all-gather-start"
     result: str  # its type, such as "f32[8,128]{1,0}"
     line: str
-    times: int  # how often it runs
+    times: float  # how often it runs
     computation: str  # the name of what it is part of
 
 
-def instructions(text: str) -> Iterator[Instruction]:
+def instructions(text: str, often: Often = ALWAYS) -> Iterator[Instruction]:
     """Yields the instructions of a program that are reached from its entry.
 
     A loop runs as often as its condition says, by comparing a counter with a constant;
-    one whose end depends on the data counts once.
+    one whose end depends on the data counts once, and all branches of a choice do.
 
     Args:
       text: of `jax.stages.Compiled.as_text()`.
+      often: of loops over sampled layers, their branches, and probes.
 
     Example:
       >>> text = '''
@@ -61,7 +69,7 @@ def instructions(text: str) -> Iterator[Instruction]:
       [('add', 3), ('while', 1)]
     """
     entry, computations = _computations(text)
-    times = _times(entry, computations)
+    times = _times(entry, computations, often)
     for name, lines in computations.items():
         for line in lines if times[name] else ():
             found = _OPERATION.match(line)
@@ -83,21 +91,25 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     return entry, computations
 
 
-def _times(entry: str, computations: dict[str, list[str]]) -> Counter[str]:
+def _times(
+    entry: str, computations: dict[str, list[str]], often: Often
+) -> dict[str, float]:
     """Returns how often every computation runs."""
-    times: Counter[str] = Counter()
+    times: dict[str, float] = defaultdict(int)
 
-    def visit(name: str, count: int) -> None:
+    def visit(name: str, count: float) -> None:
         times[name] += count
         for line in computations.get(name, ()):
-            for called, rounds in _calls(line, computations):
+            for called, rounds in _calls(line, computations, often):
                 visit(called, count * rounds)
 
     visit(entry, 1)
     return times
 
 
-def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+def _calls(
+    line: str, computations: dict[str, list[str]], often: Often
+) -> Iterator[tuple[str, float]]:
     """Yields the computations that an instruction runs, and how often."""
     # The end of an asynchronous operation names what its start has run.
     if "-done(" in line or "-update(" in line:
@@ -105,17 +117,33 @@ def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str,
     loop = _LOOP.search(line)
     if loop is not None:
         condition, body = (computations.get(loop[i], []) for i in (1, 2))
-        yield loop[2], _rounds(line, condition, body)
+        yield loop[2], _rounds(line, condition, body, often)
     for called in _CALLED.findall(line):
         yield called, 1
-    branches = _BRANCHES.search(line)
-    if branches is not None:
-        for called in branches[1].replace("%", "").split(","):
-            yield called.strip(), 1
+    yield from _branches(line, often)
 
 
-def _rounds(line: str, condition: list[str], body: list[str]) -> int:
+def _branches(line: str, often: Often) -> Iterator[tuple[str, float]]:
+    """Yields the branches of a choice, and how often each is taken."""
+    share = None
+    if _IN_SAMPLED.search(line):
+        share = often.trained
+    elif _OF_PROBE.search(line):
+        share = often.probes
+    found = _BRANCHES.search(line)
+    if found is not None:
+        branches = [one.strip(" %") for one in found[1].split(",")]
+    else:
+        sides = {side: called for side, called in _SIDES.findall(line)}
+        branches = [sides[side] for side in ("false", "true") if side in sides]
+    for number, called in enumerate(branches):
+        yield called, 1 if share is None else (1 - share, share)[number]
+
+
+def _rounds(line: str, condition: list[str], body: list[str], often: Often) -> float:
     """Returns how often a loop runs, 1 if that depends on the data."""
+    if _OF_SAMPLED.search(line):
+        return often.layers
     known = _TRIPS.search(line)
     if known is not None:
         return int(known[1])
@@ -183,11 +211,12 @@ class Traffic(NamedTuple):
     bytes: int  # of the larger of input and output, on each device
 
 
-def collectives_of(text: str) -> Mapping[str, Traffic]:
+def collectives_of(text: str, often: Often = ALWAYS) -> Mapping[str, Traffic]:
     """Returns the collectives of a program by kind.
 
     Args:
       text: of `jax.stages.Compiled.as_text()`.
+      often: as of `instructions`.
 
     Example:
       >>> text = '''
@@ -198,7 +227,7 @@ def collectives_of(text: str) -> Mapping[str, Traffic]:
       {'all-gather': Traffic(count=1, bytes=32)}
     """
     channels: dict[tuple[str, int | str], list[Instruction]] = {}
-    for number, one in enumerate(instructions(text)):
+    for number, one in enumerate(instructions(text, often)):
         kind = one.operation.removesuffix("-start")
         if kind in _KINDS:
             if kind == "all-reduce" and one.computation.startswith(_SCATTERED):
@@ -208,13 +237,13 @@ def collectives_of(text: str) -> Mapping[str, Traffic]:
             if channel is not None and one.computation.startswith(_OF_PIECES):
                 place = (kind, channel[1])
             channels.setdefault(place, []).append(one)
-    found: dict[str, Traffic] = {}
+    counts: dict[str, float] = defaultdict(float)
+    sizes: dict[str, float] = defaultdict(float)
     for (kind, _), pieces in channels.items():
         times = min(piece.times for piece in pieces)
-        before = found.get(kind, Traffic(0, 0))
-        size = times * _bytes(pieces[0])
-        found[kind] = Traffic(before.count + times, before.bytes + size)
-    return found
+        counts[kind] += times
+        sizes[kind] += times * _bytes(pieces[0])
+    return {kind: Traffic(round(counts[kind]), round(sizes[kind])) for kind in counts}
 
 
 def _bytes(one: Instruction) -> int:
@@ -249,55 +278,12 @@ def _size(dtype: str, dimensions: str) -> int:
     return 0 if bits is None else int(np.ceil(count * int(bits[0]) / 8))
 
 
-def count_flops(function: Callable[..., object], *args: object) -> int:
-    """Returns the multiplications and additions in the matrix products of a function.
-
-    Loops count as often as they run, which compilers' own counts leave out. A loop
-    without a fixed number of rounds counts once, and of branches the largest.
-
-    Args:
-      function: any function that JAX can trace.
-      *args: arrays or their shapes.
+def shapes_of(result: str) -> list[tuple[int, ...]]:
+    """Returns the shapes of the arrays in the type of a result.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> count_flops(jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 5)))
-      60
+      >>> shapes_of("(f32[8,128]{1,0}, s32[])")
+      [(8, 128), ()]
     """
-    return _in_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _in_jaxpr(jaxpr: Jaxpr) -> int:
-    """Returns the operations of a traced function."""
-    return sum(_in_equation(equation) for equation in jaxpr.eqns)
-
-
-def _in_equation(equation: JaxprEqn) -> int:
-    """Returns the operations of one equation, and of the functions it calls."""
-    if equation.primitive.name == "dot_general":
-        return _in_product(equation)
-    inner = [
-        _in_jaxpr(getattr(value, "jaxpr", value))
-        for parameter in equation.params.values()
-        for value in (parameter if isinstance(parameter, tuple | list) else [parameter])
-        if hasattr(getattr(value, "jaxpr", value), "eqns")
-    ]
-    if equation.primitive.name == "cond":
-        return max(inner)
-    times = equation.params["length"] if equation.primitive.name == "scan" else 1
-    if equation.primitive.name == "pallas_call":
-        # Every block of a kernel counts, those that its mask leaves out too.
-        times = math.prod(equation.params["grid_mapping"].grid)
-    if equation.primitive.name == "shard_map":
-        mesh = equation.params["mesh"]
-        manual = equation.params.get("manual_axes", mesh.axis_names)
-        times = math.prod(mesh.shape[axis] for axis in manual)
-    return times * sum(inner)
-
-
-def _in_product(equation: Any) -> int:
-    """Returns the operations of a matrix product."""
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval
-    depth = math.prod(left.shape[axis] for axis in contracted)
-    return 2 * depth * math.prod(equation.outvars[0].aval.shape)
+    found = _ARRAY.findall(re.sub(r"\{[^}]*\}", "", result))
+    return [tuple(int(n) for n in sizes.split(",") if n) for _, sizes in found]

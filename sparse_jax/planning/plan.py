@@ -8,28 +8,34 @@ from typing import Any
 
 import jax
 
+from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError, first_line
 from sparse_jax.models.functional import Model
 from sparse_jax.planning.abstract import AbstractRun, abstract_run, held_bytes
-from sparse_jax.planning.hlo import Traffic, collectives_of, count_flops
+from sparse_jax.planning.choices import choices_in
+from sparse_jax.planning.cycles import seconds_of
+from sparse_jax.planning.hlo import Traffic, collectives_of
+from sparse_jax.planning.often import Often, often_of
+from sparse_jax.planning.operations import Kernel, count_flops, kernels_of
 from sparse_jax.planning.target import Chip, Target
 from sparse_jax.sharding.mesh import MeshShape
-from sparse_jax.supports.roles import SPARSE, map_roles
 from sparse_jax.training.build import sampler_of
 from sparse_jax.training.results import count_trained
 from sparse_jax.training.settings import Settings
 
-__all__ = ["Plan", "make_plan", "with_largest_batch"]
+__all__ = [
+    "Plan",
+    "flops_of",
+    "kernels_of_step",
+    "make_plan",
+    "often_in",
+    "with_largest_batch",
+]
 
-# Share of the peak of its matrix units that a large model commonly reaches.
+# Share of the peak of its matrix units that a large model commonly reaches on a GPU.
 UTILIZATION = 0.5
-# Of a TPU for one trained entry, gathering its gradient and writing its value: what the
-# compiler of v5e estimates for 839 thousand entries of a 4096 x 4096 matrix.
-SECONDS_PER_ENTRY = 2.8e-9
 # An all-reduce is a reduce-scatter and an all-gather.
 _PASSES = {"all-reduce": 2}
-_ALL_ACTIVE = "operations and time count every layer as active in its own update"
-_BYTES_OF_A_POSITION = 4
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available")
 # Compilations to find the largest batch; two were enough for all that was tried.
 _TRIES = 4
@@ -41,7 +47,8 @@ class Plan:
     """What one device needs for one update. Sizes are in bytes.
 
     Attributes:
-      method: word of the command line, with the sampler of layers if any.
+      method: word of the command line, with the sampler of layers if any, and with
+        the words of `STATE_CHOICES` that hold.
       trained: parameters that are trained, on all devices together.
       held: bytes by what they are for, exact, as `held_bytes` says.
       temporaries: activations, gradients and all else that a step needs beside its
@@ -52,8 +59,9 @@ class Plan:
       update_peak: the same of an update.
       selection_peak: the same of the selection; None if nothing is selected.
       collectives: what is sent, by kind.
-      flops: operations of the matrix products, all devices together.
-      seconds: estimate of the time of an update; None without a data sheet.
+      flops: operations of the matrix products of a mean update, which trains the
+        layers that its sampler draws, all devices together.
+      seconds: estimate of the time of a mean update; None without a data sheet.
       fits: whether `reserved` is less than the memory of the chip.
       largest_batch: examples of an update that fit.
       notes: what else has to be known.
@@ -109,27 +117,18 @@ def make_plan(
     """
     devices = target.devices or jax.devices("cpu")[: shape.size]
     run = abstract_run(model, settings, length, shape, devices)
-    sampler = "" if settings.sampler is None else f"+{settings.sampler_word}"
+    sampler = () if settings.sampler is None else (settings.sampler_word,)
     state = run.state
     rule = sampler_of(settings, model.config.num_layers)
     found = (run.tuner.method, state.params, state.added, run.head, rule)
     counts = count_trained(*found)
-    with jax.set_mesh(run.placement.mesh):
-        step = lambda *args: run.tuner.step(*args[:3], schedule=args[3])
-        flops = count_flops(step, run.state, run.batch, run.key, run.schedule)
     plan = Plan(
-        method=f"{settings.method_word}{sampler}",
+        method="+".join((settings.method_word, *sampler, *choices_in(settings))),
         trained=counts.trained,
         held=held_bytes(run),
-        flops=flops,
+        flops=flops_of(run),
         notes=tuple(
-            note
-            for note in (
-                target.note,
-                run.placement.remark,
-                _ALL_ACTIVE if settings.sampler else None,
-            )
-            if note is not None
+            note for note in (target.note, run.placement.remark) if note is not None
         ),
     )
     if not target.devices:
@@ -189,7 +188,8 @@ def _compiled(plan: Plan, run: AbstractRun, chip: Chip | None) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         return _too_large(plan, error)
     found: Any = compiled.memory_analysis()
-    collectives = collectives_of(compiled.as_text() or "")
+    text, often = compiled.as_text() or "", often_in(run)
+    plan = replace(plan, collectives=collectives_of(text, often))
     reserved, peak, selection = _reserved(found), _peak(found), None
     if chosen:
         reserved = max(reserved, *map(_reserved, chosen))
@@ -201,8 +201,7 @@ def _compiled(plan: Plan, run: AbstractRun, chip: Chip | None) -> Plan:
         update_peak=peak,
         selection_peak=selection,
         reserved=reserved,
-        collectives=collectives,
-        seconds=_seconds(plan, run, collectives, chip),
+        seconds=_seconds(plan, run, text, often, chip),
         fits=None if chip is None else reserved <= chip.memory,
     )
 
@@ -248,28 +247,44 @@ def _too_large(plan: Plan, error: Exception) -> Plan:
 
 
 def _seconds(
-    plan: Plan, run: AbstractRun, collectives: Mapping[str, Traffic], chip: Chip | None
+    plan: Plan, run: AbstractRun, text: str, often: Often, chip: Chip | None
 ) -> float | None:
-    """Returns the estimated time of an update: products, transfers, then entries."""
-    if chip is None:
+    """Returns the estimated time of an update: the program's, and what is sent."""
+    if chip is None or plan.collectives is None:
         return None
-    devices = run.placement.mesh.size
-    products = plan.flops / devices / (UTILIZATION * chip.flops)
-    sent = sum(_PASSES.get(kind, 1) * one.bytes for kind, one in collectives.items())
-    return products + sent / chip.links + _reaching(plan, run, chip)
+    sent = sum(
+        _PASSES.get(kind, 1) * one.bytes for kind, one in plan.collectives.items()
+    )
+    if chip.clock:
+        found = seconds_of(text, chip, kernels_of_step(run), often)
+        return None if found is None else found.total + sent / chip.links
+    return (
+        plan.flops / run.placement.mesh.size / (UTILIZATION * chip.flops)
+        + sent / chip.links
+    )
 
 
-def _reaching(plan: Plan, run: AbstractRun, chip: Chip) -> float:
-    """Returns the estimated time of reaching the trained entries of sparse leaves."""
-    if not chip.name.startswith("v"):
-        return 0.0
-    # An update that reads split masters reads the weights once more.
-    passes = 3 if run.tuner.split_masters else 2
-    if getattr(run.tuner.method, "granularity", "entry") == "entry":
-        entries = plan.held["supports"] / _BYTES_OF_A_POSITION
-        return entries * SECONDS_PER_ENTRY * passes / 2
-    # Of every weight the gradient is read, and the weight is read and written.
-    sizes: list[int] = []
-    add = lambda role, leaf: sizes.append(leaf.size * leaf.dtype.itemsize)
-    map_roles(add, run.tuner.roles(run.state.params), run.state.params, only=(SPARSE,))
-    return (passes + 1) * sum(sizes) / run.placement.mesh.size / chip.bandwidth
+def flops_of(run: AbstractRun) -> int:
+    """Returns the operations of the matrix products of a mean update."""
+    with jax.set_mesh(run.placement.mesh):
+        return count_flops(*_step(run), often=often_in(run))
+
+
+def often_in(run: AbstractRun) -> Often:
+    """Returns how often an update runs what the sampler of a run decides."""
+    tuner = run.tuner
+    if not isinstance(tuner, Layerwise):
+        return often_of(None)
+    return often_of(tuner.sampler_for(run.state.params), tuner.seed)
+
+
+def kernels_of_step(run: AbstractRun) -> Mapping[tuple[str, tuple[int, ...]], Kernel]:
+    """Returns the kernels of an update."""
+    with jax.set_mesh(run.placement.mesh):
+        return kernels_of(*_step(run))
+
+
+def _step(run: AbstractRun) -> tuple[Any, ...]:
+    """Returns the function of an update, and the shapes of its arguments."""
+    step = lambda *args: run.tuner.step(*args[:3], schedule=args[3])
+    return step, run.state, run.batch, run.key, run.schedule

@@ -25,16 +25,18 @@ class Chip(NamedTuple):
     flops: float  # bfloat16 operations a second, at most
     bandwidth: float  # bytes of its memory a second
     links: float  # bytes a second to other chips, all links together
+    clock: float = 0.0  # cycles a second of a TPU; 0 of what counts none
 
 
 _GIB = 2**30
-# The memory is what the compiler of TPUs says is available, less than on the label.
+# The memory is what the compiler of TPUs says is available, less than on the label. The
+# clock follows from the FLOP/s: 131,072 a cycle, 262,144 of v5p, 524,288 of v6e.
 CHIPS = MappingProxyType(
     {
-        "v4": Chip("v4", 15.25 * _GIB, 137.5e12, 614e9, 150e9),
-        "v5e": Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 200e9),
-        "v5p": Chip("v5p", 95.74 * _GIB, 459e12, 2765e9, 600e9),
-        "v6e": Chip("v6e", 31.25 * _GIB, 918e12, 1640e9, 448e9),
+        "v4": Chip("v4", 15.25 * _GIB, 137.5e12, 614e9, 150e9, 1.05e9),
+        "v5e": Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 200e9, 1.5e9),
+        "v5p": Chip("v5p", 95.74 * _GIB, 459e12, 2765e9, 600e9, 1.75e9),
+        "v6e": Chip("v6e", 31.25 * _GIB, 918e12, 1640e9, 448e9, 1.75e9),
     }
 )
 # part of the name that the driver gives -> (operations, memory, links)

@@ -13,6 +13,7 @@ from sparse_jax.params.arguments import require_count, require_whole
 from sparse_jax.samplers.registry import SamplerOptions
 
 __all__ = [
+    "PROBE",
     "Sampler",
     "SamplerState",
     "ValueFn",
@@ -21,6 +22,9 @@ __all__ = [
     "draw_layers",
     "is_active",
 ]
+
+# The name of what probes in programs, which run it in some updates only.
+PROBE = "probe"
 
 Memory = TypeVar("Memory")
 # strength [L] -> loss of the model whose layer l adds strength[l] times what it learned
@@ -207,7 +211,8 @@ def advance(
         due = (count > 0) & (count % sampler.period == 0)
         probe_key = jax.random.fold_in(probe_key, count)
         ask = lambda memory: sampler.probe(memory, probe_key, value_fn)
-        memory = jax.lax.cond(due, ask, lambda memory: memory, memory)
+        with jax.named_scope(PROBE):
+            memory = jax.lax.cond(due, ask, lambda memory: memory, memory)
     active = sampler.draw(memory, draw_key, count // sampler.hold)
     if sampler.hold > 1:
         active = jnp.where(count % sampler.hold == 0, active, state.active)
