@@ -266,8 +266,9 @@ def _seconds(
 
 def flops_of(run: AbstractRun) -> int:
     """Returns the operations of the matrix products of a mean update."""
+    often = often_in(run)  # draws, which devices that are absent cannot
     with jax.set_mesh(run.placement.mesh):
-        return count_flops(*_step(run), often=often_in(run))
+        return count_flops(*_step(run), often=often)
 
 
 def often_in(run: AbstractRun) -> Often:
