@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from sparse_jax.compact.channels import respond_by_channels
 from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.compact.gradients import as_types, choose_if, update_if
 from sparse_jax.compact.model_taps import TrainedValues, in_stack, tap_leaf
@@ -287,9 +288,8 @@ class Layerwise(Tuner):
                 return jnp.zeros(shape, jnp.float32)
             return leaf.astype(jnp.float32)
 
-        def rows_of(layer_params: Arrays, layer: LayerValues) -> LayerValues:
-            trees = (layer_params, layer.support)
-            leaves = map_roles(row_of, inside, *trees, only=TRAINED)
+        def rows_of(params: Arrays, layer: LayerValues) -> LayerValues:
+            leaves = map_roles(row_of, inside, params, layer.support, only=TRAINED)
             return LayerValues(layer.added, {**nothing, stack: leaves})
 
         def weight(
@@ -299,19 +299,19 @@ class Layerwise(Tuner):
                 return tap_leaf(role, leaf, row, support)
             return row.astype(leaf.dtype) if role.kind == DENSE else leaf
 
-        def weights(layer_params: Arrays, layer: LayerValues) -> Arrays:
-            row = in_stack(self.method, layer.leaves)
-            return map_roles(weight, inside, layer_params, row, layer.support)
-
+        weights = lambda layer_params, layer: map_roles(
+            weight, inside, layer_params, leaves_of(layer), layer.support
+        )
         inside = in_stack(self.method, roles)
+        leaves_of = lambda layer: in_stack(self.method, layer.leaves)
         stack = cast(str, self.method.stack)  # as required when the tuner is made
         nothing = jax.tree.map(lambda _: optax.MaskedNode(), roles, is_leaf=is_role)
-        support = in_stack(self.method, state.support)
-        layers = LayerValues(state.added, support=support)
+        layers = LayerValues(state.added, support=in_stack(self.method, state.support))
         slots = Slots(LayerValues(*values.rows), active, rows_of, self.recompute)
         outside = (_sides(roles)[1], state.params, tap_leaf)
         params, _ = route(*outside, values.outside, state.support)
-        return params, Attachment(layers, weights, self.method.respond, slots)
+        response = respond_by_channels(self.method, inside, leaves_of)
+        return params, Attachment(layers, weights, response, slots)
 
     def _value(
         self, roles: Roles, state: CompactState, batch: object, strength: jax.Array

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparse_jax.compact.channels import respond_by_channels
 from sparse_jax.compact.tap import (
     Draw,
     Selection,
@@ -70,7 +71,10 @@ def tap_leaves(
     leaves = map_roles(coarse, roles, params, values.leaves, only=TRAINED)
     tapped, (inside, where) = route(roles, params, tap_leaf, leaves, support)
     layers = LayerValues(values.added, inside, where)
-    return tapped, _attach_taps(method, roles, tap_leaf, layers)
+    attachment = _attach_taps(method, roles, tap_leaf, layers)
+    leaves_of = lambda layer: layer.leaves
+    response = respond_by_channels(method, in_stack(method, roles), leaves_of)
+    return tapped, attachment._replace(response=response)
 
 
 def choose_by_gradient(

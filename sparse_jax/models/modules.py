@@ -1,6 +1,8 @@
 """Linear maps, tables, norms and dropout as every model creates them."""
 
-from collections.abc import Mapping
+import copy
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from sparse_jax.params.axes import is_one_cpu, keep_rows_whole
 
 __all__ = [
     "Config", "Inputs", "RmsNorm", "dropout", "embed", "layer_norm", "linear", "noisy",
-    "product", "split_key",
+    "product", "split_key", "with_product",
 ]  # fmt: skip
 
 # Arrays of a batch by name, such as `input_ids`.
@@ -102,6 +104,25 @@ def _product(
     rows = x.reshape(-1, x.shape[-1])
     y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
     return y.reshape(*x.shape[:-1], -1)
+
+
+def with_product(module: Any, wrap: Callable[..., jax.Array]) -> Any:
+    """Returns a linear map whose product is `wrap(product, x, kernel, ...)`.
+
+    Of a module that is no linear map, or has a product of its own, it is the module.
+
+    Example:
+      >>> double = lambda product, *args, **options: 2 * product(*args, **options)
+      >>> module = nnx.Linear(2, 1, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+      >>> with_product(module, double)(jnp.ones((1, 2)))
+      Array([[4.]], dtype=float32)
+    """
+    products = (_product, jax.lax.dot_general)
+    if not isinstance(module, nnx.Linear) or module.dot_general not in products:
+        return module
+    changed = copy.copy(module)
+    changed.dot_general = functools.partial(wrap, module.dot_general)
+    return changed
 
 
 class Table(nnx.Embed):

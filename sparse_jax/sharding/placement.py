@@ -170,8 +170,8 @@ class Placement:
         packed: dict[str, jax.P] = {}
 
         def note(role: Role, spec: jax.P) -> None:
-            of_support = role.layout.spec(role.stacked)
-            packed[role.name] = of_support if role.kind == SPARSE else spec
+            of_values = role.layout.packed_spec(role.stacked)
+            packed[role.name] = of_values if role.kind == SPARSE else spec
 
         map_roles(note, roles, self.specs)
 

@@ -65,7 +65,9 @@ class Blocks(Layout):
             )
         for axis, side in enumerate(self._sides):
             parts = 1 if self.shards is None else self.shards.counts[axis]
-            if shape[axis] // parts % (side or 1) or (side is None and parts > 1):
+            # Parts of several whole rows would lie between each other.
+            is_cut = side is None and parts > 1 and self._sides[1 - axis] != 1
+            if shape[axis] // parts % (side or 1) or is_cut:
                 where = f" in {parts} parts" * (parts > 1)
                 raise InputError(
                     f"`{name}` must have sides that blocks of {sides} divide to be "
@@ -92,6 +94,16 @@ class Blocks(Layout):
     def spec(self, stacked: bool) -> jax.P:
         """Returns the partition of single entries."""
         return self._of_numbers.spec(stacked)
+
+    def packed_spec(self, stacked: bool) -> jax.P:
+        """Returns that of numbers, and behind it the axes of a row or column."""
+        spec = self.spec(stacked)
+        if self.shards is None:
+            return spec
+        names = zip(self._sides, self.shards.names, strict=True)
+        along = tuple(axis for side, axes in names if side is None for axis in axes)
+        lead = [*spec, *[None] * (self.ndim + stacked - len(spec))]
+        return jax.P(*lead, along or None)
 
     def _empty(self, shape: Sequence[int], k: int, capacity: int | None) -> jax.Array:
         """Returns the empty support of as many numbers."""
@@ -129,7 +141,7 @@ class Blocks(Layout):
             taken = blocks.at[place].get(mode="fill", fill_value=0)
             return taken.reshape(*support.shape, -1)
 
-        function = self._on_shards(gather, stacked, "xsn", "s")
+        function = self._on_shards(gather, stacked, "xsn", "p")
         return function(x, support, self._numbers(support, layers))
 
     def scatter(
@@ -153,7 +165,7 @@ class Blocks(Layout):
             options = {"mode": "drop", "unique_indices": True}
             return blocks.at[place].set(values, **options).reshape(x.shape)
 
-        function = self._on_shards(scatter, stacked, "xssn", "x")
+        function = self._on_shards(scatter, stacked, "xspn", "x")
         numbers = self._numbers(support, layers)
         return resharded(function(x, support, packed, numbers), spec)
 
@@ -221,7 +233,13 @@ class Blocks(Layout):
     @property
     def _of_numbers(self) -> Layout:
         """The layout of the numbers, as positions in a matrix of blocks."""
-        return ENTRY.sharded(self.shards)
+        if self.shards is None:
+            return ENTRY
+        # All parts of a row have its number.
+        parts = zip(self._sides, *self.shards, strict=True)
+        cut = [((), 1) if side is None else pair for side, *pair in parts]
+        names, counts = zip(*cut, strict=True)
+        return ENTRY.sharded(Shards(names, counts) if any(names) else None)
 
     def _lead(
         self, support: np.ndarray, shape: Sequence[int]

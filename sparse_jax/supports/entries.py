@@ -172,7 +172,7 @@ class ShardedEntries(Layout):
             rows = support.reshape(len(support), -1)
             return get_in_layers(x, layers, rows, **options).reshape(support.shape)
 
-        function = self._on_shards(gather, stacked, "xsn", "s")
+        function = self._on_shards(gather, stacked, "xsn", "p")
         return function(x, support, self._numbers(support, layers))
 
     def scatter(
@@ -195,7 +195,7 @@ class ShardedEntries(Layout):
                 x.shape
             )
 
-        function = self._on_shards(scatter, stacked, "xssn", "x")
+        function = self._on_shards(scatter, stacked, "xspn", "x")
         return function(x, support, packed, self._numbers(support, layers))
 
     def to_positions(

@@ -130,7 +130,7 @@ class Lanes(Layout):
             stack, tables = (x, rows) if stacked else (x[None], rows[None])
             return _get(stack, layers, tables).reshape(rows.shape)
 
-        function = self._on_shards(gather, stacked, "xsn", "s")
+        function = self._on_shards(gather, stacked, "xsn", "p")
         return function(x, support, self._numbers(support, layers))
 
     def scatter(
@@ -152,7 +152,7 @@ class Lanes(Layout):
                 return _set(x, layers, rows, packed)
             return _set(x[None], layers, rows[None], packed[None]).reshape(x.shape)
 
-        function = self._on_shards(scatter, stacked, "xssn", "x")
+        function = self._on_shards(scatter, stacked, "xspn", "x")
         numbers = self._numbers(support, layers)
         return resharded(function(x, support, packed.astype(x.dtype), numbers), spec)
 

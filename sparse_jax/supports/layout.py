@@ -131,7 +131,11 @@ class Layout(ABC):
 
     @abstractmethod
     def spec(self, stacked: bool) -> jax.P:
-        """Returns the partition of a support and of packed values."""
+        """Returns the partition of a support."""
+
+    def packed_spec(self, stacked: bool) -> jax.P:
+        """Returns the partition of packed values."""
+        return self.spec(stacked)
 
     def empty(
         self,
@@ -283,13 +287,18 @@ class Layout(ABC):
         Args:
           function: of arrays that lie as `inputs` says.
           stacked: whether the first axis of the array counts layers.
-          inputs: a letter for each argument: "x" for the array, "s" for a support or
-            packed values, "n" for numbers that every device has.
+          inputs: a letter for each argument: "x" for the array, "s" for a support, "p"
+            for packed values, "n" for numbers that every device has.
           out: the letter of the result.
         """
         if self.shards is None:
             return function
-        specs = {"x": self.shards.spec(stacked), "s": self.spec(stacked), "n": jax.P()}
+        specs = {
+            "x": self.shards.spec(stacked),
+            "s": self.spec(stacked),
+            "p": self.packed_spec(stacked),
+            "n": jax.P(),
+        }
         # Kernels do not say over which axes their results vary.
         return jax.shard_map(
             function,
