@@ -112,21 +112,30 @@ def test_positions_of_entries_and_numbers_of_blocks_undo_each_other(lead, shards
         np.testing.assert_array_equal(there[1], values)
 
 
-def test_shards_choose_and_reach_what_one_device_does():
+# layout -> room in the support of a shard
+IN_SHARDS = {
+    "2x3": (KINDS["2x3"], 2),
+    "row": (KINDS["row"], 4),
+    "column": (KINDS["column"], 3),
+}
+
+
+@pytest.mark.parametrize(("whole", "room"), IN_SHARDS.values(), ids=IN_SHARDS)
+def test_shards_choose_and_reach_what_one_device_does(whole, room):
     kinds = (AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=kinds)
-    layout = Blocks(Shards((("fsdp",), ("tensor",)), (2, 4)), rows=2, columns=3)
-    whole = Blocks(rows=2, columns=3)
+    layout = whole.sharded(Shards((("fsdp",), ("tensor",)), (2, 4)))
     x = jax.random.normal(KEY, SHAPE)
     k = whole.size(0.3, SHAPE)
     expected, _ = whole.choose(SCORES["gradient"], x, x, k, KEY)
     with jax.set_mesh(mesh):
         placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("fsdp", "tensor")))
         choose = functools.partial(layout.choose, SCORES["gradient"], k=k, key=KEY)
-        support, counts = jax.jit(functools.partial(choose, capacity=2))(placed, placed)
+        choose = jax.jit(functools.partial(choose, capacity=room))
+        support, counts = choose(placed, placed)
         packed = jax.jit(layout.gather)(placed, support)
         new = jax.jit(layout.scatter)(placed, support, packed + 1)
-    assert counts.sum() == k and counts.max() <= 2 * 6
+    assert counts.sum() == k and counts.max() <= room * packed.shape[-1]
     positions = layout.to_positions(np.asarray(support), SHAPE)[0]
     np.testing.assert_array_equal(
         positions, whole.to_positions(np.asarray(expected), SHAPE)[0]
@@ -199,7 +208,7 @@ BAD = {
     "a side": (Blocks(rows=3, columns=4), SHAPE, "blocks of 3x4 divide"),
     "a vector": (KINDS["row"], (8,), "must be a matrix to be trained by blocks of 1x"),
     "rows in parts": (
-        Blocks(Shards(((), ("tensor",)), (1, 4)), rows=1, columns=None), SHAPE,
+        Blocks(Shards(((), ("tensor",)), (1, 4)), rows=2, columns=None), SHAPE,
         "the axis 1 in 4 parts",
     ),
     "blocks in parts": (

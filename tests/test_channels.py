@@ -161,7 +161,13 @@ def test_both_tiers_train_the_same_channels(granularity):
 
 
 @CHANNELS
-@pytest.mark.parametrize("recompute", ["none", "frozen", "all"])
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        "none",
+        *(pytest.param(word, marks=pytest.mark.slow) for word in ("frozen", "all")),
+    ],
+)
 def test_layers_in_slots_train_the_same_channels(granularity, recompute):
     rules = {"density": 0.2, "granularity": granularity, "where": KERNELS}
     tx, every = optax.sgd(0.1), Static.of(0, 1, 2, num_layers=3)

@@ -43,6 +43,7 @@ BENCHMARKS = (
     Benchmark("selection", "selecting entries beside lax.top_k"),
     Benchmark("switch", "switching adapters beside NumPy's writes"),
     Benchmark("step_time", "an update beside its gradients", ("--rounds", "10")),
+    Benchmark("rows", "an update by rows beside LoRA", ("--rounds", "10")),
     Benchmark("layers", "a few layers at a time", ("--batch-size", "2")),
     Benchmark("against_torch", "updates beside PyTorch and PEFT", (), TORCH),
 )

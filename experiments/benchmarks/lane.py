@@ -1,10 +1,12 @@
-"""What does reaching the trained entries cost on a TPU, one by one and by lanes?
+"""What does reaching trained entries cost on a TPU: one by one, by lanes, by rows?
 
     python -m experiments.benchmarks.lane [--density 0.05]
 
 One layer of Llama-7B, bfloat16, 2048 tokens, compiled ahead of time for a TPU v5e that
 need not be there: forward and backward with dense gradients of the seven matrices, and
-what packing these gradients and writing the trained entries adds. A minute or two.
+what packing these gradients and writing the trained entries adds. Of rows and columns
+no dense gradient is made: what is packed are the inputs or outputs that their products
+need, and these products are as much smaller. A minute or two.
 
 The compiler's numbers have to be chosen with care. For matrix products its cycles agree
 with its schedule and with the peak of the machine, but for comparing and selecting they
@@ -16,6 +18,7 @@ bandwidth if that takes longer. A TPU was not at hand to confirm any of this.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
@@ -33,13 +36,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
-from sparse_jax import ENTRY, LANE, Layout
+from sparse_jax import ENTRY, LANE, Blocks, Layout
+from sparse_jax.supports.channels import taken_channels
 
 PEAK, BANDWIDTH = 197e12, 819e9  # of a TPU v5e, in bfloat16
 CLOCK = PEAK / (4 * 128 * 128 * 2)  # four units of 128 x 128 products and sums
 TOKENS, WIDTH, INNER, HEADS = 2048, 4096, 11008, 32
 ATTENTION, UP, DOWN = (WIDTH, WIDTH), (WIDTH, INNER), (INNER, WIDTH)
 COUNTS = {ATTENTION: 4, UP: 2, DOWN: 1}  # matrices of each shape
+CHANNELS = {
+    "row": Blocks(rows=1, columns=None),
+    "column": Blocks(rows=None, columns=1),
+}
 MATRICES = dict(zip("qkvogud", 4 * [ATTENTION] + 2 * [UP] + [DOWN], strict=True))
 # Bundles of instructions, nested in as many loops as there are signs.
 _BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{")
@@ -114,13 +122,19 @@ def reaching(
     on_tpu = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     support = on_tpu(empty)
     matrix = on_tpu(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
-    packed = on_tpu(jax.ShapeDtypeStruct(support.shape, jnp.float32))
+    packed_shape = layout.packed_shape(support.shape, shape)
+    packed = on_tpu(jax.ShapeDtypeStruct(packed_shape, jnp.float32))
 
     def pack(gradient: jax.Array, support: jax.Array) -> jax.Array:
         return layout.gather(gradient, support).astype(jnp.float32)
 
+    first = Program(pack, (matrix, support))
+    if isinstance(layout, Blocks):
+        side = shape[0] if layout.columns is None else shape[1]
+        x = on_tpu(jax.ShapeDtypeStruct((1, TOKENS, side), jnp.bfloat16))
+        first = Program(functools.partial(taken_channels, layout), (x, support))
     return (
-        Program(pack, (matrix, support)),
+        first,
         Program(layout.scatter, (matrix, support, packed), (0,)),
     )
 
@@ -181,9 +195,11 @@ def lane_seconds(density: float) -> list[float]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def entry_seconds(density: float, place: jax.sharding.Sharding) -> list[float]:
-    """Returns the compiler's time of each program of single entries."""
-    programs = [p for shape in COUNTS for p in reaching(ENTRY, shape, density, place)]
+def layout_seconds(
+    layout: Layout, density: float, place: jax.sharding.Sharding
+) -> list[float]:
+    """Returns the compiler's time of each program of a layout."""
+    programs = [p for shape in COUNTS for p in reaching(layout, shape, density, place)]
     return [p.compile().cost_analysis()["optimal_seconds"] for p in programs]
 
 
@@ -204,17 +220,26 @@ def main() -> None:
     floor = compiled.cost_analysis()["flops"] / PEAK
     found = re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())
     times = {
-        "entry": entry_seconds(args.density, place),
+        "entry": layout_seconds(ENTRY, args.density, place),
         "lane": lane_seconds(args.density),
+        **{
+            word: layout_seconds(layout, args.density, place)
+            for word, layout in CHANNELS.items()
+        },
     }
+    weights = sum(n * math.prod(shape) for shape, n in COUNTS.items())
+    dense = 2 * TOKENS * weights / PEAK
     rows = []
     for name, seconds in times.items():
         pack, unpack = (
             sum(n * s for n, s in zip(COUNTS.values(), seconds[i::2], strict=True))
             for i in (0, 1)
         )
-        ms = {"pack_ms": 1e3 * pack, "unpack_ms": 1e3 * unpack}
-        rows.append({"layout": name, **ms, "added": (pack + unpack) / floor})
+        products = dense * (args.density if name in CHANNELS else 1)
+        added = (products - dense + pack + unpack) / floor
+        ms = {"products": products, "pack": pack, "unpack": unpack}
+        ms = {f"{part}_ms": 1e3 * time for part, time in ms.items()}
+        rows.append({"layout": name, **ms, "added": added})
     result = Result(
         title=f"one layer of Llama-7B, {TOKENS} tokens, {args.density:.1%}, TPU v5e",
         caption="forward and backward by the compiler's cycles: "
@@ -222,6 +247,7 @@ def main() -> None:
         rows=rows,
         columns={
             "": "{layout}",
+            "gradients at the peak (ms)": "{products_ms:.2f}",
             "packing (ms)": "{pack_ms:.2f}",
             "unpacking (ms)": "{unpack_ms:.2f}",
             "adds to the peak": "{added:.1%}",

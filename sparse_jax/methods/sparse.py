@@ -37,6 +37,10 @@ class Sparse(Method):
     a column, for TPUs: at 5 %, according to the compiler, reaching them takes an eighth
     of the time of a Llama layer, and entries chosen freely six times that of the layer.
 
+    With `granularity="row"` it trains ceil(density * rows) whole rows of every kernel,
+    which are its inputs. In the linear maps of the layers their gradient costs its
+    share of the dense one, which is never made; `docs/scores.md` says where else.
+
     Raises:
       InputError: if `density` is outside (0, 1], there is no such score or granularity,
         `score_rank` is not for the score, or (in `roles`) an array cannot be trained by

@@ -6,13 +6,14 @@ of an array lie, blocks do with their numbers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sparse_jax.errors import InputError
 from sparse_jax.supports.entries import ENTRY
@@ -133,12 +134,23 @@ class Blocks(Layout):
         stacked = support.ndim > self.ndim
         x = replicated(x) if self.shards is None else x
 
-        def gather(x: jax.Array, support: jax.Array, layers: jax.Array) -> jax.Array:
-            stack = x if stacked else x[None]
-            blocks, place = self._places(
-                stack, support.reshape(len(layers), -1), layers
-            )
+        def at_once(stack: jax.Array, layers: jax.Array, rows: jax.Array) -> jax.Array:
+            blocks, place = self._places(stack, rows, layers)
             taken = blocks.at[place].get(mode="fill", fill_value=0)
+            return taken.reshape(*rows.shape, -1)
+
+        def layer_alone(
+            stack: jax.Array, layers: jax.Array, rows: jax.Array
+        ) -> jax.Array:
+            def one(args: tuple[jax.Array, jax.Array]) -> jax.Array:
+                layer = lax.dynamic_index_in_dim(stack, args[0], 0)
+                return at_once(layer, jnp.zeros(1, jnp.int32), args[1][None])[0]
+
+            return lax.map(one, (layers, rows))
+
+        def gather(x: jax.Array, support: jax.Array, layers: jax.Array) -> jax.Array:
+            args = (x if stacked else x[None], layers, support.reshape(len(layers), -1))
+            taken = self._on_platform(at_once, layer_alone, *args)
             return taken.reshape(*support.shape, -1)
 
         function = self._on_shards(gather, stacked, "xsn", "p")
@@ -155,19 +167,50 @@ class Blocks(Layout):
         stacked, spec = support.ndim > self.ndim, jax.typeof(x).sharding.spec
         x = replicated(x) if self.shards is None else x
 
+        def at_once(
+            stack: jax.Array, layers: jax.Array, rows: jax.Array, packed: jax.Array
+        ) -> jax.Array:
+            blocks, place = self._places(stack, rows, layers)
+            values = packed.reshape(*rows.shape, blocks.shape[2], blocks.shape[4])
+            options = {"mode": "drop", "unique_indices": True}
+            return blocks.at[place].set(values, **options).reshape(stack.shape)
+
+        def layer_alone(
+            stack: jax.Array, layers: jax.Array, rows: jax.Array, packed: jax.Array
+        ) -> jax.Array:
+            def set_layer(i: jax.Array, stack: jax.Array) -> jax.Array:
+                layer = lax.dynamic_index_in_dim(stack, layers[i], 0)
+                layer = at_once(
+                    layer, jnp.zeros(1, jnp.int32), rows[i][None], packed[i]
+                )
+                return lax.dynamic_update_slice_in_dim(stack, layer, layers[i], 0)
+
+            return lax.fori_loop(0, len(rows), set_layer, stack)
+
         def scatter(
             x: jax.Array, support: jax.Array, packed: jax.Array, layers: jax.Array
         ) -> jax.Array:
-            stack, rows = (x if stacked else x[None]), support.reshape(len(layers), -1)
-            blocks, place = self._places(stack, rows, layers)
-            sides = (blocks.shape[2], blocks.shape[4])
-            values = packed.astype(x.dtype).reshape(*rows.shape, *sides)
-            options = {"mode": "drop", "unique_indices": True}
-            return blocks.at[place].set(values, **options).reshape(x.shape)
+            rows = support.reshape(len(layers), -1)
+            values = packed.astype(x.dtype).reshape(*rows.shape, -1)
+            args = (x if stacked else x[None], layers, rows, values)
+            return self._on_platform(at_once, layer_alone, *args).reshape(x.shape)
 
         function = self._on_shards(scatter, stacked, "xspn", "x")
         numbers = self._numbers(support, layers)
         return resharded(function(x, support, packed, numbers), spec)
+
+    def _on_platform(
+        self,
+        at_once: Callable[..., jax.Array],
+        layer_alone: Callable[..., jax.Array],
+        *args: jax.Array,
+    ) -> jax.Array:
+        """Calls what reaches blocks of all layers, or of one after the other."""
+        if self.columns is None or len(args[0]) == 1:
+            return at_once(*args)
+        # A TPU keeps rows side by side, and turns a matrix to reach parts of them: of
+        # one layer at a time, or it would be a second copy of the stack.
+        return lax.platform_dependent(*args, tpu=layer_alone, default=at_once)
 
     def to_positions(
         self, support: np.ndarray, shape: Sequence[int], *packed: np.ndarray

@@ -15,7 +15,7 @@ from sparse_jax.supports.blocks import Blocks
 from sparse_jax.supports.layout import Layout
 from sparse_jax.supports.stacks import GetOptions
 
-__all__ = ["are_channels", "gradient_of_channels", "kept_of_input"]
+__all__ = ["are_channels", "gradient_of_channels", "kept_of_input", "taken_channels"]
 
 _DISTINCT: GetOptions = {
     "mode": "promise_in_bounds",
@@ -42,7 +42,7 @@ def are_channels(layout: Layout, shape: Sequence[int]) -> bool:
 
 def kept_of_input(layout: Blocks, x: jax.Array, support: jax.Array) -> jax.Array:
     """Returns what of the input [..., D] of a product the backward pass needs."""
-    return _taken(layout, x, support) if layout.columns is None else x
+    return taken_channels(layout, x, support) if layout.columns is None else x
 
 
 def gradient_of_channels(
@@ -71,7 +71,7 @@ def gradient_of_channels(
     if layout.columns is None:
         packed = _kernel_gradient(kept, dy)
     else:
-        packed = _kernel_gradient(_taken(layout, dy, support), kept)
+        packed = _kernel_gradient(taken_channels(layout, dy, support), kept)
         # The entries of several columns lie row by row.
         runs = packed.reshape(-1, layout.columns, packed.shape[-1])
         packed = runs.swapaxes(1, 2)
@@ -81,13 +81,20 @@ def gradient_of_channels(
     return lax.with_sharding_constraint(packed, layout.packed_spec(False))
 
 
-def _taken(layout: Blocks, x: jax.Array, support: jax.Array) -> jax.Array:
-    """Returns the chosen channels of an array [..., channels]."""
+def taken_channels(layout: Blocks, x: jax.Array, support: jax.Array) -> jax.Array:
+    """Returns the chosen channels of an array [..., channels].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x, support = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([0, 2])
+      >>> taken_channels(Blocks(rows=1, columns=None), x, support)
+      Array([[1., 3.]], dtype=float32)
+    """
     width, axis = (layout.rows, 0) if layout.columns is None else (layout.columns, 1)
     assert width is not None
     lead = x.shape[:-1]
     # The compiler of TPUs turns the array and takes whole rows of it. A product with
-    # ones takes two thirds of the time there, but would round float32.
+    # ones takes six tenths of the time there, but would round float32.
     if support.ndim == 1:
         runs = x.reshape(*lead, -1, width)
         runs = runs.at[..., support, :].get(**_DISTINCT)
