@@ -52,25 +52,30 @@ CONFIG = EncoderConfig(
 MODEL = Model(SequenceClassifier, BERT, CONFIG)
 WHERE, HEAD = "query/(kernel|bias)|(up|down)/kernel", "^classifier/"
 METHOD = Sparse(density=0.05, where=WHERE, dense=HEAD, granularity=LANE)
+# Whole groups, and columns whose last group has fewer rows.
+SHAPES = [(256, 5), (384,), (192, 5), (330, 3), (200,)]
 EDGES = [0.0, -0.0, 1.0, -1.0, 2.0, np.nan, np.inf]
 
 
 def top_lanes(x, count):
     """Returns the rows of the largest entries of every group."""
     draws = jax.random.key(0)
-    return LANE.choose(SCORES["gradient"], x, x, count * x.size // 128, draws)[0]
+    k = count * -(-x.shape[0] // 128) * (x.size // x.shape[0])
+    return LANE.choose(SCORES["gradient"], x, x, k, draws)[0]
 
 
 def groups_of(x):
-    """Returns the entries of an array, group by group: shape=(G, 128, C)."""
-    x = np.array(x, np.float32)
-    return x.reshape(-1, 128, x.shape[1] if x.ndim == 2 else 1)
+    """Returns the entries, group by group, NaN past the end: shape=(G, 128, C)."""
+    x = np.array(x, np.float32).reshape(len(x), -1)
+    x = np.pad(x, ((0, -len(x) % 128), (0, 0)), constant_values=np.nan)
+    return x.reshape(-1, 128, x.shape[1])
 
 
-def some_rows(shape, seed=0):
+def some_rows(shape, seed=0, rows=None):
     """Returns distinct rows in every group, ascending: shape=(..., m, G, C)."""
     *lead, count, groups, columns = shape
     draws = np.random.default_rng(seed).random((*lead, 128, groups, columns))
+    draws[..., (rows or groups * 128) - (groups - 1) * 128 :, -1, :] = 2  # no such rows
     rows = np.sort(np.argsort(draws, axis=-3)[..., :count, :, :], axis=-3)
     return rows.astype(np.uint8)
 
@@ -83,24 +88,25 @@ def with_edges(shape, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("count", [1, 7, 128])
-@pytest.mark.parametrize("shape", [(256, 5), (384,)])
+@pytest.mark.parametrize("count", [1, 7, 64])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_every_group_has_its_best_entries(shape, count, dtype):
     random = np.random.default_rng(count)
     x = jnp.asarray(random.choice(EDGES, shape, p=[0.1] * 3 + [0.2] * 3 + [0.1]), dtype)
     entries = groups_of(x)
     size = np.where(np.isfinite(entries), np.abs(entries), -1)
+    size[-1, (len(x) - 1) % 128 + 1 :] = -2  # past the end
     best = np.argsort(-size, axis=1, kind="stable")[:, :count]
     wanted = np.sort(best, axis=1).transpose(1, 0, 2)
     np.testing.assert_array_equal(top_lanes(x, count), wanted)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(256, 5), (384,)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_entries_are_read_and_written_exactly(shape, dtype):
     x = jnp.asarray(with_edges(shape), dtype)
     count, columns = 4, shape[1] if len(shape) == 2 else 1
-    rows = some_rows((count, shape[0] // 128, columns))
+    rows = some_rows((count, -(-shape[0] // 128), columns), rows=shape[0])
     support = jnp.asarray(rows)
     places = rows.transpose(1, 0, 2).astype(int)
     entries = groups_of(x)
@@ -117,12 +123,13 @@ def test_entries_are_read_and_written_exactly(shape, dtype):
 
 
 @pytest.mark.parametrize("layers", [None, (0, 2)])
-@pytest.mark.parametrize("shape", [(256, 5), (384,)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_stack_is_its_layers(shape, layers):
     x = jnp.asarray(with_edges((3, *shape)))
     numbers = layers or (0, 1, 2)
     columns = shape[1] if len(shape) == 2 else 1
-    rows = some_rows((len(numbers), 4, shape[0] // 128, columns))
+    groups = -(-shape[0] // 128)
+    rows = some_rows((len(numbers), 4, groups, columns), rows=shape[0])
     support = jnp.asarray(rows)
     given = None if layers is None else jnp.array(layers, jnp.int32)
     alone = [jnp.asarray(row) for row in rows]
@@ -139,11 +146,14 @@ def test_a_stack_is_its_layers(shape, layers):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(128, 16), (33 * 128, 300)])
+@pytest.mark.parametrize(
+    "shape", [(128, 16), (33 * 128, 300), (576, 40), (33 * 128 + 8, 24)]
+)
 def test_the_kernels_of_tpus_do_the_same(shape, dtype):
     x = jnp.asarray(with_edges((3, *shape)), dtype)
     layers = jnp.array([0, 2], jnp.int32)
-    support = jnp.asarray(some_rows((2, 3, shape[0] // 128, shape[1])))
+    table = (2, 3, -(-shape[0] // 128), shape[1])
+    support = jnp.asarray(some_rows(table, rows=shape[0]))
     args = (x, layers, support)
     bits = lambda x: np.asarray(x).view(f"uint{8 * x.dtype.itemsize}")
     ours = get_rows(*args, interpret=True)
@@ -159,15 +169,19 @@ def test_kernels_are_for_few_rows_of_common_types():
     assert not has_kernel(jnp.float32, 17) and not has_kernel(jnp.float16, 7)
 
 
-def test_positions_in_the_whole_array_say_the_same():
-    x = jnp.asarray(with_edges((2, 256, 5)))
-    support = jnp.asarray(some_rows((2, 4, 2, 5)))
+@pytest.mark.parametrize("rows", [256, 192])
+def test_positions_in_the_whole_array_say_the_same(rows):
+    x = jnp.asarray(with_edges((2, rows, 5)))
+    support = jnp.asarray(some_rows((2, 4, 2, 5), rows=rows))
     positions, values = LANE.to_positions(
         np.asarray(support), x.shape, np.asarray(LANE.gather(x, support))
     )
     assert positions.dtype == np.int32 and positions.shape == (2, 40)
     assert (np.diff(positions) > 0).all()
     np.testing.assert_array_equal(values, gather(x, jnp.asarray(positions)))
+    back, again = LANE.from_positions(positions, x.shape, values)
+    np.testing.assert_array_equal(back, support)
+    np.testing.assert_array_equal(again, LANE.gather(x, support))
 
 
 def test_an_empty_support_has_distinct_entries():
@@ -306,12 +320,23 @@ def test_a_step_holds_no_second_copy_of_a_weight(dtype):
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4096
 
 
-def test_an_array_without_groups_is_named():
+def test_an_array_without_rows_is_named():
     method = Sparse(density=0.1, granularity=LANE, stack=None)
-    with pytest.raises(
-        InputError, match=r"`w` must be a matrix .*got shape \[100, 2\]"
-    ):
-        method.roles({"w": jnp.zeros((100, 2))})
+    with pytest.raises(InputError, match=r"`w` must be a matrix .*got shape \[4, 4, 2"):
+        method.roles({"w": jnp.zeros((4, 4, 2))})
+
+
+@pytest.mark.parametrize("rows, k", [(576, 5 * 7), (128, 7), (64, 7), (7, 7)])
+def test_the_last_group_of_a_column_has_as_many_entries_as_the_others(rows, k):
+    assert LANE.size(0.05, (rows, 3)) == 3 * k
+    support = LANE.empty((rows, 3), 3 * k)
+    assert support.shape == (7, -(-rows // 128), 3)
+
+
+def test_a_last_group_with_too_few_rows_is_named():
+    message = "`density` must be at most 0.03125 in lanes of 132 rows, whose last group"
+    with pytest.raises(InputError, match=message):
+        LANE.size(0.05, (132, 3))
 
 
 @pytest.fixture(scope="module")
@@ -351,9 +376,10 @@ def test_an_adapter_is_that_of_any_sparse_method(folder, metrics):
 def test_a_run_says_what_does_not_fit_before_it_begins(folder, tmp_path):
     tiny_run.write_model(tmp_path / "model")
     model = str(tmp_path / "model")
-    settings = replace(settings_of(folder, tmp_path / "run"), model=model)
-    with pytest.raises(InputError, match="`layers/attention/.*multiple of 128 rows"):
-        finetune(settings)
+    settings = settings_of(folder, tmp_path / "run", density=0.2)
+    message = "`density` must be at most 0.125 in lanes of 16 rows"
+    with pytest.raises(InputError, match=message):
+        finetune(replace(settings, model=model))
     assert not (tmp_path / "run").exists()
 
 

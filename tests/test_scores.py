@@ -183,7 +183,7 @@ FOREIGN = {
     "lanes as entries": ((256, 4), ROWS, "entry", "support"),
     "entries as lanes": ((256, 4), jnp.array([0, 3]), "lane", "support"),
     "lanes of another matrix": ((128, 4), ROWS, "lane", "support"),
-    "too few rows": ((100, 4), ROWS, "lane", "multiple of 128 rows"),
+    "lanes of fewer rows": ((132, 4), ROWS + 1, "lane", "below 528"),
     "floats": ((4, 4), jnp.array([0.0, 3.0]), "entry", "float32"),
     "layers of another stack": ((3, 4), jnp.array([[0], [1]]), "entry", "support"),
     "past the end": ((4, 4), jnp.array([0, 3000]), "entry", "below 16"),

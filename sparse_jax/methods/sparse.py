@@ -13,7 +13,7 @@ from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.granularity import GRANULARITIES, granularity_named
 from sparse_jax.supports.layout import Layout, require_density
-from sparse_jax.supports.roles import Role, Roles
+from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
 from sparse_jax.supports.scores import SCORES, Score, low_rank, score_named
 
 __all__ = ["Sparse"]
@@ -88,7 +88,11 @@ class Sparse(Method):
     def roles(self, params: optax.Params) -> Roles:
         """Returns the role of every leaf of the parameters."""
         layout = granularity_named(self.granularity)
-        return self._roles(params, where=self.where, layout=layout)
+        roles = self._roles(params, where=self.where, layout=layout)
+        # A density that does not fit is found out before anything is computed.
+        fits = lambda role, leaf: self.support_size(role)
+        map_roles(fits, roles, params, only=(SPARSE,))
+        return roles
 
     def support_size(self, role: Role) -> int:
         """Returns the entries trained in a sparse leaf, or in one layer of it."""

@@ -1,7 +1,7 @@
 """The layout of lanes: as many chosen entries in every group of 128.
 
-A group is 128 rows of one column of a matrix, so that rows * columns / 128 groups fill
-it; a vector is one column. A support holds row numbers within groups, one byte an
+A group is 128 rows of one column of a matrix, or at its end what is left of them; a
+vector is one column. A support holds row numbers within groups, one byte an
 entry, as a table that has the columns of the matrix: on a TPU every column stays in its
 lane of the registers, and reaching the entries needs neither gather nor scatter.
 """
@@ -37,7 +37,8 @@ _DISTINCT: SetOptions = {"mode": "promise_in_bounds", "unique_indices": True}
 class Lanes(Layout):
     """The best entries of every 128 rows of a column: shape=(m, G, C), uint8.
 
-    m rows of each of G groups in each of C columns, sharded like their matrix.
+    m rows of each of G groups in each of C columns, sharded like their matrix. The last
+    group of a column may have fewer rows than 128, and has as many entries.
     """
 
     ndim = 3
@@ -48,18 +49,20 @@ class Lanes(Layout):
         return Lanes(shards)
 
     def require(self, name: str, shape: Sequence[int]) -> None:
-        """Raises unless groups fill the array, and each of its shards.
+        """Raises unless groups cover the array, and fill each of its shards.
 
         Example:
-          >>> Lanes().require("kernel", (256, 10))
+          >>> Lanes().require("kernel", (576, 10))
         """
-        if len(shape) not in (1, 2) or shape[0] % GROUP:
+        if len(shape) not in (1, 2):
             raise InputError(
-                f"`{name}` must be a matrix or vector with a multiple of {GROUP} rows "
-                f"to be trained by lanes, got shape {list(shape)}. Leave it out of "
-                "`where`, or take the granularity of entries."
+                f"`{name}` must be a matrix or a vector to be trained by lanes, got "
+                f"shape {list(shape)}. Leave it out of `where`, or take the "
+                "granularity of entries."
             )
-        if self.shards is not None and self.shards.block(shape)[0] % GROUP:
+        if self.shards is None or self.shards.counts[0] == 1:
+            return
+        if self.shards.block(shape)[0] % GROUP:
             raise InputError(
                 f"`{name}` must have a multiple of {GROUP} rows on every device to be "
                 f"trained by lanes, got {shape[0]} rows in {self.shards.counts[0]} "
@@ -68,8 +71,19 @@ class Lanes(Layout):
             )
 
     def size(self, density: float | Fraction, shape: Sequence[int]) -> int:
-        """Returns ceil(density * 128) for every 128 entries."""
-        return support_size(density, GROUP) * (math.prod(shape) // GROUP)
+        """Returns ceil(density * 128) for every group.
+
+        Raises:
+          InputError: if the last group of a column has fewer rows.
+        """
+        count, last = support_size(density, GROUP), (shape[0] - 1) % GROUP + 1
+        if count > last:
+            raise InputError(
+                f"`density` must be at most {last / GROUP:g} in lanes of {shape[0]} "
+                f"rows, whose last group of {GROUP} has {last}, got {float(density):g}."
+                " Leave such arrays out of `where`, or take the granularity of entries."
+            )
+        return count * _groups(shape)
 
     def spec(self, stacked: bool) -> jax.P:
         """Returns the partition of the array: groups as rows, columns as columns."""
@@ -82,9 +96,7 @@ class Lanes(Layout):
     def _empty(self, shape: Sequence[int], k: int, capacity: int | None) -> jax.Array:
         """Returns the first rows of every group."""
         del capacity
-        rows, *columns = shape
-        count = k * GROUP // math.prod(shape)
-        table = (count, rows // GROUP, *(columns or (1,)))
+        table = (k // _groups(shape), -(-shape[0] // GROUP), *(shape[1:] or (1,)))
         return lax.broadcasted_iota(jnp.uint8, table, 0)
 
     def _best(
@@ -96,10 +108,14 @@ class Lanes(Layout):
         finite ranks below zero. No entry leaves its device.
         """
         del capacity
-        count = k * GROUP // scores.size
+        count = k // _groups(scores.shape)
 
         def select(x: jax.Array) -> jax.Array:
-            keys = key_of(x).reshape(-1, GROUP, *(x.shape[1:] or (1,)))
+            keys = key_of(x).reshape(x.shape[0], *(x.shape[1:] or (1,)))
+            # What fills the last group is never chosen.
+            missing = -x.shape[0] % GROUP
+            keys = jnp.pad(keys, ((0, missing), (0, 0)), constant_values=-1)
+            keys = keys.reshape(-1, GROUP, keys.shape[1])
             numbers = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
 
             # Two or three rounds a percent of density, each one pass without a sort.
@@ -197,7 +213,7 @@ class Lanes(Layout):
           [[[0, 1]], [[2, 5]]]
         """
         rows, *columns = shape[positions.ndim - 1 :]
-        groups, width = rows // GROUP, (columns or [1])[0]
+        groups, width = -(-rows // GROUP), (columns or [1])[0]
         row, column = np.divmod(positions, width)
         # Groups of a column one after the other, each in the order of its rows.
         order = np.argsort(row // GROUP * width + column, axis=-1, kind="stable")
@@ -209,6 +225,11 @@ class Lanes(Layout):
 
 
 LANE = Lanes()
+
+
+def _groups(shape: Sequence[int]) -> int:
+    """Returns how many groups an array has."""
+    return -(-shape[0] // GROUP) * math.prod(shape[1:])
 
 
 def _get(stack: jax.Array, layers: jax.Array, rows: jax.Array) -> jax.Array:

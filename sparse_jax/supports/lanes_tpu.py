@@ -41,7 +41,8 @@ def get_rows(
         out[i, j, g, c] = stack[layers[i], 128 * g + rows[i, j, g, c], c]
 
     Args:
-      stack: shape=(L, 128 * G, C), float32 or bfloat16.
+      stack: shape=(L, R, C), float32 or bfloat16; the last of G = ceil(R / 128)
+        groups may have fewer rows.
       layers: numbers of layers, shape=(n,), int32.
       rows: rows within their groups, shape=(n, m, G, C), uint8.
       interpret: whether to run on any device, slowly.
