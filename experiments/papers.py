@@ -8,7 +8,7 @@ from pathlib import Path
 from sparse_jax import Settings
 from sparse_jax.models.functional import Model
 
-__all__ = ["MODELS", "network_of", "print_plan"]
+__all__ = ["MODELS", "llama", "network_from", "network_of", "print_plan"]
 
 _ROBERTA = {
     "model_type": "roberta", "vocab_size": 50265, "hidden_size": 1024,
@@ -18,7 +18,7 @@ _ROBERTA = {
 }  # fmt: skip
 
 
-def _llama(width: int, layers: int, heads: int, hidden: int) -> dict[str, object]:
+def llama(width: int, layers: int, heads: int, hidden: int) -> dict[str, object]:
     """Returns the `config.json` of a first Llama."""
     return {
         "model_type": "llama", "vocab_size": 32000, "hidden_size": width,
@@ -31,20 +31,32 @@ def _llama(width: int, layers: int, heads: int, hidden: int) -> dict[str, object
 # What `config.json` of each says, of which `sparse-jax plan` needs no more.
 MODELS: dict[str, dict[str, object]] = {
     "roberta-large": _ROBERTA,
-    "llama-tiny": _llama(256, 2, 4, 768),
-    "llama-1b": _llama(2048, 16, 32, 8192),
-    "llama-7b": _llama(4096, 32, 32, 11008),
-    "llama-13b": _llama(5120, 40, 40, 13824),
-    "llama-33b": _llama(6656, 60, 52, 17920),
+    "llama-tiny": llama(256, 2, 4, 768),
+    "smollm2-135m": {
+        **llama(576, 30, 9, 1536),
+        "vocab_size": 49152,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "llama-1b": llama(2048, 16, 32, 8192),
+    "llama-7b": llama(4096, 32, 32, 11008),
+    "llama-13b": llama(5120, 40, 40, 13824),
+    "llama-33b": llama(6656, 60, 52, 17920),
 }
 
 
 def network_of(model: str) -> Model:
     """Returns the network of a model of `MODELS`, without weights."""
+    return network_from(MODELS[model])
+
+
+def network_from(config: Mapping[str, object]) -> Model:
+    """Returns the network that a `config.json` describes, without weights."""
     from sparse_jax.planning.abstract import read_model
 
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
+        (Path(folder) / "config.json").write_text(json.dumps(config))
         return read_model(folder)
 
 

@@ -14,6 +14,7 @@ from sparse_jax import InputError, evaluate_adapter, finetune
 from sparse_jax.data.batches import TokenSequences, train_batches
 from sparse_jax.data.read_rows import read_rows
 from sparse_jax.data.stream import Stream, read_head
+from sparse_jax.training.feed import Ahead
 from sparse_jax.training.loop import Loop
 
 LENGTH = 12
@@ -331,3 +332,25 @@ def test_another_file_is_refused(files, tmp_path, name):
     settings = settings_of((files[0], tmp_path / name), tmp_path / "run")
     with pytest.raises(InputError, match="`data` must be a `.jsonl` file with streami"):
         finetune(settings)
+
+
+def test_one_batch_is_read_ahead_and_what_is_wrong_is_raised_in_its_turn():
+    read = []
+
+    def batches():
+        for number in range(2):
+            read.append(number)
+            yield number
+        raise InputError("broken")
+
+    ahead = Ahead(batches())
+    assert read == []
+    ahead.read()
+    ahead.read()
+    assert read == [0]
+    assert ahead.take() == 0 and read == [0]
+    assert ahead.take() == 1
+    ahead.read()
+    with pytest.raises(InputError, match="broken"):
+        ahead.take()
+    assert ahead.take() is None

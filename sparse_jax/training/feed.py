@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_LENGTH",
+    "Ahead",
     "Feed",
     "Usage",
     "causal_feed",
@@ -73,6 +74,38 @@ def usage_text(split: str, usage: Usage, max_length: int) -> str:
     if usage.dropped:
         text += f", {usage.dropped:,} dropped without a target"
     return text
+
+
+class Ahead:
+    """Batches, the next of which is read while a device computes.
+
+    Example:
+      >>> batches = Ahead([{"input_ids": np.zeros(1)}])
+      >>> batches.read()
+      >>> batches.take(), batches.take()
+      ({'input_ids': array([0.])}, None)
+    """
+
+    def __init__(self, batches: Iterable[Batch]):
+        self._batches = iter(batches)
+        self._read: tuple[Batch | None, InputError | None] | None = None
+
+    def read(self) -> None:
+        """Reads the next batch; what is wrong with it is raised when it is taken."""
+        if self._read is None:
+            try:
+                self._read = next(self._batches, None), None
+            except InputError as error:
+                self._read = None, error
+
+    def take(self) -> Batch | None:
+        """Returns the next batch, and None after the last."""
+        self.read()
+        assert self._read is not None
+        (batch, error), self._read = self._read, None
+        if error is not None:
+            raise error
+        return batch
 
 
 @dataclass(frozen=True, eq=False)

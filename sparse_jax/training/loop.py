@@ -20,6 +20,7 @@ from sparse_jax.sharding.runner import MeshRunner
 from sparse_jax.training.best_model import BestModel
 from sparse_jax.training.build import Job
 from sparse_jax.training.checkpoint import Checkpoints, Position
+from sparse_jax.training.feed import Ahead
 from sparse_jax.training.kl_budget import KlBudget
 from sparse_jax.training.objective import Evaluated, Metrics
 from sparse_jax.training.optimizer import learning_rate_at
@@ -152,7 +153,7 @@ class Loop:
         start = epoch * self.job.feed.batches_per_epoch
         every = self.job.settings.eval_every or math.inf
         batches = self.job.feed.train(epoch, start=at.batches - start)
-        batches = itertools.islice(batches, end - at.batches)
+        batches = Ahead(itertools.islice(batches, end - at.batches))
         while (batch := self._next(batches, state, at)) is not None:
             # Before the update, so that a run resumed here evaluates, too.
             if at.batches > start and at.batches % every == 0:
@@ -163,7 +164,7 @@ class Loop:
                     state = self._evaluate(state, at, epoch)
                 if self._is_stopped:
                     break
-            state, at = self._batch(state, at, batch)
+            state, at = self._batch(state, at, batch, batches)
             if at.batches == end:
                 break
             if self.signals.requested():
@@ -173,12 +174,10 @@ class Loop:
                 self._save(state, at)
         return state, at
 
-    def _next(
-        self, batches: Iterator[Batch], state: CompactState, at: Position
-    ) -> Batch | None:
+    def _next(self, batches: Ahead, state: CompactState, at: Position) -> Batch | None:
         """Returns the next batch; saves a checkpoint if it cannot be read."""
         try:
-            return next(batches, None)
+            return batches.take()
         except InputError:
             if at.batches:
                 self._save(state, at)
@@ -190,7 +189,7 @@ class Loop:
             self.checkpoints.save(state, at)
 
     def _batch(
-        self, state: CompactState, at: Position, batch: Batch
+        self, state: CompactState, at: Position, batch: Batch, batches: Ahead
     ) -> tuple[CompactState, Position]:
         """Selects if that is still to do, and makes an update."""
         key, step = self._key(at.batches), at.batches + 1
@@ -213,6 +212,7 @@ class Loop:
         schedule = self._schedules[at.is_selected]
         extra = {} if schedule is None else {"schedule": schedule}
         state, metrics = runner.step(state, self._put(batch), key, **extra)
+        batches.read()  # while the device computes
         is_skipped, loss = metrics.pop("is_skipped"), float(metrics["loss"])
         if is_skipped:
             norm = float(metrics["gradient_norm"])
