@@ -3,11 +3,11 @@
     python -m experiments.benchmarks.scaling [--rounds 3]
 
 A Llama 256 wide with random weights, in float32, by SIFT and, but for the density, by
-LoRA. One axis is changed at a time, from a density of 1 %, 4 rows of 128 tokens and 4 layers. Times are CPU seconds, medians of updates that
-are taken in turn; memory is what the compiler reserves beside arguments. Devices are
-simulated, with parameters sharded over "fsdp", and nothing is run there: bytes on one
-of them, and bytes that one of them sends or receives in an update. Four minutes on two
-CPU cores.
+LoRA. One axis is changed at a time, from a density of 1 %, 4 rows of 128 tokens and 4
+layers. Times are CPU seconds, medians of updates that are taken in turn; memory is what
+the compiler reserves beside arguments. Devices are simulated, with parameters sharded
+over "fsdp", and nothing is run there: bytes on one of them, and bytes that one of them
+sends or receives in an update. Four minutes on two CPU cores.
 """
 
 import argparse
