@@ -16,7 +16,7 @@ import optax
 import pytest
 from tiny_text import text_settings, write_chats, write_decoder
 
-from sparse_jax import finetune
+from sparse_jax import Static, finetune
 from sparse_jax.adapter.file import load_adapter
 from sparse_jax.errors import InputError
 from sparse_jax.training.checkpoint import Checkpoints
@@ -96,6 +96,23 @@ def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
     stop_at(monkeypatch, settings, batches)
     finetune(replace(settings, resume=True))
     assert same_bytes(whole, tmp_path / "run")
+
+
+def test_a_run_goes_on_from_the_state_of_layers_that_are_never_trained(
+    files, tmp_path, monkeypatch
+):
+    static = {"sampler": "static", "layers": (2,), "active": 0.25}
+    whole, settings = (
+        sift_settings(files, tmp_path / name, **static) for name in ("whole", "run")
+    )
+    finetune(whole)
+    with monkeypatch.context() as patch:
+        # As versions wrote it that kept the state of all layers.
+        every = property(lambda rule: tuple(range(rule.num_layers)))
+        patch.setattr(Static, "reachable", every)
+        stop_at(monkeypatch, settings, 2)
+    finetune(replace(settings, resume=True))
+    assert same_bytes(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_run_goes_on_with_its_own_optimizer_only(files, tmp_path, monkeypatch):

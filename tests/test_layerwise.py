@@ -145,7 +145,7 @@ def test_frozen_layers_stay_to_the_last_bit(method):
     start, _ = jax.jit(tuner.select)(start, make_batch(0), jax.random.key(0))
     state, _ = jax.jit(tuner.step)(start, make_batch(0), jax.random.key(0))
     state, _ = jax.jit(tuner.step)(state, make_batch(1), jax.random.key(1))
-    pick = lambda state: (state.params["layers"], state.added, state.opt_state.rows)
+    pick = lambda state: (state.params["layers"], state.added)
     moved = np.zeros(LAYERS, bool)
     for x, y in zip(
         jax.tree.leaves(pick(start)), jax.tree.leaves(pick(state)), strict=True
@@ -153,6 +153,38 @@ def test_frozen_layers_stay_to_the_last_bit(method):
         moved |= np.any(np.array(x != y).reshape(LAYERS, -1), axis=1)
     assert moved.tolist() == [False, True, False]
     assert int(state.count) == 2
+
+
+class OfAll(Static):
+    """The layers of a list, of which it does not say that they are always these."""
+
+    reachable = tuple(range(LAYERS))
+
+
+@pytest.mark.parametrize("name", ["lora", "sift"])
+def test_layers_that_are_never_active_have_no_state_of_the_optimizer(name):
+    def trained(rule):
+        tuner = tuner_of(METHODS[name], sampler=rule.of(0, 2, num_layers=LAYERS))
+        state, _ = run_compact(tuner, make_params(), 2)
+        return state, state.opt_state.rows
+
+    (few, rows), (whole, all_rows) = trained(Static), trained(OfAll)
+    assert LAYERS == 3
+    for row, of_all in zip(
+        jax.tree.leaves(rows), jax.tree.leaves(all_rows), strict=True
+    ):
+        assert (len(row), len(of_all)) == (2, 3)
+        np.testing.assert_array_equal(row, of_all[jnp.array([0, 2])])
+    for tree in ("params", "support", "masters", "added"):
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(few, tree), getattr(whole, tree)
+        )
+
+
+def test_a_layer_of_proportion_zero_is_never_reached():
+    rule = Fixed(num_layers=3, num_active=1, proportions=(0.5, 0.0, 0.5))
+    assert (rule.reachable, rule.is_constant, rule.reached(9)) == ((0, 2), False, 6)
+    assert Static.of(1, num_layers=3).is_constant
 
 
 def test_sparse_entries_move_inside_their_support_only():

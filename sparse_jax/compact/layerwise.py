@@ -6,6 +6,7 @@ from typing import NamedTuple, cast, final, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -28,7 +29,14 @@ from sparse_jax.samplers.registry import (
     num_active,
     require_no_measuring,
 )
-from sparse_jax.samplers.sampler import Sampler, SamplerState, advance, begin, is_active
+from sparse_jax.samplers.sampler import (
+    Sampler,
+    SamplerState,
+    advance,
+    begin,
+    is_active,
+    row_of_layers,
+)
 from sparse_jax.supports.masters import current_values, kept_of, value_of
 from sparse_jax.supports.packing import route, write_back
 from sparse_jax.supports.roles import (
@@ -45,6 +53,7 @@ from sparse_jax.transforms.layer_state import (
     init_rows,
     put_rows,
     restart_rows,
+    row_norms,
     take_rows,
     update_rows,
 )
@@ -56,7 +65,7 @@ class LayerwiseState(NamedTuple):
     """What takes the place of the optimizer's state in a `CompactState`."""
 
     sampler: SamplerState
-    rows: optax.OptState  # every array has the layers in front
+    rows: optax.OptState  # every array has the layers that are ever active in front
     outside: optax.OptState  # of trained leaves outside the layers
     origin: (
         optax.Params
@@ -187,7 +196,6 @@ class Layerwise(Tuner):
         before = is_active(rule, opt.sampler.active)
         chosen = advance(rule, opt.sampler, value_fn)
         active = chosen.active
-
         values = self._values(roles, state, active)
         tapped = lambda values: self._tapped(roles, state, values, active)
         loss, mean = self._gradients(tapped, values, batch, key)
@@ -202,9 +210,9 @@ class Layerwise(Tuner):
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         ready = finite & jnp.greater_equal(state.count, 0)
         values = self._values(roles, state, active)
-
         inside = values.rows._asdict()
-        rows = take_rows(opt.rows, active)
+        at = row_of_layers(rule)[active]
+        rows = take_rows(opt.rows, at)
         if self.restart:
             is_new = (is_active(rule, active) & ~before)[active]
             fresh = init_rows(self._tx, inside, rule.num_active)
@@ -212,7 +220,7 @@ class Layerwise(Tuner):
         row_grads = grads.rows._asdict()
         steps, moved = update_rows(self._tx, row_grads, rows, inside, **extra_args)
         rows = as_types(moved, rows)
-        norms = _row_norms(row_grads, rule.num_active)
+        norms = row_norms(row_grads, rule.num_active)
         memory = rule.observe(chosen.memory, active, norms)
         # Nothing is chosen of the states: where nothing is ready they are not written.
         # For a choice or a branch, compilers of TPUs keep the rows of all leaves.
@@ -221,13 +229,12 @@ class Layerwise(Tuner):
             (optax.apply_updates(inside, steps), chosen._replace(memory=memory)),
             (inside, opt.sampler),
         )
-
         kept = (state.count, values.outside, opt.outside)
         count, beyond, outside = update_if(
             ready, self._tx, grads.outside, *kept, **extra_args
         )
         values = _Values(beyond, TrainedValues(**inside))
-        rows = put_rows(opt.rows, rows, active, ready)
+        rows = put_rows(opt.rows, rows, at, ready)
         opt = opt._replace(sampler=sampler, rows=rows, outside=outside)
         state = self._written(roles, state, values, active)
         state = state._replace(count=count, opt_state=opt)
@@ -247,10 +254,12 @@ class Layerwise(Tuner):
             # A copy, because the step gives away what it gets.
             start = lambda role, values, leaf: jnp.array(values, leaf.dtype)
             origin = map_roles(start, layers, inside, params, only=TRAINED)
-        rows = values._replace(leaves=inside)._asdict()
+        rows, reachable = values._replace(leaves=inside)._asdict(), rule.reachable
+        if len(reachable) < rule.num_layers:
+            rows = take_rows(rows, np.array(reachable))
         return LayerwiseState(
             sampler=begin(rule, jax.random.key(self.seed)),
-            rows=init_rows(self._tx, rows, rule.num_layers),
+            rows=init_rows(self._tx, rows, len(reachable)),
             outside=self._tx.init(pick(beyond)),
             origin=origin,
         )
@@ -389,12 +398,3 @@ def _sides(roles: Roles) -> tuple[Roles, Roles]:
 
     frozen = lambda role: role._replace(kind=FROZEN)
     return side(True), side(False)
-
-
-def _row_norms(rows: optax.Params, num_rows: int) -> jax.Array:
-    """Returns the norm of every row of a tree, shape=(num_rows,), float32."""
-    squares = [
-        jnp.sum(jnp.square(leaf).reshape(num_rows, -1), axis=1)
-        for leaf in jax.tree.leaves(rows)
-    ]
-    return jnp.sqrt(sum(squares, jnp.zeros(num_rows, jnp.float32)))

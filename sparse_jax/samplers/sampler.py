@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparse_jax.errors import InputError
@@ -21,6 +22,7 @@ __all__ = [
     "begin",
     "draw_layers",
     "is_active",
+    "row_of_layers",
 ]
 
 # The name of what probes in programs, which run it in some updates only.
@@ -61,8 +63,6 @@ class Sampler(Generic[Memory]):
 
     # Whether the layers are chosen once, before the first update, by `measure`.
     measures: ClassVar[bool] = False
-    # Whether every turn has the same layers, so that the others are never trained.
-    is_constant: ClassVar[bool] = False
 
     def __post_init__(self):
         require_count("num_layers", self.num_layers)
@@ -101,6 +101,16 @@ class Sampler(Generic[Memory]):
         del layers, states_fn
         return jnp.zeros(self.num_layers, jnp.float32)
 
+    @property
+    def reachable(self) -> tuple[int, ...]:
+        """The layers that a turn may have, ascending; the others are never trained."""
+        return tuple(range(self.num_layers))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether every turn has the same layers."""
+        return len(self.reachable) == self.num_active
+
     def reached(self, size: int) -> int:
         """Returns how many of the `size` entries of all layers a run ever trains.
 
@@ -108,8 +118,8 @@ class Sampler(Generic[Memory]):
           >>> Sampler(num_layers=4, num_active=1).reached(100)
           100
         """
-        few = self.measures or self.is_constant
-        return size * self.num_active // self.num_layers if few else size
+        few = self.num_active if self.measures else len(self.reachable)
+        return size * few // self.num_layers
 
     @property
     def period(self) -> int | None:
@@ -238,6 +248,19 @@ def draw_layers(key: jax.Array, log_weights: jax.Array, num: int) -> jax.Array:
 def is_active(sampler: Sampler, active: jax.Array) -> jax.Array:
     """Returns the active layers as a mask, shape=(L,), bool."""
     return jnp.zeros(sampler.num_layers, bool).at[active].set(True)
+
+
+def row_of_layers(sampler: Sampler) -> jax.Array:
+    """Returns the place of every layer among the reachable ones, shape=(L,), int32.
+
+    Example:
+      >>> from sparse_jax import Static
+      >>> row_of_layers(Static.of(1, 3, num_layers=4))[jnp.array([1, 3])]
+      Array([0, 1], dtype=int32)
+    """
+    place = np.zeros(sampler.num_layers, np.int32)
+    place[list(sampler.reachable)] = np.arange(len(sampler.reachable))
+    return jnp.array(place)
 
 
 _VALUE_FN_MISSING = (

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +105,12 @@ class Fixed(Sampler[tuple[()]]):
         _require_weights("layer_weights", layer_weights, Sampler(**sizes))
         return cls(**sizes, proportions=tuple(layer_weights))
 
+    @property
+    def reachable(self) -> tuple[int, ...]:
+        """The layers of positive proportions."""
+        numbers = enumerate(self.proportions)
+        return tuple(layer for layer, proportion in numbers if proportion > 0)
+
     def weights(self, memory: tuple[()]) -> jax.Array:
         """Returns the proportions."""
         del memory
@@ -123,15 +128,18 @@ class Middle(Sampler[tuple[()]]):
       Array([2, 3], dtype=int32)
     """
 
-    is_constant: ClassVar[bool] = True
+    @property
+    def reachable(self) -> tuple[int, ...]:
+        """The layers in the middle."""
+        first = (self.num_layers - self.num_active) // 2
+        return tuple(range(first, first + self.num_active))
 
     def draw(
         self, memory: tuple[()], key: jax.Array, turn: jax.typing.ArrayLike
     ) -> jax.Array:
         """Returns the layers in the middle."""
         del memory, key, turn
-        first = (self.num_layers - self.num_active) // 2
-        return first + jnp.arange(self.num_active, dtype=jnp.int32)
+        return jnp.array(self.reachable, jnp.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +155,6 @@ class Static(Sampler[tuple[()]]):
     """
 
     layers: tuple[int, ...]
-    is_constant: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -176,6 +183,11 @@ class Static(Sampler[tuple[()]]):
     def of(cls, *layers: int, num_layers: int) -> "Static":
         """Returns the sampler of some layers of a model."""
         return cls(num_layers=num_layers, num_active=len(layers), layers=layers)
+
+    @property
+    def reachable(self) -> tuple[int, ...]:
+        """The list."""
+        return tuple(sorted(self.layers))
 
     def weights(self, memory: tuple[()]) -> jax.Array:
         """Returns 1 for the layers of the list and 0 for the others."""

@@ -14,8 +14,10 @@ import numpy as np
 import optax
 
 from sparse_jax.compact.compact import CompactState, Tuner
+from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError
 from sparse_jax.params.names import leaves_by_name, map_named
+from sparse_jax.samplers.sampler import Sampler
 from sparse_jax.sharding.placement import Placement, moved
 from sparse_jax.sharding.processes import is_first_process, require_agreement
 from sparse_jax.supports.layout import Shards
@@ -243,6 +245,10 @@ class Checkpoints:
                 "state. Pass the same one, resume with the version that began the "
                 "run, or pass --overwrite to start over."
             )
+        if isinstance(tuner, Layerwise):
+            rule = tuner.sampler_for(state.params)
+            pairs = zip(arrays, leaves, strict=True)
+            arrays = [_reachable(rule, *pair) for pair in pairs]
         typed = [_typed(*pair) for pair in zip(arrays, leaves, strict=True)]
         trained = jax.tree.unflatten(jax.tree.structure(like), typed)
         roles = tuner.method.roles(state.params)
@@ -363,6 +369,17 @@ def _plain(leaf: jax.Array) -> jax.Array:
     """Returns an array of numbers, also for a key."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if is_key else leaf
+
+
+def _reachable(
+    rule: Sampler, array: np.ndarray, like: jax.Array | jax.ShapeDtypeStruct
+) -> np.ndarray:
+    """Returns the rows of layers that are ever active; earlier versions wrote all."""
+    rows = (len(rule.reachable), *like.shape[1:])
+    is_whole = np.shape(array) == (rule.num_layers, *like.shape[1:])
+    if like.shape == rows and is_whole:
+        return array[list(rule.reachable)]
+    return array
 
 
 def _typed(

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-__all__ = ["init_rows", "put_rows", "restart_rows", "take_rows", "update_rows", "where"]
+__all__ = [
+    "init_rows",
+    "put_rows",
+    "restart_rows",
+    "row_norms",
+    "take_rows",
+    "update_rows",
+    "where",
+]
 
 Rows = TypeVar("Rows")
 _OnLeaf = Callable[[jax.Array, jax.Array], jax.Array]
@@ -109,6 +117,15 @@ def restart_rows(is_new: jax.Array, fresh: Rows, state: Rows) -> Rows:
         return jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
     return _map(pick, lambda old, new: old, state, fresh)
+
+
+def row_norms(rows: optax.Params, num_rows: int) -> jax.Array:
+    """Returns the norm of every row of a tree, shape=(num_rows,), float32."""
+    squares = [
+        jnp.sum(jnp.square(leaf).reshape(num_rows, -1), axis=1)
+        for leaf in jax.tree.leaves(rows)
+    ]
+    return jnp.sqrt(sum(squares, jnp.zeros(num_rows, jnp.float32)))
 
 
 def _sharding(leaf: jax.Array) -> jax.NamedSharding | None:
