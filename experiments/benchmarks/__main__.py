@@ -40,6 +40,7 @@ BENCHMARKS = (
     Benchmark("memory", "where the bytes of an update are", ("--checkpointing",)),
     Benchmark("attention", "attention on TPUs, by XLA and by the kernel"),
     Benchmark("lane", "reaching trained entries on TPUs"),
+    Benchmark("estimates", "updates on TPUs, by the cycles of their compiler"),
     Benchmark("compile", "how long programs take to compile, and what a cache saves"),
     Benchmark("selection", "selecting entries beside lax.top_k"),
     Benchmark("switch", "switching adapters beside NumPy's writes"),
