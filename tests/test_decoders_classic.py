@@ -195,7 +195,7 @@ def test_half_precision_stays_half(case, tmp_path):
     assert shape(model.logits, hidden).dtype == jnp.float32
     cache = jax.eval_shape(lambda: model.cache(params, 3, 16))
     after = shape(model.extend, batch, cache)[1]
-    assert after.k.dtype == jnp.bfloat16
+    assert after.kept[0].k.dtype == jnp.bfloat16
 
 
 def test_dropout_needs_a_key_and_changes_the_logits(tmp_path):

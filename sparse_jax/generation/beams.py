@@ -194,8 +194,7 @@ def _take(values: jax.Array, best: jax.Array) -> jax.Array:
 def _repeated(cache: Cache, num_beams: int) -> Cache:
     """Returns a cache with the rows of each prompt next to each other."""
     return cache._replace(
-        k=jnp.repeat(cache.k, num_beams, axis=1),
-        v=jnp.repeat(cache.v, num_beams, axis=1),
+        kept=jax.tree.map(lambda x: jnp.repeat(x, num_beams, axis=-4), cache.kept),
         is_token=jnp.repeat(cache.is_token, num_beams, axis=0),
         positions=jnp.repeat(cache.positions, num_beams, axis=0),
     )
@@ -206,4 +205,5 @@ def _reordered(cache: Cache, parents: jax.Array) -> Cache:
     # The rows of a prompt differ in nothing but keys and values.
     first = jnp.arange(parents.shape[0])[:, None] * parents.shape[1]
     rows = (first + parents).reshape(-1)
-    return cache._replace(k=cache.k[:, rows], v=cache.v[:, rows])
+    pick = lambda x: x[..., rows, :, :, :]
+    return cache._replace(kept=jax.tree.map(pick, cache.kept))

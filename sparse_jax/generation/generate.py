@@ -1,6 +1,5 @@
 """Text generation: what a decoder writes after prompts."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,9 +9,10 @@ from numpy.typing import ArrayLike
 
 from sparse_jax.errors import InputError
 from sparse_jax.generation.choice import Choice, Greedy
+from sparse_jax.generation.cpu import compiled, layers_apart
 from sparse_jax.generation.ends import before_end, end_table
 from sparse_jax.generation.prompts import AdaptedModel, Prompts, padded_batches
-from sparse_jax.models.attachment import Attachment, LayerValues
+from sparse_jax.models.attachment import Arrays, Attachment, LayerValues
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.functional import Model, Params
 
@@ -81,11 +81,12 @@ def generate(
     )
     key = jax.random.key(0) if key is None else key
     table = jnp.asarray(end_table(stop))
+    layers = layers_apart(params)
     found: dict[int, np.ndarray] = {}
     for batch in batches:
         batch = batch._replace(numbers=np.asarray(batch.numbers) + first)
         tokens = _decode(
-            params, attachment.trained, batch, key, table,
+            params, layers, attachment.trained, batch, key, table,
             model=model,
             attached=attachment._replace(trained=None),
             choice=choice,
@@ -96,11 +97,9 @@ def generate(
     return [found[number] for number in range(first, first + len(rows))]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "attached", "choice", "max_new_tokens")
-)
-def _decode(
+def _written(
     params: Params,
+    layers: tuple[Arrays, ...] | None,
     trained: LayerValues | None,
     prompts: Prompts,
     key: jax.Array,
@@ -112,9 +111,13 @@ def _decode(
     max_new_tokens: int,
 ) -> jax.Array:
     """Returns new tokens, int32 `[B, max_new_tokens]`."""
-    adapted = AdaptedModel(model, params, attached._replace(trained=trained))
+    attachment = attached._replace(trained=trained)
+    adapted = AdaptedModel(model, params, attachment, layers)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.numbers)
     return choice.decode(adapted, prompts, keys, stop, max_new_tokens)
+
+
+_decode = compiled(_written, ("model", "attached", "choice", "max_new_tokens"))
 
 
 def checked_prompts(

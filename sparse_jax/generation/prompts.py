@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from sparse_jax.models.attachment import Attachment
+from sparse_jax.models.attachment import Arrays, Attachment
 from sparse_jax.models.causal_lm import Cache
 from sparse_jax.models.functional import Model, Params
+from sparse_jax.models.modules import Inputs
 
 __all__ = ["Prompts", "AdaptedModel", "bucket", "padded_batches"]
 
@@ -84,6 +85,8 @@ class AdaptedModel(NamedTuple):
     model: Model
     params: Params
     attachment: Attachment
+    # Parameters of each layer, where they are not read from the stack.
+    layers: tuple[Arrays, ...] | None = None
 
     def start(self, prompts: Prompts, num_more: int) -> tuple[jax.Array, Cache]:
         """Reads prompts.
@@ -97,19 +100,26 @@ class AdaptedModel(NamedTuple):
         """
         rows, columns = jnp.shape(prompts.input_ids)
         cache = self.model.cache(self.params, rows, columns + num_more)
-        return self._extend(prompts.input_ids, prompts.attention_mask, cache)
+        batch = _batch(prompts.input_ids, prompts.attention_mask)
+        hidden, cache = self.model.read(
+            self.params, batch, cache, attachment=self.attachment
+        )
+        cache = cache if self.layers is None else cache.apart()
+        return self.model.logits(self.params, hidden[:, -1]), cache
 
     def read(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Reads one token more in each row, int32 `[B]`; returns as `start` does."""
         tokens = tokens[:, None]
-        return self._extend(tokens, jnp.ones_like(tokens), cache)
-
-    def _extend(
-        self, ids: ArrayLike, mask: ArrayLike, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        """Reads columns, and scores what follows the last."""
-        batch = {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
         hidden, cache = self.model.extend(
-            self.params, batch, cache, attachment=self.attachment
+            self.params,
+            _batch(tokens, jnp.ones_like(tokens)),
+            cache,
+            attachment=self.attachment,
+            parts=self.layers,
         )
         return self.model.logits(self.params, hidden[:, -1]), cache
+
+
+def _batch(ids: ArrayLike, mask: ArrayLike) -> Inputs:
+    """Returns the arrays that a model reads."""
+    return {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}

@@ -16,6 +16,7 @@ from sparse_jax.data.conversations import ALPACA, Conversation, PromptTemplate
 from sparse_jax.data.llm_adapters import Question
 from sparse_jax.data.tokenizer import Tokenizer
 from sparse_jax.errors import InputError
+from sparse_jax.generation.cpu import compiled
 from sparse_jax.generation.prefix_trees import tree_batches
 from sparse_jax.models.attachment import Attachment, LayerValues
 from sparse_jax.models.functional import Model, Params
@@ -192,8 +193,7 @@ def score_sequences(
     return Scored(total, is_greedy)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "attached"))
-def _hidden(
+def _read(
     params: Params,
     trained: LayerValues | None,
     inputs: Inputs,
@@ -206,6 +206,9 @@ def _hidden(
     # A loop compiles in a third of the time of all layers, and is no slower here.
     hidden = model.hidden(params, inputs, attachment=attachment, unroll=1)
     return hidden.reshape(-1, hidden.shape[-1])
+
+
+_hidden = compiled(_read, ("model", "attached"))
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -17,6 +17,7 @@ __all__ = [
     "Mask",
     "Reach",
     "attend",
+    "keys_first",
     "memory_of",
     "remember",
     "split_heads",
@@ -164,6 +165,8 @@ def attend(
         rule = (mask.segments, cast(jax.Array, mask.reach))
         options = {"reaches": mask.reaches, "scale": scale, "cap": cap}
         return attend_in_blocks(q, k, v, *rule, **options)
+    if q.shape[1] == 1 and not drops:
+        return _mixed_one(q, k, v, bias, mask.seen, scale=scale, cap=cap)
     if cap is None and not drops:
         mix: Mix = partial(jax.nn.dot_product_attention, scale=scale)
     else:
@@ -195,6 +198,50 @@ def _mixed(
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores), rate, key).astype(v.dtype)
     return jnp.einsum("BHTS,BSHK->BTHK", weights, v)
+
+
+def keys_first(keys: jax.Array, queries: jax.Array) -> jax.Array:
+    """Returns the float32 products of few queries and many keys, queries @ keys^T.
+
+    As a product of few rows with a matrix that is to be transposed XLA:CPU takes 250 ms
+    for 8 rows and 49,152 of 576 numbers, and 30 with that matrix first. The barrier
+    keeps it from exchanging the two again.
+
+    Args:
+      keys: shape=(..., S, K).
+      queries: shape=(..., R, K).
+
+    Example:
+      >>> keys_first(jnp.array([[1.0], [2.0]]), jnp.array([[3.0]])).tolist()
+      [[3.0, 6.0]]
+    """
+    turned = jnp.swapaxes(queries, -1, -2)
+    scores = jnp.matmul(keys, turned, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(jax.lax.optimization_barrier(scores), -1, -2)
+
+
+def _mixed_one(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array,
+    *,
+    scale: float | None,
+    cap: float | None,
+) -> jax.Array:
+    """Attends with one query a row."""
+    rows, _, heads, size = q.shape
+    q = q.reshape(rows, k.shape[2], -1, size)
+    scores = keys_first(jnp.swapaxes(k, 1, 2), q).reshape(rows, heads, 1, -1)
+    scores = scores * (size**-0.5 if scale is None else scale)
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    scores = scores if bias is None else scores + bias
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores).astype(v.dtype)
+    weights = weights.reshape(*q.shape[:-1], -1)
+    mixed = jnp.einsum("BGRS,BSGK->BGRK", weights, v)
+    return mixed.reshape(rows, 1, heads, size)
 
 
 def _attend_in_parts(

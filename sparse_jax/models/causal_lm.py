@@ -1,15 +1,16 @@
 """Decoders, and one that scores the next word."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_jax.models.attachment import Attachment
-from sparse_jax.models.attend import Mask, Reach
+from sparse_jax.models.attachment import Arrays, Attachment
+from sparse_jax.models.attend import Mask, Reach, keys_first
+from sparse_jax.models.cached import KeysValues
 from sparse_jax.models.config import ClassicConfig, DecoderConfig, LayerKind
-from sparse_jax.models.decoder import Cached
 from sparse_jax.models.family import DecoderFamily
 from sparse_jax.models.modules import Inputs, linear
 from sparse_jax.models.stack import (
@@ -18,22 +19,31 @@ from sparse_jax.models.stack import (
     of_kinds,
     run_cached_layers,
     run_layers,
+    run_reading_layers,
     stack_layers,
 )
+from sparse_jax.params.axes import is_one_cpu
 
 __all__ = ["Cache", "CausalLM", "Decoder"]
 
 _NOTHING = Attachment()
+# As many tokens as `keys_first` is for.
+_FEW_ROWS = 32
 
 
 class Cache(NamedTuple):
     """What a model remembers of the tokens it has read; S columns of room."""
 
-    k: jax.Array  # shape=(L, B, S, G, K)
-    v: jax.Array  # shape=(L, B, S, G, K)
+    # Of all layers in one, shape=(L, B, G, S, K), or of each, shape=(B, G, S, K).
+    kept: tuple[KeysValues, ...]
     is_token: jax.Array  # shape=(B, S), bool: False at padding and in front of the end
     positions: jax.Array  # shape=(B,), int32: tokens read, which number the next one
     length: jax.Array  # shape=(), int32: columns in use
+
+    def apart(self) -> "Cache":
+        """Returns the cache with each layer on its own."""
+        ((k, v),) = self.kept
+        return self._replace(kept=tuple(map(KeysValues, k, v)))
 
 
 class Decoder(nnx.Module):
@@ -90,6 +100,18 @@ class Decoder(nnx.Module):
           noise: alpha of NEFTune.
           **options: the others of `run_layers`.
         """
+        positions, context = self._context(batch)
+        return run_layers(
+            self.layers,
+            self.embeddings(batch["input_ids"], positions, key, noise),
+            *context,
+            kinds=self.config.layer_kinds,
+            key=key,
+            **options,
+        )
+
+    def _context(self, batch: Inputs) -> tuple[jax.Array, tuple]:
+        """Returns the positions of tokens, and what the layers know of them."""
         is_token = batch["attention_mask"].astype(bool)
         positions = batch.get("positions", _positions(is_token))
         info = self.family.parts.position_info
@@ -98,29 +120,60 @@ class Decoder(nnx.Module):
             info(self.config, kind, positions, positions),
             _mask(kind, reaches, is_token, positions, batch),
         )
-        return run_layers(
-            self.layers,
-            self.embeddings(batch["input_ids"], positions, key, noise),
-            *of_kinds(self.config.kinds, context),
-            kinds=self.config.layer_kinds,
-            key=key,
-            **options,
-        )
+        return positions, of_kinds(self.config.kinds, context)
 
     def cache(self, batch_size: int, length: int) -> Cache:
         """Returns an empty cache for `length` columns of tokens and padding."""
         config = self.config
         dtype = self.embeddings.word.embedding[...].dtype
         shape = (
-            config.num_layers, batch_size, length, config.num_kv_heads, config.head_size
+            config.num_layers, batch_size, config.num_kv_heads, length, config.head_size
         )  # fmt: skip
         return Cache(
-            k=jnp.zeros(shape, dtype),
-            v=jnp.zeros(shape, dtype),
+            kept=(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),),
             is_token=jnp.zeros((batch_size, length), bool),
             positions=jnp.zeros(batch_size, jnp.int32),
             length=jnp.zeros([], jnp.int32),
         )
+
+    def read(
+        self,
+        batch: Inputs,
+        cache: Cache,
+        *,
+        attachment: Attachment = _NOTHING,
+    ) -> tuple[jax.Array, Cache]:
+        """Reads prompts into an empty cache.
+
+        Args:
+          batch: as of `extend`.
+          cache: empty, with room for T columns and more.
+          attachment: what a method adds to the layers.
+
+        Returns:
+          Normed hidden states `[B, T, D]`, and the cache with the prompts.
+        """
+        positions, context = self._context(batch)
+        x, new = run_reading_layers(
+            self.layers,
+            self.embeddings(batch["input_ids"], positions, None),
+            *context,
+            kinds=self.config.layer_kinds,
+            attachment=attachment,
+        )
+        is_new = batch["attention_mask"].astype(bool)
+        ((k, v),) = cache.kept
+        write = lambda old, new: jax.lax.dynamic_update_slice(
+            old, jnp.swapaxes(new, 2, 3).astype(old.dtype), (0,) * old.ndim
+        )
+        front = jax.lax.dynamic_update_slice(cache.is_token, is_new, (0, 0))
+        cache = Cache(
+            kept=(KeysValues(write(k, new.k), write(v, new.v)),),
+            is_token=front,
+            positions=jnp.sum(is_new, axis=1, dtype=jnp.int32),
+            length=jnp.int32(is_new.shape[1]),
+        )
+        return self.norm(x), cache
 
     def extend(
         self,
@@ -128,6 +181,7 @@ class Decoder(nnx.Module):
         cache: Cache,
         *,
         attachment: Attachment = _NOTHING,
+        parts: Sequence[Arrays] | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Reads more tokens, after those of a cache.
 
@@ -136,6 +190,7 @@ class Decoder(nnx.Module):
             on the left, or one token a row.
           cache: with room for T columns more.
           attachment: what a method adds to the layers.
+          parts: parameters of every layer, of a cache whose layers are apart.
 
         Returns:
           Normed hidden states of the new columns `[B, T, D]`, and the cache with them.
@@ -151,17 +206,18 @@ class Decoder(nnx.Module):
             info(self.config, kind, positions, seen),
             Mask(_seen(kind, columns, is_token)),
         )
-        x, k, v = run_cached_layers(
+        x, kept = run_cached_layers(
             self.layers,
             self.embeddings(batch["input_ids"], positions, None),
-            Cached(cache.k, cache.v, start),
+            cache.kept,
+            start,
             *of_kinds(self.config.kinds, context),
             kinds=self.config.layer_kinds,
             attachment=attachment,
+            parts=parts,
         )
         cache = Cache(
-            k=k,
-            v=v,
+            kept=kept,
             is_token=is_token,
             positions=cache.positions + jnp.sum(is_new, axis=1, dtype=jnp.int32),
             length=start + num_new,
@@ -249,7 +305,11 @@ class CausalLM(Decoder):
         head = self.lm_head
         words = self.embeddings.word.embedding
         kernel = words[...].T if head is None else head.kernel[...]
-        scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        is_few = hidden.ndim == 2 and len(hidden) <= _FEW_ROWS
+        if head is None and is_few and is_one_cpu():
+            scores = keys_first(words[...], hidden)
+        else:
+            scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
         if head is not None and head.bias is not None:
             scores = scores + head.bias[...].reshape(*[1] * (scores.ndim - 1), -1)
         cap = self.config.logit_softcap

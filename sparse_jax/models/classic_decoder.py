@@ -16,8 +16,8 @@ from sparse_jax.models.attend import (
     remember,
     split_heads,
 )
+from sparse_jax.models.cached import Cached, KeysValues
 from sparse_jax.models.config import ClassicConfig
-from sparse_jax.models.decoder import Cached
 from sparse_jax.models.modules import (
     dropout,
     embed,
@@ -99,7 +99,7 @@ class ClassicAttention(nnx.Module):
         key: jax.Array | None,
         respond: Respond,
         cached: Cached | None,
-    ) -> tuple[jax.Array, Cached | None]:
+    ) -> tuple[jax.Array, KeysValues]:
         """Attends in normed `x`, `[B, T, D]`, to the keys that a mask shows."""
         width = x.shape[-1] // self.num_heads
         q = split_heads(respond("attention/query", self.query, x), width)
@@ -107,14 +107,13 @@ class ClassicAttention(nnx.Module):
         v = split_heads(respond("attention/value", self.value, x), width)
         if position.turn is not None:
             q, k = rotate_pairs(q, position.turn), rotate_pairs(k, position.turn)
-        if cached is not None:
-            cached = cached.put(k, v)
-            k, v = cached.k.astype(q.dtype), cached.v.astype(q.dtype)
+        kept = KeysValues(k, v) if cached is None else cached.put(k, v)
+        k, v = (k, v) if cached is None else cached.seen(kept, q.dtype)
         seen = remember(memory_of(respond, x), k, v, mask)
         bias = _with_memory(position.bias, seen)
         mixed = attend(q, seen.k, seen.v, bias, seen.mask, self.rate, key)
         mixed = mixed.reshape(x.shape)
-        return respond("attention/output", self.output, mixed), cached
+        return respond("attention/output", self.output, mixed), kept
 
 
 class ClassicMlp(nnx.Module):
@@ -169,14 +168,17 @@ class ClassicLayer(nnx.Module):
         key: jax.Array | None,
         respond: Respond,
         cached: Cached | None,
-    ) -> tuple[jax.Array, Cached | None]:
-        """Does the same after the tokens of a cache, and adds to it."""
+    ) -> tuple[jax.Array, KeysValues]:
+        """Does the same after the tokens of a cache, if any.
+
+        Returns also keys and values: of these tokens, or the cache with them.
+        """
         weights_key, attention_key, mlp_key = split_key(key, 3)
         normed = respond("attention/norm", self.attention.norm, x)
-        y, cached = self.attention(normed, position, mask, weights_key, respond, cached)
+        y, kept = self.attention(normed, position, mask, weights_key, respond, cached)
         y = x + dropout(y, self.rate, attention_key)
         z = self.mlp(normed if self.is_parallel else y, respond)
-        return y + dropout(z, self.rate, mlp_key), cached
+        return y + dropout(z, self.rate, mlp_key), kept
 
 
 def _with_memory(bias: jax.Array | None, seen: Attended) -> jax.Array | None:

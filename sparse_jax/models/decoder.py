@@ -1,7 +1,5 @@
 """A decoder with rotary positions: its word table and its layers."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,11 +7,12 @@ from flax import nnx
 from sparse_jax.models.activations import ACTIVATIONS
 from sparse_jax.models.attachment import Respond
 from sparse_jax.models.attend import Mask, attend, memory_of, remember, split_heads
+from sparse_jax.models.cached import Cached, KeysValues
 from sparse_jax.models.config import DecoderConfig
 from sparse_jax.models.modules import RmsNorm, embed, linear, noisy
 from sparse_jax.models.position_embeddings import Turn, rotate
 
-__all__ = ["Cached", "DecoderLayer", "Words"]
+__all__ = ["DecoderLayer", "Words"]
 
 
 class Words(nnx.Module):
@@ -37,21 +36,6 @@ class Words(nnx.Module):
             x = x * jnp.asarray(self.factor, x.dtype)
         # As transformers has it: the noise is not scaled.
         return noisy(x, noise, key)
-
-
-class Cached(NamedTuple):
-    """Keys and values of the tokens before, and where to put the next ones."""
-
-    k: jax.Array  # shape=(B, S, G, K)
-    v: jax.Array  # shape=(B, S, G, K)
-    start: jax.Array  # shape=(), int32: columns in use
-
-    def put(self, k: jax.Array, v: jax.Array) -> "Cached":
-        """Returns the cache with T more columns, `[B, T, G, K]`."""
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-            old, new.astype(old.dtype), self.start, axis=1
-        )
-        return self._replace(k=write(self.k, k), v=write(self.v, v))
 
 
 class DecoderAttention(nnx.Module):
@@ -85,7 +69,7 @@ class DecoderAttention(nnx.Module):
         key: jax.Array | None,
         respond: Respond,
         cached: Cached | None,
-    ) -> tuple[jax.Array, Cached | None]:
+    ) -> tuple[jax.Array, KeysValues]:
         """Attends to the keys that a mask shows."""
         x = respond("attention/norm", self.norm, x)
         q = split_heads(respond("attention/query", self.query, x), self.head_size)
@@ -95,9 +79,8 @@ class DecoderAttention(nnx.Module):
             q = respond("attention/query_norm", self.query_norm, q)
             k = respond("attention/key_norm", self.key_norm, k)
         q, k = rotate(q, turn), rotate(k, turn)
-        if cached is not None:
-            cached = cached.put(k, v)
-            k, v = cached.k.astype(q.dtype), cached.v.astype(q.dtype)
+        kept = KeysValues(k, v) if cached is None else cached.put(k, v)
+        k, v = (k, v) if cached is None else cached.seen(kept, q.dtype)
         seen = remember(memory_of(respond, x), k, v, mask)
         mixed = attend(
             q, seen.k, seen.v, seen.bias, seen.mask, self.rate, key,
@@ -107,7 +90,7 @@ class DecoderAttention(nnx.Module):
         y = respond("attention/output", self.output, mixed)
         if self.post_norm is not None:
             y = respond("attention/post_norm", self.post_norm, y)
-        return y, cached
+        return y, kept
 
 
 class GatedMlp(nnx.Module):
@@ -165,11 +148,14 @@ class DecoderLayer(nnx.Module):
         key: jax.Array | None,
         respond: Respond,
         cached: Cached | None,
-    ) -> tuple[jax.Array, Cached | None]:
-        """Does the same after the tokens of a cache, and adds to it."""
-        y, cached = self.attention(x, turn, mask, key, respond, cached)
+    ) -> tuple[jax.Array, KeysValues]:
+        """Does the same after the tokens of a cache, if any.
+
+        Returns also keys and values: of these tokens, or the cache with them.
+        """
+        y, kept = self.attention(x, turn, mask, key, respond, cached)
         x = x + y
-        return x + self.mlp(x, respond), cached
+        return x + self.mlp(x, respond), kept
 
 
 def _norm(config: DecoderConfig, size: int) -> RmsNorm:

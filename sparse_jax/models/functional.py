@@ -109,6 +109,12 @@ class Model:
         """Calls `CausalLM.cache`."""
         return self.bind(params).cache(batch_size, length)
 
+    def read(
+        self, params: Params, batch: Inputs, cache: Cache, **options: object
+    ) -> tuple[jax.Array, Cache]:
+        """Calls `CausalLM.read`."""
+        return self.bind(params).read(_complete(batch), cache, **options)
+
     def extend(
         self, params: Params, batch: Inputs, cache: Cache, **options: object
     ) -> tuple[jax.Array, Cache]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_jax.models.attachment import Attachment, LayerValues, Slots
-from sparse_jax.models.decoder import Cached
+from sparse_jax.models.attachment import Arrays, Attachment, LayerValues, Slots
+from sparse_jax.models.cached import Cached, KeysValues
 from sparse_jax.models.slots import run_slots
 from sparse_jax.params.axes import keep_batch_sharded, platform
 
@@ -21,6 +21,7 @@ __all__ = [
     "default_unroll",
     "of_kinds",
     "run_cached_layers",
+    "run_reading_layers",
     "run_layers",
     "stack_layers",
 ]
@@ -113,14 +114,42 @@ def run_layers(
     return x if before is None else jnp.concatenate([before, x[None]])
 
 
-def run_cached_layers(
+def run_reading_layers(
     layers: nnx.Module,
     x: jax.Array,
-    cached: Cached,
     *context: object,
     kinds: Sequence[int] | None = None,
     attachment: Attachment,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, KeysValues]:
+    """Runs `x` through a stack of layers, and keeps the keys and values.
+
+    A layer is called as `layer.extend(x, *context, None, respond, None)`; the arguments
+    are those of `run_layers`.
+
+    Returns:
+      Output of the last layer, and keys and values of all, `[L, B, T, G, K]`.
+    """
+    graphdef, state = nnx.split(layers)
+
+    def body(x: jax.Array, one: tuple) -> tuple[jax.Array, KeysValues]:
+        call = _extending(graphdef, attachment, one)
+        y, kept = call(x, *_own(context, one), None)
+        return keep_batch_sharded(y.astype(x.dtype)), kept
+
+    stacked = (nnx.to_pure_dict(state), attachment.trained, _numbers(kinds))
+    return jax.lax.scan(body, x, stacked)
+
+
+def run_cached_layers(
+    layers: nnx.Module,
+    x: jax.Array,
+    kept: Sequence[KeysValues],
+    start: jax.Array,
+    *context: object,
+    kinds: Sequence[int] | None = None,
+    attachment: Attachment,
+    parts: Sequence[Arrays] | None = None,
+) -> tuple[jax.Array, tuple[KeysValues, ...]]:
     """Runs `x` through a stack of layers that remember keys and values.
 
     A layer is called as `layer.extend(x, *context, None, respond, cached)`.
@@ -128,28 +157,56 @@ def run_cached_layers(
     Args:
       layers: module made by `stack_layers`.
       x: input of the first layer, `[B, T, D]`.
-      cached: `Cached` with keys and values of all layers, `[L, B, S, G, K]`.
+      kept: keys and values of all layers in one, `[L, B, G, S, K]`, or of each,
+        `[B, G, S, K]`.
+      start: columns in use, int32.
       *context: arrays that every layer sees.
       kinds: as of `run_layers`.
       attachment: what a method adds to the layers.
+      parts: parameters of each layer, `[1, ...]`, where keys and values are those of
+        each; there is no loop then.
 
     Returns:
       Output of the last layer, and the keys and values with the new ones.
     """
     graphdef, state = nnx.split(layers)
-    params = nnx.to_pure_dict(state)
 
-    def body(x: jax.Array, one: tuple) -> tuple[jax.Array, tuple]:
-        layer_params, trained, k, v, _ = one
-        layer: Any = nnx.merge(graphdef, attachment.weights(layer_params, trained))
-        respond = lambda site, f, x: attachment.response(site, f, x, trained, None)
-        here = cached._replace(k=k, v=v)
-        y, after = layer.extend(x, *_own(context, one), None, respond, here)
-        return keep_batch_sharded(y.astype(x.dtype)), (after.k, after.v)
+    # All layers are alike, and traced once.
+    @jax.jit
+    def call(carry: tuple, one: tuple, start: jax.Array, context: tuple) -> tuple:
+        x, kept = carry
+        *_, number, _ = one
+        here = Cached(*kept, number, start)
+        y, kept = _extending(graphdef, attachment, one)(x, *_own(context, one), here)
+        return keep_batch_sharded(y.astype(x.dtype)), kept
 
-    stacked = (params, attachment.trained, cached.k, cached.v, _numbers(kinds))
-    x, (k, v) = jax.lax.scan(body, x, stacked)
-    return x, k, v
+    rest = (attachment.trained, _numbers(kinds))
+    if parts is None:
+        params = nnx.to_pure_dict(state)
+        numbers = jnp.arange(len(kept[0].k))
+        stacked = (params, rest[0], numbers, rest[1])
+        body = lambda carry, one: (call(carry, one, start, context), None)
+        (x, after), _ = jax.lax.scan(body, (x, *kept), stacked)
+        return x, (after,)
+    each = []
+    for number, (part, old) in enumerate(zip(parts, kept, strict=True)):
+        params = jax.tree.map(lambda leaf: leaf[0], part)
+        trained, kind = jax.tree.map(lambda leaf, at=number: leaf[at], rest)
+        x, new = call((x, old), (params, trained, None, kind), start, context)
+        each.append(new)
+    return x, tuple(each)
+
+
+def _extending(
+    graphdef: nnx.GraphDef, attachment: Attachment, one: tuple
+) -> Callable[..., tuple[jax.Array, KeysValues]]:
+    """Returns a layer as a function of its input, its context and its cache."""
+    layer_params, trained, *_ = one
+    layer: Any = nnx.merge(graphdef, attachment.weights(layer_params, trained))
+    respond = lambda site, f, x: attachment.response(site, f, x, trained, None)
+    return lambda x, *context: layer.extend(
+        x, *context[:-1], None, respond, context[-1]
+    )
 
 
 def _run_with_slots(
