@@ -26,7 +26,7 @@ from experiments import (
     tables,
 )
 from experiments.benchmarks import __main__ as all_benchmarks
-from experiments.benchmarks import against_torch
+from experiments.benchmarks import against_torch, generation
 from experiments.benchmarks.__main__ import BENCHMARKS
 from experiments.benchmarks.result import Panel, Result, finish
 from experiments.report import Report
@@ -280,6 +280,31 @@ def test_programs_are_compared_with_their_peers_round_by_round():
     assert (ist["peer"], ist["ratio"], ist["peak_ratio"]) == ("LoRA", 0.5, 0.5)
 
 
+def test_texts_and_choices_that_differ_end_the_comparison():
+    firsts = {
+        (generation.WRITE, "sparse_jax"): {"found": [[1, 2], [3, 4]]},
+        (generation.WRITE, "PyTorch"): {"found": [[1, 2], [3, 5]]},
+    }
+    with pytest.raises(SystemExit, match="PyTorch finds the same in 1 of 2"):
+        generation.check(firsts)
+
+
+def test_what_is_twice_as_slow_has_the_ratio_two():
+    def steps(*seconds, scores):
+        rest = {"found": [1, 0], "scores": scores, "peak": 10, "since_start": 9.0}
+        return [{"seconds": one, **rest} for one in (7.0, 2.0, *seconds)]
+
+    rows = {
+        (generation.RANK, "sparse_jax"): steps(1.0, 1.0, scores=[-1.0, -2.0]),
+        (generation.RANK, "PyTorch"): steps(2.0, 2.0, scores=[-1.0, -2.5]),
+    }
+    ours, theirs = generation.summary(rows, {generation.RANK: 6})
+    assert (ours["rate"], ours["ratio"], ours["compile"]) == (6.0, 1.0, 6.0)
+    assert (theirs["rate"], theirs["ratio"], theirs["nats"]) == (3.0, 2.0, 0.5)
+    shown = generation.result_of([ours, theirs], "both")
+    assert shown.name_of(shown.rows[1]) == "rank, PyTorch"
+
+
 def test_all_benchmarks_are_named_once_and_are_modules():
     names = [one.name for one in BENCHMARKS]
     assert len(names) == len({*names})
@@ -307,7 +332,7 @@ def test_benchmarks_beside_a_library_run_only_where_it_is_asked_for(
     assert "against_torch" not in commands and "step_time" in commands
     commands.clear()
     all_benchmarks.run_all("torch", [], tmp_path)
-    assert commands[-1] == "against_torch"
+    assert commands[-2:] == ["against_torch", "generation"]
 
 
 def test_a_result_is_a_table_a_file_and_a_picture(tmp_path, capsys):

@@ -50,6 +50,7 @@ BENCHMARKS = (
     Benchmark("scaling", "by density, length, layers and devices"),
     Benchmark("data", "tokenizing, and reading batches"),
     Benchmark("against_torch", "updates beside PyTorch and PEFT", (), TORCH),
+    Benchmark("generation", "texts and ranked answers beside transformers", (), TORCH),
 )
 
 

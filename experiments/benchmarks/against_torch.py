@@ -12,15 +12,10 @@ of 30 M random parameters. Ten minutes on two CPU cores; needs torch and peft.
 """
 
 import argparse
-import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -33,9 +28,18 @@ from experiments.benchmarks.result import (
     benchmark_parser,
     finish,
 )
+from experiments.benchmarks.workers import (
+    OURS,
+    THEIRS,
+    Program,
+    Row,
+    measure,
+    ratios,
+    serve,
+    write_llama,
+)
 
 RANK, RATE = 16, 1e-4
-OURS, THEIRS = "sparse_jax", "PyTorch"
 LAYERS = "^layers/.*/kernel$"
 SITES = ("attention/(query|key|value|output)$", "mlp/")
 # (what is trained, by which library); ratios are to the last of the same row.
@@ -47,16 +51,10 @@ PROGRAMS = (
 )  # fmt: skip
 # What a program is compared with.
 PEERS = {"full": "full", "LoRA": "LoRA", "SIFT": "SHiRA", "SIFT + IST": "LoRA"}
-# Threads that wait do not spin, and warnings of others are not of interest here.
-_QUIET = {
-    "OMP_WAIT_POLICY": "passive",
-    "PYTHONWARNINGS": "ignore",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
 # Losses of one model and batch differ by rounding.
 _TOLERANCE = 1e-4
 
-Rows = dict[tuple[str, str], list[dict[str, float]]]
+Rows = dict[Program, list[Row]]
 Step = Callable[[], float]  # makes an update and returns the loss before it
 
 
@@ -154,96 +152,37 @@ def their_step(method: str, model: str, ids: np.ndarray) -> tuple[Step, int]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Makes an update for every line that comes in, and reports it in one line."""
-    import resource
-
-    if args.threads:
-        # The pools of both libraries have a thread for each core they may use.
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[-args.threads :])
+    """Makes updates as they are asked for."""
     method, library = args.program
     ids = np.random.default_rng(0).integers(3, 1000, (args.batch_size, args.length))
     build = {OURS: our_step, THEIRS: their_step}[library]
-    began = time.process_time()
-    step, trained = build(method, args.model, ids.astype(np.int32))
-    for _ in sys.stdin:
-        before = time.process_time()
-        loss = step()
-        now = time.process_time()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        found = {"loss": loss, "seconds": now - before, "since_start": now - began}
-        print(json.dumps(found | {"peak": peak, "trained": trained}), flush=True)
+
+    def built() -> Callable[[], Row]:
+        step, trained = build(method, args.model, ids.astype(np.int32))
+        return lambda: {"loss": step(), "trained": trained}
+
+    serve(built, args.threads)
 
 
-class Worker:
-    """A program in a process of its own."""
-
-    def __init__(self, program: tuple[str, str], args: argparse.Namespace):
-        words = [sys.executable, "-m", __spec__.name, "--program", *program]
-        for name in ("model", "batch_size", "length", "threads"):
-            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **_QUIET, "JAX_PLATFORMS": "cpu"},
-        )  # fmt: skip
-
-    def step(self) -> dict[str, float]:
-        """Makes an update."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit("error: a program ended early; what it said is above")
-        return json.loads(line)
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def measure(args: argparse.Namespace) -> Rows:
-    """Returns what the updates of every program reported, the first two included."""
-    rows: Rows = {program: [] for program in PROGRAMS}
-    with ExitStack() as stack:
-        workers = {}
-        for program in PROGRAMS:
-            # One after the other: starting takes more memory than what stays.
-            workers[program] = stack.enter_context(Worker(program, args))
-            rows[program] += [workers[program].step(), workers[program].step()]
-        losses = {program: updates[0]["loss"] for program, updates in rows.items()}
-        if max(losses.values()) - min(losses.values()) > _TOLERANCE:
-            raise SystemExit(f"error: the first losses differ: {losses}")
-        for _ in range(args.rounds):
-            for program, worker in workers.items():
-                rows[program].append(worker.step())
-    return rows
+def check(firsts: dict[Program, Row]) -> None:
+    """Ends the run if the first losses are not those of one model and batch."""
+    losses = {program: one["loss"] for program, one in firsts.items()}
+    if max(losses.values()) - min(losses.values()) > _TOLERANCE:
+        raise SystemExit(f"error: the first losses differ: {losses}")
 
 
 def summary(rows: Rows) -> list[dict[str, Any]]:
     """Returns one row for every program, with its ratio to its peer of each round."""
-    seconds = {
-        program: np.array([one["seconds"] for one in updates[2:]])
-        for program, updates in rows.items()
-    }
     found = []
     for program, updates in rows.items():
         peer = (PEERS.get(program[0], program[0]), THEIRS)
-        ratio = seconds[program] / seconds[peer]
         found.append(
             {
                 "method": program[0],
                 "library": program[1],
                 "trained": updates[0]["trained"],
-                "seconds": float(seconds[program].mean()),
                 "peer": peer[0],
-                "ratio": float(seconds[program].mean() / seconds[peer].mean()),
-                "quartiles": np.quantile(ratio, (0.25, 0.75)).tolist(),
-                "peak": updates[1]["peak"],
-                "peak_ratio": updates[1]["peak"] / rows[peer][1]["peak"],
+                **ratios(updates, rows[peer]),
                 "first_update": updates[0]["since_start"],
                 "first_loss": updates[0]["loss"],
             }
@@ -291,23 +230,6 @@ def result_of(found: list[dict[str, Any]], title: str) -> Result:
     )
 
 
-def write_llama(folder: str) -> str:
-    """Writes a Llama of 30 M random parameters."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
-        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 def main() -> None:
     """Prints the table."""
     parser = benchmark_parser(__doc__)
@@ -329,7 +251,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         args.model = args.model or write_llama(folder)
-        found = summary(measure(args))
+        names = ("model", "batch_size", "length", "threads")
+        options = {name: getattr(args, name) for name in names}
+        module = __spec__.name
+        found = summary(measure(module, PROGRAMS, options, args.rounds, check))
     size = f"{args.batch_size} x {args.length} tokens"
     threads = f"{args.threads or 'all'} threads" if args.threads != 1 else "one thread"
     where = f"{platform.machine()}, {threads}, {args.rounds} rounds"

@@ -1,0 +1,164 @@
+"""Programs in processes of their own, that make a step each in turn, round by round.
+
+Whatever else the machine does meets all of them. A program is a module with options,
+which calls `serve`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "OURS", "THEIRS", "Program", "Row", "measure", "ratios", "seconds_of", "serve",
+    "write_llama",
+]  # fmt: skip
+
+OURS, THEIRS = "sparse_jax", "PyTorch"
+# Threads that wait do not spin, and warnings of others are not of interest here.
+_QUIET = {
+    "OMP_WAIT_POLICY": "passive",
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+Row = dict[str, Any]  # what a step reported, with its costs
+Step = Callable[[], Row]
+Program = tuple[str, str]
+# Steps that do not count: the first compiles.
+WARM_UP = 2
+
+
+def serve(build: Callable[[], Step], threads: int) -> None:
+    """Makes a step for every line that comes in, and reports it in one line.
+
+    Beside what the step returns that are its CPU `seconds`, those `since_start`, and
+    the `peak` of the process so far, in bytes.
+
+    Args:
+      build: loads libraries and models, and returns the step.
+      threads: of the process; 0 is one for each core.
+    """
+    import resource
+
+    if threads:
+        # The pools of both libraries have a thread for each core they may use.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[-threads:])
+    began = time.process_time()
+    step = build()
+    for _ in sys.stdin:
+        before = time.process_time()
+        found = step()
+        now = time.process_time()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        costs = {"seconds": now - before, "since_start": now - began, "peak": peak}
+        print(json.dumps(found | costs), flush=True)
+
+
+class Worker:
+    """A program in a process of its own."""
+
+    def __init__(self, module: str, words: Sequence[str]):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *words],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **_QUIET, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+
+    def step(self) -> Row:
+        """Makes a step."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("error: a program ended early; what it said is above")
+        return json.loads(line)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def measure(
+    module: str,
+    programs: Sequence[Program],
+    options: dict[str, object],
+    rounds: int,
+    check: Callable[[dict[Program, Row]], None],
+) -> dict[Program, list[Row]]:
+    """Returns what the steps of every program reported, those to warm up included.
+
+    Args:
+      module: that has the programs, and takes `--program` with two words.
+      programs: their words.
+      options: of all, by name.
+      rounds: steps of each that count.
+      check: is given the first steps; raises SystemExit if they cannot be compared.
+    """
+    given = [
+        word for name, value in options.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]  # fmt: skip
+    rows: dict[Program, list[Row]] = {program: [] for program in programs}
+    with ExitStack() as stack:
+        workers = {}
+        for program in programs:
+            # One after the other: starting takes more memory than what stays.
+            worker = Worker(module, ["--program", *program, *given])
+            workers[program] = stack.enter_context(worker)
+            rows[program] += [worker.step() for _ in range(WARM_UP)]
+        check({program: steps[0] for program, steps in rows.items()})
+        for _ in range(rounds):
+            for program, worker in workers.items():
+                rows[program].append(worker.step())
+    return rows
+
+
+def seconds_of(steps: Sequence[Row]) -> np.ndarray:
+    """Returns the CPU seconds of the steps that count."""
+    return np.array([one["seconds"] for one in steps[WARM_UP:]])
+
+
+def ratios(steps: Sequence[Row], peer: Sequence[Row]) -> dict[str, Any]:
+    """Returns the costs of a program, and their ratios to those of another.
+
+    Quartiles are those of the ratios within a round. The peak is that after the steps
+    to warm up, since what the machine does to a process later is not of the program.
+    """
+    mine, other = seconds_of(steps), seconds_of(peer)
+    peak, peer_peak = (rows[WARM_UP - 1]["peak"] for rows in (steps, peer))
+    return {
+        "seconds": float(mine.mean()),
+        "ratio": float(mine.mean() / other.mean()),
+        "quartiles": np.quantile(mine / other, (0.25, 0.75)).tolist(),
+        "peak": peak,
+        "peak_ratio": peak / peer_peak,
+    }
+
+
+def write_llama(folder: str) -> str:
+    """Writes a Llama of 30 M random parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
