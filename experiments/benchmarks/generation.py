@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -297,11 +298,7 @@ def main() -> None:
         print(f"skipped: needs {', '.join(missing)}; `pip install torch transformers`.")
         return
     with tempfile.TemporaryDirectory() as folder:
-        name = (
-            os.path.basename(os.path.normpath(args.model))
-            if args.model
-            else "a random Llama"
-        )
+        name = Path(args.model).name if args.model else "a random Llama"
         args.model = args.model or write_llama(folder)
         asked = questions_of(encoder(args.model), args.questions)
         shared = ("model", "batch_size", "new_tokens", "questions", "threads")
