@@ -1,5 +1,6 @@
 """Generated texts: those of PyTorch, whatever they are batched with."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +13,9 @@ from tiny_decoders import batch_of, random_model
 
 from sparse_jax import Beams, CausalLM, Greedy, Sample, from_pretrained, generate
 from sparse_jax.errors import InputError
+from sparse_jax.generation.cpu import layers_apart
+from sparse_jax.generation.generate import _written
+from sparse_jax.generation.prompts import Prompts
 from sparse_jax.methods.lora import LoRA
 from sparse_jax.methods.prefix import Prefix
 from sparse_jax.models.attachment import Attachment, LayerValues
@@ -210,6 +214,47 @@ def test_one_program_serves_twenty_lengths(llama):
     assert Traced.count == [32 + NEW - 1, 16 + NEW - 1]
     texts(model, params, [[5] * 40, [5]], max_length=45, batch_size=1)
     assert Traced.count[2:] == [45 + NEW - 1]
+
+
+def test_layers_apart_share_the_memory_of_the_stack(llama):
+    _, params = llama
+    pick = lambda layers: layers["mlp"]["up"]["kernel"]
+    whole, (_, second) = pick(params["layers"]), map(pick, layers_apart(params))
+    size = whole.nbytes // 2
+    assert second.shape == (1, 32, 48) and size == 32 * 48 * 4
+    assert second.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + size
+    np.testing.assert_array_equal(second[0], whole[1])
+
+
+def test_what_is_not_on_one_device_stays_a_stack(llama):
+    _, params = llama
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+    assert layers_apart(spread) is None
+    assert layers_apart(jax.tree.map(np.asarray, params)) is None
+
+
+def test_a_stack_writes_what_layers_apart_write(llama, monkeypatch):
+    apart = texts(*llama, PROMPTS)
+    monkeypatch.setattr("sparse_jax.generation.generate.layers_apart", lambda _: None)
+    assert texts(*llama, PROMPTS) == apart
+
+
+def test_steps_of_several_rows_copy_no_keys_and_values(llama):
+    model, params = llama
+    rows, none = np.ones((4, 16), np.int32), Attachment()
+    prompts = Prompts(rows, rows, np.arange(4, dtype=np.int32))
+    lowered = jax.jit(
+        _written, static_argnames=("model", "attached", "choice", "max_new_tokens")
+    ).lower(
+        params, layers_apart(params), none.trained, prompts, jax.random.key(0),
+        jnp.zeros((0, 1), jnp.int32), model=model,
+        attached=none._replace(trained=None), choice=Greedy(), max_new_tokens=NEW,
+    )  # fmt: skip
+    text = lowered.compile().as_text()
+    cache = f"f32[4,2,{16 + NEW - 1},8]"
+    assert cache in text
+    assert not re.findall(re.escape(cache) + r"\S* copy\(.*", text)
 
 
 def test_the_context_can_be_filled(llama):

@@ -51,7 +51,7 @@ def _has_option() -> bool:
 
 
 def layers_apart(params: Params) -> tuple[Arrays, ...] | None:
-    """Returns the parameters of each layer `[1, ...]`, on one CPU; elsewhere None.
+    """Returns the parameters of each layer `[1, ...]` on one CPU, otherwise None.
 
     They share the memory of the stack `[L, ...]`. A loop over the stack has to copy
     every layer before a product can read it, which for a few tokens takes as long as
@@ -62,13 +62,12 @@ def layers_apart(params: Params) -> tuple[Arrays, ...] | None:
       >>> [one["norm"]["scale"].shape for one in layers_apart(params)]
       [(1, 4), (1, 4)]
     """
-    if not is_one_cpu():
+    leaves = jax.tree.leaves(params["layers"])
+    is_whole = lambda leaf: isinstance(leaf, jax.Array) and len(leaf.devices()) == 1
+    if not (is_one_cpu() and all(map(is_whole, leaves))):
         return None
     # A view by another name: an array keeps what `np.asarray` made of it.
-    view = lambda leaf: np.asarray(
-        leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
-    )
+    view = lambda leaf: np.asarray(leaf.addressable_data(0))
     stacked = jax.tree.map(view, params["layers"])
-    number = len(jax.tree.leaves(stacked)[0])
     take = lambda i: lambda leaf: jax.device_put(leaf[i : i + 1], may_alias=True)
-    return tuple(jax.tree.map(take(i), stacked) for i in range(number))
+    return tuple(jax.tree.map(take(i), stacked) for i in range(len(leaves[0])))

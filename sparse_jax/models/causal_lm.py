@@ -27,8 +27,8 @@ from sparse_jax.params.axes import is_one_cpu
 __all__ = ["Cache", "CausalLM", "Decoder"]
 
 _NOTHING = Attachment()
-# As many tokens as `keys_first` is for.
-_FEW_ROWS = 32
+# As many tokens as `keys_first` is for: 32 rows of four beams.
+_FEW_ROWS = 128
 
 
 class Cache(NamedTuple):
