@@ -17,6 +17,7 @@ from sparse_jax.methods.dense import Dense
 from sparse_jax.methods.sparse import Sparse
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.hf.pretrained import save_pretrained
+from sparse_jax.models.next_token import summed_token_loss
 from sparse_jax.params.names import map_named
 from sparse_jax.sharding.mesh import MeshShape, make_mesh, mesh_of, parse_mesh
 from sparse_jax.sharding.placement import Placement, load_placed
@@ -30,6 +31,8 @@ MESHES = {
     "fsdp": MeshShape(fsdp=8),
     "fsdp, tensor": MeshShape(fsdp=4, tensor=2),
     "all": MeshShape(data=2, fsdp=2, tensor=2),
+    "sequence": MeshShape(data=2, tensor=2, sequence=2),
+    "sequence, fsdp": MeshShape(fsdp=2, sequence=4),
 }
 # One matrix of each direction. Every sparse leaf has a program of its own; "sift with
 # words" has all of them.
@@ -136,6 +139,8 @@ def assert_same(one, other, tolerance=1e-5):
         pytest.param("fsdp", AxisType.Auto, marks=pytest.mark.slow),
         pytest.param("fsdp, tensor", AxisType.Auto, marks=pytest.mark.slow),
         ("all", AxisType.Auto),
+        ("sequence", AxisType.Auto),
+        pytest.param("sequence, fsdp", AxisType.Auto, marks=pytest.mark.slow),
         pytest.param("all", AxisType.Explicit, marks=pytest.mark.slow),
     ],
 )
@@ -363,6 +368,38 @@ def test_a_batch_is_divided_by_the_devices_that_share_it():
         placement.require_batch(6)
     with pytest.raises(InputError, match="`batch_size` / 4 must be a multiple of 4"):
         placement.require_batch(8, accumulate=4)
+
+
+def test_a_row_is_divided_by_the_devices_that_share_it():
+    mesh = make_mesh(MeshShape(tensor=2, sequence=4))
+    placement = Placement.of(tiny_decoder()[0].abstract(), mesh)
+    placement.require_batch(8, length=12)
+    message = r"`max_length` must be a multiple of 4, the devices that share a row \(seq"
+    with pytest.raises(InputError, match=message):
+        placement.require_batch(8, length=14)
+
+
+@pytest.mark.parametrize("most_logits", [2**24, 100])
+def test_no_device_has_the_activations_of_whole_rows(most_logits):
+    """Along "sequence" a device holds its tokens; of keys and values it has all."""
+    model, params = tiny_decoder()
+    rows, length, width = 2, 64, CONFIG.hidden_size
+    ids = jnp.zeros((rows, length), jnp.int32)
+    batch = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
+
+    def loss(params):
+        hidden = model.hidden(params, batch)
+        weights = jnp.ones(ids.shape)
+        options = {"most_logits": most_logits}
+        return summed_token_loss(model, params, hidden, ids, weights, **options)
+
+    def text(shape):
+        with jax.set_mesh(make_mesh(shape, devices=jax.devices()[: shape.size])):
+            return jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+
+    whole = f"f32[{rows},{length},{width}]"
+    assert whole in text(MeshShape(tensor=2))
+    assert whole not in text(MeshShape(sequence=4))
 
 
 def test_a_mesh_of_other_axes_is_refused():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from sparse_jax.models.attachment import MEMORY, Memory, Respond
 from sparse_jax.models.attend_tpu import Reach, attend_in_blocks, has_kernel
 from sparse_jax.models.modules import dropout
+from sparse_jax.params.axes import HeadAxes, axes_of_heads
 
 __all__ = [
     "Attended",
@@ -173,7 +174,50 @@ def attend(
         mix = partial(_mixed, scale=scale, cap=cap, rate=rate, key=key)
     if drops:
         return mix(q, k, v, bias, mask.seen)
-    return _attend_in_parts(mix, q, k, v, bias, mask.seen)
+    axes = axes_of_heads(q.shape[0], k.shape[2], q.shape[1])
+    if axes is None or axes.tokens is None:
+        return _attend_in_parts(mix, q, k, v, bias, mask.seen)
+    return _attend_to_all(mix, q, k, v, bias, mask.seen, axes)
+
+
+def _attend_to_all(
+    mix: Mix,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array,
+    axes: HeadAxes,
+) -> jax.Array:
+    """Attends where tokens are sharded: every device has its queries and all keys."""
+
+    def spec(x: jax.Array) -> jax.P:
+        """Returns how a mask or a bias, broadcast to (B, H, T, S), is sharded."""
+        own = (axes.rows, axes.heads, axes.tokens)
+        return jax.P(
+            *(
+                axis if size > 1 else None
+                for axis, size in zip(own, x.shape, strict=False)
+            )
+        )
+
+    more = {"mask": mask} if bias is None else {"mask": mask, "bias": bias}
+    queries, keys = (
+        jax.P(axes.rows, axes.tokens, axes.heads),
+        jax.P(axes.rows, None, axes.heads),
+    )
+
+    def here(q: jax.Array, k: jax.Array, v: jax.Array, more: dict) -> jax.Array:
+        return _attend_in_parts(mix, q, k, v, more.get("bias"), more["mask"])
+
+    # The compiler would take the queries apart that a loop takes together.
+    local = jax.shard_map(
+        here,
+        in_specs=(queries, keys, keys, {name: spec(x) for name, x in more.items()}),
+        out_specs=queries,
+        check_vma=False,
+    )
+    return local(q, k, v, more)
 
 
 def _mixed(

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
 
-from sparse_jax.params.axes import axes_of_heads, platform
+from sparse_jax.params.axes import axes_of_heads, parts_of_tokens, platform
 
 __all__ = ["Reach", "attend_in_blocks", "has_kernel"]
 
@@ -47,7 +47,7 @@ def has_kernel(q: jax.Array) -> bool:
 
     Float32 keeps the products that it has everywhere else.
     """
-    is_long = q.shape[1] >= _FEWEST_TOKENS
+    is_long = q.shape[1] >= _FEWEST_TOKENS and parts_of_tokens(q.shape[1]) == 1
     return platform() == "tpu" and q.dtype == jnp.bfloat16 and is_long
 
 
@@ -82,7 +82,7 @@ def attend_in_blocks(
     rows = lambda x: jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0)))
     segments = jnp.pad(segments, ((0, 0), (0, short)), constant_values=-1)
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
-    axes = axes_of_heads(q.shape[0], k.shape[2])
+    axes = axes_of_heads(q.shape[0], k.shape[2], length)
     options = {"block": block, "cap": cap, "interpret": interpret}
 
     def mix(
@@ -95,7 +95,7 @@ def attend_in_blocks(
 
     # On a mesh always: the compiler of TPUs shards no kernel by itself.
     if axes is not None:
-        by_head = jax.P(*axes)
+        by_head = jax.P(axes.rows, axes.heads)
         specs = (*3 * [by_head], jax.P(axes.rows), jax.P())
         # Kernels do not say over which axes their results vary.
         mix = jax.shard_map(mix, in_specs=specs, out_specs=by_head, check_vma=False)

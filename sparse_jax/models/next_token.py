@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.models.functional import Model, Params
-from sparse_jax.params.axes import rows_here
+from sparse_jax.params.axes import parts_of_tokens, rows_here
 
 __all__ = ["summed_token_loss"]
 
@@ -57,6 +57,8 @@ def summed_token_loss(
         return jnp.sum(weights * losses)
 
     rows, columns = ids.shape
+    shards = parts_of_tokens(columns)
+    columns //= shards
     # A sharded weight is gathered for every part: the fewer the better.
     size = max(1, most_logits // (rows_here(rows) * model.config.vocab_size))
     if size >= columns:
@@ -65,16 +67,21 @@ def summed_token_loss(
     # Parts of equal size, with little padding.
     size = -(-columns // count)
     parts = [
-        _cut(array, count, size) for array in (hidden, targets, weights)
-    ]  # [count, B, size, ...]
+        _cut(array, shards, count, size) for array in (hidden, targets, weights)
+    ]  # [count, B, shards * size, ...]
     sums = jax.lax.map(lambda parts: jax.checkpoint(part)(*parts), tuple(parts))
     return jnp.sum(sums)
 
 
-def _cut(array: jax.Array, count: int, size: int) -> jax.Array:
-    """Returns `[B, T, ...]` as `[count, B, size, ...]`, zeros at the end."""
-    room = count * size - array.shape[1]
-    padding = [(0, 0), (0, room)] + [(0, 0)] * (array.ndim - 2)
-    rows, *rest = array.shape[0], *array.shape[2:]
-    padded = jnp.pad(array, padding).reshape(rows, count, size, *rest)
-    return jnp.moveaxis(padded, 1, 0)
+def _cut(array: jax.Array, shards: int, count: int, size: int) -> jax.Array:
+    """Returns `[B, T, ...]` as `[count, B, shards * size, ...]`, zeros in the room.
+
+    A part has columns of every shard, so that all devices work on each.
+    """
+    rows, length, *rest = array.shape
+    own = array.reshape(rows, shards, length // shards, *rest)
+    padding = [(0, 0)] * own.ndim
+    padding[2] = (0, count * size - own.shape[2])
+    padded = jnp.pad(own, padding).reshape(rows, shards, count, size, *rest)
+    parts = jnp.moveaxis(padded, 2, 0)
+    return parts.reshape(count, rows, shards * size, *rest)

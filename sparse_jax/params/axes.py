@@ -13,6 +13,7 @@ __all__ = [
     "BATCH_AXES",
     "DATA",
     "FSDP",
+    "SEQUENCE",
     "TENSOR",
     "HeadAxes",
     "axes_of_heads",
@@ -24,7 +25,7 @@ __all__ = [
     "rows_here",
 ]
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+DATA, FSDP, TENSOR, SEQUENCE = "data", "fsdp", "tensor", "sequence"
 # Devices along these axes see different examples.
 BATCH_AXES = (DATA, FSDP)
 
@@ -43,7 +44,7 @@ def inside_replicas(axes: tuple[str, ...]) -> Iterator[None]:
 
 
 def keep_batch_sharded(x: jax.Array) -> jax.Array:
-    """Constrains an array `[B, ...]` to be sharded along the batch axes and no others.
+    """Constrains `[B, T, ...]` to be sharded along rows and tokens, and nothing else.
 
     Left alone, the compiler may shard the width of activations like that of the
     weights, and then move activations where it should gather a weight. Without a mesh,
@@ -52,7 +53,19 @@ def keep_batch_sharded(x: jax.Array) -> jax.Array:
     sizes = _automatic(BATCH_AXES)
     if not sizes or x.shape[0] % math.prod(sizes.values()):
         return x
-    return jax.lax.with_sharding_constraint(x, jax.P(tuple(sizes)))
+    tokens = SEQUENCE if parts_of_tokens(x.shape[1]) > 1 else None
+    return jax.lax.with_sharding_constraint(x, jax.P(tuple(sizes), tokens))
+
+
+def parts_of_tokens(length: int) -> int:
+    """Returns into how many parts the tokens of rows are sharded.
+
+    Example:
+      >>> parts_of_tokens(8)  # without a mesh
+      1
+    """
+    parts = _automatic((SEQUENCE,)).get(SEQUENCE, 1)
+    return parts if length % parts == 0 else 1
 
 
 def platform() -> str:
@@ -71,17 +84,18 @@ def is_one_cpu() -> bool:
 
 
 class HeadAxes(NamedTuple):
-    """The mesh axes of the rows and of the heads of an attention."""
+    """The mesh axes of the rows, the heads and the queries of an attention."""
 
     rows: tuple[str, ...]
     heads: str | None
+    tokens: str | None
 
 
-def axes_of_heads(rows: int, heads: int) -> HeadAxes | None:
+def axes_of_heads(rows: int, heads: int, length: int) -> HeadAxes | None:
     """Returns the axes that divide an attention, None where one device does it all.
 
     Example:
-      >>> axes_of_heads(8, 4) is None  # without a mesh
+      >>> axes_of_heads(8, 4, 16) is None  # without a mesh
       True
     """
     sizes = _automatic((*BATCH_AXES, TENSOR))
@@ -89,7 +103,8 @@ def axes_of_heads(rows: int, heads: int) -> HeadAxes | None:
         return None
     tensor = sizes.pop(TENSOR, 1)
     batch = tuple(sizes) if rows % math.prod(sizes.values()) == 0 else ()
-    return HeadAxes(batch, TENSOR if tensor > 1 and heads % tensor == 0 else None)
+    by_head = TENSOR if tensor > 1 and heads % tensor == 0 else None
+    return HeadAxes(batch, by_head, SEQUENCE if parts_of_tokens(length) > 1 else None)
 
 
 def rows_here(rows: int) -> int:

@@ -102,7 +102,7 @@ def abstract_run(
         lowest = range(sampler.num_active)
         sampler = Static.of(*lowest, num_layers=sampler.num_layers)
     placement = Placement.of(params, make_mesh(shape, devices=devices))
-    placement.require_batch(settings.batch_size, settings.accumulate)
+    placement.require_batch(settings.batch_size, settings.accumulate, length)
     loss = _loss(model, settings)
     tuner = make_tuner(settings, loss, method, sampler, placement)
     runner = MeshRunner(tuner, placement)

@@ -1,4 +1,4 @@
-"""The mesh: devices in a box with the axes data, fsdp and tensor."""
+"""The mesh: devices in a box with the axes data, fsdp, tensor and sequence."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from sparse_jax.errors import InputError
+from sparse_jax.params.axes import SEQUENCE
 
 __all__ = ["MeshShape", "make_mesh", "mesh_of", "parse_mesh"]
 
@@ -19,11 +20,13 @@ class MeshShape(NamedTuple):
     Replicas along `data` hold the same weights and exchange gradients of what is
     trained. Along `fsdp` every weight is sharded, and gathered when it is used. Along
     `tensor` the heads and the width of the layers are sharded, and never gathered.
+    Along `sequence` the tokens of a row are sharded, and keys and values are gathered.
     """
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
 
     @property
     def size(self) -> int:
@@ -31,7 +34,13 @@ class MeshShape(NamedTuple):
         return math.prod(self)
 
     def __str__(self) -> str:
-        return ",".join(f"{axis}={size}" for axis, size in self._asdict().items())
+        return ",".join(f"{axis}={size}" for axis, size in self.axes.items())
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The sizes of the axes of a mesh, which has "sequence" only if it is used."""
+        sizes = self._asdict()
+        return {n: size for n, size in sizes.items() if n != SEQUENCE or size > 1}
 
 
 def parse_mesh(text: str) -> MeshShape:
@@ -42,7 +51,7 @@ def parse_mesh(text: str) -> MeshShape:
 
     Example:
       >>> parse_mesh("data=2,fsdp=4")
-      MeshShape(data=2, fsdp=4, tensor=1)
+      MeshShape(data=2, fsdp=4, tensor=1, sequence=1)
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -88,8 +97,13 @@ def make_mesh(
             f"`mesh` must have as many devices as there are, {len(devices)}, got "
             f"{shape}, which is {shape.size}. {remedy}."
         )
-    types = (axis_type,) * len(shape)
-    return jax.make_mesh(shape, shape._fields, axis_types=types, devices=devices)
+    sizes = shape.axes
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(axis_type,) * len(sizes),
+        devices=devices,
+    )
 
 
 def mesh_of(text: str | None) -> jax.sharding.Mesh:

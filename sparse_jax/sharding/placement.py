@@ -16,7 +16,7 @@ from sparse_jax.compact.compact import CompactState
 from sparse_jax.errors import InputError
 from sparse_jax.models.functional import Model, Params
 from sparse_jax.models.hf.pretrained import from_pretrained
-from sparse_jax.params.axes import BATCH_AXES, DATA, FSDP, TENSOR
+from sparse_jax.params.axes import BATCH_AXES, DATA, FSDP, SEQUENCE, TENSOR
 from sparse_jax.params.names import leaf_names, map_named
 from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.sharding.rules import RULES, Rules, shards_of, specs_of
@@ -121,8 +121,10 @@ class Placement:
         """Returns a sharding on this mesh."""
         return jax.NamedSharding(self.mesh, spec)
 
-    def require_batch(self, batch_size: int, accumulate: int = 1) -> None:
-        """Raises unless the devices divide a batch.
+    def require_batch(
+        self, batch_size: int, accumulate: int = 1, length: int | None = None
+    ) -> None:
+        """Raises unless the devices divide a batch, and the longest of its rows.
 
         Raises:
           InputError: naming the numbers.
@@ -135,6 +137,12 @@ class Placement:
                 f"`batch_size`{parts} must be a multiple of {self.shards_of_batch}, "
                 f"the devices that share a batch ({sizes}), got {rows}. Change it, or "
                 "the mesh."
+            )
+        parts = self.mesh.shape.get(SEQUENCE, 1)
+        if length is not None and length % parts:
+            raise InputError(
+                f"`max_length` must be a multiple of {parts}, the devices that share a "
+                f"row ({SEQUENCE}={parts}), got {length}. Change it, or the mesh."
             )
 
     def batch(self, accumulate: int = 1) -> jax.NamedSharding:

@@ -148,8 +148,8 @@ class Settings(
     )
     mesh: str | None = setting(
         None,
-        "Devices along the axes data (replicas), fsdp (sharded weights) and tensor "
-        "(tensor parallelism), such as data=2,fsdp=4.",
+        "Devices along the axes data (replicas), fsdp (sharded weights), tensor "
+        "(tensor parallelism) and sequence (sharded rows), such as data=2,fsdp=4.",
         "one device",
     )
     seed: int = setting(

@@ -115,8 +115,8 @@ def load_model_and_data(
         loaded = _causal(settings, adapter, mesh)
     else:
         loaded = _labeled(settings, adapter, mesh, splits, metrics)
-    loaded.base.placement.require_batch(settings.batch_size, settings.accumulate)
-    feed = loaded.feed
+    feed, shared = loaded.feed, (settings.batch_size, settings.accumulate)
+    loaded.base.placement.require_batch(*shared, feed.max_length)
     for split, usage in feed.usage.items() if adapter is not None else ():
         if split != "train" and (usage.cut or usage.dropped):
             _log.warning("%s", usage_text(split, usage, feed.max_length))
