@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 
 from sparse_jax.models.attend import Mask, Reach, attend
 from sparse_jax.models.attend_tpu import attend_in_blocks
+from sparse_jax.sharding.mesh import MeshShape, make_mesh
 
 LENGTH, HEADS, GROUPS, WIDTH = 260, 4, 2, 16
 # The first row is padding on the left, a sequence, and padding on the right; the second
@@ -91,3 +92,24 @@ def test_on_a_mesh_every_device_runs_the_kernel_for_its_own_heads(rows, groups, 
     shapes = [one.aval.shape for one in sharded.params["jaxpr"].invars]
     # Keys and values, of a block that is filled up.
     assert shapes.count((*local, 512, WIDTH)) >= 2
+
+
+@pytest.mark.parametrize("reach", [Reach(ahead=0), Reach(30, 0), Reach()])
+def test_queries_that_are_sharded_mix_what_all_of_them_mix(reach):
+    q, k, v = arrays(jnp.float32)
+    is_token = (SEGMENTS > 0)[:, :, None, None]
+    options = {"reaches": (Reach(3, 3), reach), "interpret": True}
+
+    def results():
+        mix = lambda q, k, v: attend_in_blocks(
+            q, k, v, jnp.asarray(SEGMENTS), jnp.int32(1), **options
+        )
+        total = lambda *args: jnp.sum(jnp.where(is_token, jnp.sin(mix(*args)), 0))
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
+
+    value, grads = results()
+    with jax.set_mesh(make_mesh(MeshShape(tensor=2, sequence=4))):
+        again, others = results()
+    np.testing.assert_allclose(value, again, rtol=1e-5)
+    for one, other in zip(grads, others, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

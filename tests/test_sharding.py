@@ -374,7 +374,9 @@ def test_a_row_is_divided_by_the_devices_that_share_it():
     mesh = make_mesh(MeshShape(tensor=2, sequence=4))
     placement = Placement.of(tiny_decoder()[0].abstract(), mesh)
     placement.require_batch(8, length=12)
-    message = r"`max_length` must be a multiple of 4, the devices that share a row \(seq"
+    message = (
+        r"`max_length` must be a multiple of 4, the devices that share a row \(seq"
+    )
     with pytest.raises(InputError, match=message):
         placement.require_batch(8, length=14)
 

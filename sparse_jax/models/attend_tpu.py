@@ -47,7 +47,7 @@ def has_kernel(q: jax.Array) -> bool:
 
     Float32 keeps the products that it has everywhere else.
     """
-    is_long = q.shape[1] >= _FEWEST_TOKENS and parts_of_tokens(q.shape[1]) == 1
+    is_long = q.shape[1] >= _FEWEST_TOKENS
     return platform() == "tpu" and q.dtype == jnp.bfloat16 and is_long
 
 
@@ -76,31 +76,41 @@ def attend_in_blocks(
       interpret: whether to run on any device, slowly.
     """
     length, width = q.shape[1], q.shape[-1]
-    block = _BLOCKS[length > _BLOCKS[0]]
+    parts = parts_of_tokens(length)
+    block = _BLOCKS[length > parts * _BLOCKS[0]]
     # What is added is a segment of its own, of which nothing is kept.
-    short = -length % block
+    short = -length % (parts * block)
     rows = lambda x: jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0)))
     segments = jnp.pad(segments, ((0, 0), (0, short)), constant_values=-1)
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
-    axes = axes_of_heads(q.shape[0], k.shape[2], length)
-    options = {"block": block, "cap": cap, "interpret": interpret}
-
-    def mix(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: jax.Array
-    ) -> jax.Array:
-        branches = [partial(_mix, **options, reach=one) for one in reaches]
-        if len(branches) == 1:
-            return branches[0](q, k, v, segments)
-        return jax.lax.switch(reach, branches, q, k, v, segments)
-
-    # On a mesh always: the compiler of TPUs shards no kernel by itself.
-    if axes is not None:
-        by_head = jax.P(axes.rows, axes.heads)
-        specs = (*3 * [by_head], jax.P(axes.rows), jax.P())
-        # Kernels do not say over which axes their results vary.
-        mix = jax.shard_map(mix, in_specs=specs, out_specs=by_head, check_vma=False)
     q, k, v = (jnp.swapaxes(rows(x), 1, 2) for x in (q, k, v))
-    y = mix(q, k, v, segments, reach)
+    axes, heads = axes_of_heads(q.shape[0], k.shape[1], length), q.shape[1]
+    if axes is not None and axes.heads is not None:
+        heads //= jax.sharding.get_abstract_mesh().shape[axes.heads]
+    options = {"block": block, "cap": cap, "interpret": interpret, "parts": parts}
+    shape = heads, q.shape[2]
+    made = [_kernel(one, *shape, **options) for one in reaches]
+    # On a mesh always: the compiler of TPUs shards no kernel by itself.
+    mix = _mix
+    if axes is not None:
+        mesh = jax.sharding.get_abstract_mesh()
+        by_part = jax.NamedSharding(mesh, jax.P(None, axes.tokens))
+        whole = jax.NamedSharding(mesh, jax.P(None, None))
+        places = [whole if one == Reach() else by_part for one in reaches]
+        specs = (
+            jax.P(axes.rows, axes.heads, axes.tokens),
+            *2 * [jax.P(axes.rows, axes.heads)],
+            jax.P(axes.rows, axes.tokens),
+            jax.P(axes.rows),
+            jax.P(),
+            *(
+                kernel.manual_sharding_spec(place)
+                for kernel, place in zip(made, places, strict=True)
+            ),
+        )
+        # Kernels do not say over which axes their results vary.
+        mix = jax.shard_map(mix, in_specs=specs, out_specs=specs[0], check_vma=False)
+    y = mix(q, k, v, segments, segments, reach, *made)
     return jnp.swapaxes(y, 1, 2)[:, :length]
 
 
@@ -108,37 +118,56 @@ def _mix(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    own: jax.Array,
     segments: jax.Array,
-    *,
+    reach: jax.Array,
+    *made: kernels.SplashAttentionKernel,
+) -> jax.Array:
+    """Calls the kernel of a reach for heads `[B, H, T, K]` that lie on one device."""
+
+    def branch(kernel: kernels.SplashAttentionKernel) -> jax.Array:
+        each = lambda q, k, v, own, segments: kernel(
+            q, k, v, kernels.SegmentIds(q=own, kv=segments)
+        )
+        return cast(jax.Array, jax.vmap(each)(q, k, v, own, segments))
+
+    if len(made) == 1:
+        return branch(made[0])
+    return jax.lax.switch(reach, [partial(branch, kernel) for kernel in made])
+
+
+def _kernel(
     reach: Reach,
+    heads: int,
+    length: int,
+    *,
+    parts: int,
     block: int,
     cap: float | None,
     interpret: bool,
-) -> jax.Array:
-    """Calls the kernel for heads `[B, H, T, K]` that lie on one device."""
-    _, heads, length, _ = q.shape
+) -> kernels.SplashAttentionKernel:
+    """Returns the kernel for rows of some length, whose queries are in equal parts."""
     sizes = ("block_q", "block_kv", "block_kv_compute")
     sizes += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     is_fused = length // block <= _MOST_FUSED
     sizes += () if is_fused else ("block_q_dq", "block_kv_dq")
     # The mask of a block follows from where it is: nothing of the size of all scores
     # is made.
-    is_causal = reach == Reach(ahead=0)
-    local = masks.LocalMask((length, length), reach, 0)
-    mask = masks.CausalMask((length, length)) if is_causal else local
+    square, shards = (length, length), parts
     if reach == Reach():
-        mask = masks.FullMask((length, length))
-    kernel = kernels.make_splash_mha(
+        # The same for every part; JAX 0.10 has no table of several without a mask.
+        mask, shards = masks.FullMask((length // parts, length)), 1
+    elif reach == Reach(ahead=0):
+        mask = masks.CausalMask(square, shard_count=parts)
+    else:
+        mask = masks.LocalMask(square, reach, 0, shard_count=parts)
+    return kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=kernels.BlockSizes(
             **dict.fromkeys(sizes, block), use_fused_bwd_kernel=is_fused
         ),
         attn_logits_soft_cap=cap,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=shards,
         interpret=interpret,
     )
-    each = lambda q, k, v, segments: kernel(
-        q, k, v, kernels.SegmentIds(q=segments, kv=segments)
-    )
-    return cast(jax.Array, jax.vmap(each)(q, k, v, segments))
