@@ -117,13 +117,13 @@ def make_plan(
     """
     devices = target.devices or jax.devices("cpu")[: shape.size]
     run = abstract_run(model, settings, length, shape, devices)
-    sampler = () if settings.sampler is None else (settings.sampler_word,)
+    words = (settings.method_word, settings.sampler_word, *choices_in(settings))
     state = run.state
     rule = sampler_of(settings, model.config.num_layers)
     found = (run.tuner.method, state.params, state.added, run.head, rule)
     counts = count_trained(*found)
     plan = Plan(
-        method="+".join((settings.method_word, *sampler, *choices_in(settings))),
+        method="+".join(word for word in words if word),
         trained=counts.trained,
         held=held_bytes(run),
         flops=flops_of(run),
