@@ -174,9 +174,9 @@ def run_cached_layers(
     # All layers are alike, and traced once.
     @jax.jit
     def call(carry: tuple, one: tuple, start: jax.Array, context: tuple) -> tuple:
-        x, kept = carry
+        x, (k, v) = carry
         *_, number, _ = one
-        here = Cached(*kept, number, start)
+        here = Cached(k, v, number, start)
         y, kept = _extending(graphdef, attachment, one)(x, *_own(context, one), here)
         return keep_batch_sharded(y.astype(x.dtype)), kept
 
