@@ -6,7 +6,6 @@ from typing import NamedTuple, cast, final, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -256,7 +255,7 @@ class Layerwise(Tuner):
             origin = map_roles(start, layers, inside, params, only=TRAINED)
         rows, reachable = values._replace(leaves=inside)._asdict(), rule.reachable
         if len(reachable) < rule.num_layers:
-            rows = take_rows(rows, np.array(reachable))
+            rows = take_rows(rows, jnp.array(reachable, jnp.int32))
         return LayerwiseState(
             sampler=begin(rule, jax.random.key(self.seed)),
             rows=init_rows(self._tx, rows, len(reachable)),
