@@ -47,6 +47,10 @@ CHOICES = {
     "entries, bfloat16 first moment": replace(SIFT, moment_dtype="bfloat16"),
     "entries, split masters": replace(SIFT, split_masters=True),
     "entries, both": replace(SIFT, split_masters=True, moment_dtype="bfloat16"),
+    "entries, 8-bit moments": replace(SIFT, moment_dtype="int8"),
+    "entries, split masters, 8-bit moments": replace(
+        SIFT, split_masters=True, moment_dtype="int8"
+    ),
     "lanes": LANES,
     "lanes, split masters": replace(LANES, split_masters=True),
     "lanes, both": replace(LANES, split_masters=True, moment_dtype="bfloat16"),

@@ -1,6 +1,7 @@
 """Where parameters, batches and state lie on a mesh, and how they get there."""
 
 import logging
+import math
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from sparse_jax.sharding.processes import is_first_process
 from sparse_jax.sharding.rules import RULES, Rules, shards_of, specs_of
 from sparse_jax.supports.layout import Shards
 from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
+from sparse_jax.transforms.adam_8bit import decoded, encoded
 
 __all__ = ["Placement", "load_placed", "moved"]
 
@@ -186,11 +188,18 @@ class Placement:
         def owned(name: str, leaf: jax.Array) -> jax.NamedSharding:
             owner = _owner(name, packed)
             spec = jax.P() if owner is None else packed[owner]
-            fits = len(spec) <= len(leaf.shape)
-            return self.at(spec) if fits else self.replicated
+            return self.at(spec) if self._divides(spec, leaf) else self.replicated
 
         rest = map_named(owned, state._replace(support=()))
         return rest._replace(support=self.supports(roles, state.support))
+
+    def _divides(self, spec: jax.P, leaf: jax.Array) -> bool:
+        """Returns whether an array can lie as a partition says."""
+        if len(spec) > len(leaf.shape):
+            return False
+        parts = (np.atleast_1d([] if axes is None else axes) for axes in spec)
+        numbers = [math.prod(self.mesh.shape[axis] for axis in axes) for axes in parts]
+        return not any(n % parts for n, parts in zip(leaf.shape, numbers, strict=False))
 
     def hold(self, roles: Roles, state: CompactState) -> CompactState:
         """Puts such a state from the host, the same on every process, on the mesh."""
@@ -224,6 +233,7 @@ def moved(
     params: optax.Params,
     old: Mapping[str, Shards],
     new: Mapping[str, Shards],
+    begin: Callable[..., CompactState],
 ) -> CompactState:
     """Returns a state on the host with its supports sharded in another way.
 
@@ -236,7 +246,12 @@ def moved(
       params: the whole leaves, or their shapes.
       old: how leaves were sharded, by name; those that were not are left out.
       new: how they are to be sharded.
+      begin: (params, support, added) -> a state in which nothing has been updated.
     """
+    if old == new:
+        return state
+    # Codes mean nothing in another block.
+    state = state._replace(opt_state=_on_host(decoded(state.opt_state)))
     supports: dict[str, np.ndarray] = {}
     note = lambda role, support: supports.update({role.name: support})
     map_roles(note, roles, state.support, only=(SPARSE,))
@@ -261,7 +276,15 @@ def moved(
         return found[0]
 
     support = map_roles(move, roles, state.support, params, only=(SPARSE,))
-    return jax.tree.unflatten(tree, leaves)._replace(support=support)
+    state = jax.tree.unflatten(tree, leaves)._replace(support=support)
+    like = jax.eval_shape(begin, params, support, state.added).opt_state
+    return state._replace(opt_state=_on_host(encoded(state.opt_state, like)))
+
+
+def _on_host(tree: optax.OptState) -> optax.OptState:
+    """Returns a tree of arrays of the host; keys stay what they are."""
+    is_key = lambda leaf: jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else np.asarray(leaf), tree)
 
 
 def _put(array: np.ndarray | jax.Array, sharding: jax.NamedSharding) -> jax.Array:

@@ -253,7 +253,7 @@ class Checkpoints:
         trained = jax.tree.unflatten(jax.tree.structure(like), typed)
         roles = tuner.method.roles(state.params)
         ways = (shards, self._tuner.shards)
-        trained = moved(trained, roles, state.params, *ways)
+        trained = moved(trained, roles, state.params, *ways, tuner.begin)
         for found, leaf in zip(jax.tree.leaves(trained), leaves, strict=True):
             # Supports of shards are as long as the fullest needs, which the selection
             # decides.

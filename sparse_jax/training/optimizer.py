@@ -14,6 +14,7 @@ import optax
 
 from sparse_jax.compact.compact import CompactState, TrainedValues, Tuner
 from sparse_jax.errors import InputError, brief
+from sparse_jax.params.names import Rule
 from sparse_jax.supports.masters import current_values, keep_masters
 from sparse_jax.supports.packing import write_back
 from sparse_jax.training.recipe_options import (
@@ -24,6 +25,7 @@ from sparse_jax.training.recipe_options import (
     WARM_UP,
     RecipeOptions,
 )
+from sparse_jax.transforms.adam_8bit import scale_by_adam_8bit
 
 if TYPE_CHECKING:
     from optax.contrib import MuonDimensionNumbers
@@ -37,6 +39,8 @@ __all__ = [
     "schedule_of",
 ]
 
+# Names, in a tree of trained values, of what has the layers as its first axis.
+_STACKS = ("^added/", "^leaves/layers/")
 # Argument of Optax -> the option that it is, if its value is that.
 _BETAS = ("betas", "b1 and b2")
 
@@ -145,7 +149,8 @@ def make_optimizer(
       is_stacked: whether arrays of the layers have these as their first axis.
     """
     options = options or RecipeOptions()
-    make, known = _named(options.optimizer)
+    is_8bit = options.moment_dtype == MOMENTS[2]
+    make, known = _named(options.optimizer, is_8bit)
     given: dict[str, Any] = {}
     b1, b2 = options.betas or (None, None)
     for names, value in (
@@ -154,6 +159,7 @@ def make_optimizer(
         (("eps",), options.eps),
         (("mask", "weight_decay_mask"), _decays),
         (("mu_dtype",), jnp.bfloat16 if options.moment_dtype == MOMENTS[1] else None),
+        (("stacked",), _STACKS if is_stacked else None),
         (
             ("muon_weight_dimension_numbers",),
             functools.partial(_matrices, is_stacked=is_stacked),
@@ -264,15 +270,38 @@ def _muon(
     return optax.chain(steps, decay, optax.scale_by_schedule(learning_rate))
 
 
+def _adamw_8bit(
+    learning_rate: optax.Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    stacked: Rule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns Optax's optimizer of the name, with moments of 8 bits."""
+    return optax.chain(
+        scale_by_adam_8bit(b1, b2, eps, stacked=stacked),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 # Those that Optax has in a form that lacks something.
 _OWN = MappingProxyType({SCHEDULE_FREE: _schedule_free_adamw, "muon": _muon})
 
 
-def _named(word: object) -> tuple[Callable[..., Any], tuple[str, ...]]:
+def _named(
+    word: object, is_8bit: bool = False
+) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """Returns the function of Optax that makes an optimizer, and its arguments."""
     make: Any = _OWN.get(str(word)) or getattr(optax, str(word), None)
     make = make or getattr(optax.contrib, str(word))
-    return make, tuple(inspect.signature(make).parameters)
+    known = tuple(inspect.signature(make).parameters)
+    if not is_8bit:
+        return make, known
+    more = inspect.signature(_adamw_8bit).parameters
+    return _adamw_8bit, tuple(name for name in more if name in (*known, "stacked"))
 
 
 def _decays(values: optax.Params) -> Any:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sparse_jax.methods.method import Method
 
 __all__ = [
-    "BALANCED", "COOLDOWN", "ENTRYWISE", "MOMENTS", "OF_MATRICES", "OPTIMIZERS",
-    "SCHEDULES", "SCHEDULE_FREE", "WARM_UP", "RecipeOptions",
+    "BALANCED", "COOLDOWN", "ENTRYWISE", "IN_8_BITS", "MOMENTS", "OF_MATRICES",
+    "OPTIMIZERS", "SCHEDULES", "SCHEDULE_FREE", "WARM_UP", "RecipeOptions",
 ]  # fmt: skip
 
 SCHEDULE_FREE = "schedule_free_adamw"
@@ -36,7 +36,9 @@ _TRAINERS = {
     "constant_with_warmup": "constant", "warmup_stable_decay": "wsd",
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw",
 }  # fmt: skip
-MOMENTS = ("float32", "bfloat16")
+MOMENTS = ("float32", "bfloat16", "int8")
+# Optimizers that have both moments in 8 bits.
+IN_8_BITS = ("adamw", "adam")
 WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 COOLDOWN = 0.2  # fraction of the updates of wsd
 MAX_NORM = 1.0
@@ -91,7 +93,9 @@ class RecipeOptions:
         None, "Term added to the denominator.", "Optax's: 1e-08 for adamw"
     )
     moment_dtype: str = setting(
-        MOMENTS[0], f"Dtype of the first moment: {one_of(MOMENTS)}."
+        MOMENTS[0],
+        f"Dtype of the moments: {MOMENTS[0]}; {MOMENTS[1]} of the first; {MOMENTS[2]}, "
+        f"codes of both with a scale for every 256, of {' and '.join(IN_8_BITS)}.",
     )
     max_grad_norm: float = setting(
         MAX_NORM,
@@ -204,6 +208,12 @@ class RecipeOptions:
                 f"`optimizer` must not be {name!r} with a sampler of layers, got "
                 f"{sampler!r}: layers that are not trained have no average. Choose "
                 "adamw."
+            )
+        if self.moment_dtype == MOMENTS[2] and name not in IN_8_BITS:
+            raise InputError(
+                f"`moment_dtype` must be {MOMENTS[0]} with optimizer {name!r}, which "
+                f"has no moments of 8 bits, got {MOMENTS[2]!r}. These have them: "
+                f"{', '.join(IN_8_BITS)}."
             )
         # Imports JAX, which the help of the command line does without.
         from sparse_jax.training.optimizer import require_takes

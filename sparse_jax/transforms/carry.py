@@ -9,6 +9,7 @@ import optax
 from sparse_jax.params.names import Tree
 from sparse_jax.supports.layout import Origin
 from sparse_jax.supports.roles import DENSE, TRAINED, Role, Roles, map_roles
+from sparse_jax.transforms.adam_8bit import decoded, encoded
 
 __all__ = ["Box", "carry_state", "carry_values", "origins_of"]
 
@@ -45,10 +46,11 @@ def carry_state(
       state: its state at the old support.
       fresh: its state as initialized at the new support.
     """
+    # Codes mean nothing in another block.
     moving = optax.tree.map_params(
-        inner, lambda leaf, box: _Moving(leaf, box.origin), state, origins
+        inner, lambda leaf, box: _Moving(leaf, box.origin), decoded(state), origins
     )
-    return jax.tree.map(_carry, moving, fresh)
+    return encoded(jax.tree.map(_carry, moving, decoded(fresh)), fresh)
 
 
 def carry_values(

@@ -37,6 +37,7 @@ from sparse_jax.supports.roles import (
     roles_of,
 )
 from sparse_jax.supports.scores import SCORES, Score, leaf_key, score_named
+from sparse_jax.transforms.adam_8bit import decoded
 from sparse_jax.transforms.carry import carry_state, carry_values, origins_of
 from sparse_jax.transforms.selections import Selections
 from sparse_jax.transforms.torch_sift import torch_sift
@@ -355,7 +356,7 @@ def _looks_at_shapes(
             ends = (shape for shape in shapes if leaf.shape[-len(shape) :] == shape)
             return next((leaf.shape[: -len(end)] for end in ends), leaf.shape + (0,))
 
-        state = jax.eval_shape(tx.init, tree)
+        state = jax.eval_shape(lambda tree: decoded(tx.init(tree)), tree)
         return jax.tree.structure(state), [*map(owner, jax.tree.leaves(state))]
 
     return state_of(shape_of(params)) != state_of(shape_of(values))
