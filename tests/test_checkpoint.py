@@ -50,10 +50,10 @@ def stop_at(monkeypatch, settings, batches):
     """Runs until so many batches are used."""
     step = Loop._batch
 
-    def stop(loop, state, at, *batch):
+    def stop(loop, state, at, batch):
         if at.batches == batches:
             raise KeyboardInterrupt
-        return step(loop, state, at, *batch)
+        return step(loop, state, at, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_batch", stop)
@@ -65,10 +65,10 @@ def signal_at(monkeypatch, settings, batches, number, error):
     """Runs, and sends itself a signal within an update."""
     step = Loop._batch
 
-    def send(loop, state, at, *batch):
+    def send(loop, state, at, batch):
         if at.batches == batches:
             os.kill(os.getpid(), number)
-        return step(loop, state, at, *batch)
+        return step(loop, state, at, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_batch", send)

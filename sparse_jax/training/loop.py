@@ -76,6 +76,7 @@ class Loop:
     best: BestModel | None = None
     _shapes: set[tuple[bool, tuple[int, ...]]] = field(default_factory=set)
     _known: dict[str, Json] = field(default_factory=dict)
+    _coming: Ahead = field(default_factory=lambda: Ahead(()))
 
     def __post_init__(self):
         self._schedules = {then: self.job.schedule(then) for then in (False, True)}
@@ -153,8 +154,8 @@ class Loop:
         start = epoch * self.job.feed.batches_per_epoch
         every = self.job.settings.eval_every or math.inf
         batches = self.job.feed.train(epoch, start=at.batches - start)
-        batches = Ahead(itertools.islice(batches, end - at.batches))
-        while (batch := self._next(batches, state, at)) is not None:
+        self._coming = Ahead(itertools.islice(batches, end - at.batches))
+        while (batch := self._next(state, at)) is not None:
             # Before the update, so that a run resumed here evaluates, too.
             if at.batches > start and at.batches % every == 0:
                 # A signal stops an evaluation at once.
@@ -164,7 +165,7 @@ class Loop:
                     state = self._evaluate(state, at, epoch)
                 if self._is_stopped:
                     break
-            state, at = self._batch(state, at, batch, batches)
+            state, at = self._batch(state, at, batch)
             if at.batches == end:
                 break
             if self.signals.requested():
@@ -174,10 +175,10 @@ class Loop:
                 self._save(state, at)
         return state, at
 
-    def _next(self, batches: Ahead, state: CompactState, at: Position) -> Batch | None:
+    def _next(self, state: CompactState, at: Position) -> Batch | None:
         """Returns the next batch; saves a checkpoint if it cannot be read."""
         try:
-            return batches.take()
+            return self._coming.take()
         except InputError:
             if at.batches:
                 self._save(state, at)
@@ -189,7 +190,7 @@ class Loop:
             self.checkpoints.save(state, at)
 
     def _batch(
-        self, state: CompactState, at: Position, batch: Batch, batches: Ahead
+        self, state: CompactState, at: Position, batch: Batch
     ) -> tuple[CompactState, Position]:
         """Selects if that is still to do, and makes an update."""
         key, step = self._key(at.batches), at.batches + 1
@@ -212,7 +213,7 @@ class Loop:
         schedule = self._schedules[at.is_selected]
         extra = {} if schedule is None else {"schedule": schedule}
         state, metrics = runner.step(state, self._put(batch), key, **extra)
-        batches.read()  # while the device computes
+        self._coming.read()  # while the device computes
         is_skipped, loss = metrics.pop("is_skipped"), float(metrics["loss"])
         if is_skipped:
             norm = float(metrics["gradient_norm"])
