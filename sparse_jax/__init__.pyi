@@ -10,6 +10,7 @@ from .adapter.use import swap as swap
 from .compact.avoid import entries_to_avoid as entries_to_avoid
 from .compact.compact import Compact as Compact
 from .compact.compact import CompactState as CompactState
+from .compact.in_backward import InBackward as InBackward
 from .compact.layerwise import Layerwise as Layerwise
 from .compact.layerwise import LayerwiseState as LayerwiseState
 from .compact.selection import before_selection as before_selection

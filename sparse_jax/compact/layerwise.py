@@ -40,13 +40,13 @@ from sparse_jax.supports.masters import current_values, kept_of, value_of
 from sparse_jax.supports.packing import route, write_back
 from sparse_jax.supports.roles import (
     DENSE,
-    FROZEN,
     SPARSE,
     TRAINED,
     Role,
     Roles,
     is_role,
     map_roles,
+    sides_of,
 )
 from sparse_jax.transforms.layer_state import (
     init_rows,
@@ -246,7 +246,7 @@ class Layerwise(Tuner):
         """Returns the state before the first update."""
         pick = lambda roles: map_roles(keep, roles, values.leaves, only=TRAINED)
         keep = lambda role, leaf: leaf
-        layers, beyond = _sides(roles)
+        layers, beyond = sides_of(roles)
         inside, rule = pick(layers), self.sampler_for(params)
         origin: optax.Params = ()
         if rule.period is not None:
@@ -278,7 +278,7 @@ class Layerwise(Tuner):
 
             return value_of(take_rows(master, active), read)
 
-        inside, outside = _sides(roles)
+        inside, outside = sides_of(roles)
         trees = (state.params, state.support, state.masters)
         rows = map_roles(row, inside, *trees, only=TRAINED)
         values = current_values(outside, state.support, state.masters, state.params)
@@ -316,7 +316,7 @@ class Layerwise(Tuner):
         nothing = jax.tree.map(lambda _: optax.MaskedNode(), roles, is_leaf=is_role)
         layers = LayerValues(state.added, support=in_stack(self.method, state.support))
         slots = Slots(LayerValues(*values.rows), active, rows_of, self.recompute)
-        outside = (_sides(roles)[1], state.params, tap_leaf)
+        outside = (sides_of(roles)[1], state.params, tap_leaf)
         params, _ = route(*outside, values.outside, state.support)
         response = respond_by_channels(self.method, inside, leaves_of)
         return params, Attachment(layers, weights, response, slots)
@@ -378,7 +378,7 @@ class Layerwise(Tuner):
             kept = kept_of(value, leaf.dtype, self.split_masters)
             return put_rows(master, kept, active) if role.stacked else kept
 
-        inside, outside = _sides(roles)
+        inside, outside = sides_of(roles)
         params = write_back(outside, state.params, state.support, beyond)
         trees = (state.params, state.masters, rows.leaves, beyond)
         return state._replace(
@@ -386,14 +386,3 @@ class Layerwise(Tuner):
             masters=map_roles(keep, roles, *trees, only=TRAINED),
             added=put_rows(state.added, rows.added, active),
         )
-
-
-def _sides(roles: Roles) -> tuple[Roles, Roles]:
-    """Returns roles in which what is outside the layers, or inside, is frozen."""
-
-    def side(stacked: bool) -> Roles:
-        freeze = lambda role: role if role.stacked == stacked else frozen(role)
-        return jax.tree.map(freeze, roles, is_leaf=is_role)
-
-    frozen = lambda role: role._replace(kind=FROZEN)
-    return side(True), side(False)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparse_jax.models.attachment import Arrays, Recompute
+from sparse_jax.models.pullback import Pull, Pullback
 
 __all__ = ["SAMPLED", "run_slots"]
 
@@ -23,7 +24,6 @@ SAMPLED = "sampled_layers"
 
 # (x, one, row, context) -> the next x, [B, T, D], of one layer
 Layer = Callable[..., jax.Array]
-Pull = Callable[[jax.Array], tuple[jax.Array, Arrays]]
 
 
 def run_slots(
@@ -238,18 +238,12 @@ def _slot_of(num_layers: int, active: jax.Array) -> jax.Array:
     return slots.at[active].set(jnp.arange(num_active), unique_indices=True)
 
 
-class _Pullback:
-    """The pullback of a layer, taken apart: which of its arrays have to be kept.
-
-    Arrays that the layer was given, such as its weights, can be had again.
-    """
+class _Pullback(Pullback):
+    """The pullback of a layer, with what only its trained values need apart."""
 
     def __init__(self, vjp: Pull, inputs: Arrays, dy: jax.Array):
-        leaves, self.treedef = jax.tree.flatten(vjp)
-        found = list(enumerate(jax.tree.leaves(inputs)))
-        self.sources = [
-            next((i for i, one in found if one is leaf), None) for leaf in leaves
-        ]
+        super().__init__(vjp, inputs)
+        leaves = jax.tree.leaves(vjp)
         serves = self._serves_input(leaves, dy)
         kept = [
             (leaf, serve)
@@ -260,11 +254,6 @@ class _Pullback:
         self.slot = [
             (leaf.shape, jnp.dtype(leaf.dtype)) for leaf, serve in kept if not serve
         ]
-
-    def residuals(self, vjp: Pull) -> list[jax.Array]:
-        """Returns the arrays that have to be kept."""
-        leaves = zip(jax.tree.leaves(vjp), self.sources, strict=True)
-        return [leaf for leaf, source in leaves if source is None]
 
     def split(self, residuals: list[jax.Array]) -> tuple[list, list]:
         """Returns those that the gradient of the input needs, and the others."""
@@ -280,14 +269,6 @@ class _Pullback:
         """Returns what `split` took apart."""
         ours, others = iter(everywhere), iter(slots)
         return [next(ours if here else others) for here in self.is_everywhere]
-
-    def rebuild(self, residuals: list[jax.Array], inputs: Arrays) -> Pull:
-        """Returns the pullback from what was kept and what the layer was given."""
-        had, kept = jax.tree.leaves(inputs), iter(residuals)
-        leaves = [
-            next(kept) if source is None else had[source] for source in self.sources
-        ]
-        return jax.tree.unflatten(self.treedef, leaves)
 
     def _serves_input(self, leaves: list, dy: jax.Array) -> list[bool]:
         """Says of every array whether the gradient of the input needs it."""

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_jax.models.attachment import Arrays, Attachment, LayerValues, Slots
+from sparse_jax.models.attachment import (
+    Arrays,
+    Attachment,
+    LayerValues,
+    Slots,
+    Stack,
+)
 from sparse_jax.models.cached import Cached, KeysValues
 from sparse_jax.models.slots import run_slots
 from sparse_jax.params.axes import keep_batch_sharded, platform
@@ -104,7 +110,11 @@ def run_layers(
     x = keep_batch_sharded(x)
     if attachment.slots is not None:
         return _run_with_slots(call, x, stacked, context, attachment.slots, checkpoint)
-    body = lambda x, one: (call(x, one, _own(context, one)), x if states else None)
+    run = lambda x, one, context: call(x, one, _own(context, one))
+    if attachment.loop is not None:
+        params, _, *rest = stacked
+        return attachment.loop(Stack(run, x, params, rest, context, checkpoint))
+    body = lambda x, one: (run(x, one, context), x if states else None)
     if unroll is None:
         unroll = 1 if attachment.is_loop else default_unroll(num_layers, checkpoint)
     if checkpoint:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.compact.compact import CompactState, Loss, Tuner
+from sparse_jax.compact.in_backward import InBackward
 from sparse_jax.compact.layerwise import Layerwise
+from sparse_jax.compact.model_taps import in_stack
 from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError
 from sparse_jax.models.causal_lm import CausalLM
@@ -193,7 +195,10 @@ def _dtypes(run: AbstractRun) -> _Dtypes:
 
 
 def _active(run: AbstractRun) -> float:
-    """Returns the share of the layers that an update trains."""
+    """Returns the share of the layers whose gradients are kept at a time."""
+    if isinstance(run.tuner, InBackward):
+        layers: Any = in_stack(run.tuner.method, run.state.params)
+        return 1.0 / jax.tree.leaves(layers)[0].shape[0]
     if not isinstance(run.tuner, Layerwise):
         return 1.0
     sampler = run.tuner.sampler_for(run.state.params)

@@ -34,6 +34,7 @@ __all__ = [
     "is_role",
     "map_roles",
     "roles_of",
+    "sides_of",
 ]
 
 SPARSE, DENSE, FROZEN = "sparse", "dense", "frozen"
@@ -184,3 +185,14 @@ def map_roles(
         return function(role, *leaves) if role.kind in only else optax.MaskedNode()
 
     return jax.tree.map(masked, roles, *trees, is_leaf=is_role)
+
+
+def sides_of(roles: Roles) -> tuple[Roles, Roles]:
+    """Returns roles in which what is outside the layers, or inside, is frozen."""
+
+    def side(stacked: bool) -> Roles:
+        freeze = lambda role: role if role.stacked == stacked else frozen(role)
+        return jax.tree.map(freeze, roles, is_leaf=is_role)
+
+    frozen = lambda role: role._replace(kind=FROZEN)
+    return side(True), side(False)

@@ -15,6 +15,7 @@ from sparse_jax.adapter.calculus import shared_leaves
 from sparse_jax.adapter.use import require_base
 from sparse_jax.compact.avoid import entries_to_avoid, is_own
 from sparse_jax.compact.compact import Compact, Loss, Tuner
+from sparse_jax.compact.in_backward import InBackward
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.compact.model_taps import in_stack
 from sparse_jax.data.batches import Batches
@@ -339,6 +340,8 @@ def make_tuner(
         max_norm = settings.max_grad_norm or None
     shards, axes = placement.shards(method.stack), placement.data_axes
     placed = (settings.accumulate, shards, axes, settings.split_masters)
+    if settings.update_in_backward:
+        return InBackward(loss, method, tx, *placed)
     if sampler is None:
         if max_norm is not None:
             tx = optax.chain(optax.clip_by_global_norm(max_norm), tx)

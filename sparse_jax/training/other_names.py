@@ -60,6 +60,7 @@ OTHER_NAMES = {
     "num_decay_steps": "--cooldown",
     "num_train_epochs": "--epochs",
     "optim": "--optimizer",
+    "optimizer_in_bwd": "--update-in-backward",
     "output_dir": "--output",
     "overwrite_output_dir": "--overwrite",
     "peft_config": "--method",

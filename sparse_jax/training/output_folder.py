@@ -153,7 +153,7 @@ FILES = (CONFIG, METRICS, CURVE, LAYERS, ROWS, ADAPTER)
 # What may differ between a run and its continuation.
 FREE = (
     "output", "overwrite", "resume", "dry_run", "save_every", "patch_every", "keep",
-    "mesh", "no_cache", "report_to", "split_masters",
+    "mesh", "no_cache", "report_to", "split_masters", "update_in_backward",
 )  # fmt: skip
 # What earlier versions did, which had no such setting.
 WITHOUT = {"group_by_length": True, "head_bias": "zeros"}

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,12 @@ class RecipeOptions:
         "Global norm that the gradient of what is trained is clipped to; 0 does not "
         "clip.",
     )
+    update_in_backward: bool = setting(
+        False,
+        "Update every layer inside the backward pass, as soon as its gradient is "
+        "known: gradients of one layer are kept at a time. Goes with --max-grad-norm "
+        "0, and with optimizers of single entries.",
+    )
     label_smoothing: float = setting(
         0.0, "Share of the target that is spread over all classes, or all tokens."
     )
@@ -144,6 +151,48 @@ class RecipeOptions:
             self._require_named(method, sampler)
         else:
             self._require_own()
+
+    def require_update_in_backward(self, others: Mapping[str, object]) -> None:
+        """Raises `InputError` if an update needs the gradients of all layers at once.
+
+        Args:
+          others: settings that must be left out, by name, with their values.
+        """
+        if not self.update_in_backward:
+            return
+        reasons = {
+            "accumulate": "Gradients of micro-batches would have to be kept to be "
+            "added up; take a smaller `batch_size`.",
+            "sampler": "It updates a few layers at a time already.",
+            "mesh": "Replicas would have to add up their gradients; take the axis fsdp "
+            "in place of data.",
+            "method": "It trains no layer.",
+        }
+        for name, value in others.items():
+            raise InputError(
+                f"`{name}` must be left out with update_in_backward, got "
+                f"{brief(value)}. {reasons[name]}"
+            )
+        alone = tuple(word for word in ENTRYWISE if word != SCHEDULE_FREE)
+        if self.optimizer not in alone:
+            raise InputError(
+                f"`optimizer` must be one of {', '.join(alone)} with "
+                f"update_in_backward, got {brief(self.optimizer)}. These update every "
+                "entry on its own, so one layer at a time."
+            )
+        if self.moment_dtype == MOMENTS[2]:
+            raise InputError(
+                f"`moment_dtype` must be {MOMENTS[0]} or {MOMENTS[1]} with "
+                f"update_in_backward, got {MOMENTS[2]!r}: its blocks are those of all "
+                "layers together."
+            )
+        if self.max_grad_norm:
+            raise InputError(
+                "`max_grad_norm` must be 0 with update_in_backward, got "
+                f"{self.max_grad_norm:g}. The global norm is known only after the "
+                "first layers have been updated: do not clip, or leave out "
+                "`update_in_backward`."
+            )
 
     @property
     def resolved_schedule(self) -> str:

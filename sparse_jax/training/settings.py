@@ -220,6 +220,7 @@ class Settings(
         self._require_stream()
         self._require_layers()
         self.require_recipe(self.task, self.method, self.sampler_word)
+        self.require_update_in_backward(self._needing_all_gradients())
         self.require_evaluation_options(
             self.task, self.adapter, self.method, self.reselect_every, self.optimizer
         )
@@ -300,6 +301,19 @@ class Settings(
             )
         if self.mesh is not None:
             parse_mesh(self.mesh)
+
+    def _needing_all_gradients(self) -> dict[str, object]:
+        """Returns the settings that go only with an update after the backward pass."""
+        from sparse_jax.sharding.mesh import parse_mesh
+
+        replicas = 1 if self.mesh is None else parse_mesh(self.mesh).data
+        needing = {
+            "accumulate": self.accumulate > 1,
+            "sampler": self.sampler is not None,
+            "mesh": replicas > 1,
+            "method": self.method_word == "head",
+        }
+        return {name: getattr(self, name) for name, is_so in needing.items() if is_so}
 
     def _require_stream(self) -> None:
         """Raises if a setting asks of a stream what it cannot do."""
