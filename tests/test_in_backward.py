@@ -11,7 +11,7 @@ import test_checkpoint
 import test_compact
 import test_sharding
 from test_skipping import bits
-from tiny_text import tiny_decoder, write_chats, write_decoder
+from tiny_text import text_settings, tiny_decoder, write_chats, write_decoder
 
 from sparse_jax import (
     Compact,
@@ -284,16 +284,15 @@ def test_a_model_that_runs_its_layers_itself_is_refused():
 
 def test_a_run_stopped_and_resumed_ends_like_one_that_was_not(tmp_path, monkeypatch):
     files = write_decoder(tmp_path / "model"), write_chats(tmp_path / "chats.jsonl")
-    options = {"sampler": None, "active": None, "max_grad_norm": 0.0}
-    options |= {"update_in_backward": True}
+    options = {"method": "sift", "density": 0.1, "where": ("query",), "save_every": 1}
+    options |= {"max_grad_norm": 0.0, "update_in_backward": True, "rank": None}
     settings = [
-        test_checkpoint.sift_settings(files, tmp_path / name, **options)
-        for name in ("whole", "stopped")
+        text_settings(*files, tmp_path / name, **options) for name in ("whole", "stop")
     ]
     finetune(settings[0])
     test_checkpoint.stop_at(monkeypatch, settings[1], 3)
     finetune(replace(settings[1], resume=True))
-    assert test_checkpoint.same_bytes(tmp_path / "whole", tmp_path / "stopped")
+    assert test_checkpoint.same_bytes(tmp_path / "whole", tmp_path / "stop")
 
 
 def test_a_plan_counts_the_gradients_of_one_layer():
