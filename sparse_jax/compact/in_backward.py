@@ -148,6 +148,10 @@ class InBackward(Tuner):
             grads = mean(grads)
             part = optax.tree.norm(grads, squared=True)
             finite &= jnp.isfinite(part)
+            # Read again for the update: a TPU would hold the weights until then.
+            dx, grads, leaves = lax.optimization_barrier((dx, grads, kept.leaves))
+            kept = kept._replace(leaves=leaves)
+            layer = layer._replace(leaves=_at(number, leaves))
             above = step.updated(layer, support, grads, finite, **extra_args)
             return _Carry(dx, finite, squares + part, kept, above), None
 
