@@ -124,7 +124,7 @@ class Result:
         axes.set_yscale("log")
         ticks = sorted({row[along] for row in self.rows})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
+        axes.set_xticks([], minor=True)
         axes.set_xlabel(along)
         axes.set_title(panel.name, loc="left", fontsize=10)
         axes.legend(fontsize=8)
