@@ -48,8 +48,10 @@ def test_the_experiments_that_documents_run_are_commands():
     named = set(re.findall(r"python -m (experiments[.\w]*\w)", "".join(texts)))
     assert len(named) > 20
     for name in named:
-        module = ROOT / f"{name.replace('.', '/')}.py"
-        assert "__main__" in module.read_text("utf-8"), name
+        module = ROOT / name.replace(".", "/")
+        package = module / "__main__.py"
+        file = package if package.is_file() else module.with_suffix(".py")
+        assert "__main__" in file.read_text("utf-8"), name
 
 
 def test_the_files_that_contributing_names_are_there():
