@@ -63,7 +63,7 @@ def write_plans(
     found = {
         "asked": dict(asked),
         "target": {"name": target.name, "devices": shape.size, "chip": chip},
-        "mesh": shape._asdict(),
+        "mesh": shape.axes,
         "assumptions": _words(plans, target),
         "plans": [plan.as_dict() for plan in plans],
     }

@@ -30,8 +30,10 @@ def are_channels(layout: Layout, shape: Sequence[int]) -> bool:
     """Returns whether what is chosen in a kernel are rows, or are columns.
 
     Example:
-      >>> are_channels(Blocks(rows=1), (4, 6)), are_channels(Blocks(4, 4), (4, 8))
-      (True, False)
+      >>> are_channels(Blocks(rows=1), (4, 8))
+      True
+      >>> are_channels(Blocks(rows=4, columns=4), (4, 8))
+      False
     """
     is_whole = isinstance(layout, Blocks) and (
         layout.rows is None,
