@@ -62,22 +62,31 @@ EVALUATE = (
 @pytest.mark.parametrize(
     "name", ["finetune", "evaluate", "generate", "export", "inspect", "plan"]
 )
-def test_help_answers_in_half_a_second_and_without_jax(name):
+def test_help_takes_little_longer_than_typer_itself_and_no_jax(name):
     # Of the processor, as other programs run on the same machine.
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+    def answer(code, *words):
+        began = used()
+        words = [sys.executable, "-c", code, *words, "--help"]
+        run = subprocess.run(words, capture_output=True, text=True, check=True)
+        return run.stdout, used() - began
+
     code = (
         "import atexit, sys; atexit.register(lambda: print('jax' in sys.modules)); "
         "from sparse_jax.cli.main import main; main()"
     )
-    seconds = []
-    for _ in range(2):
-        began = used()
-        words = [sys.executable, "-c", code, name, "--help"]
-        run = subprocess.run(words, capture_output=True, text=True, check=True)
-        seconds.append(used() - began)
-    assert f"sparse-jax {name}" in run.stdout
-    assert run.stdout.endswith("False\n")
-    assert min(seconds) < 0.5
+    # What Typer takes depends on its release: 0.29 imports Pydantic.
+    typers = "import typer\ntyper.run(lambda: None)"
+    ours, own = zip(
+        *[(answer(code, name), answer(typers)) for _ in range(3)], strict=True
+    )
+    out, _ = ours[0]
+    assert f"sparse-jax {name}" in out
+    assert out.endswith("False\n")
+    assert (
+        min(seconds for _, seconds in ours) - min(seconds for _, seconds in own) < 0.3
+    )
 
 
 def test_the_options_of_a_run_stand_under_headings(command):
