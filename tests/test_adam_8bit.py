@@ -17,9 +17,12 @@ from tiny_text import CONFIG
 
 from sparse_jax import (
     Compact,
+    Importance,
     InputError,
+    Layerwise,
     Settings,
     Sparse,
+    Uniform,
     finetune,
     load_adapter,
     scale_by_adam_8bit,
@@ -30,6 +33,7 @@ from sparse_jax.models.families.llama import LLAMA
 from sparse_jax.models.functional import Model
 from sparse_jax.planning.abstract import abstract_run
 from sparse_jax.sharding.mesh import MeshShape
+from sparse_jax.training.objective import make_token_loss
 from sparse_jax.training.optimizer import make_optimizer, schedule_of
 from sparse_jax.training.recipe_options import RecipeOptions
 from sparse_jax.transforms.adam_8bit import decoded, encoded
@@ -290,6 +294,30 @@ def test_entries_that_stay_keep_their_moments_when_others_are_chosen():
     found, expected = ([moments[place] for place in stay] for moments in (new, old))
     np.testing.assert_allclose(found, expected, rtol=0.2)
     assert not any(new[place] for place in came)
+
+
+@pytest.mark.parametrize("sampler", [Uniform, Importance])
+def test_layers_that_take_turns_keep_codes(sampler):
+    config = dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=256)
+    model = Model(CausalLM, LLAMA, config)
+    params = model.init(jax.random.key(0))
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, 12))
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    batch["weights"] = np.ones(ids.shape, np.float32)
+    method = Sparse(density=0.4, where="^layers/.*kernel", score="magnitude")
+    few = sampler(num_layers=config.num_layers, num_active=1)
+    losses = {}
+    for tx in (optax.scale_by_adam(), scale_by_adam_8bit(stacked="^leaves/layers/")):
+        tx = optax.chain(tx, optax.scale(-3e-3))
+        tuner = Layerwise(make_token_loss(model), method, tx, sampler=few)
+        state = jax.jit(tuner.init)(params, jax.random.key(0))
+        state, _ = jax.jit(tuner.select)(state, batch, jax.random.key(0))
+        step = jax.jit(tuner.step)
+        for number in range(8):
+            state, metrics = step(state, batch, jax.random.key(number))
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.opt_state.rows)}
+        losses[jnp.dtype("int8") in dtypes] = float(metrics["loss"])
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
 
 
 # Of an entry layout, the axis of its shards; of whole arrays, any axis.

@@ -55,6 +55,7 @@ GIVEN = {"score": "magnitude", "where": WHERE}
 SPARSE = Sparse(density=0.2, **GIVEN, dense="^classifier/|norm|bias$")
 WORDS = Sparse(density=0.2, score="magnitude", where=f"{WHERE}|embedding|lm_head")
 LANES = Sparse(density=0.1, **GIVEN, granularity="lane")
+ROWS = Sparse(density=0.2, where=WHERE, granularity="row")
 LORA = LoRA(rank=2, where="query", dense="^classifier/")
 MOMENTUM = optax.sgd(SCHEDULE, momentum=0.9)
 NORMS = Sparse(density=0.2, **GIVEN, dense="norm")
@@ -65,6 +66,7 @@ CASES = {
     "llama, words and the head": (None, WORDS, MOMENTUM, BF16, False, True),
     "bert, dropout": (BERT, SPARSE, ADAMW, BF16, False, False),
     "bert, lanes": (WIDE, LANES, optax.lion(1e-3), BF16, True, True),
+    "llama, rows": (None, ROWS, ADAMW, F32, True, False),
     "bert, lora": (BERT, LORA, ADAMW, F32, True, False),
     "llama, full": (None, Dense(dense=".*"), ADAMW, F32, False, False),
 }

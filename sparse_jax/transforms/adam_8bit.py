@@ -200,8 +200,7 @@ def scale_by_adam_8bit(
 
         like = updates if params is None else params
         found = map_named(one, updates, like, *state[1:])
-        outer, inner = jax.tree.structure(updates), jax.tree.structure((0,) * 5)
-        step, *moments = jax.tree.transpose(outer, inner, found)
+        step, *moments = _apart(found, updates, 5)
         return step, Adam8bitState(count, *moments)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -214,8 +213,7 @@ def decoded(state: Tree) -> Tree:
         if not isinstance(node, Adam8bitState):
             return node
         values = jax.tree.map(_values, *node[1:])
-        outer = jax.tree.structure(node.mu)
-        mu, nu = jax.tree.transpose(outer, jax.tree.structure((0, 0)), values)
+        mu, nu = _apart(values, node.mu, 2)
         none = jax.tree.map(lambda _: jnp.zeros(0, jnp.float32), mu)
         return Adam8bitState(node.count, mu, nu, none, none)
 
@@ -230,10 +228,16 @@ def encoded(state: Tree, like: Tree) -> Tree:
             return node
         one = lambda mu, nu, *kept: _kept(mu, nu, node.count, *kept)
         found = jax.tree.map(one, node.mu, node.nu, *like[1:])
-        outer, inner = jax.tree.structure(node.mu), jax.tree.structure((0,) * 4)
-        return Adam8bitState(node.count, *jax.tree.transpose(outer, inner, found))
+        return Adam8bitState(node.count, *_apart(found, node.mu, 4))
 
     return jax.tree.map(encode, state, like, is_leaf=_is_own)
+
+
+def _apart(found: Any, like: Any, number: int) -> list[Any]:
+    """Returns a tree for each of the arrays that are together at the leaves of one."""
+    # `jax.tree.transpose` refuses a tree without leaves, as of what is not trained.
+    rows = (outer := jax.tree.structure(like)).flatten_up_to(found)
+    return [outer.unflatten(row[i] for row in rows) for i in range(number)]
 
 
 def _is_own(node: object) -> bool:
