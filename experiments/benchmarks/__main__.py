@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmarks",
         description=(__doc__ or "").splitlines()[0],
-        epilog=f"benchmarks:\n{listed}",
+        epilog=f"names:\n  {'all':<14} every one, in turn\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", choices=("all", *names))
@@ -111,8 +111,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         importlib.import_module(f"{__package__}.{words[0]}").main()
         return
     parser.add_argument("--vs", choices=(TORCH,), help="also those beside a library")
-    parser.add_argument("--only", nargs="+", choices=names, default=(), metavar="NAME")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=(), metavar="NAME", help="these"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmarks"), help="folder"
+    )
     args = parser.parse_args(words)
     if run_all(args.vs, args.only, args.output):
         raise SystemExit(1)

@@ -13,26 +13,21 @@ of 30 M random parameters. Ten minutes on two CPU cores; needs torch and peft.
 
 import argparse
 import os
-import platform
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.result import (
-    Panel,
-    Result,
-    benchmark_parser,
-    finish,
-)
+from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
 from experiments.benchmarks.workers import (
     OURS,
     THEIRS,
     Program,
     Row,
+    add_options,
+    are_there,
+    circumstances,
     measure,
     ratios,
     serve,
@@ -233,21 +228,14 @@ def result_of(found: list[dict[str, Any]], title: str) -> Result:
 def main() -> None:
     """Prints the table."""
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--model", help="folder of a Llama in safetensors")
+    add_options(parser, rounds=12)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument(
-        "--threads", type=int, default=1, help="of every program; 0 is all cores"
-    )
-    parser.add_argument("--program", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.program:
         work(args)
         return
-    missing = [name for name in ("torch", "peft") if find_spec(name) is None]
-    if missing:
-        print(f"skipped: needs {', '.join(missing)}; `pip install torch peft`.")
+    if not are_there("torch", "peft"):
         return
     with tempfile.TemporaryDirectory() as folder:
         args.model = args.model or write_llama(folder)
@@ -255,12 +243,8 @@ def main() -> None:
         options = {name: getattr(args, name) for name in names}
         module = __spec__.name
         found = summary(measure(module, PROGRAMS, options, args.rounds, check))
-    size = f"{args.batch_size} x {args.length} tokens"
-    threads = f"{args.threads or 'all'} threads" if args.threads != 1 else "one thread"
-    where = f"{platform.machine()}, {threads}, {args.rounds} rounds"
-    versions = {name: version(name) for name in ("jax", "torch", "peft")}
-    told = ", ".join(f"{name} {number}" for name, number in versions.items())
-    title = f"one update of {size} ({where}; {told})"
+    where = circumstances(args, "torch", "peft")
+    title = f"one update of {args.batch_size} x {args.length} tokens ({where})"
     finish(args.output, result_of(found, title))
 
 

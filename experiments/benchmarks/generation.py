@@ -15,12 +15,9 @@ Llama of 30 M random parameters that reads bytes. Needs torch and transformers.
 
 import argparse
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,9 @@ from experiments.benchmarks.workers import (
     THEIRS,
     Program,
     Row,
+    add_options,
+    are_there,
+    circumstances,
     measure,
     ratios,
     serve,
@@ -280,22 +280,15 @@ def result_of(found: Sequence[Row], title: str) -> Result:
 def main() -> None:
     """Prints the table."""
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--model", help="folder of a decoder in safetensors")
+    add_options(parser, rounds=6)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--questions", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument(
-        "--threads", type=int, default=1, help="of every program; 0 is all cores"
-    )
-    parser.add_argument("--program", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.program:
         serve(lambda: BUILDS[*args.program](args), args.threads)
         return
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing:
-        print(f"skipped: needs {', '.join(missing)}; `pip install torch transformers`.")
+    if not are_there("torch", "transformers"):
         return
     with tempfile.TemporaryDirectory() as folder:
         name = Path(args.model).name if args.model else "a random Llama"
@@ -307,14 +300,11 @@ def main() -> None:
     work = {WRITE: args.batch_size * args.new_tokens}
     work[RANK] = sum(len(candidates) for _, candidates in asked)
     found = summary(rows, work)
-    threads = "one thread" if args.threads == 1 else f"{args.threads or 'all'} threads"
-    where = f"{platform.machine()}, {threads}, {args.rounds} rounds"
-    versions = {one: version(one) for one in ("jax", "torch", "transformers")}
-    told = ", ".join(f"{one} {number}" for one, number in versions.items())
+    where = circumstances(args, "torch", "transformers")
     size = (
         f"{args.batch_size} x {args.new_tokens} new tokens, {args.questions} questions"
     )
-    finish(args.output, result_of(found, f"{name}, {size} ({where}; {told})"))
+    finish(args.output, result_of(found, f"{name}, {size} ({where})"))
 
 
 if __name__ == "__main__":

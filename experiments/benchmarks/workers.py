@@ -4,20 +4,24 @@ Whatever else the machine does meets all of them. A program is a module with opt
 which calls `serve`.
 """
 
+import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 __all__ = [
-    "OURS", "THEIRS", "Program", "Row", "measure", "ratios", "seconds_of", "serve",
-    "write_llama",
+    "OURS", "THEIRS", "Program", "Row", "add_options", "are_there", "circumstances",
+    "measure", "ratios", "seconds_of", "serve", "write_llama",
 ]  # fmt: skip
 
 OURS, THEIRS = "sparse_jax", "PyTorch"
@@ -33,6 +37,32 @@ Step = Callable[[], Row]
 Program = tuple[str, str]
 # Steps that do not count: the first compiles.
 WARM_UP = 2
+
+
+def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    """Adds the options that programs and their rounds have everywhere."""
+    parser.add_argument("--model", help="folder of a Llama in safetensors")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of every program; 0 is all cores"
+    )
+    parser.add_argument("--program", nargs=2, help=argparse.SUPPRESS)
+
+
+def are_there(*packages: str) -> bool:
+    """Returns whether packages are installed, and says which are not."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        needed = " ".join(packages)
+        print(f"skipped: needs {', '.join(missing)}; `pip install {needed}`.")
+    return not missing
+
+
+def circumstances(args: argparse.Namespace, *packages: str) -> str:
+    """Returns the machine, the options and the versions for the title of a table."""
+    threads = "one thread" if args.threads == 1 else f"{args.threads or 'all'} threads"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", *packages))
+    return f"{platform.machine()}, {threads}, {args.rounds} rounds; {versions}"
 
 
 def serve(build: Callable[[], Step], threads: int) -> None:
