@@ -77,6 +77,8 @@ from .training.trackers import Callbacks as Callbacks
 from .training.trackers import register_tracker as register_tracker
 from .transforms.adam_8bit import Adam8bitState as Adam8bitState
 from .transforms.adam_8bit import scale_by_adam_8bit as scale_by_adam_8bit
+from .transforms.clipping import PreviousNormState as PreviousNormState
+from .transforms.clipping import clip_by_previous_norm as clip_by_previous_norm
 from .transforms.ist import IstState as IstState
 from .transforms.ist import ist as ist
 from .transforms.ist import ist_value_fn as ist_value_fn

@@ -57,6 +57,8 @@ LONGEST = 0.1 / (0.001 * (1 - 0.81 / 0.999)) ** 0.5
 
 def tx_of(shape, **options):
     is_stacked = any(SHAPES[name] == shape for name in STACKED)
+    # Every layer of "many layers" is small.
+    options = {"min_size": min(4096, math.prod(shape[1:]) or 4096), **options}
     return scale_by_adam_8bit(stacked="w" if is_stacked else None, **options)
 
 
@@ -164,6 +166,14 @@ def test_zero_gradients_move_nothing(shape):
     step, state = run(tx_of(shape), shape, 3, zeros)
     arrays = [step, state.mu["w"], state.nu["w"], state.mu_scale["w"]]
     assert all(not np.any(array) for array in arrays)
+
+
+def test_of_a_stack_every_layer_is_an_array_that_may_be_small():
+    params = {"layers": jnp.ones((40, 512)), "other": jnp.ones((40, 512))}
+    state = scale_by_adam_8bit(stacked="^layers").init(params)
+    dtypes = {name: leaf.dtype for name, leaf in state.mu.items()}
+    assert dtypes == {"layers": jnp.float32, "other": jnp.int8}
+    assert state.mu_scale["layers"].shape == (40, 0)
 
 
 def test_compiled_or_not_it_is_the_same():
@@ -307,7 +317,7 @@ def test_layers_that_take_turns_keep_codes(sampler):
     method = Sparse(density=0.4, where="^layers/.*kernel", score="magnitude")
     few = sampler(num_layers=config.num_layers, num_active=1)
     losses = {}
-    for tx in (optax.scale_by_adam(), scale_by_adam_8bit(stacked="^leaves/layers/")):
+    for tx in (optax.scale_by_adam(), scale_by_adam_8bit()):
         tx = optax.chain(tx, optax.scale(-3e-3))
         tuner = Layerwise(make_token_loss(model), method, tx, sampler=few)
         state = jax.jit(tuner.init)(params, jax.random.key(0))

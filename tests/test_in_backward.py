@@ -26,9 +26,12 @@ from sparse_jax import (
 )
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.params.names import leaves_by_name
 from sparse_jax.planning.abstract import abstract_run, held_bytes
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.training.objective import make_loss, make_token_loss
+from sparse_jax.transforms.adam_8bit import scale_by_adam_8bit
+from sparse_jax.transforms.clipping import clip_by_previous_norm
 
 BERT = Model(
     SequenceClassifier,
@@ -143,6 +146,58 @@ def test_updates_are_those_after_the_backward_pass(case):
         np.testing.assert_allclose(one, other, rtol=0 if exact else 1e-5, atol=1e-6)
 
 
+def test_gradients_are_clipped_by_the_norm_of_the_update_before():
+    loss, params, make = setting_of("llama, adamw")
+    # The first norm is above the limit, those of later updates partly.
+    tx = optax.chain(clip_by_previous_norm(0.5), optax.sgd(0.1))
+    args = (loss, replace(NORMS, dense="norm|embedding"), tx)
+    start, runs = selected(Compact(*args), params, make(0)), []
+    for kind in (Compact, InBackward):
+        step, state, norms = jax.jit(kind(*args).step), start, []
+        for i in range(4):
+            state, metrics = step(state, make(i), jax.random.key(i))
+            norms.append(float(metrics["gradient_norm"]))
+            kept = state.opt_state[0].previous_norm
+            assert kept == pytest.approx(norms[-1], rel=1e-6)
+        runs.append((state, norms))
+    (after, norms), (inside, same) = runs
+    assert norms[0] > 0.5
+    np.testing.assert_allclose(norms, same, rtol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, (after, inside)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_moments_of_8_bits_have_blocks_within_layers():
+    method = Sparse(density=0.5, **GIVEN)
+    params = jax.tree.map(lambda x: 3 * x, WIDE.init(jax.random.key(0)))
+    # Blocks of a small array would lie across layers where all are updated at once.
+    adam = {F32: optax.scale_by_adam(), jnp.int8: scale_by_adam_8bit(min_size=4096)}
+    ends = []
+    for tx in adam.values():
+        tx = optax.chain(tx, optax.scale(-1e-3))
+        tuner = InBackward(make_loss(WIDE, unroll=1), method, tx)
+        state = selected(tuner, params, encoder_batch(0))
+        step = jax.jit(tuner.step)
+        for i in range(5):
+            state, _ = step(state, encoder_batch(i), jax.random.key(i))
+        ends.append(state)
+    exact, coded = ends
+    name, leaves = "layers/mlp/down/kernel", leaves_by_name(coded.opt_state)
+    own = {key: leaf for key, leaf in leaves.items() if key.endswith(name)}
+    count, num_layers = 128 * 128 // 2, 2
+    rows = {key.split("/")[1]: (leaf.shape[0], leaf.dtype) for key, leaf in own.items()}
+    assert rows == {
+        "mu": (2, jnp.int8), "nu": (2, jnp.uint8),
+        "mu_scale": (2, jnp.float32), "nu_scale": (2, jnp.float32),
+    }, rows  # fmt: skip
+    values = lambda params: leaves_by_name(params)[name]
+    moved = lambda state: values(state.params) - values(params)
+    one, other = np.asarray(moved(exact)), np.asarray(moved(coded))
+    assert np.count_nonzero(one) == num_layers * count
+    # Codes are off by as much as rounding; the entries move as with exact moments.
+    assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.99
+
+
 def test_packed_gradients_of_all_layers_are_never_there():
     model, _ = tiny_decoder()
     config = replace(
@@ -218,12 +273,11 @@ RUN = {
     "max_grad_norm": 0.0,
 }  # fmt: skip
 REFUSED = {
-    "max_grad_norm": (1.0, "`max_grad_norm` must be 0 with update_in_backward, got 1"),
+    "max_grad_norm": (1.0, "`clip_by` must be previous-norm with update_in_backward"),
     "accumulate": (2, "`accumulate` must be left out with update_in_backward, got 2"),
     "sampler": ("ist", "`sampler` must be left out with update_in_backward"),
     "mesh": ("data=2,fsdp=2", "take the axis fsdp in place of data"),
     "method": ("head", "`method` must be left out with update_in_backward, got 'head'"),
-    "moment_dtype": ("int8", "`moment_dtype` must be float32 or bfloat16 with update"),
     "optimizer": ("muon", "`optimizer` must be one of adamw, .* one layer at a time"),
 }
 
@@ -262,13 +316,14 @@ def test_a_tuner_that_would_need_them_is_refused(options, message):
         InBackward(lambda params, batch, key, attachment: (0.0, 1), **given)
 
 
-def test_an_optimizer_that_reads_whole_stacks_is_refused():
+def test_the_state_of_an_optimizer_that_read_whole_stacks_is_refused():
     model, params = tiny_decoder()
     tx = optax.adafactor(1e-3, min_dim_size_to_factor=2)
     method = Dense(dense="^layers/mlp/up")
-    tuner = InBackward(make_token_loss(model, unroll=1), method, tx)
-    state = jax.eval_shape(tuner.init, params, jax.random.key(0))
-    with pytest.raises(InputError, match="`tx` must keep an array of its own for ever"):
+    args = (make_token_loss(model, unroll=1), method, tx)
+    tuner = InBackward(*args)
+    state = jax.eval_shape(Compact(*args).init, params, jax.random.key(0))
+    with pytest.raises(InputError, match="`state` must be one of this tuner"):
         jax.eval_shape(tuner.step, state, decoder_batch(0), jax.random.key(0))
 
 
@@ -284,10 +339,17 @@ def test_a_model_that_runs_its_layers_itself_is_refused():
         tuner.step(state, None, jax.random.key(0))
 
 
-def test_a_run_stopped_and_resumed_ends_like_one_that_was_not(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "choices",
+    [{"max_grad_norm": 0.0}, {"clip_by": "previous-norm", "moment_dtype": "int8"}],
+    ids=["float32", "int8, clipped"],
+)
+def test_a_run_stopped_and_resumed_ends_like_one_that_was_not(
+    choices, tmp_path, monkeypatch
+):
     files = write_decoder(tmp_path / "model"), write_chats(tmp_path / "chats.jsonl")
     options = {"method": "sift", "density": 0.1, "where": ("query",), "save_every": 1}
-    options |= {"max_grad_norm": 0.0, "update_in_backward": True, "rank": None}
+    options |= {"update_in_backward": True, "rank": None, **choices}
     settings = [
         text_settings(*files, tmp_path / name, **options) for name in ("whole", "stop")
     ]

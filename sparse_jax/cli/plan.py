@@ -36,7 +36,8 @@ __all__ = ["plan"]
 _SETTINGS = (
     "model", "method", "density", "granularity", "rank", "where", "sampler", "active",
     "recompute", "batch_size", "accumulate", "dtype", "select_batches", "checkpointing",
-    "split_masters", "moment_dtype", "update_in_backward", "max_grad_norm", "mesh",
+    "split_masters", "moment_dtype", "update_in_backward", "max_grad_norm", "clip_by",
+    "mesh",
 )  # fmt: skip
 # What a comparison chooses.
 _CHOICES = ("method", "sampler", "ist")

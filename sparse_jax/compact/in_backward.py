@@ -22,6 +22,7 @@ from sparse_jax.compact.layer_by_layer import (
 from sparse_jax.compact.model_taps import TrainedValues, in_stack, tap_leaf
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Added, Arrays, Attachment, LayerValues, Stack
+from sparse_jax.params.axes import platform
 from sparse_jax.params.names import leaves_by_name, map_named
 from sparse_jax.supports.masters import current_values, keep_masters
 from sparse_jax.supports.packing import pack, route, write_back
@@ -34,6 +35,7 @@ from sparse_jax.supports.roles import (
     map_roles,
     sides_of,
 )
+from sparse_jax.transforms.layer_state import init_rows
 
 __all__ = ["InBackward"]
 
@@ -56,10 +58,7 @@ class _Carry(NamedTuple):
     finite: jax.Array  # whether all gradients were, so far
     squares: jax.Array  # sum over these gradients
     kept: _Kept
-    # The layer above, updated. It is written before anything is read of the next one:
-    # where rows are read and written side by side, compilers copy their stacks
-    # (measured on a CPU: all moments, twice for every layer).
-    above: _Kept
+    above: _Kept | None  # the layer above, updated; None if it is written by then
 
 
 @final
@@ -75,7 +74,9 @@ class InBackward(Tuner):
     follow at the end. The updates are those of `Compact` with the same `tx`, and the
     state is the same, if `tx` updates every number on its own, as Adam, SGD or Lion do.
     Nothing that needs the gradients of all layers first is possible: neither clipping
-    by the global norm, nor the sum over micro-batches or replicas.
+    by the global norm, nor the sum over micro-batches or replicas. What is left outside
+    the layers is updated with `global_norm`, that of all gradients, as an extra
+    argument, which is what `clip_by_previous_norm` asks for.
 
     A step whose loss, or whose gradient outside and above the layers, is not finite
     changes nothing. A gradient that stops being finite at layer l is not used for layer
@@ -136,11 +137,16 @@ class InBackward(Tuner):
         loss = total / weight
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(mean(d_beyond)))
         finite &= jnp.greater_equal(state.count, 0)
+        # A layer is written before anything is read of the next one: where rows are
+        # read and written side by side, XLA for CPUs copies their stacks (all moments,
+        # twice for every layer). The compiler of TPUs does not, and a layer less waits.
+        waits = platform() != "tpu"
 
         def back(carry: _Carry, one: tuple) -> tuple[_Carry, None]:
             dx, finite, squares, kept, above = carry
             number, residuals, rest, support, frozen = one
-            kept = step.written(kept, above, jnp.minimum(number + 1, step.last))
+            if above is not None:
+                kept = step.written(kept, above, jnp.minimum(number + 1, step.last))
             layer = _at(number, kept)
             weights = _merged(step.roles, layer.leaves, frozen)
             values = LayerValues(layer.added, support=support)
@@ -153,27 +159,42 @@ class InBackward(Tuner):
             kept = kept._replace(leaves=leaves)
             layer = layer._replace(leaves=_at(number, leaves))
             above = step.updated(layer, support, grads, finite, **extra_args)
+            if not waits:
+                kept, above = step.written(kept, above, number), None
             return _Carry(dx, finite, squares + part, kept, above), None
 
-        carry = _Carry(dx, finite, jnp.float32(0), step.kept, step.first())
+        first = step.first() if waits else None
+        carry = _Carry(dx, finite, jnp.float32(0), step.kept, first)
         numbers = jnp.arange(step.last + 1)
         rows = (numbers, residuals, stack.rest, step.values.support, step.frozen)
         carry, _ = lax.scan(back, carry, rows, reverse=True)
-        kept = step.written(carry.kept, carry.above, jnp.int32(0))
+        kept = carry.kept
+        if carry.above is not None:
+            kept = step.written(kept, carry.above, jnp.int32(0))
 
         (d_input,) = pull_input(carry.dx)
         d_beyond = mean(jax.tree.map(jnp.add, d_beyond, d_input))
         norm = jnp.sqrt(carry.squares + optax.tree.norm(d_beyond, squared=True))
         ready = carry.finite & jnp.isfinite(norm)
-        state = step.finished(kept, d_beyond, ready, **extra_args)
+        state = step.finished(kept, d_beyond, norm, ready, **extra_args)
         return state, {"loss": loss, "gradient_norm": norm, "is_skipped": ~ready}
 
     def _start(
         self, roles: Roles, params: optax.Params, values: TrainedValues
     ) -> optax.OptState:
         """Returns the state of the optimizer before the first update."""
-        del roles, params
-        return self.tx.init(values._asdict())
+        layers, outside = sides_of(roles)
+        pick = lambda side: map_roles(keep, side, values.leaves, only=TRAINED)
+        keep = lambda role, leaf: leaf
+        rows = values._replace(leaves=pick(layers))._asdict()
+        count = jax.tree.leaves(in_stack(self.method, params))[0].shape[0]
+        # Of each layer on its own, because some states depend on what is together, as
+        # blocks of 8-bit moments do.
+        found = leaves_by_name(init_rows(self.tx, rows, count))
+        beyond = TrainedValues({}, pick(outside))._asdict()
+        found |= leaves_by_name(self.tx.init(beyond))
+        whole = jax.eval_shape(self.tx.init, values._asdict())
+        return map_named(lambda name, _: found[name], whole)
 
 
 class _Step:
@@ -295,6 +316,7 @@ class _Step:
         self,
         kept: _Kept,
         grads: optax.Updates,
+        norm: jax.Array,
         ready: jax.Array,
         **extra_args: object,
     ) -> CompactState:
@@ -303,7 +325,8 @@ class _Step:
         now = current_values(outside, state.support, state.masters, state.params)
         now, grads = (TrainedValues({}, tree)._asdict() for tree in (now, grads))
         args = (grads, state.count, now, self._part(now, {}))
-        count, now, new = update_if(ready, self.tx, *args, **extra_args)
+        given = {"global_norm": norm, **extra_args}
+        count, now, new = update_if(ready, self.tx, *args, **given)
         leaves, split = now["leaves"], self.tuner.split_masters
         params: Any = write_back(outside, state.params, state.support, leaves)
         masters: Any = keep_masters(outside, leaves, state.params, split)
@@ -332,15 +355,7 @@ class _Step:
         nothing: Any = map_roles(lambda *_: None, self.outside, only=())
         none = TrainedValues({}, nothing)
         shared = leaves_by_name(jax.eval_shape(self.tx.init, none._asdict()))
-        rows = {n: row for n, row in leaves_by_name(shapes).items() if n not in shared}
-        for name, row in rows.items():
-            if whole[name].shape != (self.last + 1, *row.shape):
-                raise InputError(
-                    "`tx` must keep an array of its own for every layer to update one "
-                    f"at a time, got shape {list(whole[name].shape)} of all and "
-                    f"{list(row.shape)} of one in `{name}`. Use `Compact`."
-                )
-        return {name: whole[name] for name in rows}
+        return {n: whole[n] for n in leaves_by_name(shapes) if n not in shared}
 
     def _part(self, values: optax.Params, rows: Mapping[str, jax.Array]) -> Any:
         """Returns the state of the optimizer for a part of what it updates."""

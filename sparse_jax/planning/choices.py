@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from sparse_jax.training.recipe_options import MOMENTS
+from sparse_jax.training.recipe_options import MOMENTS, PREVIOUS_NORM
 from sparse_jax.training.settings import Settings
 
 __all__ = ["STATE_CHOICES", "choices_in"]
@@ -13,6 +13,7 @@ STATE_CHOICES: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
         "split": {"split_masters": True},
         **{word: {"moment_dtype": word} for word in MOMENTS[1:]},
+        "backward": {"update_in_backward": True, "clip_by": PREVIOUS_NORM},
     }
 )
 

@@ -37,12 +37,18 @@ from sparse_jax.training.feed import Feed
 from sparse_jax.training.forgetting import text_batches
 from sparse_jax.training.objective import Objective
 from sparse_jax.training.optimizer import Schedule, make_optimizer, schedule_of
-from sparse_jax.training.recipe_options import COOLDOWN
+from sparse_jax.training.recipe_options import COOLDOWN, GLOBAL_NORM, PREVIOUS_NORM
 from sparse_jax.training.settings import Settings
 from sparse_jax.training.setup import Base, load_model_and_data
 from sparse_jax.training.start import start_from
+from sparse_jax.transforms.clipping import clip_by_previous_norm
 
 __all__ = ["Job", "head_rules", "make_job", "make_tuner", "method_of", "sampler_of"]
+
+_CLIPS = {
+    GLOBAL_NORM: optax.clip_by_global_norm,
+    PREVIOUS_NORM: clip_by_previous_norm,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,15 +342,16 @@ def make_tuner(
     """
     tx, max_norm = settings.optimizer, None
     if isinstance(tx, str):
-        tx = make_optimizer(settings, is_stacked=sampler is None)
+        by_layer = sampler is not None or settings.update_in_backward
+        tx = make_optimizer(settings, is_stacked=not by_layer)
         max_norm = settings.max_grad_norm or None
+        if max_norm is not None and sampler is None:
+            tx = optax.chain(_CLIPS[settings.clip_by](max_norm), tx)
     shards, axes = placement.shards(method.stack), placement.data_axes
     placed = (settings.accumulate, shards, axes, settings.split_masters)
     if settings.update_in_backward:
         return InBackward(loss, method, tx, *placed)
     if sampler is None:
-        if max_norm is not None:
-            tx = optax.chain(optax.clip_by_global_norm(max_norm), tx)
         return Compact(loss, method, tx, *placed)
     return Layerwise(
         loss,

@@ -43,11 +43,13 @@ IN_8_BITS = ("adamw", "adam")
 WARM_UP = 0.06  # fraction of the updates, as for RoBERTa on GLUE
 COOLDOWN = 0.2  # fraction of the updates of wsd
 MAX_NORM = 1.0
+GLOBAL_NORM, PREVIOUS_NORM = "global-norm", "previous-norm"
+CLIPPING = (GLOBAL_NORM, PREVIOUS_NORM)
 BALANCED = "balanced"
 # What an optimizer that is an object brings with it.
 _OF_OPTIMIZER = (
     "learning_rate", "warmup", "schedule", "cooldown", "weight_decay", "betas", "eps",
-    "moment_dtype", "max_grad_norm",
+    "moment_dtype", "max_grad_norm", "clip_by",
 )  # fmt: skip
 
 
@@ -103,11 +105,17 @@ class RecipeOptions:
         "Global norm that the gradient of what is trained is clipped to; 0 does not "
         "clip.",
     )
+    clip_by: str = setting(
+        GLOBAL_NORM,
+        f"Norm that a gradient is clipped by: {GLOBAL_NORM} is its own, "
+        f"{PREVIOUS_NORM} that of the gradient one update before, which is known "
+        "before the backward pass begins.",
+    )
     update_in_backward: bool = setting(
         False,
         "Update every layer inside the backward pass, as soon as its gradient is "
-        "known: gradients of one layer are kept at a time. Goes with --max-grad-norm "
-        "0, and with optimizers of single entries.",
+        "known: gradients of one layer are kept at a time. Goes with --clip-by "
+        f"{PREVIOUS_NORM} or --max-grad-norm 0, and with optimizers of single entries.",
     )
     label_smoothing: float = setting(
         0.0, "Share of the target that is spread over all classes, or all tokens."
@@ -180,18 +188,11 @@ class RecipeOptions:
                 f"update_in_backward, got {brief(self.optimizer)}. These update every "
                 "entry on its own, so one layer at a time."
             )
-        if self.moment_dtype == MOMENTS[2]:
+        if self.max_grad_norm and self.clip_by == GLOBAL_NORM:
             raise InputError(
-                f"`moment_dtype` must be {MOMENTS[0]} or {MOMENTS[1]} with "
-                f"update_in_backward, got {MOMENTS[2]!r}: its blocks are those of all "
-                "layers together."
-            )
-        if self.max_grad_norm:
-            raise InputError(
-                "`max_grad_norm` must be 0 with update_in_backward, got "
-                f"{self.max_grad_norm:g}. The global norm is known only after the "
-                "first layers have been updated: do not clip, or leave out "
-                "`update_in_backward`."
+                f"`clip_by` must be {PREVIOUS_NORM} with update_in_backward, got "
+                f"{GLOBAL_NORM}: the global norm is known only after the first layers "
+                "have been updated. Or set `max_grad_norm` to 0, which does not clip."
             )
 
     @property
@@ -202,8 +203,8 @@ class RecipeOptions:
 
     def _require_numbers(self) -> None:
         """Raises if a value is out of range."""
-        for name in ("schedule", "moment_dtype"):
-            known = SCHEDULES if name == "schedule" else MOMENTS
+        words = {"schedule": SCHEDULES, "moment_dtype": MOMENTS, "clip_by": CLIPPING}
+        for name, known in words.items():
             if getattr(self, name) is not None:
                 require_word(name, getattr(self, name), known)
         for name in ("warmup", "cooldown"):
@@ -257,6 +258,11 @@ class RecipeOptions:
                 f"`optimizer` must not be {name!r} with a sampler of layers, got "
                 f"{sampler!r}: layers that are not trained have no average. Choose "
                 "adamw."
+            )
+        if self.clip_by == PREVIOUS_NORM and sampler is not None:
+            raise InputError(
+                f"`clip_by` must be {GLOBAL_NORM} with a sampler of layers, got "
+                f"{PREVIOUS_NORM!r}: the layers of the update before are others."
             )
         if self.moment_dtype == MOMENTS[2] and name not in IN_8_BITS:
             raise InputError(

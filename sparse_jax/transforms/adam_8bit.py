@@ -21,8 +21,7 @@ Tree = TypeVar("Tree")
 Leaves = tuple[jax.Array, ...]
 
 _BLOCK = 256
-# Smaller arrays keep float32 moments, as in bitsandbytes.
-_MIN_SIZE = 4096
+_MIN_SIZE = 4096  # smaller arrays keep float32 moments, as in bitsandbytes
 # An axis is cut into as many equal parts as divide it, at most these, before it is cut
 # into blocks: then no block lies in two shards of a mesh axis of 2, 4, 8 or 16 devices.
 _PARTS = 16
@@ -76,16 +75,15 @@ def scale_by_adam_8bit(
     b1**2 / b2), is enforced, so that no rounding makes an update longer than Adam's
     longest.
 
-    A large array costs two bytes and 1/32 a value in place of 8. Codes differ from
-    those of Dettmers et al. in that they are powers, and right on average.
+    A large array costs two bytes and 1/32 a value in place of 8.
 
     Args:
       b1: decay rate of the first moment.
       b2: of the second.
       eps: term added to the denominator.
       stacked: expressions, searched for in the leaf names, of the leaves whose first
-        axis counts layers. Their vectors are updated one layer after the other, so
-        that no float32 moments are larger than a layer.
+        axis counts layers, each of which is an array of its own. Vectors are updated
+        one layer after the other, so that no float32 moments are larger than a layer.
       min_size: values from which on an array has codes; a smaller one keeps float32
         moments.
 
@@ -114,28 +112,30 @@ def scale_by_adam_8bit(
             "Those of adamw are 0.9 0.999."
         )
     most = (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2))
+    is_stack = lambda name: any(re.search(rule, name) for rule in patterns(stacked))
 
     def is_vectors(name: str, leaf: jax.Array) -> bool:
         # Of matrices the compiler needs no temporaries.
-        found = any(re.search(rule, name) for rule in patterns(stacked))
-        return found and leaf.ndim > 1 and not _cut(leaf.shape[1:]).is_matrix
+        return is_stack(name) and leaf.ndim > 1 and not _cut(leaf.shape[1:]).is_matrix
 
     def init_fn(params: optax.Params) -> Adam8bitState:
-        is_small = lambda leaf: leaf.size < min_size
+        layers_of = lambda name, leaf: leaf.shape[: is_stack(name)]
+        small = lambda layers, leaf: leaf.size < min_size * math.prod(layers)
 
-        def code(leaf: jax.Array, dtype: DTypeLike) -> jax.Array:
+        def code(name: str, leaf: jax.Array, dtype: DTypeLike) -> jax.Array:
             wide = jnp.promote_types(leaf.dtype, jnp.float32)
-            return jnp.zeros_like(leaf, wide if is_small(leaf) else dtype)
+            is_small = small(layers_of(name, leaf), leaf)
+            return jnp.zeros_like(leaf, wide if is_small else dtype)
 
         def scale(name: str, leaf: jax.Array) -> jax.Array:
-            if is_small(leaf):
-                return jnp.zeros(0, jnp.float32)
+            if small(layers := layers_of(name, leaf), leaf):
+                return jnp.zeros((*layers, 0), jnp.float32)
             layers = leaf.shape[: is_vectors(name, leaf)]
             cut = _cut(leaf.shape[len(layers) :])
             return jnp.zeros((*layers, *cut.scale_shape), jnp.float32)
 
         codes = (
-            jax.tree.map(functools.partial(code, dtype=dtype), params)
+            map_named(functools.partial(code, dtype=dtype), params)
             for dtype in (jnp.int8, jnp.uint8)
         )
         scales = (map_named(scale, params) for _ in range(2))
