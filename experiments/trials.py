@@ -63,11 +63,13 @@ class Trial:
     Attributes:
       rate: the learning rate of the grid that was best on the first seed.
       size: trained parameters, head excluded.
+      optimizer_bytes: of the optimizer's state, for each trained parameter.
       values: the metric of every seed.
     """
 
     rate: float
     size: int
+    optimizer_bytes: float
     values: tuple[float, ...]
 
 
@@ -109,7 +111,9 @@ def make_trial(
     best = measure.choose(rates, key=lambda rate: value(run(rate, seeds[0])))
     runs = [run(best, seed) for seed in seeds]
     values = tuple(map(value, runs))
-    return Trial(best, runs[0]["trained_parameters_without_head"], values)
+    first = runs[0]
+    held = first["optimizer_bytes"] / first["trained_parameters"]
+    return Trial(best, first["trained_parameters_without_head"], held, values)
 
 
 def run_once(settings: Settings) -> dict[str, Any]:
@@ -183,7 +187,11 @@ def show(
         title=f"{title}, seeds {', '.join(map(str, args.seeds))}",
         rows={name: {measure.unit: one.values} for name, one in trials.items()},
         notes={
-            name: {"trained, no head": f"{one.size:,}", "rate": f"{one.rate:g}"}
+            name: {
+                "trained, no head": f"{one.size:,}",
+                "optimizer, bytes each": f"{one.optimizer_bytes:.2f}",
+                "rate": f"{one.rate:g}",
+            }
             for name, one in trials.items()
         },
         scale=measure.scale,

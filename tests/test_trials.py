@@ -12,6 +12,10 @@ SETTINGS = Settings(model="m", task="mrpc", output="", method="head")
 MEASURE = trials.measure_of("mrpc")
 # Accuracy in percent of every learning rate and seed.
 ACCURACY = {(1e-4, 0): 50, (1e-3, 0): 70, (1e-3, 1): 60, (1e-3, 2): 50}
+SIZES = {
+    "trained_parameters": 1250, "trained_parameters_without_head": 1234,
+    "optimizer_bytes": 10_000,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -20,10 +24,8 @@ def calls(monkeypatch):
 
     def finetune(settings):
         made.append(settings)
-        return {
-            "eval": {"accuracy": ACCURACY[settings.learning_rate, settings.seed] / 100},
-            "trained_parameters_without_head": 1234,
-        }
+        accuracy = ACCURACY[settings.learning_rate, settings.seed] / 100
+        return {"eval": {"accuracy": accuracy}, **SIZES}
 
     monkeypatch.setattr(trials, "finetune", finetune)
     return made
@@ -38,14 +40,14 @@ def trial(folder):
 
 def test_the_learning_rate_is_the_best_of_the_first_seed(calls, tmp_path):
     found = trial(tmp_path)
-    assert found == trials.Trial(1e-3, 1234, (0.7, 0.6, 0.5))
+    assert found == trials.Trial(1e-3, 1234, 8.0, (0.7, 0.6, 0.5))
     assert {(s.learning_rate, s.seed) for s in calls} == ACCURACY.keys()
 
 
 def test_a_run_that_was_made_is_read(calls, tmp_path):
     made = tmp_path / "head-lr0.001-seed0"
     made.mkdir()
-    metrics = {"eval": {"accuracy": 0.9}, "trained_parameters_without_head": 1234}
+    metrics = {"eval": {"accuracy": 0.9}, **SIZES}
     (made / "metrics.json").write_text(json.dumps(metrics))
     assert trial(tmp_path).values == (0.9, 0.6, 0.5)
 
