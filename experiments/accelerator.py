@@ -29,6 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run_command
 from experiments.papers import MODELS, network_of
 from sparse_jax import Settings
 from sparse_jax.params.names import map_named
@@ -250,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,7 +13,7 @@ file such as `math_data.json`.
 from collections.abc import Sequence
 
 from experiments.answers import Benchmark
-from experiments.predictions import run_command
+from experiments.command import run_command
 from experiments.questions import make_table, parser_of
 
 SETS = ("gsm8k", "AQuA", "mawps", "SVAMP")

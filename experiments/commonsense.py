@@ -27,7 +27,7 @@ share a folder if their rows or seeds differ (all of them need the first seed).
 from collections.abc import Sequence
 
 from experiments.answers import Benchmark
-from experiments.predictions import run_command
+from experiments.command import run_command
 from experiments.questions import make_table, parser_of
 
 SETS = (

@@ -17,6 +17,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run_command
 from experiments.trials import run_once
 from sparse_jax import (
     Settings,
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

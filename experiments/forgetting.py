@@ -26,6 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run_command
 from experiments.pictures import COLORS, canvas, save
 from experiments.report import fill_in, table_parser
 from experiments.trials import run_folder, run_once
@@ -270,4 +271,4 @@ def _way(
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

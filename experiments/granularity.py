@@ -15,6 +15,7 @@ goes on where it was.
 
 import argparse
 
+from experiments.command import run_command
 from experiments.trials import measure_of, show, trial_parser
 from sparse_jax import Settings
 
@@ -58,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.predictions import run_command
+from experiments.command import run_command
 from sparse_jax.generation.harness import harness_model
 from sparse_jax.generation.writer import load_writer
 

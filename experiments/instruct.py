@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.command import run_command
 from experiments.forgetting import KERNELS, MAPS, cut_texts, show_ways, way_of
 from experiments.papers import print_plan
 from experiments.report import fill_in, table_parser
@@ -129,4 +130,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -28,6 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run_command
 from experiments.pictures import draw_choices
 from experiments.trials import Trial, measure_of, run_folder, show, trial_parser
 from sparse_jax import Settings
@@ -210,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.command import run_command
 from experiments.five_tasks import HEAD, TASKS
 from experiments.glue import TINY
 from experiments.report import Report, fill_in, table_parser
@@ -148,4 +149,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.command import run_command
 from experiments.predictions import (
     Predictions,
     digest_of,
     fingerprint,
-    run_command,
 )
 from sparse_jax.data.mmlu import (
     LETTERS,

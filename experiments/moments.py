@@ -14,6 +14,7 @@ on where it was.
 
 import argparse
 
+from experiments.command import run_command
 from experiments.trials import measure_of, show, trial_parser
 from sparse_jax import Settings
 from sparse_jax.training.recipe_options import MOMENTS
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

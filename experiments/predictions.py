@@ -2,27 +2,17 @@
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from sparse_jax.errors import InputError, printable
+from sparse_jax.errors import InputError
 from sparse_jax.generation.writer import Writer
 
-__all__ = ["Predictions", "digest_of", "fingerprint", "run_command"]
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command; wrong input is one line on standard error and exit code 2."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        raise SystemExit(2) from None
+__all__ = ["Predictions", "digest_of", "fingerprint"]
 
 
 def fingerprint(writer: Writer) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 
+from experiments.command import run_command
 from sparse_jax import (
     Settings,
     apply_adapter,
@@ -115,4 +116,4 @@ def write_tokenizer(texts: list[str], size: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

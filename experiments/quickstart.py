@@ -34,6 +34,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run_command
 from sparse_jax import InputError, Settings, finetune
 from sparse_jax.planning.abstract import read_model
 
@@ -266,4 +267,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run_command
 from experiments.quickstart import (
     ROWS,
     be_quiet,
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

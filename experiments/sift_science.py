@@ -43,6 +43,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run_command
 from experiments.pictures import COLORS, canvas, save
 from experiments.problem import SCALES, load
 from sparse_jax import Adapter, compare_supports, top_k_support
@@ -314,4 +315,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+from experiments.command import run_command
 from experiments.pictures import draw_sweep
 from experiments.trials import measure_of, show, trial_parser
 from sparse_jax import Settings
@@ -64,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

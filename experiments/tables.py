@@ -15,7 +15,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from experiments.predictions import run_command
+from experiments.command import run_command
 
 TABLES = {
     "arithmetic": "experiments.arithmetic",

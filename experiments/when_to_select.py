@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.command import run_command
 from experiments.glue import RANK
 from experiments.report import Report
 from experiments.trials import Measure, measure_of, run_folder, run_once
@@ -136,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

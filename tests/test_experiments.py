@@ -52,6 +52,18 @@ def test_an_experiment_executes_nothing_when_imported(module, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_command_ends_in_one_line_on_wrong_input():
+    paths = {*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")}
+    # The sandbox is run by another program.
+    texts = {path: path.read_text() for path in paths - {ROOT / "sandbox.py"}}
+    guard = 'if __name__ == "__main__":\n'
+    ends = {path: text.partition(guard) for path, text in texts.items()}
+    assert not [
+        path.name for path, (_, is_command, end) in ends.items()
+        if is_command and end != "    run_command(main)\n"
+    ]  # fmt: skip
+
+
 def test_the_settings_of_the_paper_train_what_it_counts():
     # RoBERTa-large: 24 layers, 96 matrices of 1024 x 1024, 96 biases of 1024.
     config = EncoderConfig(

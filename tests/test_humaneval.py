@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from experiments import humaneval
-from experiments.predictions import run_command
+from experiments.command import run_command
 from sparse_jax.errors import InputError
 
 PROBLEMS = [

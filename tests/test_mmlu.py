@@ -9,7 +9,7 @@ from tiny_text import write_decoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from experiments import mmlu
-from experiments.predictions import run_command
+from experiments.command import run_command
 
 WORDS = ["A", "B", "C", "D", "Answer:", "red", "blue", "<unk>", "<s>", "</s>"]
 TESTS = {

@@ -24,6 +24,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run_command
+
 TORCH = "torch"
 
 
@@ -38,7 +40,11 @@ class Benchmark(NamedTuple):
 
 BENCHMARKS = (
     Benchmark("memory", "where the bytes of an update are", ("--checkpointing",)),
-    Benchmark("attention", "attention on TPUs, by XLA and by the kernel"),
+    Benchmark(
+        "attention",
+        "attention on TPUs, by XLA and by the kernel",
+        ("--lengths", "2048"),
+    ),
     Benchmark("lane", "reaching trained entries on TPUs"),
     Benchmark("estimates", "updates on TPUs, by the cycles of their compiler"),
     Benchmark("compile", "how long programs take to compile, and what a cache saves"),
@@ -123,4 +129,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

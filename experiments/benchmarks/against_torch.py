@@ -33,6 +33,7 @@ from experiments.benchmarks.workers import (
     serve,
     write_llama,
 )
+from experiments.command import run_command
 
 RANK, RATE = 16, 1e-4
 LAYERS = "^layers/.*/kernel$"
@@ -249,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

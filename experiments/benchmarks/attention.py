@@ -3,14 +3,19 @@
     python -m experiments.benchmarks.attention [--lengths 512 2048] [--heads 32]
 
 Forward and backward of one layer of Llama-7B, one row in bfloat16, compiled ahead of
-time for a TPU v5e that need not be there. A time is that of the compiler's schedule,
-instructions times the rounds of their loops, or that of its bytes at full bandwidth if
-that is longer. The schedule of the kernel counts the blocks that causal attention
-leaves out, too: with many blocks it is nearly twice what runs. XLA has all scores at
-once here; models, which take some queries at a time, make them once more.
+time for a TPU v5e that need not be there; a minute or two for each length. The time of
+XLA is the cycles that the compiler notes beside its parts, that of the kernel its
+schedule, instructions times the rounds of their loops; or that of their bytes at full
+bandwidth if that is longer. The schedule of the kernel counts the blocks that causal
+attention leaves out, too: with many blocks it is nearly twice what runs. XLA has all
+scores at once here; models, which take some queries at a time, make them once more.
 """
 
+import argparse
 import importlib.util
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +32,10 @@ from experiments.benchmarks.lane import (
     take_compiler,
 )
 from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
+from experiments.command import run_command
 from sparse_jax.models.attend_tpu import Reach, attend_in_blocks
+from sparse_jax.planning.cycles import seconds_of
+from sparse_jax.planning.target import find_target
 
 WIDTH = 128
 
@@ -53,43 +61,63 @@ def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 XLA, KERNEL = "XLA", "kernel"
-WAYS = {XLA: by_xla, KERNEL: by_kernel}
 
 
-def costs(lengths: list[int], heads: int) -> Iterator[tuple[int, dict[str, Cost]]]:
-    """Yields the cost of forward and backward in both ways, for each length."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        options = f"--xla_jf_dump_to={name} --xla_jf_dump_llo_text=true"
-        place = take_compiler(options)
-        for length in lengths:
-            shape = (1, length, heads, WIDTH)
-            x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
-            yield (
-                length,
-                {way: _cost(function, x, folder) for way, function in WAYS.items()},
-            )
-
-
-def _cost(
-    function: Callable[..., jax.Array], x: jax.ShapeDtypeStruct, folder: Path
-) -> Cost:
-    """Returns the cost of a function of queries, keys and values, and its gradients."""
+def compiled(
+    function: Callable[..., jax.Array],
+    length: int,
+    heads: int,
+    place: jax.sharding.Sharding,
+) -> Any:
+    """Returns a function of queries, keys and values, and its gradients, for a TPU."""
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array) -> object:
         y, back = jax.vjp(function, q, k, v)
         return y, back(dy)
 
-    compiled: Any = jax.jit(both).lower(x, x, x, x).compile()
-    cycles = 0
-    for path in folder.iterdir():
-        if path.name.endswith("-final_bundles.txt") and "TLP" not in path.name:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            cycles += scheduled_cycles(text)
-        path.unlink()
-    moved = compiled.cost_analysis()["bytes accessed"]
-    seconds = max(cycles / CLOCK, moved / BANDWIDTH)
-    return Cost(seconds, compiled.memory_analysis().temp_size_in_bytes)
+    shape = (1, length, heads, WIDTH)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    return jax.jit(both).lower(x, x, x, x).compile()
+
+
+def cost_of(program: Any, seconds: float) -> Cost:
+    """Returns the cost of a compiled program whose instructions take some time."""
+    moved = program.cost_analysis()["bytes accessed"] / BANDWIDTH
+    return Cost(max(seconds, moved), program.memory_analysis().temp_size_in_bytes)
+
+
+def xla_costs(lengths: list[int], heads: int) -> Iterator[Cost]:
+    """Yields the cost of XLA's attention for each length."""
+    place, chip = take_compiler(), find_target("v5e:2x2").chip
+    assert chip is not None
+    for length in lengths:
+        program = compiled(by_xla, length, heads, place)
+        found = seconds_of(program.as_text(), chip, {})
+        assert found is not None
+        yield cost_of(program, found.cycles)
+
+
+def scheduled_costs(lengths: list[int], heads: int) -> Iterator[Cost]:
+    """Yields the cost of the kernel for each length, by its schedule."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        place = take_compiler(f"--xla_jf_dump_to={name} --xla_jf_dump_llo_text=true")
+        for length in lengths:
+            program, cycles = compiled(by_kernel, length, heads, place), 0
+            for path in folder.iterdir():
+                if path.name.endswith("-final_bundles.txt") and "TLP" not in path.name:
+                    text = path.read_text(encoding="utf-8", errors="replace")
+                    cycles += scheduled_cycles(text)
+                path.unlink()
+            yield cost_of(program, cycles / CLOCK)
+
+
+def kernel_costs(lengths: list[int], heads: int) -> list[Cost]:
+    """Returns `scheduled_costs` from a process that writes its schedules to files."""
+    words = [sys.executable, "-m", "experiments.benchmarks.attention", "--kernels"]
+    words += ["--heads", str(heads), "--lengths", *map(str, lengths)]
+    run = subprocess.run(words, stdout=subprocess.PIPE, check=True)
+    return [Cost(*found) for found in json.loads(run.stdout.splitlines()[-1])]
 
 
 def main() -> None:
@@ -97,12 +125,19 @@ def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
         print("skipped: the compiler of TPUs is missing; `pip install libtpu` adds it.")
         return
+    sizes = (args.lengths, args.heads)
+    if args.kernels:
+        print(json.dumps(list(scheduled_costs(*sizes))))
+        return
     rows = []
-    for length, found in costs(args.lengths, args.heads):
+    ways = {XLA: list(xla_costs(*sizes)), KERNEL: kernel_costs(*sizes)}
+    for at, length in enumerate(args.lengths):
+        found = {way: costs[at] for way, costs in ways.items()}
         # Two products forward, and five backward, of which causal attention needs half.
         flops = 7 * 2 * length**2 * args.heads * WIDTH / 2
         row: dict[str, float] = {"tokens": length, "peak_ms": 1e3 * flops / PEAK}
@@ -129,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

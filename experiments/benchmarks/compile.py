@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
+from experiments.command import run_command
 from experiments.papers import MODELS, network_of
 from sparse_jax import Settings
 from sparse_jax.planning.abstract import abstract_run
@@ -123,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -27,6 +27,7 @@ from experiments.benchmarks.result import (
     finish,
     quartiles,
 )
+from experiments.command import run_command
 from experiments.quickstart_data.corpus import documents
 from sparse_jax.data.batches import TokenSequences, train_batches
 from sparse_jax.data.causal_tokens import tokenize
@@ -150,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

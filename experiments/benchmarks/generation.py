@@ -38,6 +38,7 @@ from experiments.benchmarks.workers import (
     serve,
     write_llama,
 )
+from experiments.command import run_command
 
 WRITE, RANK = "write", "rank"
 BATCHED, SHARED = f"{THEIRS}, batched", f"{THEIRS}, prompt shared"
@@ -308,4 +309,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
+from experiments.command import run_command
 from sparse_jax import ENTRY, LANE, Blocks, Layout
 from sparse_jax.supports.channels import taken_channels
 
@@ -258,4 +259,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

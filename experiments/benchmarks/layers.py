@@ -21,6 +21,7 @@ import optax
 
 from experiments.benchmarks import stacks
 from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
+from experiments.command import run_command
 from sparse_jax import (
     Compact,
     Dense,
@@ -177,4 +178,4 @@ def _temporary(compiled: Any) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

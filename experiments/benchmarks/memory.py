@@ -23,6 +23,7 @@ from rich.table import Table
 
 from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
 from experiments.benchmarks.step_time import MODELS, methods
+from experiments.command import run_command
 from experiments.papers import network_of, print_plan
 from experiments.report import SCALES
 from sparse_jax import Compact, Method, Settings
@@ -174,4 +175,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -29,6 +29,7 @@ from experiments.benchmarks.result import (
     quartiles,
 )
 from experiments.benchmarks.step_time import measure
+from experiments.command import run_command
 from sparse_jax import Compact, CompactState, Dense, LoRA, Method, Sparse
 from sparse_jax.models.causal_lm import CausalLM
 from sparse_jax.models.config import DecoderConfig
@@ -156,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

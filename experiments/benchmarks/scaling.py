@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
+from experiments.command import run_command
 from experiments.papers import llama, network_from
 from sparse_jax import Settings
 from sparse_jax.planning.abstract import AbstractRun, abstract_run, held_bytes
@@ -190,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -22,6 +22,7 @@ from experiments.benchmarks.result import (
     finish,
     quartiles,
 )
+from experiments.command import run_command
 from sparse_jax import top_k_support
 
 
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

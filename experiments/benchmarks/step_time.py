@@ -26,6 +26,7 @@ from experiments.benchmarks.result import (
     finish,
     quartiles,
 )
+from experiments.command import run_command
 from sparse_jax import Attachment, Compact, Dense, LoRA, Method, Sparse
 from sparse_jax.supports.packing import pack
 from sparse_jax.supports.roles import roles_of
@@ -168,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.result import Panel, Result, benchmark_parser, finish
+from experiments.command import run_command
 from sparse_jax import Adapter, AdapterSwitch
 
 NAMES = ("a", "b")
@@ -114,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
