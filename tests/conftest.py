@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,6 +41,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The lines of Python of each operation, which no test reads, take a tenth of a run.
 jax.config.update("jax_traceback_in_locations_limit", 1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items):
+    seen = Counter()
+    for item in items:
+        if (quick := item.get_closest_marker("quick")) is not None:
+            seen[test := (item.path, item.originalname)] += 1
+            if seen[test] > quick.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish():

@@ -85,6 +85,7 @@ def off(found, expected):
 
 
 @every_shape
+@pytest.mark.quick(1)
 def test_updates_are_those_of_float32_moments_within_a_tenth(shape):
     found, state = run(tx_of(shape), shape, 60)
     expected, exact = run(optax.scale_by_adam(), shape, 60)
@@ -212,6 +213,7 @@ def test_small_arrays_keep_the_moments_of_optax():
 
 
 @every_shape
+@pytest.mark.quick(1)
 def test_what_is_decoded_and_encoded_keeps_its_codes(shape):
     _, state = run(tx_of(shape), shape, 5)
     again = encoded(decoded(state), state)
@@ -307,6 +309,7 @@ def test_entries_that_stay_keep_their_moments_when_others_are_chosen():
 
 
 @pytest.mark.parametrize("sampler", [Uniform, Importance])
+@pytest.mark.slow
 def test_layers_that_take_turns_keep_codes(sampler):
     config = dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=256)
     model = Model(CausalLM, LLAMA, config)
@@ -339,6 +342,7 @@ def test_layers_that_take_turns_keep_codes(sampler):
         ((2, 64, 688), P(None, None, "fsdp")),
     ],
 )
+@pytest.mark.quick(1)
 def test_blocks_do_not_reach_over_shards(shape, spec):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     tx = scale_by_adam_8bit(stacked="w")
@@ -377,6 +381,7 @@ def test_codes_lie_where_their_weights_lie():
 
 
 @pytest.mark.parametrize("mesh", [None, pytest.param("fsdp=8", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_resumes_with_its_codes(mesh, tmp_path, monkeypatch):
     files = {
         "model": write_model(tmp_path / "model", hidden_size=128, intermediate_size=64),

@@ -58,6 +58,7 @@ def trained(params, method, options):
 
 
 @pytest.mark.parametrize(("method", "options"), RUNS.items(), ids=RUNS)
+@pytest.mark.quick(1)
 def test_a_method_comes_back_from_its_file(params, tmp_path, method, options):
     made, added, adapter = trained(params, method, options)
     save_adapter(tmp_path / "adapter.safetensors", adapter)
@@ -88,6 +89,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", OWN)
+@pytest.mark.quick(1)
 def test_the_method_itself_says_what_its_arrays_mean(params, tmp_path, name):
     method = OWN[name]
     added = shaken(method.added(params, jax.random.key(0)))

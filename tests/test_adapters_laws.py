@@ -86,6 +86,7 @@ def base(params):
 
 
 @every_kind
+@pytest.mark.quick(1)
 def test_the_start_is_the_base_and_strength_damps(name, params, base):
     method, _ = METHODS[name]
     jitted = jax.jit(functools.partial(logits_of, method))
@@ -138,6 +139,7 @@ def classify(params, batch, key, attachment):
 
 
 @every_kind
+@pytest.mark.quick(1)
 def test_steps_of_the_compact_tier_move_every_array_and_lower_the_loss(name, params):
     tuner = Compact(classify, METHODS[name][0], optax.sgd(0.1))
     state = tuner.init(params, jax.random.key(0))

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+import pytest
 from test_adapters_laws import METHODS, L, classify, every_kind, shaken
 from tiny_models import tiny_params
 
@@ -11,6 +12,7 @@ from sparse_jax.models.heads import SequenceClassifier
 
 
 @every_kind
+@pytest.mark.quick(1)
 def test_an_active_layer_moves_as_if_all_were(name):
     method, tx = METHODS[name][0], optax.sgd(0.1)
     params = tiny_params("bert", SequenceClassifier)

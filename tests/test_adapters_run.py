@@ -50,6 +50,7 @@ SECOND = {"parallel", "ia3", "prefix", "dora"}
         for name in RUNS
     ],
 )
+@pytest.mark.quick(1)
 def test_a_run_and_the_evaluation_of_its_adapter(
     place, monkeypatch, capsys, caplog, method
 ):

@@ -32,6 +32,7 @@ def arrays():
 @pytest.mark.parametrize(
     ("bias", "cap"), [(None, None), ("of keys", None), ("of all", None), (None, 0.5)]
 )
+@pytest.mark.quick(1)
 def test_attention_in_parts_is_attention_at_once(bias, cap, mask, monkeypatch):
     found = arrays()
 

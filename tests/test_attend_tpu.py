@@ -42,6 +42,7 @@ def seen_by(reach):
         (Reach(), None),
     ],
 )
+@pytest.mark.quick(1)
 def test_the_kernel_mixes_what_xla_mixes(reach, cap):
     q, k, v = arrays(jnp.float32)
     is_token = (SEGMENTS > 0)[:, :, None, None]
@@ -95,6 +96,7 @@ def test_on_a_mesh_every_device_runs_the_kernel_for_its_own_heads(rows, groups, 
 
 
 @pytest.mark.parametrize("reach", [Reach(ahead=0), Reach(30, 0), Reach()])
+@pytest.mark.quick(1)
 def test_queries_that_are_sharded_mix_what_all_of_them_mix(reach):
     q, k, v = arrays(jnp.float32)
     is_token = (SEGMENTS > 0)[:, :, None, None]

@@ -52,6 +52,7 @@ def runs(files, tmp_path_factory):
     return before
 
 
+@pytest.mark.slow
 def test_the_runs_train_other_entries_of_the_same_leaves(runs):
     adapters = [load_adapter(run) for run in runs]
     for first, second in itertools.combinations(adapters, 2):
@@ -98,6 +99,7 @@ def make_loss(params, x, key, attachment):
 
 @pytest.mark.parametrize("score", ["gradient", "magnitude", "random"])
 @pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.quick(1)
 def test_the_best_of_what_is_left_is_chosen(score, stacked):
     random = np.random.default_rng(0)
     shape = (3, 10) if stacked else (10,)

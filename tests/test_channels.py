@@ -130,6 +130,7 @@ def assert_gradient_of_channels(method, model_loss, params):
           for kind in ("row", "column")),
     ],
 )  # fmt: skip
+@pytest.mark.quick(1)
 def test_the_gradient_of_channels_is_that_of_the_dense_one_there(name, granularity):
     model = MODELS[name]()
     params = random_params(model)
@@ -147,6 +148,7 @@ def test_the_gradient_of_channels_is_that_of_the_dense_one_there(name, granulari
 
 
 @CHANNELS
+@pytest.mark.quick(1)
 def test_both_tiers_train_the_same_channels(granularity):
     rules = {"density": 0.2, "granularity": granularity, "where": KERNELS}
     inner = optax.adam(1e-2, eps=1e-4)
@@ -168,6 +170,7 @@ def test_both_tiers_train_the_same_channels(granularity):
         *(pytest.param(word, marks=pytest.mark.slow) for word in ("frozen", "all")),
     ],
 )
+@pytest.mark.quick(1)
 def test_layers_in_slots_train_the_same_channels(granularity, recompute):
     rules = {"density": 0.2, "granularity": granularity, "where": KERNELS}
     tx, every = optax.sgd(0.1), Static.of(0, 1, 2, num_layers=3)
@@ -244,6 +247,7 @@ class Plain(Sparse):
 
 
 @pytest.mark.parametrize("kind", [Twice, Plain])
+@pytest.mark.quick(1)
 def test_other_uses_of_a_kernel_count(kind):
     method = kind(density=0.25, where=KERNELS, granularity="row")
     batch = make_batch(0)
@@ -291,6 +295,7 @@ def test_a_model_of_plain_functions_has_its_gradients_packed(granularity):
     ],
     ids=str,
 )
+@pytest.mark.quick(1)
 def test_channels_on_a_mesh_have_the_numbers_of_one_device(mesh, granularity):
     assert_same_on(mesh, granularity)
 

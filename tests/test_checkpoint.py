@@ -89,6 +89,7 @@ def same_bytes(one, other):
 
 
 @pytest.mark.parametrize("batches", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.quick(1)
 def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
     batches, files, whole, tmp_path, monkeypatch
 ):
@@ -98,6 +99,7 @@ def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
     assert same_bytes(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_state_of_layers_that_are_never_trained(
     files, tmp_path, monkeypatch
 ):
@@ -115,6 +117,7 @@ def test_a_run_goes_on_from_the_state_of_layers_that_are_never_trained(
     assert same_bytes(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_optimizer_only(files, tmp_path, monkeypatch):
     given = {"learning_rate": None, "optimizer": optax.sgd(0.1)}
     settings = sift_settings(files, tmp_path / "run", **given)
@@ -299,6 +302,7 @@ MESHES = {
         ("all", "fsdp"),
     ],
 )
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(
     before, after, files, whole, tmp_path, monkeypatch
 ):

@@ -393,6 +393,7 @@ def survives(stopped, seed, folder):
     shutil.rmtree(run)
 
 
+@pytest.mark.slow
 def test_no_change_to_a_file_changes_what_a_run_resumes_from(stopped, tmp_path):
     for seed in range(80):
         survives(stopped, seed, tmp_path / "run")

@@ -62,6 +62,7 @@ EVALUATE = (
 @pytest.mark.parametrize(
     "name", ["finetune", "evaluate", "generate", "export", "inspect", "plan"]
 )
+@pytest.mark.quick(1)
 def test_help_takes_little_longer_than_typer_itself_and_no_jax(name):
     # Of the processor, as other programs run on the same machine.
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])

@@ -150,6 +150,7 @@ LAYERS = {"checkpointed": {"checkpoint": True}, "unrolled": {"unroll": 3}}
 
 
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.quick(1)
 def test_the_way_the_layers_run_does_not_matter(layers, plain_run):
     again = lambda params, batch, key, attachment: (
         optax.softmax_cross_entropy_with_integer_labels(

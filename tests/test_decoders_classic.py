@@ -52,6 +52,7 @@ def torch_model(case, folder):
 
 
 @every_case
+@pytest.mark.quick(1)
 def test_logits_equal_those_of_pytorch(case, tmp_path):
     theirs = torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)
@@ -88,6 +89,7 @@ def test_pytorch_reads_what_is_saved(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["gpt2", "gptj", "bloom, 3 heads"])
+@pytest.mark.quick(1)
 def test_reading_on_from_a_cache_equals_reading_at_once(case, tmp_path):
     torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)
@@ -229,6 +231,7 @@ def losses_of(tuner, params, batch):
     ],
 )
 @pytest.mark.parametrize("few_layers", [False, True])
+@pytest.mark.quick(1)
 def test_methods_train_through_the_sites(case, method, few_layers, tmp_path):
     torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)

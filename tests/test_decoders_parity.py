@@ -81,6 +81,7 @@ def torch_model(case, folder):
 
 
 @every_case
+@pytest.mark.quick(3)
 def test_logits_equal_those_of_pytorch(case, tmp_path):
     theirs = torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)
@@ -119,6 +120,7 @@ CACHED = ("llama 3.1", "mistral", "qwen3", "qwen3, windows", "gemma 3",
 
 
 @pytest.mark.parametrize("case", CACHED)
+@pytest.mark.quick(1)
 def test_reading_on_from_a_cache_equals_reading_at_once(case, tmp_path):
     torch_model(case, tmp_path)
     model, params = from_pretrained(tmp_path, head=CausalLM)
@@ -272,6 +274,7 @@ CLASSIFIERS = {
 @pytest.mark.parametrize(
     ("case", "side"), [("llama", "left"), *((case, "right") for case in CLASSIFIERS)]
 )
+@pytest.mark.quick(1)
 def test_classifiers_equal_those_of_pytorch_both_ways(case, side, tmp_path):
     from transformers import AutoModelForSequenceClassification
 

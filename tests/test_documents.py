@@ -82,6 +82,7 @@ class Ready(Exception):
 
 
 @pytest.mark.parametrize("row", ROWS)
+@pytest.mark.quick(3)
 def test_a_row_of_another_library_is_a_run(row, monkeypatch):
     def stand_in(run):
         raise Ready

@@ -47,6 +47,7 @@ def loss_on(place, run, data):
     return evaluate_adapter(place / run, data=str(place / data))["loss"]
 
 
+@pytest.mark.slow
 def test_a_file_that_was_not_trained_on_is_used_whole(place, told):
     found = loss_on(place, "folder", "other.jsonl")
     assert f"evaluating on 20 examples of `{place}/other.jsonl`: all of them" in told()

@@ -21,6 +21,7 @@ OTHERS = {"tunix_trainer", *PEFT}  # with tests of their own
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES - OTHERS))
+@pytest.mark.quick(1)
 def test_the_loss_of_an_example_falls(name, capsys):
     before, after = importlib.import_module(f"experiments.examples.{name}").main()
     assert after < before / 2
@@ -60,6 +61,7 @@ def test_the_readme_serves_a_run_with_peft(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 @pytest.mark.parametrize("name", sorted(PEFT))
+@pytest.mark.slow
 def test_peft_gives_our_logits(name, capsys):
     for library in ("peft", "torch"):
         pytest.importorskip(library)

@@ -185,6 +185,7 @@ def test_the_quickstart_has_an_encoder_without_any_package(monkeypatch):
     assert quickstart.encoder_of(None) is quickstart.BUNDLED
 
 
+@pytest.mark.slow
 def test_a_sweep_continues_where_it_was(tmp_path, monkeypatch, capsys):
     model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data")
     words = (

@@ -184,6 +184,7 @@ def load_theirs(folder, model):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.quick(1)
 def test_transformers_gives_our_logits_of_a_merged_model(name, made, tmp_path):
     one, folder = made(name), tmp_path / "out"
     assert export(one.path, to="merged", output=folder) == folder
@@ -339,6 +340,7 @@ def code_of(card):
 )
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.quick(1)
 def test_the_code_of_a_card_loads_the_folder(name, to, made, tmp_path, monkeypatch):
     one = made(name)
     export(one.path, to=to, output=tmp_path / "out")
@@ -419,6 +421,7 @@ def test_a_head_of_peft_says_how_many_labels_there_are(encoder, to, tmp_path):
 @pytest.mark.parametrize("trained", ["nothing", "bias", "entries", "all"])
 @pytest.mark.parametrize("to", ["merged", "patch", "peft"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.quick(3)
 def test_outputs_are_those_of_the_labels_of_the_adapter(trained, to, tmp_path):
     base, rules = tmp_path / "base", {"bias": "^classifier/bias", "all": "^classifier"}
     write_model(base)

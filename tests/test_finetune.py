@@ -58,6 +58,7 @@ def rows_of(output):
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )
+@pytest.mark.quick(1)
 def test_an_adapter_repeats_the_metrics_of_its_run(
     model, data, tmp_path, changes, without_head
 ):

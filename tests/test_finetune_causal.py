@@ -52,6 +52,7 @@ SECOND = {"lora", "full", "lora, ist", "lora, everything"}
         for name in CASES
     ],
 )
+@pytest.mark.quick(1)
 def test_a_run_learns_and_is_evaluated_again_to_the_last_bit(name, files, tmp_path):
     settings = text_settings(*files, tmp_path / "run", rank=8, epochs=4)
     metrics = finetune(replace(settings, **CASES[name]))

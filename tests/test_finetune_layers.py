@@ -27,6 +27,7 @@ def rows_of(folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.quick(1)
 def test_a_run_with_ist_tells_which_layers_it_trained(
     method, files, tmp_path, pictures
 ):
@@ -76,6 +77,7 @@ def test_a_run_trains_the_layers_of_the_largest_score(sampler, files, tmp_path):
 
 
 @pytest.mark.parametrize("recompute", ["frozen", "all"])
+@pytest.mark.slow
 def test_what_is_computed_again_changes_no_loss(recompute, files, tmp_path):
     options = {"method": "lora", "sampler": "cyclic", "epochs": 2, "max_steps": 4}
     finetune(tiny_settings(*files, tmp_path / "a", **options))

@@ -53,6 +53,7 @@ def test_a_run_on_a_mesh_is_that_of_one_device(name, texts, tmp_path):
         np.testing.assert_allclose(again["loss"], many["eval"]["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_on_a_mesh_is_that_of_one_device(tmp_path):
     model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data")
     where = ("attention/query", "attention/output")

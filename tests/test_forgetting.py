@@ -61,6 +61,7 @@ def random_adapter(place, params, kind):
 
 
 @pytest.mark.parametrize("kind", ["sparse", "lora", "head"])
+@pytest.mark.quick(1)
 def test_kl_and_losses_are_those_of_all_logits_at_once(place, tmp_path, kind):
     model, params = tiny_decoder()
     adapter = random_adapter(place, params, kind)

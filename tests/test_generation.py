@@ -103,6 +103,7 @@ def frequent(rows):
 
 
 @every_case
+@pytest.mark.quick(1)
 def test_greedy_texts_equal_those_of_pytorch(case, load):
     theirs, model, params = load(case)
     free = texts(model, params, PROMPTS)
@@ -124,6 +125,7 @@ BEAMS = [
 
 
 @pytest.mark.parametrize("choice", BEAMS, ids=repr)
+@pytest.mark.quick(1)
 def test_beams_equal_those_of_pytorch(choice, load):
     theirs, model, params = load("llama")
     free = texts(model, params, PROMPTS)
@@ -174,6 +176,7 @@ def test_what_is_attached_is_used(method, llama):
 @pytest.mark.parametrize(
     "choice", [Greedy(), Sample(temperature=2.0), Beams(2)], ids=repr
 )
+@pytest.mark.quick(1)
 def test_a_text_does_not_depend_on_the_others(choice, llama):
     options = {"choice": choice, "key": jax.random.key(3)}
     together = texts(*llama, PROMPTS, **options)

@@ -120,6 +120,7 @@ def selected(tuner, params, batch):
         for case in CASES
     ],
 )
+@pytest.mark.quick(1)
 def test_updates_are_those_after_the_backward_pass(case):
     _, method, tx, dtype, _, split = CASES[case]
     loss, params, make = setting_of(case)
@@ -239,6 +240,7 @@ def breaking(layer):
     return tuner, selected(tuner, params, None)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_breaks_halfway_stops_there_and_is_reported():
     tuner, state = breaking(1)
     after, metrics = jax.jit(tuner.step)(state, decoder_batch(0), jax.random.key(0))

@@ -252,6 +252,7 @@ def quick(cases, *others):
 @pytest.mark.parametrize(
     "case", quick(GIVEN, "gpt2 part", "gpt2 ia3", "llama lora", "phi3 ia3")
 )
+@pytest.mark.quick(3)
 def test_what_was_trained_here_gives_the_same_logits_in_peft(case, pairs, tmp_path):
     from peft import PeftModel
 
@@ -353,6 +354,7 @@ TAKEN = {
 @pytest.mark.parametrize(
     "case", quick(TAKEN, "bert rslora", "gpt2 dora", "bert dora", "phi3 lora")
 )
+@pytest.mark.quick(3)
 def test_what_peft_trained_gives_the_same_logits_here(case, pairs, tmp_path):
     import peft
 

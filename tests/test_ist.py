@@ -120,6 +120,7 @@ def test_all_layers_active_is_the_inner_transformation():
 
 
 @pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.quick(1)
 def test_stacks_and_single_leaves_give_the_same(restart):
     inner = optax.adamw(optax.linear_schedule(1e-2, 1e-3, 10))
     options = {"restart": restart, "hold": 2}
@@ -236,6 +237,7 @@ def test_ist_without_a_value_function_says_so():
         ({"layer_of": STACKED, "always_on": "tail"}, "`always_on` must match"),
     ],
 )  # fmt: skip
+@pytest.mark.quick(1)
 def test_leaves_and_layers_that_do_not_fit_are_named(options, message):
     tx = ist(optax.sgd(0.1), key=KEY, **SIZES, **options)
     with pytest.raises(InputError, match=message):

@@ -205,6 +205,7 @@ def write_rows(folder, key, name):
         ("classification", "text", lambda label: ("Neg", "Pos")[label], "lora"),
     ],
 )
+@pytest.mark.quick(1)
 def test_a_trained_head_is_right_from_the_first_update(
     trained, tmp_path, task, key, name, method
 ):
@@ -276,6 +277,7 @@ def test_the_order_of_an_adapter_wins_over_that_of_the_model(trained, tmp_path):
     assert metrics["accuracy"] == 1.0
 
 
+@pytest.mark.slow
 def test_another_order_of_a_frozen_head_is_refused_and_no_other_spelling(
     trained, tmp_path
 ):

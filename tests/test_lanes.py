@@ -124,6 +124,7 @@ def test_entries_are_read_and_written_exactly(shape, dtype):
 
 @pytest.mark.parametrize("layers", [None, (0, 2)])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.quick(1)
 def test_a_stack_is_its_layers(shape, layers):
     x = jnp.asarray(with_edges((3, *shape)))
     numbers = layers or (0, 1, 2)
@@ -149,6 +150,7 @@ def test_a_stack_is_its_layers(shape, layers):
 @pytest.mark.parametrize(
     "shape", [(128, 16), (33 * 128, 300), (576, 40), (33 * 128 + 8, 24)]
 )
+@pytest.mark.quick(1)
 def test_the_kernels_of_tpus_do_the_same(shape, dtype):
     x = jnp.asarray(with_edges((3, *shape)), dtype)
     layers = jnp.array([0, 2], jnp.int32)
@@ -278,6 +280,7 @@ def test_other_scores_choose_by_group(score):
     assert (query[0] != query[1]).any()
 
 
+@pytest.mark.slow
 def test_micro_batches_and_masters_below_float32():
     params = MODEL.init(jax.random.key(0), jnp.bfloat16)
     tuner = Compact(loss, METHOD, optax.sgd(1e-4), accumulate=2)
@@ -292,6 +295,7 @@ def test_micro_batches_and_masters_below_float32():
     assert (np.asarray(masters) != np.asarray(before)).mean() > 0.3
 
 
+@pytest.mark.slow
 def test_a_few_layers_at_a_time():
     params = MODEL.init(jax.random.key(0), jnp.float32)
     sampler = Static.of(1, num_layers=2)

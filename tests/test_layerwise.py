@@ -88,6 +88,7 @@ def test_a_word_is_a_sampler_of_a_quarter_of_the_layers():
         pytest.param("all", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.quick(1)
 def test_all_layers_active_is_the_compact_tier(method, recompute):
     every = Static.of(0, 1, 2, num_layers=LAYERS)
     tuner = tuner_of(method, sampler=every, recompute=recompute)
@@ -103,6 +104,7 @@ def test_all_layers_active_is_the_compact_tier(method, recompute):
      Importance(**SIZES, num_suppressed=1, probe_every=2)],
     ids=["uniform", "norms", "importance"],
 )  # fmt: skip
+@pytest.mark.quick(1)
 def test_it_gives_the_numbers_of_the_optax_tier(sampler):
     tuner = tuner_of(METHODS["full layers"], sampler=sampler, seed=5)
     state, losses = run_compact(tuner, make_params(), 6)
@@ -139,6 +141,7 @@ def test_it_gives_the_numbers_of_the_optax_tier(sampler):
 
 
 @main_methods
+@pytest.mark.quick(1)
 def test_frozen_layers_stay_to_the_last_bit(method):
     tuner = tuner_of(method, sampler=Static.of(1, num_layers=LAYERS))
     start = jax.jit(tuner.init)(make_params(), jax.random.key(1))
@@ -162,6 +165,7 @@ class OfAll(Static):
 
 
 @pytest.mark.parametrize("name", ["lora", "sift"])
+@pytest.mark.quick(1)
 def test_layers_that_are_never_active_have_no_state_of_the_optimizer(name):
     def trained(rule):
         tuner = tuner_of(METHODS[name], sampler=rule.of(0, 2, num_layers=LAYERS))
@@ -200,6 +204,7 @@ def test_sparse_entries_move_inside_their_support_only():
 
 
 @main_methods
+@pytest.mark.quick(1)
 def test_bfloat16_weights_keep_float32_masters(method):
     params, tx = make_params(jnp.bfloat16), optax.adamw(1e-3)
     steps = 50 if method is METHODS["sift"] else 3
@@ -225,6 +230,7 @@ def test_bfloat16_weights_keep_float32_masters(method):
 
 
 @main_methods
+@pytest.mark.quick(1)
 def test_the_strength_runs_from_the_base_model_to_the_trained_one(method):
     sampler = Importance(**SIZES, num_suppressed=1)
     tuner = tuner_of(method, optax.adam(1e-2), sampler=sampler)

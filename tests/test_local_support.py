@@ -63,6 +63,7 @@ def choose(x, k, layout, capacity):
 
 @pytest.mark.parametrize(("name", "dtype", "k"), WANTED)
 @pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.quick(3)
 def test_a_sharded_array_has_the_support_of_the_whole(shards, name, dtype, k, mesh):
     shards = SHARDS[shards]
     layout = ENTRY.sharded(shards)
@@ -104,6 +105,7 @@ def test_a_support_of_shards_and_positions_are_each_other_again(shards):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("layers", [None, (0, 2)])
 @pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.quick(3)
 def test_entries_of_shards_are_those_of_the_whole_stack(shards, layers, kind):
     shards, random = SHARDS[shards], np.random.default_rng(0)
     layout = ENTRY.sharded(shards)

@@ -45,6 +45,7 @@ def assert_close(ours, theirs):
 
 @every_family
 @both_heads
+@pytest.mark.quick(3)
 def test_logits_of_a_loaded_checkpoint_equal_pytorch(name, head, auto_class, tmp_path):
     batch = padded_batch(name)
     theirs = hugging_face_model(

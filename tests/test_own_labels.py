@@ -46,6 +46,7 @@ def write_rows(folder, label):
         ),
     ],
 )
+@pytest.mark.quick(1)
 def test_a_run_and_its_evaluation_agree(
     model, tmp_path, caplog, label, found, labels, metrics
 ):
@@ -63,6 +64,7 @@ def test_a_run_and_its_evaluation_agree(
     assert evaluate_adapter(settings.output, data=str(data)) == results
 
 
+@pytest.mark.slow
 def test_sets_of_labels_are_not_evaluated_with_one_label_for_each(model, tmp_path):
     one = write_rows(tmp_path / "one", lambda words: "ab"["good" in words])
     sets = write_rows(tmp_path / "sets", lambda words: ["ab"["good" in words]])

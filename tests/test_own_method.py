@@ -102,6 +102,7 @@ def trained(request, params):
     return tuner, state
 
 
+@pytest.mark.quick(1)
 def test_what_compact_trained_is_saved_and_comes_back(params, trained, tmp_path):
     tuner, state = trained
     path = tmp_path / "adapter.safetensors"

@@ -104,6 +104,7 @@ def llama(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.quick(3)
 def test_a_patched_checkpoint_is_the_merged_model(name, dtype, tmp_path):
     model = model_of(name, tmp_path)
     params = drawn(model, dtype)
@@ -347,6 +348,7 @@ def test_a_run_writes_patches_while_it_trains(dtype, tmp_path):
     assert all(tensors[name].tobytes() == merged[name].tobytes() for name in merged)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_patches_again_and_a_new_one_starts_over(tmp_path, monkeypatch):
     base, output = write_decoder(tmp_path / "base"), tmp_path / "run"
     data = write_chats(tmp_path / "chats.jsonl")

@@ -320,6 +320,7 @@ def test_a_plan_has_what_the_compiler_says(name):
     json.dumps(plan.as_dict())
 
 
+@pytest.mark.slow
 def test_a_selection_by_several_batches_holds_a_dense_float32_gradient():
     one, four = (plan_of(ALONE, **SIFT, select_batches=n) for n in (1, 4))
     # Query and down of 4 layers: 16 x 16 and 24 x 16.
@@ -349,6 +350,7 @@ def test_an_encoder_is_planned_for(tmp_path):
     assert plan.reserved > plan.state > 0
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_more_would_not():
     base = find_target("cpu", 1)
     shape = MeshShape()
@@ -401,6 +403,7 @@ def test_without_the_compiler_the_state_is_exact_all_the_same(monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("name", ["sift+ist", "lora"])
+@pytest.mark.quick(1)
 def test_the_compiler_of_tpus_takes_every_kind_of_step(name):
     plan = plan_of(target=find_target("v5e:2x4", 8), **METHODS[name])
     assert plan.fits
@@ -429,6 +432,7 @@ def test_a_tpu_attends_to_long_rows_of_bfloat16_by_a_kernel(dtype, length, is_ke
 
 @needs_compiler
 @pytest.mark.parametrize("density", [pytest.param(0.02, marks=pytest.mark.slow), 0.1])
+@pytest.mark.slow
 def test_a_tpu_keeps_no_second_copy_of_a_stack(density):
     update, held = update_of_stacks(density=density)
     one_stack = 16 * 1024 * 1024 * 2
@@ -448,6 +452,7 @@ def test_a_gradient_is_sent_once_and_only_to_where_its_weight_is():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_rows_leave_the_stacks_after_the_gradients():
     layers = {"sampler": "ist", "active": 0.25, "recompute": "all"}
     update, held = update_of_stacks(**layers)
@@ -508,6 +513,7 @@ def run(monkeypatch, capsys, *arguments):
     return stop.value.code or 0, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_command_compares_methods_and_writes_what_it_found(
     monkeypatch, capsys, tmp_path
 ):

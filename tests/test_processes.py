@@ -76,6 +76,7 @@ def options(settings, **changes):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(files, tmp_path):
     changes = {"method": "sift", "density": 0.1, "where": (WHERE,)}
     changes |= {"sampler": "ist", "active": 0.5}

@@ -51,6 +51,7 @@ def likelihood(model, params, tokenizer, prompt, response):
 
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.quick(1)
 def test_the_likeliest_response_wins(per_token, batch_size, tokenizer):
     model, params = tiny_decoder()
     found = rank_candidates(
@@ -107,6 +108,7 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.quick(1)
 def test_sequences_that_share_a_row_score_as_each_alone(name):
     """Three beginnings, branches of branches, one sequence twice, one that is short."""
     model = DECODERS[name]

@@ -46,6 +46,7 @@ def draw(seed, dtype=jnp.float32):
 
 # Of the second selection, one by one of the table of scores: what it looks at changes.
 @pytest.mark.parametrize(("score", "split"), [("gradient", False), ("lift", True)])
+@pytest.mark.quick(1)
 def test_both_tiers_choose_again_and_carry_the_same(score, split):
     params = draw(0, jnp.bfloat16)
     inner, rules = optax.adam(0.3), {"density": 0.1, "score": score}
@@ -99,6 +100,7 @@ AGAIN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_that_chooses_again_resumes_bit_for_bit_and_its_adapter_has_it_all(
     files, tmp_path, monkeypatch
 ):

@@ -85,6 +85,7 @@ def spoil(monkeypatch, is_bad):
 @pytest.mark.parametrize(
     ("method", "epochs", "in_a_row"), [("sift", 8, 20), ("head", 8, 20), ("head", 1, 3)]
 )
+@pytest.mark.quick(1)
 def test_a_run_whose_loss_is_never_finite_stops(
     method, epochs, in_a_row, model, data, tmp_path, monkeypatch, caplog
 ):
@@ -103,6 +104,7 @@ def test_a_run_whose_loss_is_never_finite_stops(
     assert sum("batch 1 is skipped" in line for line in told) == 1
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_counted_and_a_resumed_run_skips_the_same(
     model, data, tmp_path, monkeypatch, caplog
 ):

@@ -306,6 +306,7 @@ def planted_ratio(use, probes, seeds):
     [(0.005, 100, 1.08), (0.02, 100, 1.31), (0.02, 300, 1.94), (0.05, 300, 2.82),
      (0.05, 1000, 5.34)],
 )  # fmt: skip
+@pytest.mark.quick(1)
 def test_planted_importance_is_found_as_fast_as_in_the_reference(
     use, probes, reference
 ):

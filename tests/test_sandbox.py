@@ -81,6 +81,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.quick(3)
 def test_a_program_is_contained(name, tmp_path):
     program, outcome = PROGRAMS[name]
     tmp_path.chmod(0o777)

@@ -78,6 +78,7 @@ def loss(params, batch, key, attachment):
 
 @pytest.mark.parametrize("granularity", ["entry", "lane"])
 @pytest.mark.parametrize("score", ONES.values(), ids=ONES)
+@pytest.mark.quick(3)
 def test_a_score_chooses_the_same_in_both_tiers(score, granularity):
     draw = lambda key: {
         "layers": {"w": jax.random.normal(key, (3, 128, 2))},

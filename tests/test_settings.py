@@ -158,6 +158,7 @@ def arrays_of(folder):
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_objects_is_that_of_their_words_to_the_last_bit(files, tmp_path):
     """Also from the `config.json` of the first, which its words are not in."""
     where = ("^layers/attention/query/",)
@@ -487,6 +488,7 @@ def run(command, monkeypatch, capsys, *words):
     return stop.value.code or 0, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_options_win_over_the_file_of_settings(files, tmp_path, capsys, monkeypatch):
     model, data = files
     path = tmp_path / "run.yaml"

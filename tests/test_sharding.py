@@ -144,6 +144,7 @@ def assert_same(one, other, tolerance=1e-5):
         pytest.param("all", AxisType.Explicit, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.quick(1)
 def test_sift_on_a_mesh_has_the_numbers_of_one_device(mesh, kind):
     method = METHODS["sift"]
     one, many = on_one(method, 50), on_mesh(method, 50, MESHES[mesh], kind)
@@ -160,6 +161,7 @@ def test_sift_on_a_mesh_has_the_numbers_of_one_device(mesh, kind):
         "full",
     ],
 )
+@pytest.mark.quick(1)
 def test_every_method_on_a_mesh_has_the_numbers_of_one_device(name):
     # Trained words amplify rounding, from 1e-7 by a factor of ten in ten updates: after
     # 25 (jax 0.12) or 44 (jax 0.10) of them it reaches the fourth digit.
@@ -177,6 +179,7 @@ SAMPLERS = {
 @pytest.mark.parametrize(
     "name", ["sift, ist", pytest.param("lora, ist", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_layers_on_a_mesh_are_those_of_one_device(name):
     sampler = Importance(num_layers=4, num_active=2, num_probes=3, probe_every=2)
     method = SAMPLERS[name]
@@ -193,6 +196,7 @@ def test_layers_on_a_mesh_are_those_of_one_device(name):
         np.testing.assert_allclose(first, second, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_coarse_weights_keep_masters_on_the_mesh():
     options = {"dtype": jnp.bfloat16}
     one = on_one(ONE_LEAF, 3, **options)
@@ -213,6 +217,7 @@ def test_coarse_weights_keep_masters_on_the_mesh():
     jax.tree.map(np.testing.assert_array_equal, *same)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_cut_over_the_mesh():
     one = on_one(ONE_LEAF, 3, accumulate=2)
     many = on_mesh(ONE_LEAF, 3, MESHES["all"], accumulate=2)
@@ -251,6 +256,7 @@ def compiled_step(method, shape):
 
 
 @pytest.mark.parametrize("name", ["sift", "lora", "full"])
+@pytest.mark.quick(1)
 def test_replicas_exchange_what_is_trained_and_no_more(name):
     program, state = compiled_step(METHODS[name], MESHES["data"])
     trained = {
@@ -276,6 +282,7 @@ def test_no_weight_has_a_second_copy_on_the_mesh():
             assert leaf.sharding.spec[1] in (("fsdp", "tensor"), ("tensor", "fsdp"))
 
 
+@pytest.mark.slow
 def test_supports_that_are_too_short_are_made_again(monkeypatch):
     monkeypatch.setattr("sparse_jax.sharding.runner._HEADROOM", 0.01)
     monkeypatch.setattr("sparse_jax.supports.entries._REGISTER", 1)
@@ -298,6 +305,7 @@ def test_selecting_again_compiles_nothing_again(monkeypatch):
     assert finite and int(state.count) == 0
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_selects_nothing():
     mesh = make_mesh(MESHES["all"])
     placement = Placement.of(tiny_decoder()[0].abstract(), mesh)
@@ -382,6 +390,7 @@ def test_a_row_is_divided_by_the_devices_that_share_it():
 
 
 @pytest.mark.parametrize("most_logits", [2**24, 100])
+@pytest.mark.quick(1)
 def test_no_device_has_the_activations_of_whole_rows(most_logits):
     """Along "sequence" a device holds its tokens; of keys and values it has all."""
     model, params = tiny_decoder()

@@ -82,6 +82,7 @@ def bits(state):
         ("lora, held", jnp.float32),
     ],
 )
+@pytest.mark.quick(1)
 def test_a_gradient_that_is_not_finite_is_as_if_it_had_not_come(name, dtype):
     tuner = TUNERS[name]
     step = jax.jit(tuner.step)
@@ -105,6 +106,7 @@ def test_a_gradient_that_is_not_finite_is_as_if_it_had_not_come(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["sift", "sift, importance"])
+@pytest.mark.slow
 def test_nothing_moves_until_a_selection_has_been_made(name):
     tuner = TUNERS[name]
     select, step = jax.jit(tuner.select), jax.jit(tuner.step)
@@ -141,6 +143,7 @@ UNIFORM = Uniform(num_layers=4, num_active=1)
         pytest.param("full", None, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_one_example_that_is_not_finite_skips_the_update_of_all_devices(
     method, sampler
 ):

@@ -61,6 +61,7 @@ def first_loss(run):
     return next(row["loss"] for row in map(json.loads, lines) if "tokens" in row)
 
 
+@pytest.mark.slow
 def test_sift_on_sift_holds_both(files, old, tmp_path):
     more = {**SIFT, "score": "magnitude", "where": ("attention/(query|key)/kernel",)}
     run = train(files, tmp_path / "run", **more, adapter=old["sift"], max_steps=2)
@@ -80,6 +81,7 @@ def test_sift_on_sift_holds_both(files, old, tmp_path):
     assert evaluate_adapter(run, data=str(files["data"])) == reports(run)
 
 
+@pytest.mark.slow
 def test_an_adapter_without_updates_to_come_is_where_the_run_starts(
     files, old, tmp_path
 ):
@@ -94,6 +96,7 @@ def test_an_adapter_without_updates_to_come_is_where_the_run_starts(
     assert first_loss(run) < first_loss(old["sift"])
 
 
+@pytest.mark.slow
 def test_lora_goes_on_from_its_arrays(files, old, tmp_path):
     options = {**LORA, "learning_rate": 1e-30, "max_steps": 1}
     run = train(files, tmp_path / "run", **options, adapter=old["lora"])
@@ -105,6 +108,7 @@ def test_lora_goes_on_from_its_arrays(files, old, tmp_path):
     assert evaluate_adapter(run, data=str(files["data"])) == reports(run)
 
 
+@pytest.mark.slow
 def test_lora_keeps_its_settings(files, old, tmp_path, caplog):
     options = {**LORA, "rank": 3, "max_steps": 1}
     run = train(files, tmp_path / "run", **options, adapter=old["lora"])
@@ -149,6 +153,7 @@ def test_a_run_that_goes_on_is_resumed(files, old, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["adapter", "avoid"])
+@pytest.mark.quick(1)
 def test_a_run_is_not_resumed_with_another_adapter(
     name, files, old, tmp_path, monkeypatch
 ):

@@ -263,6 +263,7 @@ def stop_at(monkeypatch, number):
     monkeypatch.setattr(Loop, "_batch", stop)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_a_window_and_after_a_broken_line_to_the_last_bit(
     files, tmp_path, monkeypatch
 ):

@@ -54,6 +54,7 @@ ARRAYS = [
 
 
 @pytest.mark.parametrize(("shape", "dtype"), ARRAYS, ids=str)
+@pytest.mark.quick(1)
 def test_it_agrees_with_the_sort(shape, dtype):
     x = jax.random.normal(jax.random.key(len(shape)), shape, dtype)
     for k in (1, x.size // 20 + 1, x.size // 2):

@@ -64,6 +64,7 @@ def test_the_supports_are_those_of_the_original(golden):
 
 
 @pytest.mark.parametrize("t", range(12))
+@pytest.mark.quick(3)
 def test_the_weights_follow_the_original(golden, t):
     trace, _ = run(golden)
     for name in NAMES:

@@ -191,6 +191,7 @@ def token_loss(model, batch):
         pytest.param("head", 1e-2, 1, {}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
+@pytest.mark.quick(1)
 def test_a_classifier_learns_as_with_trainer(
     method, learning_rate, accumulate, more, encoder, tmp_path
 ):

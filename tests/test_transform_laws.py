@@ -95,6 +95,7 @@ def as_type(leaf):
 
 @every_transform
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.quick(3)
 def test_update_keeps_the_types_of_state_and_gradients(tx, dtype):
     params = make_params(dtype)
     state = tx.init(params)
@@ -112,6 +113,7 @@ def test_init_accepts_abstract_parameters(tx):
 
 
 @every_transform
+@pytest.mark.quick(3)
 def test_jit_equals_eager(tx):
     params, grads = make_params(), [make_grads(i) for i in range(3)]
     eager = run(tx, params, grads, tx.update)[0]
@@ -170,6 +172,7 @@ def assert_same_array(a, b):
 
 
 @pytest.mark.parametrize("granularity", ["entry", "lane", LANE, "column"])
+@pytest.mark.quick(1)
 def test_the_optimizer_of_nnx_gives_the_numbers_of_optax(granularity):
     tx = sift(optax.adamw(1e-2), 0.05, granularity=granularity)
     model = nnx.Linear(128, 4, use_bias=False, rngs=nnx.Rngs(0))
@@ -201,6 +204,7 @@ AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
 @pytest.mark.parametrize(("tx", "axis_type"), some_of(AXIS_TYPES, 2))
+@pytest.mark.quick(3)
 def test_eight_devices_give_what_one_gives(tx, axis_type):
     if axis_type == AxisType.Explicit and tx is TRANSFORMS["ist of sift"]:
         pytest.skip("JAX cannot turn a branch under `vmap` into a sharded choice")
@@ -251,6 +255,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize(("tx", "wrap"), some_of(WRAPPERS, 3))
+@pytest.mark.quick(3)
 def test_it_composes(tx, wrap):
     wrapped = wrap(tx)
     params = make_params()
@@ -263,6 +268,7 @@ def test_it_composes(tx, wrap):
 
 
 @every_transform
+@pytest.mark.quick(3)
 def test_injected_hyperparameters_change_no_number(tx):
     make = lambda rate: optax.chain(tx, optax.scale(rate))
     injected, params = optax.inject_hyperparams(make)(rate=0.5), make_params()
@@ -303,6 +309,7 @@ SOLVERS = {
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("loss", "start", "end"), TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("tx", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.quick(3)
 def test_with_all_entries_trained_it_finds_the_minimum(tx, loss, start, end, dtype):
     with jax.enable_x64(dtype == "float64"):
         # A stack of one layer.

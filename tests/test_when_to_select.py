@@ -177,6 +177,7 @@ def test_nothing_dense_leaves_nothing_to_train_before_the_selection():
         tx.init(planted_params())
 
 
+@pytest.mark.slow
 def test_a_mesh_chooses_by_the_same_sum_over_batches():
     found = []
     for mesh in (mesh_of(None), make_mesh(MeshShape(data=2, fsdp=4))):
@@ -212,6 +213,7 @@ def test_a_mesh_makes_the_same_updates_before_the_selection():
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_chooses_by_several_batches_and_trains_on_the_same_ones(files, tmp_path):
     options = {"where": ("query",), "max_steps": 2}
     runs = [
@@ -232,6 +234,7 @@ def test_several_batches_choose_nothing_without_a_gradient(files, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", [None, pytest.param("ist", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_stopped_before_its_selection_ends_like_one_that_was_not(
     files, tmp_path, monkeypatch, sampler
 ):
@@ -263,6 +266,7 @@ def test_a_run_stopped_before_its_selection_ends_like_one_that_was_not(
     np.testing.assert_allclose(rates, 2 * [1, 2 / 3, 1 / 3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_average_is_evaluated_before_the_selection_and_after(files, tmp_path):
     options = {"where": ("query",), "max_steps": 3, "select_after": 2}
     options |= {"eval_on_start": True, "eval_every": 1}

@@ -60,6 +60,7 @@ def types(tree):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.quick(3)
 def test_an_update_keeps_the_types_of_the_state(tx, dtype):
     with jax.enable_x64(True):
         shapes = {"w": (4, 128, 2), "b": (6,), "s": ()}
@@ -109,6 +110,7 @@ SAMPLERS = {
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.quick(3)
 def test_the_compact_tier_keeps_the_types_of_its_state(method, sampler):
     kind = Compact if sampler is None else Layerwise
     options = {} if sampler is None else {"sampler": sampler, "max_norm": 1.0}
