@@ -55,6 +55,16 @@ CHOICES = {
     "lanes": LANES,
     "lanes, split masters": replace(LANES, split_masters=True),
     "lanes, both": replace(LANES, split_masters=True, moment_dtype="bfloat16"),
+    "lanes, split masters, 8-bit moments": replace(
+        LANES, split_masters=True, moment_dtype="int8"
+    ),
+    "the same, updated in the backward pass": replace(
+        LANES,
+        split_masters=True,
+        moment_dtype="int8",
+        update_in_backward=True,
+        clip_by="previous-norm",
+    ),
 }
 KEPT = ("supports", "masters", "optimizer", "gradients")
 PARTS_HERE = ("weights", "state", "temporary", "total")
@@ -91,14 +101,14 @@ def choices() -> Result:
     place = (16, MeshShape(), jax.devices("cpu")[:1])
     rows = []
     for name, settings in CHOICES.items():
-        run = abstract_run(network_of("llama-tiny"), settings, *place)
+        run = abstract_run(network_of("llama-7b"), settings, *place)
         held = held_bytes(run)
         entries = sum(leaf.size for leaf in jax.tree.leaves(run.state.support))
         sizes = {part: held[part] / entries for part in KEPT}
         rows.append({"choice": name, **sizes, "total": sum(sizes.values())})
     parts = {part: f"{{{part}:.2f}}" for part in (*KEPT, "total")}
     return Result(
-        title="bytes of a trained entry, bfloat16 weights, AdamW",
+        title="bytes of a trained entry of Llama-7B, bfloat16 weights, AdamW",
         rows=rows,
         columns={"choice": "{choice}", **parts},
         panels=(Panel("total", "bytes of an entry"),),

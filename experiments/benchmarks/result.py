@@ -107,10 +107,13 @@ class Result:
         names = [self.name_of(row) for row in self.rows] if with_names else []
         axes.set_yticks(range(len(self.rows)), names or [""] * len(self.rows))
         axes.set_ylim(len(self.rows) - 0.5, -0.5)
-        axes.set_xlim(left=0)
         axes.set_xlabel(panel.name)
         if panel.floor is not None:
             axes.axvline(panel.floor, color=COLORS[3], linewidth=1)
+        # Of times and bytes zero is shown, of what they add also what is below it.
+        values = [row[panel.key] for row in self.rows if row.get(panel.key) is not None]
+        if min(values, default=0) >= 0:
+            axes.set_xlim(left=0)
 
     def _lines(self, axes: Any, panel: Panel, along: str) -> None:
         """Draws a line for the rows of each name."""
