@@ -50,9 +50,12 @@ BENCHMARKS = (
     Benchmark("compile", "how long programs take to compile, and what a cache saves"),
     Benchmark("selection", "selecting entries beside lax.top_k"),
     Benchmark("switch", "switching adapters beside NumPy's writes"),
-    Benchmark("step_time", "an update beside its gradients", ("--rounds", "10")),
-    Benchmark("rows", "an update by rows beside LoRA", ("--rounds", "10")),
-    Benchmark("layers", "a few layers at a time", ("--batch-size", "2")),
+    Benchmark("step_time", "an update beside its gradients", ("--rounds", "6")),
+    Benchmark("rows", "an update by rows beside LoRA", ("--rounds", "6")),
+    Benchmark(
+        "layers", "a few layers at a time",
+        ("--batch-size", "2", "--length", "128", "--rounds", "2"),
+    ),  # fmt: skip
     Benchmark("scaling", "by density, length, layers and devices"),
     Benchmark("data", "tokenizing, and reading batches"),
     Benchmark("against_torch", "updates beside PyTorch and PEFT", (), TORCH),
