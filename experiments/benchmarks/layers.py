@@ -6,7 +6,7 @@ On the decoder-shaped stack of 30 M parameters (8 layers, attention recomputed a
 flash kernel): bytes that the compiler reserves, and time of a step, with all layers and
 with two of them, for each choice of what the backward pass computes again. Steps are
 taken in turn, and times are ratios to LoRA on all layers. What a probe costs is between
-IST with and without: both draw nearly the same layers. Eight minutes on two CPU cores.
+IST with and without: both draw nearly the same layers. Ten minutes on two CPU cores.
 """
 
 import platform
@@ -111,6 +111,8 @@ def measure(
     # The first update has no probe; after it, every ten updates have one.
     for name, (step, _) in steps.items():
         states[name], _ = step(states[name], batch, key)
+    # Updates that still run would count as the first that is timed.
+    jax.block_until_ready(states)
     for _ in range(rounds):
         total = dict.fromkeys(steps, 0.0)
         for _ in range(10):
