@@ -53,7 +53,8 @@ BENCHMARKS = (
     Benchmark("step_time", "an update beside its gradients", ("--rounds", "6")),
     Benchmark("rows", "an update by rows beside LoRA", ("--rounds", "6")),
     Benchmark(
-        "layers", "a few layers at a time",
+        "layers",
+        "a few layers at a time",
         ("--batch-size", "2", "--length", "128", "--rounds", "2"),
     ),  # fmt: skip
     Benchmark("scaling", "by density, length, layers and devices"),

@@ -110,6 +110,7 @@ class Result:
         axes.set_xlabel(panel.name)
         if panel.floor is not None:
             axes.axvline(panel.floor, color=COLORS[3], linewidth=1)
+        axes.margins(x=0.08)
         # Of times and bytes zero is shown, of what they add also what is below it.
         values = [row[panel.key] for row in self.rows if row.get(panel.key) is not None]
         if min(values, default=0) >= 0:
@@ -117,6 +118,8 @@ class Result:
 
     def _lines(self, axes: Any, panel: Panel, along: str) -> None:
         """Draws a line for the rows of each name."""
+        from matplotlib.ticker import LogLocator, NullLocator
+
         names = dict.fromkeys(map(self.name_of, self.rows))
         for color, name in zip(COLORS[1:], names, strict=False):
             rows = [row for row in self.rows if self.name_of(row) == name]
@@ -124,7 +127,15 @@ class Result:
             axes.plot(at, [row[panel.key] for row in rows], "o-", color=color)
             axes.plot([], [], color=color, label=name)
         axes.set_xscale("log")
-        axes.set_yscale("log")
+        values = [row[panel.key] for row in self.rows]
+        # Values that hardly differ would seem to, on an axis that begins at the least.
+        if max(values) > 2 * min(values) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(0, 1.1 * max(values))
         ticks = sorted({row[along] for row in self.rows})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
