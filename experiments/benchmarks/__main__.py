@@ -59,8 +59,15 @@ BENCHMARKS = (
     ),  # fmt: skip
     Benchmark("scaling", "by density, length, layers and devices"),
     Benchmark("data", "tokenizing, and reading batches"),
-    Benchmark("against_torch", "updates beside PyTorch and PEFT", (), TORCH),
-    Benchmark("generation", "texts and ranked answers beside transformers", (), TORCH),
+    Benchmark(
+        "against_torch", "updates beside PyTorch and PEFT", ("--rounds", "8"), TORCH
+    ),
+    Benchmark(
+        "generation",
+        "texts and ranked answers beside transformers",
+        ("--questions", "4", "--rounds", "3"),
+        TORCH,
+    ),  # fmt: skip
 )
 
 
