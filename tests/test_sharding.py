@@ -305,6 +305,30 @@ def test_selecting_again_compiles_nothing_again(monkeypatch):
     assert finite and int(state.count) == 0
 
 
+def test_a_selection_has_no_moments_beside_it(monkeypatch):
+    placement = Placement.of(tiny_decoder()[0].abstract(), mesh_of(None))
+    tuner, params = tuner_of(METHODS["sift"], placement)
+    runner, key = MeshRunner(tuner, placement), jax.random.key(0)
+    state = runner.init(jax.device_put(params, placement.params), key)
+    choose, are_gone = runner._choose, []
+
+    def noted(*args):
+        moments = jax.tree.leaves(state.opt_state)
+        are_gone.append([leaf.is_deleted() for leaf in moments])
+        return choose(*args)
+
+    monkeypatch.setattr(runner, "_choose", noted)
+    for value, was_finite in ((jnp.nan, False), (1.0, True)):
+        scale = state.params["norm"]["scale"].at[0].set(value)
+        state = state._replace(params={**state.params, "norm": {"scale": scale}})
+        state, finite = runner.select(state, placement.put(random_batch()), key)
+        assert finite == was_finite
+        assert int(state.count) == (0 if finite else -1)
+    assert are_gone[0] and all(map(all, are_gone))
+    state, metrics = runner.step(state, placement.put(random_batch()), key)
+    assert not metrics["is_skipped"]
+
+
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_selects_nothing():
     mesh = make_mesh(MESHES["all"])

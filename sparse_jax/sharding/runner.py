@@ -74,23 +74,33 @@ class MeshRunner:
         """Chooses the supports; also returns whether the gradient was finite.
 
         If there are `more` batches with their keys, the gradients of all are summed.
-        If it is done again, the state of the optimizer is carried over.
+        If it is done again, the state of the optimizer is carried over; else masters
+        and optimizer states are made after it, so that a selection does not need room
+        for them, and after a gradient that is not finite the state is one of `init`.
         Supports of shards that turn out too short are made again, and those with too
         much room are shortened: a second selection costs a backward pass, unused places
         would cost memory for as long as the run lasts.
         """
+        has_lengths = bool(self.tuner.shards)
+        at_once = not has_lengths and (is_again or not jax.tree.leaves(state.support))
+        if not at_once:
+            state = _without_optimizer(state)
         statistic = None
         for other in more:
             if statistic is None:
                 statistic = self._measure(state, batch, key, None)
             statistic = self._measure(state, *other, statistic)
         args = (batch, key, avoid or {}, statistic)
-        if not self.tuner.shards:
-            # No support has a length to find: one program does all.
+        if at_once:
             select = self._reselect if is_again else self._select
             state, finite = select(state, *args)
             return state, bool(finite)
-        return self._select_shards(state, *args)
+        if has_lengths:
+            return self._select_shards(state, *args)
+        support, finite, _ = self._choose(state, *args)
+        if not bool(finite):
+            return self.take_over(state, key), False
+        return self._begin(state.params, support, state.added, capacity={}), True
 
     def _select_shards(
         self, state: CompactState, batch: object, key: jax.Array, *rest: object
@@ -99,7 +109,7 @@ class MeshRunner:
         roles = self.tuner.roles(state.params)
         support, finite, counts = self._choose(state, batch, key, *rest)
         if not bool(finite):
-            return state, False
+            return self.take_over(state, key), False
         most = lambda role, counts: float(jnp.max(counts))
         needed = self._capacity(roles, most, counts)
         found: dict[str, int] = {}
@@ -107,7 +117,7 @@ class MeshRunner:
         map_roles(note, roles, support, only=(SPARSE,))
         if any(length > found[name] for name, length in needed.items()):
             longer = self._init(state.params, key, capacity=needed)
-            longer = longer._replace(added=state.added)
+            longer = _without_optimizer(longer._replace(added=state.added))
             return self._select_shards(longer, batch, key, *rest)
         begun = self._begin(state.params, support, state.added, capacity=needed)
         return begun, True
@@ -232,6 +242,13 @@ class MeshRunner:
     def _replicated(self, tree: object) -> Any:
         """Returns shardings that put all of every array on every device."""
         return jax.tree.map(lambda _: self.placement.replicated, tree)
+
+
+def _without_optimizer(state: CompactState) -> CompactState:
+    """Returns a state whose masters and optimizer states have been given up."""
+    for leaf in jax.tree.leaves((state.masters, state.opt_state)):
+        leaf.delete()
+    return state._replace(masters=(), opt_state=())
 
 
 class _Compiled:
