@@ -8,8 +8,8 @@
 SIFT with each `--moment-dtype`: of one seed all choose the same entries and read the
 same batches. With the task causal the loss on held-out responses is compared, with a
 task of GLUE its metric. Masters are not among the choices, because `--split-masters`
-changes no bit of an update (tests compare them). An interrupted run of this file goes
-on where it was.
+keeps their values but for the last bit of one in 131,072 (tests compare them). An
+interrupted run of this file goes on where it was.
 """
 
 import argparse

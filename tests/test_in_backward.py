@@ -168,6 +168,20 @@ def test_gradients_are_clipped_by_the_norm_of_the_update_before():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_norm_that_is_not_finite_spoils_no_later_update():
+    tx, grads = clip_by_previous_norm(1.0), {"w": jnp.array([3.0, 4.0])}
+    _, state = tx.update(grads, tx.init(grads))
+    _, state = tx.update({"w": jnp.array([jnp.nan, jnp.inf])}, state)
+    clipped, state = tx.update(grads, state)
+    np.testing.assert_allclose(clipped["w"], [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
+def test_a_largest_norm_that_is_not_positive_is_refused(max_norm):
+    with pytest.raises(InputError, match="`max_norm` must be positive, got"):
+        clip_by_previous_norm(max_norm)
+
+
 def test_moments_of_8_bits_have_blocks_within_layers():
     method = Sparse(density=0.5, **GIVEN)
     params = jax.tree.map(lambda x: 3 * x, WIDE.init(jax.random.key(0)))

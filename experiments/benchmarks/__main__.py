@@ -56,7 +56,7 @@ BENCHMARKS = (
         "layers",
         "a few layers at a time",
         ("--batch-size", "2", "--length", "128", "--rounds", "2"),
-    ),  # fmt: skip
+    ),
     Benchmark("scaling", "by density, length, layers and devices"),
     Benchmark("data", "tokenizing, and reading batches"),
     Benchmark(
@@ -67,7 +67,7 @@ BENCHMARKS = (
         "texts and ranked answers beside transformers",
         ("--questions", "4", "--rounds", "3"),
         TORCH,
-    ),  # fmt: skip
+    ),
 )
 
 

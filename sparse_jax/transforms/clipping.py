@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparse_jax.errors import InputError
+
 __all__ = ["PreviousNormState", "clip_by_previous_norm"]
 
 
@@ -32,7 +34,11 @@ def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraA
     Returns:
       A transformation whose `update` takes `global_norm`, a float32 scalar, from a
       caller who gives it a part of the gradients only; without it the norm is taken of
-      what `update` gets.
+      what `update` gets. A norm that is not finite is forgotten, so that it spoils no
+      later update.
+
+    Raises:
+      InputError: if `max_norm` is not positive.
 
     Example:
       >>> tx = clip_by_previous_norm(5.0)
@@ -43,6 +49,12 @@ def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraA
       >>> first["w"], second["w"]
       (Array([6., 8.], dtype=float32), Array([3., 4.], dtype=float32))
     """
+
+    if not max_norm > 0:
+        raise InputError(
+            f"`max_norm` must be positive, got {max_norm}. Leave the transformation "
+            "out not to clip."
+        )
 
     def init_fn(params: optax.Params) -> PreviousNormState:
         del params
@@ -61,6 +73,7 @@ def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraA
         scale = lambda g: g * (max_norm / before).astype(g.dtype)
         clipped = jax.tree.map(scale, updates)
         norm = optax.tree.norm(updates) if global_norm is None else global_norm
-        return clipped, PreviousNormState(jnp.asarray(norm, jnp.float32))
+        kept = jnp.where(jnp.isfinite(norm), norm, state.previous_norm)
+        return clipped, PreviousNormState(jnp.asarray(kept, jnp.float32))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
