@@ -495,6 +495,7 @@ def test_devices_that_fill_no_box_are_refused():
         ("sift", ()),
         ("sift+split", ("split",)),
         ("sift+ist+split+bfloat16", ("split", "bfloat16")),
+        ("sift+lane+ist", ("lane",)),
     ],
 )
 def test_a_comparison_names_what_is_kept(word, kept):
@@ -503,6 +504,7 @@ def test_a_comparison_names_what_is_kept(word, kept):
     assert choices_in(settings) == kept
     assert settings.split_masters == ("split" in kept)
     assert (settings.moment_dtype == "bfloat16") == ("bfloat16" in kept)
+    assert (settings.granularity == "lane") == ("lane" in kept)
 
 
 def run(monkeypatch, capsys, *arguments):

@@ -22,7 +22,7 @@ from sparse_jax.cli.options import (
 from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError
 from sparse_jax.methods.registry import METHODS, MethodOptions
-from sparse_jax.planning.choices import STATE_CHOICES
+from sparse_jax.planning.choices import CHOICES
 from sparse_jax.samplers.registry import (
     SAMPLERS,
     SamplerOptions,
@@ -51,7 +51,8 @@ def plan(
         None,
         "Methods to compare side by side, such as full,lora,sift,sift+ist: each "
         "with the options that it has, and --where for sparse methods only. Behind a "
-        f"method may be a sampler and what is kept: {', '.join(STATE_CHOICES)}.",
+        "method may be a sampler, a granularity and what is kept: "
+        f"{', '.join(CHOICES)}.",
         "--method alone",
     ),
     config: str | None = CONFIG,
@@ -148,15 +149,11 @@ def _compared(word: str, given: Mapping[str, Any]) -> Settings:
     """Returns the settings of a method in a comparison, with the options it has."""
     method, *others = word.split("+")
     samplers = [one for one in others if one in SAMPLERS]
-    if (
-        method not in METHODS
-        or len(samplers) > 1
-        or {*others} - {*SAMPLERS, *STATE_CHOICES}
-    ):
+    if method not in METHODS or len(samplers) > 1 or {*others} - {*SAMPLERS, *CHOICES}:
         raise InputError(
             f"`compare` must be methods with commas between, such as full,lora,sift or "
             f"sift+ist, got {word!r}. Methods are {', '.join(METHODS)}; behind one may "
-            f"be {', '.join(STATE_CHOICES)} or a sampler."
+            f"be {', '.join(CHOICES)} or a sampler."
         )
     sampler = samplers[0] if samplers else None
     known = {*METHODS[method].options, *options_of_sampler(sampler)}
@@ -166,5 +163,5 @@ def _compared(word: str, given: Mapping[str, Any]) -> Settings:
     kept = {name: given[name] for name in given if name in known or name not in owned}
     chosen: dict[str, Any] = {"method": method, "sampler": sampler}
     for one in others:
-        chosen |= STATE_CHOICES.get(one, {})
+        chosen |= CHOICES.get(one, {})
     return Settings(**{**kept, **chosen})

@@ -97,7 +97,7 @@ def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:
         rows[kind] = [_traffic(plan, kind) for plan in plans]
     rows["FLOPs (all devices)"] = [f"{plan.flops:.3g}" for plan in plans]
     rows["time of an update"] = [
-        "not known" if plan.seconds is None else f"about {plan.seconds:.2g} s"
+        "not known" if plan.seconds is None else f"about {plan.seconds:.3g} s"
         for plan in plans
     ]
     return rows

@@ -1,8 +1,8 @@
 """Token sequences for causal language models, and which tokens are trained on."""
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
-from typing import Literal, NamedTuple, cast
+from itertools import chain, islice, pairwise
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -11,10 +11,15 @@ from sparse_jax.data.conversations import Conversation
 from sparse_jax.data.tokenizer import Tokenizer, tokenizing
 from sparse_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import BatchEncoding
+
 __all__ = ["Loss", "tokenize"]
 
 Loss = Literal["response", "all"]
 
+_ODD = "\N{EGYPTIAN HIEROGLYPH A001}"  # which few vocabularies have
 # Conversations that are tokenized at once, to bound the memory.
 _CHUNK = 1024
 
@@ -137,9 +142,10 @@ def _marked(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, ends: _Ends
 ) -> Iterator[_Marked]:
     """Yields the tokens of conversations."""
+    tokens = _Pieces(tokenizer, ends)
     for start in range(0, len(conversations), _CHUNK):
         chunk = conversations[start : start + _CHUNK]
-        pieces = iter(_piece_ids(chunk, tokenizer))
+        pieces = tokens.of(chunk)
         for conversation in chunk:
             parts = list(islice(pieces, len(conversation.pieces)))
             yield _with_ends(conversation, parts, ends)
@@ -167,25 +173,106 @@ def _with_ends(
     return _Marked(all_ids, marks, is_excluded, *about)
 
 
-def _piece_ids(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer
-) -> Iterator[list[int]]:
-    """Yields the tokens of every piece, as they are after the piece before it."""
-    texts, before = [], []
-    for conversation in conversations:
-        pieces = [piece.text for piece in conversation.pieces]
-        texts += pieces
-        before += ["", *pieces][: len(pieces)]
-    both = [context + text for context, text in zip(before, texts, strict=True)]
-    # A prompt is a text, and the context of its response: once is enough.
-    needed = [*dict.fromkeys([*before, *both])]
-    known = dict(zip(needed, _ids(tokenizer, needed), strict=True))
-    for text, context, joined in zip(texts, before, both, strict=True):
-        head, whole = known[context], known[joined]
-        if whole[: len(head)] == head:
-            yield whole[len(head) :]
-        else:
-            yield _apart(tokenizer, text)
+class _Pieces:
+    """The tokens of the pieces of conversations, as they are after the piece before.
+
+    A text is tokenized once if it can be split: if a token ends where a piece does, and
+    the tokens up to there are those of the text up to there. Where two tokens meet,
+    merges of the first are those it has alone; what follows may only change where rules
+    split spaces from words, as in "a\n\nb" by GPT-2's, so this is looked up.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ends: _Ends):
+        self.tokenizer = tokenizer
+        self.added = ends.added
+        self.known: dict[tuple[str, str], bool] = {}
+        # A tokenizer that drops what it cannot spell counts characters without it.
+        bare, odd = _ids(tokenizer, ["a", f"a{_ODD}"])
+        self.is_worth_trying = bare != odd
+
+    def of(self, conversations: Sequence[Conversation]) -> Iterator[list[int]]:
+        """Yields the tokens of every piece."""
+        split: list[list[list[int]] | None] = [None] * len(conversations)
+        whole: dict[str, list[int]] = {}
+        if self.is_worth_trying:
+            split, whole = self._split_all(conversations)
+        pairs = [*zip(conversations, split, strict=True)]
+        apart = [conversation for conversation, parts in pairs if parts is None]
+        rest = self._after_each_other(apart, whole)
+        for conversation, parts in pairs:
+            yield from (
+                islice(rest, len(conversation.pieces)) if parts is None else parts
+            )
+
+    def _split_all(
+        self, conversations: Sequence[Conversation]
+    ) -> tuple[list[list[list[int]] | None], dict[str, list[int]]]:
+        """Returns the tokens of the pieces of each text, or None, and of the texts."""
+        texts = [conversation.text for conversation in conversations]
+        found = _encoded(self.tokenizer, texts)
+        ids: list[list[int]] = found["input_ids"]
+        # Only tokenizers written in Rust report which characters a token covers.
+        encodings = found.encodings or [None] * len(texts)
+        columns = (conversations, ids, encodings)
+        split = [
+            self._split([piece.text for piece in conversation.pieces], own, encoding)
+            for conversation, own, encoding in zip(*columns, strict=True)
+        ]
+        self.is_worth_trying = 2 * split.count(None) <= len(split)
+        return split, dict(zip(texts, ids, strict=True))
+
+    def _split(
+        self, texts: list[str], ids: list[int], encoding: "Encoding | None"
+    ) -> list[list[int]] | None:
+        """Returns the tokens of the pieces of a text, None if they may share some."""
+        if len(texts) == 1:
+            return [ids]
+        if encoding is None or not all(texts):
+            return None
+        starts, place = [0], 0
+        for before, after in pairwise(texts):
+            place += len(before)
+            at = encoding.char_to_token(place)
+            if not at:
+                return None
+            # Tokens may leave out the spaces round them, but not where both meet.
+            _, end = encoding.token_to_chars(at - 1) or (None, None)
+            start, _ = encoding.token_to_chars(at) or (None, None)
+            if not (end == place == start and self._is_end(ids, at, before, after)):
+                return None
+            starts.append(at)
+        return [ids[slice(*part)] for part in pairwise([*starts, len(ids)])]
+
+    def _is_end(self, ids: list[int], at: int, before: str, after: str) -> bool:
+        """Says whether what ends a text is the same without what follows."""
+        if self.added & {*ids[at - 1 : at + 1]}:
+            return True
+        word = before.rstrip()
+        last, first = before[max(len(word) - 1, 0) :], after[0]
+        if (last, first) not in self.known:
+            head, whole = _ids(self.tokenizer, [last, last + first])
+            self.known[last, first] = whole[: len(head)] == head
+        return self.known[last, first]
+
+    def _after_each_other(
+        self, conversations: Sequence[Conversation], known: dict[str, list[int]]
+    ) -> Iterator[list[int]]:
+        """Yields the tokens of every piece, from texts with the piece before it."""
+        texts, before = [], []
+        for conversation in conversations:
+            pieces = [piece.text for piece in conversation.pieces]
+            texts += pieces
+            before += ["", *pieces][: len(pieces)]
+        both = [context + text for context, text in zip(before, texts, strict=True)]
+        # A prompt is a text, and the context of its response: once is enough.
+        needed = [*{*before, *both} - known.keys()]
+        known |= zip(needed, _ids(self.tokenizer, needed), strict=True)
+        for text, context, joined in zip(texts, before, both, strict=True):
+            head, whole = known[context], known[joined]
+            if whole[: len(head)] == head:
+                yield whole[len(head) :]
+            else:
+                yield _apart(self.tokenizer, text)
 
 
 def _apart(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -200,11 +287,16 @@ def _apart(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Returns the tokens of texts without special ones."""
+    return _encoded(tokenizer, texts)["input_ids"]
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str]) -> "BatchEncoding":
+    """Returns texts without special tokens, and what each token covers."""
     # Not verbose: it warns of long texts, which are cut here, not by the tokenizer.
     with tokenizing():
         return tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        )
 
 
 def _spans(num_tokens: int, max_length: int, is_plain: bool) -> list[slice]:

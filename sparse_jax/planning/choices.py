@@ -1,16 +1,18 @@
-"""Choices of what an update keeps of a trained value, and the words that name them."""
+"""Choices of a layout and of what is kept of a trained value, and their words."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from sparse_jax.supports.granularity import GRANULARITIES
 from sparse_jax.training.recipe_options import MOMENTS, PREVIOUS_NORM
 from sparse_jax.training.settings import Settings
 
-__all__ = ["STATE_CHOICES", "choices_in"]
+__all__ = ["CHOICES", "choices_in"]
 
 # word -> the settings that it stands for
-STATE_CHOICES: Mapping[str, Mapping[str, object]] = MappingProxyType(
+CHOICES: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
+        **{word: {"granularity": word} for word in [*GRANULARITIES][1:]},
         "split": {"split_masters": True},
         **{word: {"moment_dtype": word} for word in MOMENTS[1:]},
         "backward": {"update_in_backward": True, "clip_by": PREVIOUS_NORM},
@@ -19,7 +21,7 @@ STATE_CHOICES: Mapping[str, Mapping[str, object]] = MappingProxyType(
 
 
 def choices_in(settings: Settings) -> tuple[str, ...]:
-    """Returns the words of what settings keep otherwise than by default.
+    """Returns the words of what settings choose otherwise than by default.
 
     Example:
       >>> settings = Settings(model="m", task="causal", output="o", dtype="bfloat16")
@@ -29,6 +31,6 @@ def choices_in(settings: Settings) -> tuple[str, ...]:
     """
     return tuple(
         word
-        for word, meant in STATE_CHOICES.items()
+        for word, meant in CHOICES.items()
         if all(getattr(settings, name) == value for name, value in meant.items())
     )

@@ -48,7 +48,7 @@ class Plan:
 
     Attributes:
       method: word of the command line, with the sampler of layers if any, and with
-        the words of `STATE_CHOICES` that hold.
+        the words of `CHOICES` that hold.
       trained: parameters that are trained, on all devices together.
       held: bytes by what they are for, exact, as `held_bytes` says.
       temporaries: activations, gradients and all else that a step needs beside its
