@@ -5,10 +5,11 @@
 Every program is a process of its own that reads the same weights, has the same first
 loss (or the run ends), and makes an update when it is asked to: all in turn, round by
 round, so that whatever else the machine does meets all of them. Times are CPU seconds,
-the peak is that of the process after two updates, weights and libraries included. LoRA,
-SIFT and SHiRA train equally many entries of the linear maps of the layers; SHiRA
-chooses them at random. Plain AdamW, float32, no dropout. Without a model it is a Llama
-of 30 M random parameters. Ten minutes on two CPU cores; needs torch and peft.
+the peak is that of the process up to the second update, weights and libraries included;
+what an update adds is the peak of those after, less what was there when the model was
+read. LoRA, SIFT and SHiRA train equally many entries of the linear maps of the layers;
+SHiRA chooses them at random. Plain AdamW, float32, no dropout. Without a model it is a
+Llama of 30 M random parameters. Ten minutes on two CPU cores; needs torch and peft.
 """
 
 import argparse
@@ -23,12 +24,14 @@ from experiments.benchmarks.result import Panel, Result, benchmark_parser, finis
 from experiments.benchmarks.workers import (
     OURS,
     THEIRS,
+    WARM_UP,
     Program,
     Row,
     add_options,
     are_there,
     circumstances,
     measure,
+    memory,
     ratios,
     serve,
     write_llama,
@@ -54,8 +57,8 @@ Rows = dict[Program, list[Row]]
 Step = Callable[[], float]  # makes an update and returns the loss before it
 
 
-def our_step(method: str, model: str, ids: np.ndarray) -> tuple[Step, int]:
-    """Returns an update of this library, and how many entries it trains."""
+def our_step(method: str, model: str, ids: np.ndarray) -> tuple[Step, Row]:
+    """Returns an update of this library, what it trains, and the memory before."""
     import jax
     import optax
 
@@ -75,6 +78,7 @@ def our_step(method: str, model: str, ids: np.ndarray) -> tuple[Step, int]:
 
     network, params = from_pretrained(model, head=CausalLM)
     release_freed_memory()  # as runs do
+    read = memory()
     kernels = [
         leaf for group in params["layers"].values() for one in group.values()
         for leaf in one.values() if leaf.ndim == 3
@@ -109,11 +113,11 @@ def our_step(method: str, model: str, ids: np.ndarray) -> tuple[Step, int]:
         return float(metrics["loss"])
 
     trained = count_trained(chosen, state.params, state.added, ()).trained
-    return step, trained
+    return step, {"trained": trained, "read": read}
 
 
-def their_step(method: str, model: str, ids: np.ndarray) -> tuple[Step, int]:
-    """Returns an update of PyTorch and PEFT, and how many entries it trains."""
+def their_step(method: str, model: str, ids: np.ndarray) -> tuple[Step, Row]:
+    """Returns an update of PyTorch and PEFT, and the same numbers."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -122,6 +126,7 @@ def their_step(method: str, model: str, ids: np.ndarray) -> tuple[Step, int]:
     disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    read = memory()
     linear = ["q_proj", "k_proj", "v_proj", "o_proj"]
     linear += ["gate_proj", "up_proj", "down_proj"]
     configs: dict[str, Any] = {
@@ -144,7 +149,7 @@ def their_step(method: str, model: str, ids: np.ndarray) -> tuple[Step, int]:
         optimizer.zero_grad()
         return loss.item()
 
-    return step, sum(one.numel() for one in trained)
+    return step, {"trained": sum(one.numel() for one in trained), "read": read}
 
 
 def work(args: argparse.Namespace) -> None:
@@ -154,8 +159,8 @@ def work(args: argparse.Namespace) -> None:
     build = {OURS: our_step, THEIRS: their_step}[library]
 
     def built() -> Callable[[], Row]:
-        step, trained = build(method, args.model, ids.astype(np.int32))
-        return lambda: {"loss": step(), "trained": trained}
+        step, numbers = build(method, args.model, ids.astype(np.int32))
+        return lambda: {"loss": step()} | numbers
 
     serve(built, args.threads)
 
@@ -167,11 +172,17 @@ def check(firsts: dict[Program, Row]) -> None:
         raise SystemExit(f"error: the first losses differ: {losses}")
 
 
+def added_by(updates: list[Row]) -> int:
+    """Returns the bytes that updates need beside the model and the libraries."""
+    return max(one["peak"] for one in updates[WARM_UP:]) - updates[0]["read"]
+
+
 def summary(rows: Rows) -> list[dict[str, Any]]:
     """Returns one row for every program, with its ratio to its peer of each round."""
     found = []
     for program, updates in rows.items():
         peer = (PEERS.get(program[0], program[0]), THEIRS)
+        mine, other = (added_by(rows[one]) for one in (program, peer))
         found.append(
             {
                 "method": program[0],
@@ -179,6 +190,8 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
                 "trained": updates[0]["trained"],
                 "peer": peer[0],
                 **ratios(updates, rows[peer]),
+                "added": mine,
+                "added_ratio": mine / other,
                 "first_update": updates[0]["since_start"],
                 "first_loss": updates[0]["loss"],
             }
@@ -191,37 +204,38 @@ def result_of(found: list[dict[str, Any]], title: str) -> Result:
 
     def told(one: dict[str, Any]) -> dict[str, str]:
         low, high = one["quartiles"]
+        mib = {name: f"{one[name] / 2**20:,.0f}" for name in ("peak", "added")}
         if one["library"] == THEIRS:
-            return {"time": "1", "spread": "", "memory": "1"}
+            return {"time": "1", **mib}
         return {
-            "time": f"{one['ratio']:.2f} of {one['peer']}",
-            "spread": f"{low:.2f} to {high:.2f}",
-            "memory": f"{one['peak_ratio']:.2f}",
+            "time": f"{one['ratio']:.2f} of {one['peer']} ({low:.2f} to {high:.2f})",
+            **{name: f"{mib[name]} ({one[f'{name}_ratio']:.2f})" for name in mib},
         }
 
-    def numbers(one: dict[str, Any]) -> dict[str, Any]:
+    def row(one: dict[str, Any]) -> dict[str, Any]:
         low, high = one["quartiles"]
-        return {"low": low, "high": high, "mib": one["peak"] / 2**20}
+        told_sizes = {f"{name}_told": text for name, text in told(one).items()}
+        return one | {"low": low, "high": high} | told_sizes
 
     return Result(
         title=title,
-        caption="Means over the rounds; quartiles are those of the ratios within a "
-        "round. The first update includes reading the model and compiling.",
-        rows=[one | numbers(one) | told(one) for one in found],
+        caption="Means over the rounds, quartiles of the ratios within a round and, in "
+        "brackets, ratios to PyTorch. The first update includes reading the model and "
+        f"compiling. The first loss of all is {found[0]['first_loss']:.4f}.",
+        rows=[row(one) for one in found],
         columns={
             "program": "{method}, {library}",
             "trained": "{trained:,}",
             "CPU s": "{seconds:.2f}",
-            "ratio": "{time}",
-            "quartiles": "{spread}",
-            "peak MiB": "{mib:,.0f}",
-            "ratio of it": "{memory}",
+            "ratio": "{time_told}",
+            "peak MiB": "{peak_told}",
+            "an update adds MiB": "{added_told}",
             "first update, CPU s": "{first_update:.1f}",
-            "first loss": "{first_loss:.4f}",
         },
         panels=(
             Panel("ratio", "CPU time, ratio to PyTorch", ("low", "high"), floor=1),
             Panel("peak_ratio", "peak memory, ratio to PyTorch", floor=1),
+            Panel("added_ratio", "memory of an update, ratio to PyTorch", floor=1),
         ),
     )
 

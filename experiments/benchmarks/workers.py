@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 __all__ = [
     "OURS", "THEIRS", "Program", "Row", "add_options", "are_there", "circumstances",
-    "measure", "ratios", "seconds_of", "serve", "write_llama",
+    "measure", "memory", "ratios", "seconds_of", "serve", "write_llama",
 ]  # fmt: skip
 
 OURS, THEIRS = "sparse_jax", "PyTorch"
@@ -69,27 +70,36 @@ def serve(build: Callable[[], Step], threads: int) -> None:
     """Makes a step for every line that comes in, and reports it in one line.
 
     Beside what the step returns that are its CPU `seconds`, those `since_start`, and
-    the `peak` of the process so far, in bytes.
+    the `peak` of the process, in bytes: of all so far in the steps to warm up, then of
+    the steps after these.
 
     Args:
       build: loads libraries and models, and returns the step.
       threads: of the process; 0 is one for each core.
     """
-    import resource
-
     if threads:
         # The pools of both libraries have a thread for each core they may use.
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[-threads:])
     began = time.process_time()
     step = build()
-    for _ in sys.stdin:
+    for number, _ in enumerate(sys.stdin):
+        if number == WARM_UP:
+            # Compiling and the selection are over.
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         before = time.process_time()
         found = step()
         now = time.process_time()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        costs = {"seconds": now - before, "since_start": now - began, "peak": peak}
+        costs = {"seconds": now - before, "since_start": now - began}
+        costs["peak"] = memory("VmHWM")
         print(json.dumps(found | costs), flush=True)
+
+
+def memory(name: str = "VmRSS") -> int:
+    """Returns a size of this process, in bytes, by its name in Linux."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    sizes = dict(line.split(":", 1) for line in text.splitlines())
+    return int(sizes[name].split()[0]) * 1024
 
 
 class Worker:
