@@ -24,7 +24,7 @@ from sparse_jax.models.functional import Model
 from sparse_jax.planning import plan as plans
 from sparse_jax.planning import target as targets
 from sparse_jax.planning.abstract import abstract_run, held_bytes, read_model
-from sparse_jax.planning.choices import choices_in
+from sparse_jax.planning.choices import CHOICES, choices_in
 from sparse_jax.planning.cycles import seconds_of
 from sparse_jax.planning.hlo import Traffic, collectives_of, instructions
 from sparse_jax.planning.often import Often, often_of
@@ -32,6 +32,7 @@ from sparse_jax.planning.operations import Kernel, count_flops
 from sparse_jax.planning.plan import make_plan, with_largest_batch
 from sparse_jax.planning.target import CHIPS, Chip, Target, find_target
 from sparse_jax.sharding.mesh import MeshShape
+from sparse_jax.supports.granularity import GRANULARITIES
 from sparse_jax.training.settings import Settings
 
 needs_compiler = pytest.mark.skipif(
@@ -505,6 +506,11 @@ def test_a_comparison_names_what_is_kept(word, kept):
     assert settings.split_masters == ("split" in kept)
     assert (settings.moment_dtype == "bfloat16") == ("bfloat16" in kept)
     assert (settings.granularity == "lane") == ("lane" in kept)
+
+
+def test_every_granularity_can_be_compared():
+    found = {meant.get("granularity", "entry") for meant in CHOICES.values()}
+    assert found == GRANULARITIES.keys()
 
 
 def run(monkeypatch, capsys, *arguments):

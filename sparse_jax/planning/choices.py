@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from sparse_jax.supports.granularity import GRANULARITIES
 from sparse_jax.training.recipe_options import MOMENTS, PREVIOUS_NORM
 from sparse_jax.training.settings import Settings
 
 __all__ = ["CHOICES", "choices_in"]
 
+# Those of `GRANULARITIES` but the usual one; its module imports JAX, which takes long.
+_GRANULARITIES = ("lane", "row", "column", "4x4", "256x256")
 # word -> the settings that it stands for
 CHOICES: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
-        **{word: {"granularity": word} for word in [*GRANULARITIES][1:]},
+        **{word: {"granularity": word} for word in _GRANULARITIES},
         "split": {"split_masters": True},
         **{word: {"moment_dtype": word} for word in MOMENTS[1:]},
         "backward": {"update_in_backward": True, "clip_by": PREVIOUS_NORM},
