@@ -18,6 +18,8 @@ from experiments import (
     forgetting,
     glue,
     instruct,
+    mmlu,
+    mmlu_parity,
     questions,
     quickstart,
     report,
@@ -277,7 +279,7 @@ def test_rows_on_questions_train_as_many_entries_as_lora(tmp_path):
 
 def test_programs_are_compared_with_their_peers_round_by_round():
     def updates(*seconds, peak):
-        rest = {"loss": 9.0, "trained": 5, "peak": peak, "since_start": 3.0}
+        rest = {"loss": 9.0, "trained": 5, "peak": peak, "read": 8, "since_start": 3.0}
         return [{"seconds": one, **rest} for one in (100.0, 50.0, *seconds)]
 
     rows = {
@@ -289,6 +291,8 @@ def test_programs_are_compared_with_their_peers_round_by_round():
     # The first two updates, which compile and warm up, do not count.
     assert (lora["seconds"], lora["ratio"], lora["peak_ratio"]) == (2.0, 1.0, 1.5)
     assert lora["quartiles"] == [0.75, 1.25]
+    # Beside the 8 of libraries and model.
+    assert (lora["added"], lora["added_ratio"]) == (22, 22 / 12)
     assert (peer["ratio"], peer["quartiles"]) == (1.0, [1.0, 1.0])
     assert (ist["peer"], ist["ratio"], ist["peak_ratio"]) == ("LoRA", 0.5, 0.5)
 
@@ -316,6 +320,19 @@ def test_what_is_twice_as_slow_has_the_ratio_two():
     assert (theirs["rate"], theirs["ratio"], theirs["nats"]) == (3.0, 2.0, 0.5)
     shown = generation.result_of([ours, theirs], "both")
     assert shown.name_of(shown.rows[1]) == "rank, PyTorch"
+
+
+def test_choices_that_differ_are_counted_with_the_distance_of_the_letters():
+    steps = lambda scores: [{"seconds": 1.0, "peak": 1, "scores": [scores]}] * 3
+    rows = {
+        ("mmlu", "sparse_jax"): steps([-1.0, -2.0, -3.0, -4.0]),
+        ("mmlu", "PyTorch"): steps([-1.5, -1.25, -3.0, -4.0]),
+    }
+    asked = [("prompt", mmlu.ChoiceQuestion("Who?", (*"abcd",), "B"))] * 3
+    ours, theirs = mmlu_parity.summary(rows, asked)
+    assert (ours["same"], ours["margin"], ours["accuracy"]) == (3, None, 0.0)
+    assert (theirs["same"], theirs["margin"], theirs["accuracy"]) == (0, 0.25, 1.0)
+    assert theirs["nats"] == 0.75
 
 
 def test_all_benchmarks_are_named_once_and_are_modules():
