@@ -31,6 +31,7 @@ def settings_of(moments: str, args: argparse.Namespace) -> Settings:
         moment_dtype=moments,
         epochs=100,
         batch_size=args.batch_size,
+        group_by_length=True,  # MRPC: rows of 1.2 instead of 1.8 times its tokens
         max_length=args.max_length,
         max_steps=args.max_steps,
         max_eval_samples=args.max_eval_samples,
