@@ -285,6 +285,7 @@ def test_a_layer_at_a_time_is_float32():
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1000
 
 
+@pytest.mark.slow
 def test_entries_that_stay_keep_their_moments_when_others_are_chosen():
     shape, key = (8, 4096), jax.random.key(0)
     params, x = {"w": jnp.zeros(shape)}, jax.random.normal(key, shape)

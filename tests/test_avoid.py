@@ -62,6 +62,7 @@ def test_the_runs_train_other_entries_of_the_same_leaves(runs):
         assert found.first == found.second > 0 and found.shared == 0
 
 
+@pytest.mark.slow
 def test_every_run_is_evaluated_as_before(files, runs):
     for run in runs:
         metrics = json.loads(Path(run, "metrics.json").read_text())["eval"]

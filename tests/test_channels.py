@@ -170,7 +170,7 @@ def test_both_tiers_train_the_same_channels(granularity):
         *(pytest.param(word, marks=pytest.mark.slow) for word in ("frozen", "all")),
     ],
 )
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_layers_in_slots_train_the_same_channels(granularity, recompute):
     rules = {"density": 0.2, "granularity": granularity, "where": KERNELS}
     tx, every = optax.sgd(0.1), Static.of(0, 1, 2, num_layers=3)

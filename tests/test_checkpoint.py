@@ -89,7 +89,7 @@ def same_bytes(one, other):
 
 
 @pytest.mark.parametrize("batches", [0, pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_ends_like_one_that_was_not(
     batches, files, whole, tmp_path, monkeypatch
 ):

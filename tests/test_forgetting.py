@@ -98,6 +98,7 @@ def test_kl_and_losses_are_those_of_all_logits_at_once(place, tmp_path, kind):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_encoder_is_compared_by_its_hidden_states(tmp_path):
     files = write_files(tmp_path)
     settings = tiny_settings(**files, output=tmp_path / "run", method="bitfit")

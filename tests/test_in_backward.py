@@ -182,6 +182,7 @@ def test_a_largest_norm_that_is_not_positive_is_refused(max_norm):
         clip_by_previous_norm(max_norm)
 
 
+@pytest.mark.slow
 def test_moments_of_8_bits_have_blocks_within_layers():
     method = Sparse(density=0.5, **GIVEN)
     params = jax.tree.map(lambda x: 3 * x, WIDE.init(jax.random.key(0)))

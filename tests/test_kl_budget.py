@@ -67,6 +67,7 @@ def test_the_strength_is_lowered_to_the_budget_at_the_end(files, whole):
 
 
 @pytest.mark.parametrize("batches", [pytest.param(1, marks=SLOW), 3])
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_ends_in_the_same_budget(
     batches, files, whole, tmp_path, monkeypatch
 ):
@@ -87,6 +88,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_budget(
     assert rows_of(whole, "text") == rows_of(tmp_path / "run", "text")
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_the_first_comparison_above_its_budget(files, whole, tmp_path):
     kls = [row["kl"] for row in rows_of(whole, "text")]
     settings = budget_settings(files, tmp_path / "run", kl_budget=kls[1], kl_stop=True)
@@ -120,6 +122,7 @@ METHODS = {
 @pytest.mark.parametrize(
     "name", ["full", *(pytest.param(name, marks=SLOW) for name in [*METHODS][1:])]
 )
+@pytest.mark.slow
 def test_every_method_is_brought_into_the_budget(name, files, tmp_path):
     changes = {
         "eval_every": None,

@@ -77,7 +77,7 @@ def run(name, sampler, mesh):
     ],
     ids=["slots", "slots on a mesh", "mesh"],
 )
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_an_update_has_the_same_numbers(first, second, name):
     losses, values = run(name, *first)
     assert losses[-1] < losses[0]

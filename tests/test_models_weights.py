@@ -226,6 +226,7 @@ def without_head(tensors):
     return {name: array for name, array in tensors.items() if name != HEAD}
 
 
+@pytest.mark.slow
 def test_a_head_that_the_folder_lacks_is_told_and_comes_with_the_adapter(
     tmp_path, caplog
 ):

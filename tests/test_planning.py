@@ -404,7 +404,7 @@ def test_without_the_compiler_the_state_is_exact_all_the_same(monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("name", ["sift+ist", "lora"])
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_the_compiler_of_tpus_takes_every_kind_of_step(name):
     plan = plan_of(target=find_target("v5e:2x4", 8), **METHODS[name])
     assert plan.fits
@@ -442,6 +442,7 @@ def test_a_tpu_keeps_no_second_copy_of_a_stack(density):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_gradient_is_sent_once_and_only_to_where_its_weight_is():
     update, _ = update_of_stacks(MeshShape(fsdp=4), batch_size=4)
     sent = collectives_of(update.as_text())

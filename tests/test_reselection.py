@@ -74,6 +74,7 @@ def test_both_tiers_choose_again_and_carry_the_same(score, split):
     assert optax.tree.get(state.opt_state, "count") == 4 == state.count
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_changes_nothing():
     tuner, params = Compact(loss, Sparse(density=0.1), optax.adam(0.3)), draw(0)
     state, _ = tuner.select(tuner.init(params, KEY), draw(1), KEY)

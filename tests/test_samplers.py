@@ -191,6 +191,7 @@ def test_a_probe_by_hand():
     assert int(memory.probes) == 1
 
 
+@pytest.mark.slow
 def test_the_subsets_of_a_probe_are_different():
     sampler = Importance(num_layers=4, num_active=1, num_probes=6)
     for seed in range(20):
