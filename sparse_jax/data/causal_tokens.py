@@ -161,14 +161,18 @@ def _with_ends(
     begin = [] if is_begun else ends.begin
     is_ended = conversation.is_ended or ids[-1:] == [ends.end]
     end = [] if is_ended else [ends.end]
-    lengths = [len(begin), *map(len, parts), len(end)]
-    last = conversation.pieces[-1]
-    kinds = [(False, False), *(piece[1:] for piece in conversation.pieces), last[1:]]
-    marks, is_excluded = (np.repeat(kind, lengths) for kind in zip(*kinds, strict=True))
+    all_ids = np.array([*begin, *ids, *end], np.int32)
+    marks, is_excluded = np.zeros((2, len(all_ids)), bool)
+    start = len(begin)
+    for piece, part in zip(conversation.pieces, parts, strict=True):
+        own = slice(start, start + len(part))
+        marks[own], is_excluded[own] = piece.is_response, piece.is_excluded
+        start += len(part)
+    # The end is of the kind of the last piece.
+    marks[start:], is_excluded[start:] = conversation.pieces[-1][1:]
     responses = zip(conversation.pieces, parts, strict=True)
     last_ids = {part[-1] for piece, part in responses if piece.is_response and part}
     found = last_ids & ends.added if conversation.is_ended else {ends.end}
-    all_ids = np.array([*begin, *ids, *end], np.int32)
     about = conversation.is_plain, found, conversation.weight
     return _Marked(all_ids, marks, is_excluded, *about)
 
