@@ -112,9 +112,12 @@ class Result:
             axes.axvline(panel.floor, color=COLORS[3], linewidth=1)
         axes.margins(x=0.08)
         # Of times and bytes zero is shown, of what they add also what is below it.
-        values = [row[panel.key] for row in self.rows if row.get(panel.key) is not None]
+        rows = [row for row in self.rows if row.get(panel.key) is not None]
+        values = [
+            row[key] for row in rows for key in (panel.key, *(panel.spread or ()))
+        ]
         if min(values, default=0) >= 0:
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.06 * max(*values, panel.floor or 0, 1e-9))
 
     def _lines(self, axes: Any, panel: Panel, along: str) -> None:
         """Draws a line for the rows of each name."""
