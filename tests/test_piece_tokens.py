@@ -52,6 +52,36 @@ def llama_3():
     return _bytes(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"))
 
 
+def whole_words():
+    """Returns merges of bytes, to which a token comes that is a whole word only."""
+    return _bytes()
+
+
+def cohere():
+    split = pre_tokenizers.Split(Regex(r"\d{1,3}(?=(?:\d{3})*\b)"), "isolated")
+    return _bytes(split, pre_tokenizers.ByteLevel(False))
+
+
+def stripped():
+    tokenizer, trainer, options = _bytes()
+    tokenizer.normalizer = normalizers.Strip()
+    return tokenizer, trainer, options
+
+
+def without_accents():
+    tokenizer, trainer, options = _bytes()
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents()]
+    )
+    return tokenizer, trainer, options
+
+
+def some_bytes():
+    """Returns merges of those bytes that some texts have, among them half of "日"."""
+    tokenizer, trainer, options = _bytes()
+    return tokenizer, trainer, {**options, "initial_alphabet": ["æ", "Ĺ", "ð", "ĵ"]}
+
+
 def unigram():
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
@@ -72,6 +102,8 @@ def trained(make):
     options |= {"vocab_size": 400, "special_tokens": SPECIAL, "show_progress": False}
     tokenizer.train_from_iterator(CORPUS, trainer(**options))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    if make is whole_words:
+        tokenizer.add_tokens([AddedToken("B", single_word=True)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
@@ -103,6 +135,29 @@ def test_a_text_that_is_tokenized_once_has_the_tokens_of_its_pieces(make, monkey
         strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("make", "pieces"),
+    [
+        (cohere, ["5656", "_x"]),  # three digits from the end of a word
+        (stripped, ["foo ", "日本"]),  # the prompt alone ends before the space
+        (stripped, ["foo", " ", "日本"]),
+        (without_accents, ["foo\n\u0301\n", "bar"]),  # the line breaks meet
+        (some_bytes, ["!日", "日!!"]),
+        (whole_words, ["foo\n\n", "Bar"]),  # unlike "B"
+    ],
+)
+def test_a_piece_has_the_tokens_that_it_has_where_nothing_follows(
+    make, pieces, monkeypatch
+):
+    tokenizer = trained(make)
+    chat = Conversation(tuple(Piece(text, i > 0) for i, text in enumerate(pieces)))
+    found = tokenize([chat], tokenizer, max_length=64, positions=64)
+    monkeypatch.setattr(causal_tokens._Pieces, "_split", lambda *args: None)
+    expected = tokenize([chat], tokenizer, max_length=64, positions=64)
+    np.testing.assert_array_equal(found.input_ids[0], expected.input_ids[0])
+    np.testing.assert_array_equal(found.is_target[0], expected.is_target[0])
 
 
 @pytest.mark.parametrize(("make", "breaks"), [(gpt_2, ["ĊĊ"]), (llama_3, ["ĊĊ"])])

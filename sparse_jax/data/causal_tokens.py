@@ -183,16 +183,22 @@ class _Pieces:
     A text is tokenized once if it can be split: if a token ends where a piece does, and
     the tokens up to there are those of the text up to there. Where two tokens meet,
     merges of the first are those it has alone; what follows may only change where rules
-    split spaces from words, as in "a\n\nb" by GPT-2's, so this is looked up.
+    split spaces from words, as in "a\n\nb" by GPT-2's, or digits from digits, so this
+    is looked up.
     """
 
     def __init__(self, tokenizer: Tokenizer, ends: _Ends):
         self.tokenizer = tokenizer
         self.added = ends.added
         self.known: dict[tuple[str, str], bool] = {}
+        # A token that is a whole word only is another one if letters follow.
+        single = any(
+            token.single_word for token in tokenizer.added_tokens_decoder.values()
+        )
         # A tokenizer that drops what it cannot spell counts characters without it.
         bare, odd = _ids(tokenizer, ["a", f"a{_ODD}"])
-        self.is_worth_trying = bare != odd
+        self.is_worth_trying = not single and bare != odd
+        self.dropped = _dropped(tokenizer)
 
     def of(self, conversations: Sequence[Conversation]) -> Iterator[list[int]]:
         """Yields the tokens of every piece."""
@@ -217,6 +223,10 @@ class _Pieces:
         ids: list[list[int]] = found["input_ids"]
         # Only tokenizers written in Rust report which characters a token covers.
         encodings = found.encodings or [None] * len(texts)
+        encodings = [
+            None if self._drops_of(text) else encoding
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
         columns = (conversations, ids, encodings)
         split = [
             self._split([piece.text for piece in conversation.pieces], own, encoding)
@@ -233,30 +243,56 @@ class _Pieces:
             return [ids]
         if encoding is None or not all(texts):
             return None
-        starts, place = [0], 0
+        starts, text = [0], ""
         for before, after in pairwise(texts):
-            place += len(before)
+            text += before
+            place = len(text)
             at = encoding.char_to_token(place)
             if not at:
                 return None
             # Tokens may leave out the spaces round them, but not where both meet.
             _, end = encoding.token_to_chars(at - 1) or (None, None)
             start, _ = encoding.token_to_chars(at) or (None, None)
-            if not (end == place == start and self._is_end(ids, at, before, after)):
+            if not end == place == start:
+                return None
+            is_known = bool(self.added & {*ids[at - 1 : at + 1]})
+            if not (is_known or self._is_end(text, after[0], ids, encoding)):
                 return None
             starts.append(at)
         return [ids[slice(*part)] for part in pairwise([*starts, len(ids)])]
 
-    def _is_end(self, ids: list[int], at: int, before: str, after: str) -> bool:
+    def _drops_of(self, text: str) -> bool:
+        """Says whether the tokens of a text leave out some of its bytes."""
+        raw = text.encode("utf-8", "surrogatepass")
+        return len(raw.translate(None, self.dropped)) < len(raw)
+
+    def _is_end(
+        self, text: str, first: str, ids: list[int], encoding: "Encoding"
+    ) -> bool:
         """Says whether what ends a text is the same without what follows."""
-        if self.added & {*ids[at - 1 : at + 1]}:
-            return True
-        word = before.rstrip()
-        last, first = before[max(len(word) - 1, 0) :], after[0]
+        last = text[self._start_of_end(text, ids, encoding) :]
         if (last, first) not in self.known:
-            head, whole = _ids(self.tokenizer, [last, last + first])
-            self.known[last, first] = whole[: len(head)] == head
+            found = _encoded(self.tokenizer, [last, last + first])
+            head, whole = found["input_ids"]
+            # Some tokenizers drop spaces at the end of a text.
+            _, both = cast("list[Encoding]", found.encodings)
+            at = both.char_to_token(len(last))
+            self.known[last, first] = at == len(head) and whole[:at] == head
         return self.known[last, first]
+
+    def _start_of_end(self, text: str, ids: list[int], encoding: "Encoding") -> int:
+        """Returns where the part of a text begins that what follows may change."""
+        end = len(text)
+        while end and not text[end - 1].isalnum():
+            end -= 1
+        start = max(end - 1, 0)
+        # Some rules count digits from their end.
+        while start and text[start : start + 1].isdigit() and text[start - 1].isdigit():
+            start -= 1
+        token = encoding.char_to_token(start)
+        if token is not None and ids[token] in self.added:
+            start, _ = encoding.token_to_chars(token) or (start, end)
+        return start
 
     def _after_each_other(
         self, conversations: Sequence[Conversation], known: dict[str, list[int]]
@@ -277,6 +313,21 @@ class _Pieces:
                 yield whole[len(head) :]
             else:
                 yield _apart(self.tokenizer, text)
+
+
+def _dropped(tokenizer: Tokenizer) -> bytes:
+    """Returns the bytes that a tokenizer of bytes cannot spell, and drops."""
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    if rust is None or "ByteLevel" not in f"{rust.normalizer}{rust.pre_tokenizer}":
+        return b""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    # Printable bytes are spelled as they are, the others by later letters, in order.
+    alphabet = sorted(ByteLevel.alphabet())
+    order = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
+    known = tokenizer.get_vocab()
+    pairs = zip(order, alphabet, strict=True)
+    return bytes(byte for byte, letter in pairs if letter not in known)
 
 
 def _apart(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -22,7 +22,7 @@ from sparse_jax.training.compilation_cache import cache_folder
 
 __all__ = ["Tokens", "encoded_of", "tokenizer_files", "tokens_of"]
 
-_FORMAT = 2
+_FORMAT = 3
 _MOST = 10 << 30  # bytes of the folder; what was used least recently makes way
 # What a tokenizer is read from.
 _FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*", "config.json")
