@@ -63,13 +63,13 @@ class Trial:
     Attributes:
       rate: the learning rate of the grid that was best on the first seed.
       size: trained parameters, head excluded.
-      optimizer_bytes: of the optimizer's state, for each trained parameter.
+      state_bytes: of supports, masters and the optimizer, for each trained parameter.
       values: the metric of every seed.
     """
 
     rate: float
     size: int
-    optimizer_bytes: float
+    state_bytes: float
     values: tuple[float, ...]
 
 
@@ -189,7 +189,7 @@ def show(
         notes={
             name: {
                 "trained, no head": f"{one.size:,}",
-                "optimizer, bytes each": f"{one.optimizer_bytes:.2f}",
+                "training state, bytes each": f"{one.state_bytes:.2f}",
                 "rate": f"{one.rate:g}",
             }
             for name, one in trials.items()
