@@ -588,6 +588,10 @@ def lora(folder, one):
     put(folder, one, LoRA(rank=2, where="query"))
 
 
+def many(folder, one):
+    put(folder, one, Sparse(density=0.9, where="query|down"))
+
+
 def put(folder, one, method):
     kept = ("base_model", "base_hash", "task", "settings")
     about = {name: getattr(one.adapter, name) for name in kept}
@@ -622,6 +626,9 @@ BAD = {
     ),
     "no form of PEFT": (
         nothing, ("--to", "peft", "--peft-type", "x"), "must be one of shira",
+    ),
+    "too many entries for SHiRA": (
+        many, ("--to", "peft"), "On the command line that is --peft-type supertuning",
     ),
     "no license": (nothing, (*DELTA, "--license", "My own"), "`--license` must be the"),
     "no repository": (nothing, (*DELTA, "--push", "a/b/c"), "must be the id of"),

@@ -573,6 +573,9 @@ def test_the_command_plans_the_run_of_a_file(monkeypatch, capsys, tmp_path):
     [
         (("--compare", "full,sieve"), "got 'sieve'"),
         (("--compare", "full,sift+lisa"), "got 'sift+lisa'"),
+        (("--compare", "sift+lane+row"), "got 'sift+lane+row'"),
+        (("--compare", "sift+int8+bfloat16"), "got 'sift+int8+bfloat16'"),
+        (("--compare", "lora+ist+uniform"), "got 'lora+ist+uniform'"),
         (("--compare", "full,sift", "--ist"), "`--compare` must be all methods"),
         (("--compare", "full,sift", "--rank", 4), "`--rank` must be left out"),
         (("--method", "sieve"), "`--method` must be one of full"),

@@ -149,11 +149,14 @@ def _compared(word: str, given: Mapping[str, Any]) -> Settings:
     """Returns the settings of a method in a comparison, with the options it has."""
     method, *others = word.split("+")
     samplers = [one for one in others if one in SAMPLERS]
-    if method not in METHODS or len(samplers) > 1 or {*others} - {*SAMPLERS, *CHOICES}:
+    # Of two granularities, say, a plan can have one.
+    chooses = [name for one in others for name in CHOICES.get(one, ["sampler"])]
+    is_known = method in METHODS and {*others} <= {*SAMPLERS, *CHOICES}
+    if not is_known or len({*chooses}) < len(chooses):
         raise InputError(
             f"`compare` must be methods with commas between, such as full,lora,sift or "
             f"sift+ist, got {word!r}. Methods are {', '.join(METHODS)}; behind one may "
-            f"be {', '.join(CHOICES)} or a sampler."
+            f"be a sampler and {', '.join(CHOICES)}, one of a kind."
         )
     sampler = samplers[0] if samplers else None
     known = {*METHODS[method].options, *options_of_sampler(sampler)}

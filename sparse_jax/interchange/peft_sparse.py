@@ -168,7 +168,8 @@ def _shira_size(
             raise InputError(
                 "`sparse` must be 'supertuning' for these entries, got 'shira': it has "
                 f"one r, here {r}, for all modules, and r * (in + out) entries of "
-                f"{brief(shape)} are more than it has."
+                f"{brief(shape)} are more than it has. On the command line that is "
+                "--peft-type supertuning."
             )
     return {"r": r}, [r * sum(shape) for shape in shapes]
 
