@@ -42,7 +42,8 @@ def print_plans(
     )
     table.add_column("on one device", style="bold")
     for plan in plans:
-        table.add_column(plan.method, justify="right")
+        # A long name has its words below one another.
+        table.add_column(plan.method.replace("+", " +"), justify="right")
     for what, values in _rows(plans).items():
         table.add_row(what, *values)
     console = Console(highlight=False)
