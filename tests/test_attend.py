@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_text import tiny_decoder
 
 from sparse_jax.models import attend as module
-from sparse_jax.models.attend import Mask, attend
+from sparse_jax.models.attend import Mask, attend, scores_again
 
 BATCH, LENGTH, HEADS, GROUPS, WIDTH = 2, 13, 4, 2, 8
 
@@ -70,3 +71,39 @@ def test_parts_hold_fewer_scores(monkeypatch):
     at_once = temporaries()
     monkeypatch.setattr(module, "_MOST_SCORES", 1)
     assert temporaries() < at_once / 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "again", "keeps"),
+    [(32, True, False), (31, True, True), (32, False, True)],
+    ids=["many keys", "fewer than 4 for each number of a head", "not in a loop"],
+)
+def test_scores_are_kept_for_the_backward_pass(keys, again, keeps):
+    def mix(q, k):
+        with scores_again(again):
+            return attend(q, k, k, None, Mask(jnp.ones((1, 1, 1, keys), bool)), 0, None)
+
+    q, k = jnp.ones((2, 16, HEADS, WIDTH)), jnp.ones((2, keys, HEADS, WIDTH))
+    _, pull = jax.vjp(mix, q, k)
+    scores = 2 * HEADS * 16 * keys
+    assert any(leaf.size == scores for leaf in jax.tree.leaves(pull)) is keeps
+
+
+def test_layers_in_a_loop_keep_no_scores(monkeypatch):
+    model, params = tiny_decoder()
+    rows, length = 4, model.config.max_positions
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 10, (rows, length)))
+    batch = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
+
+    def gradient():
+        total = lambda params: jnp.sum(jnp.sin(model(params, batch, unroll=1)))
+        compiled = jax.jit(jax.grad(total)).lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+
+    again, memory = gradient()
+    monkeypatch.setattr(module, "_MANY_KEYS", length)
+    kept, more = gradient()
+    for one, other in zip(*map(jax.tree.leaves, (again, kept)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    scores = 4 * rows * model.config.num_heads * length**2  # bytes of a layer
+    assert more - memory > 3 * scores

@@ -14,6 +14,7 @@ from sparse_jax.models.attachment import (
     Slots,
     Stack,
 )
+from sparse_jax.models.attend import scores_again
 from sparse_jax.models.cached import Cached, KeysValues
 from sparse_jax.models.slots import run_slots
 from sparse_jax.params.axes import keep_batch_sharded, platform
@@ -96,6 +97,12 @@ def run_layers(
     params = nnx.to_pure_dict(state)
     num_layers = jax.tree.leaves(params)[0].shape[0]
     keys = None if key is None else jax.random.split(key, num_layers)
+    is_loop = attachment.is_loop or bool(attachment.slots or attachment.loop)
+    if unroll is None:
+        unroll = 1 if is_loop else default_unroll(num_layers, checkpoint)
+    # Of unrolled layers XLA:CPU keeps the scores all the same, and a layer that is
+    # checkpointed computes them again as it is.
+    again = unroll == 1 and not checkpoint
 
     def call(x: jax.Array, one: tuple, context: tuple) -> jax.Array:
         layer_params, trained, layer_key, _ = one
@@ -103,7 +110,8 @@ def run_layers(
         # Another key than those that the layer itself draws from.
         key = None if layer_key is None else jax.random.fold_in(layer_key, _METHOD)
         respond = lambda site, f, x: attachment.response(site, f, x, trained, key)
-        y = layer(x, *context, layer_key, respond).astype(x.dtype)
+        with scores_again(again):
+            y = layer(x, *context, layer_key, respond).astype(x.dtype)
         return keep_batch_sharded(y)
 
     stacked = (params, attachment.trained, keys, _numbers(kinds))
@@ -115,8 +123,6 @@ def run_layers(
         params, _, *rest = stacked
         return attachment.loop(Stack(run, x, params, rest, context, checkpoint))
     body = lambda x, one: (run(x, one, context), x if states else None)
-    if unroll is None:
-        unroll = 1 if attachment.is_loop else default_unroll(num_layers, checkpoint)
     if checkpoint:
         # Inside a real loop the compiler cannot merge the two forward passes.
         body = jax.checkpoint(body, prevent_cse=unroll > 1)
