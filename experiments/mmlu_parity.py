@@ -33,6 +33,7 @@ from experiments.benchmarks.workers import (
     measure,
     ratios,
     serve,
+    texts_of,
 )
 from experiments.command import run_command
 from sparse_jax.data.mmlu import (
@@ -159,16 +160,10 @@ def result_of(found: Sequence[Row], title: str, count: int) -> Result:
     """Returns the table of the rows."""
 
     def told(one: Row) -> Row:
-        low, high = one["quartiles"]
         is_ours, margin = one["program"] == OURS, one["margin"]
         apart = "" if margin is None else f" (at most {margin:.1g} nats apart)"
-        return {
-            "low": low,
-            "high": high,
+        return texts_of(one, is_ours) | {
             "rate": CHUNK / one["seconds"],
-            "mib": one["peak"] / 2**20,
-            "time": "1" if is_ours else f"{one['ratio']:.2f}",
-            "spread": "" if is_ours else f"{low:.2f} to {high:.2f}",
             "equal": "" if is_ours else f"{one['same']:,} of {count:,}{apart}",
             "far": "" if is_ours else f"{one['nats']:.1g}",
         }

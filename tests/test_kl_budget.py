@@ -14,7 +14,6 @@ from sparse_jax.training.kl_budget import KlBudget, strength_within
 from sparse_jax.training.loop import Loop
 
 BUDGET = 0.02
-SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_the_strength_is_lowered_to_the_budget_at_the_end(files, whole):
     assert found == pytest.approx(metrics["eval"], rel=1e-6)
 
 
-@pytest.mark.parametrize("batches", [pytest.param(1, marks=SLOW), 3])
+@pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.slow
 def test_a_run_stopped_anywhere_ends_in_the_same_budget(
     batches, files, whole, tmp_path, monkeypatch
@@ -119,9 +118,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["full", *(pytest.param(name, marks=SLOW) for name in [*METHODS][1:])]
-)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.slow
 def test_every_method_is_brought_into_the_budget(name, files, tmp_path):
     changes = {

@@ -36,6 +36,7 @@ from experiments.benchmarks.workers import (
     measure,
     ratios,
     serve,
+    texts_of,
     write_llama,
 )
 from experiments.command import run_command
@@ -241,16 +242,9 @@ def result_of(found: Sequence[Row], title: str) -> Result:
     """Returns the table of the rows."""
 
     def told(one: Row) -> Row:
-        low, high = one["quartiles"]
         is_ours, same = one["program"] == OURS, one["same"]
-        return {
-            "low": low,
-            "high": high,
+        return texts_of(one, is_ours) | {
             "unit": UNITS[one["task"]],
-            "mib": one["peak"] / 2**20,
-            "time": "1" if is_ours else f"{one['ratio']:.2f}",
-            "spread": "" if is_ours else f"{low:.2f} to {high:.2f}",
-            "memory": "1" if is_ours else f"{one['peak_ratio']:.2f}",
             "equal": "" if is_ours else f"{same} of {same}",
         }
 

@@ -22,7 +22,7 @@ import numpy as np
 
 __all__ = [
     "OURS", "THEIRS", "Program", "Row", "add_options", "are_there", "circumstances",
-    "measure", "memory", "ratios", "seconds_of", "serve", "write_llama",
+    "measure", "memory", "ratios", "seconds_of", "serve", "texts_of", "write_llama",
 ]  # fmt: skip
 
 OURS, THEIRS = "sparse_jax", "PyTorch"
@@ -187,6 +187,24 @@ def ratios(steps: Sequence[Row], peer: Sequence[Row]) -> dict[str, Any]:
         "quartiles": np.quantile(mine / other, (0.25, 0.75)).tolist(),
         "peak": peak,
         "peak_ratio": peak / peer_peak,
+    }
+
+
+def texts_of(costs: Row, is_peer: bool) -> Row:
+    """Returns the costs of a program for a table and its picture.
+
+    Args:
+      costs: as of `ratios`.
+      is_peer: whether it is the program that the ratios are to.
+    """
+    low, high = costs["quartiles"]
+    return {
+        "low": low,
+        "high": high,
+        "mib": costs["peak"] / 2**20,
+        "time": "1" if is_peer else f"{costs['ratio']:.2f}",
+        "spread": "" if is_peer else f"{low:.2f} to {high:.2f}",
+        "memory": "1" if is_peer else f"{costs['peak_ratio']:.2f}",
     }
 
 
