@@ -129,6 +129,17 @@ def test_sequences_that_share_a_row_score_as_each_alone(name):
         assert is_greedy == (logs[places - 1].argmax(-1) == one[places]).all()
 
 
+def test_short_trees_fill_what_is_left_of_wide_rows():
+    sizes = [300, 250, 200, 40, *[100] * 20]  # tokens that are read
+    ids = [np.full(size + 1, i, np.int32) for i, size in enumerate(sizes)]
+    marks = [np.arange(len(one)) == len(one) - 1 for one in ids]
+    batches = [*tree_batches(TokenSequences(ids, marks, 512, 0), 16)]
+    shapes = [batch.inputs["input_ids"].shape for batch in batches]
+    # 300 + 200 in the wide row, then 250, ten times 2 x 100, one of them + 40.
+    assert shapes == [(1, 512), (4, 256), (4, 256), (1, 256), (1, 256), (1, 256)]
+    assert sorted(np.concatenate([b.numbers for b in batches])) == [*range(len(ids))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cloze", "rank", "write", "arithmetic"])
 def test_genuine_questions_are_asked_and_a_finished_run_is_not_made_again(

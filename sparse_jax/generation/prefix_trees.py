@@ -3,6 +3,7 @@
 A row holds trees in depth-first order: a token sees those on its path from the root.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -72,8 +73,8 @@ class _Tree:
 def tree_batches(sequences: TokenSequences, batch_size: int) -> Iterator[TreeBatch]:
     """Yields all sequences, what neighbors in the order of tokens share read once.
 
-    There are few shapes and no empty rows: columns are a power of two, and so are the
-    rows of a batch with fewer than `batch_size`.
+    There are few shapes and no empty rows: columns are a power of two, and the rows of
+    a batch that is not full one of four. Short trees fill what is left of wide rows.
 
     Args:
       sequences: tokens, with marks on those that are predicted.
@@ -92,15 +93,26 @@ def tree_batches(sequences: TokenSequences, batch_size: int) -> Iterator[TreeBat
     sizes = np.array([len(tree) for tree in trees])
     least = bucket(int(sizes.sum()), _COLUMNS)
     widths = np.array([max(least, bucket(size)) for size in sizes.tolist()])
-    for width in np.unique(widths):
-        chosen = np.flatnonzero(widths == width)
-        rows = [chosen[row] for row in pack_rows(sizes[chosen], int(width))]
-        most = max(1, batch_size * least // int(width))
+    order = np.argsort(sizes, kind="stable")
+    rest, room_of = order.tolist(), sizes[order].tolist()
+    for width in np.unique(widths)[::-1].tolist():
+        # These are the longest that are left.
+        count = int((widths[rest] == width).sum())
+        chosen = np.array(rest[len(rest) - count :], int)
+        del rest[len(rest) - count :], room_of[len(room_of) - count :]
+        rows = [chosen[row].tolist() for row in pack_rows(sizes[chosen], width)]
+        for row in rows:
+            room = width - int(sizes[row].sum())
+            while at := bisect_right(room_of, room):
+                room -= room_of.pop(at - 1)
+                row.append(rest.pop(at - 1))
+        most = max(1, batch_size * least // width)
         while rows:
-            # 13 rows are 8, 4 and 1: no empty rows, and no other sizes next time.
-            size = min(most, 1 << (len(rows).bit_length() - 1))
+            # 13 rows are 4, 4, 4 and 1: no empty rows, and few programs to compile.
+            size = min(most, 4 ** ((len(rows).bit_length() - 1) // 2))
+            size = most if len(rows) >= most else size
             part = [[trees[i] for i in row] for row in rows[:size]]
-            yield _batch(part, (size, int(width)), sequences.pad_id)
+            yield _batch(part, (size, width), sequences.pad_id)
             rows = rows[size:]
 
 
