@@ -1,6 +1,7 @@
 """The pictures of the experiments."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +45,9 @@ def save(figure: Any, path: Path, title: str) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left")
+    # Ten characters an inch.
+    lines = textwrap.wrap(title, int(10 * figure.get_figwidth()))
+    figure.suptitle("\n".join(lines), x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -1,6 +1,7 @@
 """Is an update here as fast and as small as with PyTorch and PEFT?
 
     python -m experiments.benchmarks.against_torch [--model FOLDER] [--threads 1]
+        [--methods LoRA SIFT ...]
 
 Every program is a process of its own that reads the same weights, has the same first
 loss (or the run ends), and makes an update when it is asked to: all in turn, round by
@@ -16,7 +17,8 @@ CPU cores; needs torch and peft.
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,6 +177,15 @@ def work(args: argparse.Namespace) -> None:
     serve(built, args.threads)
 
 
+def programs_of(methods: Sequence[str]) -> tuple[Program, ...]:
+    """Returns the programs of some methods and those that they are compared with."""
+    peers = {PEERS.get(method, method) for method in methods}
+    return tuple(
+        (method, library) for method, library in PROGRAMS
+        if method in methods or (library == THEIRS and method in peers)
+    )  # fmt: skip
+
+
 def check(firsts: dict[Program, Row]) -> None:
     """Ends the run if the first losses are not those of one model and batch."""
     losses = {program: one["loss"] for program, one in firsts.items()}
@@ -256,6 +267,8 @@ def main() -> None:
     add_options(parser, rounds=12)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
+    methods = [*dict.fromkeys(method for method, _ in PROGRAMS)]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     args = parser.parse_args()
     if args.program:
         work(args)
@@ -263,13 +276,15 @@ def main() -> None:
     if not are_there("torch", "peft"):
         return
     with tempfile.TemporaryDirectory() as folder:
+        name = Path(args.model).name if args.model else "a Llama of 30 M"
         args.model = args.model or write_llama(folder)
-        names = ("model", "batch_size", "length", "threads")
-        options = {name: getattr(args, name) for name in names}
-        module = __spec__.name
-        found = summary(measure(module, PROGRAMS, options, args.rounds, check))
+        shared = ("model", "batch_size", "length", "threads")
+        options = {option: getattr(args, option) for option in shared}
+        module, programs = __spec__.name, programs_of(args.methods)
+        found = summary(measure(module, programs, options, args.rounds, check))
     where = circumstances(args, "torch", "peft")
-    title = f"one update of {args.batch_size} x {args.length} tokens ({where})"
+    size = f"one update of {args.batch_size} x {args.length} tokens"
+    title = f"{name}, {size} ({where})"
     finish(args.output, result_of(found, title))
 
 
