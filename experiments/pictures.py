@@ -45,7 +45,7 @@ def save(figure: Any, path: Path, title: str) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    # Ten characters an inch.
+    # At matplotlib's size of 12 points an inch has room for ten characters.
     lines = textwrap.wrap(title, int(10 * figure.get_figwidth()))
     figure.suptitle("\n".join(lines), x=0.01, ha="left")
     figure.savefig(path, dpi=150)

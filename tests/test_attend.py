@@ -107,3 +107,33 @@ def test_layers_in_a_loop_keep_no_scores(monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     scores = 4 * rows * model.config.num_heads * length**2  # bytes of a layer
     assert more - memory > 3 * scores
+
+
+@pytest.mark.parametrize("cap", [None, 0.5])
+@pytest.mark.parametrize("bias", [None, "of all"])
+def test_recomputed_scores_have_the_same_gradients(bias, cap, monkeypatch):
+    monkeypatch.setattr(module, "_MANY_KEYS", 1)
+    found = arrays()
+
+    def total(again, q, k, v):
+        options = (found.get(bias), Mask(found["of tokens"]), 0.0, None)
+        with scores_again(again):
+            return jnp.sum(jnp.sin(attend(q, k, v, *options, cap=cap)))
+
+    args = found["q"], found["k"], found["v"]
+    for argnum in (1, 2, 3):
+        kept, again = (jax.grad(total, argnum)(a, *args) for a in (False, True))
+        np.testing.assert_allclose(again, kept, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "recomputed"),
+    [({"unroll": 1}, 1), ({"unroll": 4}, 0), ({"checkpoint": True}, 1)],
+    ids=["scores in a loop", "nothing of unrolled layers", "the layer alone"],
+)
+def test_what_a_stack_recomputes(options, recomputed):
+    model, params = tiny_decoder()
+    ids = jnp.ones((1, model.config.max_positions), jnp.int32)
+    batch = {"input_ids": ids, "attention_mask": ids}
+    traced = jax.make_jaxpr(lambda params: model.hidden(params, batch, **options))
+    assert str(traced(params)).count("prevent_cse=") == recomputed

@@ -277,6 +277,15 @@ def test_rows_on_questions_train_as_many_entries_as_lora(tmp_path):
     assert (rows["lora+ist"].sampler, rows["lora+random"].sampler) == ("ist", "uniform")
 
 
+def test_methods_beside_pytorch_run_with_what_they_are_compared_with():
+    ours, theirs = "sparse_jax", "PyTorch"
+    assert against_torch.programs_of(["SIFT + IST", "SIFT"]) == (
+        ("LoRA", theirs), ("SIFT", ours), ("SHiRA", theirs), ("SIFT + IST", ours),
+    )  # fmt: skip
+    methods = [method for method, _ in against_torch.PROGRAMS]
+    assert against_torch.programs_of(methods) == against_torch.PROGRAMS
+
+
 def test_programs_are_compared_with_their_peers_round_by_round():
     def updates(*seconds, peak):
         rest = {"loss": 9.0, "trained": 5, "peak": peak, "read": 8, "since_start": 3.0}

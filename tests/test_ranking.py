@@ -15,6 +15,7 @@ from sparse_jax.data.conversations import PromptTemplate
 from sparse_jax.data.llm_adapters import Question
 from sparse_jax.data.tokenizer import load_tokenizer
 from sparse_jax.errors import InputError
+from sparse_jax.generation import prefix_trees
 from sparse_jax.generation.prefix_trees import tree_batches
 from sparse_jax.generation.ranking import rank_candidates, score_sequences
 from sparse_jax.models.causal_lm import CausalLM
@@ -129,15 +130,48 @@ def test_sequences_that_share_a_row_score_as_each_alone(name):
         assert is_greedy == (logs[places - 1].argmax(-1) == one[places]).all()
 
 
-def test_short_trees_fill_what_is_left_of_wide_rows():
-    sizes = [300, 250, 200, 40, *[100] * 20]  # tokens that are read
+def rows_of(sizes, random=None):
+    """Sequences of which so many tokens are read, without a common beginning."""
     ids = [np.full(size + 1, i, np.int32) for i, size in enumerate(sizes)]
+    if random is not None:
+        ids = [np.append(random.integers(0, 10, len(x) - 1), 1) for x in ids]
     marks = [np.arange(len(one)) == len(one) - 1 for one in ids]
-    batches = [*tree_batches(TokenSequences(ids, marks, 512, 0), 16)]
+    return TokenSequences(ids, marks, 512, 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shapes"),
+    [
+        # 300 + 200 in the wide row; then 250, nine times 2 x 100, and 2 x 100 + 40.
+        (
+            [300, 250, 200, 40, *[100] * 20],
+            [(1, 512), (4, 256), (4, 256), (1, 256), (1, 256), (1, 256)],
+        ),
+        ([300, 100, 90], [(1, 512)]),
+        ([300] * 13, [(8, 512), (4, 512), (1, 512)]),
+        ([], []),
+    ],
+    ids=["some", "all", "none", "no trees"],
+)
+def test_short_trees_fill_what_is_left_of_wide_rows(sizes, shapes):
+    batches = [*tree_batches(rows_of(sizes), 16)]
+    assert [batch.inputs["input_ids"].shape for batch in batches] == shapes
+    numbers = [number for batch in batches for number in batch.numbers]
+    assert sorted(numbers) == [*range(len(sizes))]
+
+
+def test_trees_that_fill_a_row_are_scored_alone(monkeypatch):
+    monkeypatch.setattr(prefix_trees, "_COLUMNS", 16)
+    model, params = tiny_decoder()
+    sequences = rows_of([20, 14, 7, 5, 5], np.random.default_rng(0))
+    batches = [*tree_batches(sequences, 4)]
     shapes = [batch.inputs["input_ids"].shape for batch in batches]
-    # 300 + 200 in the wide row, then 250, ten times 2 x 100, one of them + 40.
-    assert shapes == [(1, 512), (4, 256), (4, 256), (1, 256), (1, 256), (1, 256)]
-    assert sorted(np.concatenate([b.numbers for b in batches])) == [*range(len(ids))]
+    assert (shapes, len(batches[0].numbers)) == ([(1, 32), (1, 16), (1, 16)], 3)
+    found = score_sequences(model, params, sequences).log_likelihood
+    for one, total in zip(sequences.input_ids, found, strict=True):
+        whole = {"input_ids": one[None], "attention_mask": np.ones_like(one)[None]}
+        logs = jax.nn.log_softmax(model(params, whole)[0])
+        assert total == pytest.approx(float(logs[-2, one[-1]]), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Is an update here as fast and as small as with PyTorch and PEFT?
 
     python -m experiments.benchmarks.against_torch [--model FOLDER] [--threads 1]
-        [--methods LoRA SIFT ...]
+        [--methods LoRA SIFT "SIFT + IST" ...]
 
 Every program is a process of its own that reads the same weights, has the same first
 loss (or the run ends), and makes an update when it is asked to: all in turn, round by
@@ -44,7 +44,7 @@ from experiments.command import run_command
 RANK, RATE = 16, 1e-4
 LAYERS = "^layers/.*/kernel$"
 SITES = ("attention/(query|key|value|output)$", "mlp/")
-# (what is trained, by which library); ratios are to the last of the same row.
+# (what is trained, by which library)
 PROGRAMS = (
     ("full", OURS), ("full", THEIRS),
     ("LoRA", OURS), ("LoRA", THEIRS),
@@ -268,7 +268,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     methods = [*dict.fromkeys(method for method, _ in PROGRAMS)]
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument(
+        "--methods", nargs="+", choices=methods, default=methods,
+        help="what they are compared with runs as well",
+    )  # fmt: skip
     args = parser.parse_args()
     if args.program:
         work(args)
@@ -276,7 +279,7 @@ def main() -> None:
     if not are_there("torch", "peft"):
         return
     with tempfile.TemporaryDirectory() as folder:
-        name = Path(args.model).name if args.model else "a Llama of 30 M"
+        name = Path(args.model).resolve().name if args.model else "a Llama of 30 M"
         args.model = args.model or write_llama(folder)
         shared = ("model", "batch_size", "length", "threads")
         options = {option: getattr(args, option) for option in shared}

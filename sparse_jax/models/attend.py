@@ -113,18 +113,19 @@ def remember(memory: Memory | None, k: jax.Array, v: jax.Array, mask: Mask) -> A
 _MOST_SCORES = 2**24
 # Fewer queries at a time would leave a matrix unit idle.
 _FEWEST_QUERIES = 128
-# Keys, to the size of a head, from which on scores may be computed again: there are
-# four times as many scores as queries then. With SmolLM2-135M and 256 tokens they are
-# 270 of 2,660 MiB at the peak of LoRA on a CPU, and updates are no slower without them.
+# Keys for each number of a head from which on scores are recomputed: there are four
+# times as many numbers in them as in the queries then. With SmolLM2-135M, 256 tokens
+# and float32 on a CPU, they are 270 of 2,660 MiB at the peak of LoRA, and recomputing
+# them takes no time that could be told from noise.
 _MANY_KEYS = 4
 
-# Whether the layer that is traced may compute scores again for the backward pass.
+# Whether what is traced recomputes scores in its backward pass.
 _AGAIN: ContextVar[bool] = ContextVar("again", default=False)
 
 
 @contextmanager
 def scores_again(again: bool) -> Iterator[None]:
-    """Marks what is traced as a layer that keeps no scores for its backward pass."""
+    """Lets `attend` recompute scores in the backward pass of what is traced here."""
     token = _AGAIN.set(again)
     try:
         yield
@@ -160,10 +161,10 @@ def attend(
         y = softmax(cap tanh(scale q k^T / cap) + bias) v
 
     Without `cap` the scores are `scale q k^T`. The softmax is taken in float32. Long
-    sequences are taken some queries at a time, and scores computed again for the
-    gradient, as those of many keys are in a loop over layers; on a TPU in bfloat16 by a
-    kernel, where there is neither a bias nor dropout. What a token that sees no key
-    mixes is then another number.
+    sequences are taken some queries at a time, and scores recomputed for the gradient;
+    on a TPU in bfloat16 by a kernel, where there is neither a bias nor dropout. What a
+    token that sees no key mixes is then another number. Inside `scores_again`, scores
+    of many keys are recomputed for the gradient too, without dropout.
 
     Args:
       q: queries, shape=(B, T, H, K).
@@ -322,7 +323,10 @@ def _attend_in_parts(
     size = max(_FEWEST_QUERIES, _MOST_SCORES // (heads * k.shape[1]))
     if size >= length:
         again = _AGAIN.get() and k.shape[1] >= _MANY_KEYS * q.shape[-1]
-        return (jax.checkpoint(mix) if again else mix)(q, k, v, bias, mask)
+        # The two passes are different loops, or the layer runs twice as it is: what
+        # the compiler could merge it should.
+        mix = jax.checkpoint(mix, prevent_cse=False) if again else mix
+        return mix(q, k, v, bias, mask)
     count = -(-length // size)
     # Parts of equal size, with little padding.
     size = -(-length // count)

@@ -85,7 +85,8 @@ def run_layers(
       key: source of one key for each layer; None turns dropout off.
       attachment: what a method adds to the layers.
       unroll: layers run in one pass of the loop; None is all of a few layers on CPU,
-        without `checkpoint` and unless the attachment asks for a loop, else one.
+        without `checkpoint` and unless the attachment asks for a loop, else one. A
+        loop of one layer recomputes attention scores of many keys, see `attend`.
       checkpoint: whether the backward pass computes each layer again instead of
         keeping its intermediate values.
       states: whether to return what enters every layer, too; not with slots.
@@ -97,12 +98,12 @@ def run_layers(
     params = nnx.to_pure_dict(state)
     num_layers = jax.tree.leaves(params)[0].shape[0]
     keys = None if key is None else jax.random.split(key, num_layers)
-    is_loop = attachment.is_loop or bool(attachment.slots or attachment.loop)
     if unroll is None:
-        unroll = 1 if is_loop else default_unroll(num_layers, checkpoint)
-    # Of unrolled layers XLA:CPU keeps the scores all the same, and a layer that is
-    # checkpointed computes them again as it is.
-    again = unroll == 1 and not checkpoint
+        unroll = 1 if attachment.is_loop else default_unroll(num_layers, checkpoint)
+    is_loop = attachment.slots is not None or attachment.loop is not None
+    # Of unrolled layers XLA:CPU keeps the scores anyway, and a layer that is
+    # checkpointed recomputes them as it is.
+    again = (is_loop or unroll == 1) and not checkpoint
 
     def call(x: jax.Array, one: tuple, context: tuple) -> jax.Array:
         layer_params, trained, layer_key, _ = one
