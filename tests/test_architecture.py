@@ -27,6 +27,7 @@ ROOMS = (
     ("training",),
     ("planning",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {name: level for level, room in enumerate(ROOMS) for name in room}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,13 @@ def test_help_takes_little_longer_than_typer_itself_and_no_jax(name):
     assert (
         min(seconds for _, seconds in ours) - min(seconds for _, seconds in own) < 0.3
     )
+
+
+def test_the_package_is_run_as_the_command(monkeypatch):
+    runs = []
+    monkeypatch.setattr("sparse_jax.cli.main.run", lambda: runs.append("sparse-jax"))
+    runpy.run_module("sparse_jax", run_name="__main__")
+    assert runs == ["sparse-jax"]
 
 
 def test_the_options_of_a_run_stand_under_headings(command):

@@ -72,4 +72,5 @@ def predict(
         overwrite=overwrite,
     )
     if output is not None:
-        print(f"{count:,} lines in {printable(output)}", file=sys.stderr)
+        noun = "line" if count == 1 else "lines"
+        print(f"{count:,} {noun} in {printable(output)}", file=sys.stderr)

@@ -69,7 +69,7 @@ def predict(
     adapter, settings = found.adapter, found.settings
     if settings.is_causal:
         raise InputError(
-            f"`run` must be that of a task with labels, got one of {CAUSAL}. Use "
+            f"`run` must have been trained on a task with labels, got {CAUSAL}. Use "
             "`sparse-jax generate`, which writes JSON lines too."
         )
     place, part = settings.data, one_part(settings.data, seed=settings.seed)
