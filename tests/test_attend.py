@@ -7,7 +7,7 @@ import pytest
 from tiny_text import tiny_decoder
 
 from sparse_jax.models import attend as module
-from sparse_jax.models.attend import Mask, attend, scores_again
+from sparse_jax.models.attend import Mask, attend, recompute_scores
 
 BATCH, LENGTH, HEADS, GROUPS, WIDTH = 2, 13, 4, 2, 8
 
@@ -80,7 +80,7 @@ def test_parts_hold_fewer_scores(monkeypatch):
 )
 def test_scores_are_kept_for_the_backward_pass(keys, again, keeps):
     def mix(q, k):
-        with scores_again(again):
+        with recompute_scores(again):
             return attend(q, k, k, None, Mask(jnp.ones((1, 1, 1, keys), bool)), 0, None)
 
     q, k = jnp.ones((2, 16, HEADS, WIDTH)), jnp.ones((2, keys, HEADS, WIDTH))
@@ -117,7 +117,7 @@ def test_recomputed_scores_have_the_same_gradients(bias, cap, monkeypatch):
 
     def total(again, q, k, v):
         options = (found.get(bias), Mask(found["of tokens"]), 0.0, None)
-        with scores_again(again):
+        with recompute_scores(again):
             return jnp.sum(jnp.sin(attend(q, k, v, *options, cap=cap)))
 
     args = found["q"], found["k"], found["v"]

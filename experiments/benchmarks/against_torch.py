@@ -270,7 +270,7 @@ def main() -> None:
     methods = [*dict.fromkeys(method for method, _ in PROGRAMS)]
     parser.add_argument(
         "--methods", nargs="+", choices=methods, default=methods,
-        help="what they are compared with runs as well",
+        help="the programs they are compared with run as well",
     )  # fmt: skip
     args = parser.parse_args()
     if args.program:

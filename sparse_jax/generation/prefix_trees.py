@@ -95,17 +95,17 @@ def tree_batches(sequences: TokenSequences, batch_size: int) -> Iterator[TreeBat
     least = bucket(int(sizes.sum()), _COLUMNS)
     widths = np.array([max(least, bucket(size)) for size in sizes.tolist()])
     order = np.argsort(sizes, kind="stable")
-    rest, room_of = order.tolist(), sizes[order].tolist()
+    rest, sizes_left = order.tolist(), sizes[order].tolist()
     for width in np.unique(widths)[::-1].tolist():
         # These are the longest that are left.
         count = int((widths[rest] == width).sum())
         chosen = np.array(rest[len(rest) - count :], int)
-        del rest[len(rest) - count :], room_of[len(room_of) - count :]
+        del rest[len(rest) - count :], sizes_left[len(sizes_left) - count :]
         rows = [chosen[row].tolist() for row in pack_rows(sizes[chosen], width)]
         for row in rows:
             room = width - int(sizes[row].sum())
-            while at := bisect_right(room_of, room):
-                room -= room_of.pop(at - 1)
+            while at := bisect_right(sizes_left, room):
+                room -= sizes_left.pop(at - 1)
                 row.append(rest.pop(at - 1))
         most = max(1, batch_size * least // width)
         while rows:

@@ -23,7 +23,7 @@ __all__ = [
     "keys_first",
     "memory_of",
     "remember",
-    "scores_again",
+    "recompute_scores",
     "split_heads",
 ]
 
@@ -115,22 +115,22 @@ _MOST_SCORES = 2**24
 _FEWEST_QUERIES = 128
 # Keys for each number of a head from which on scores are recomputed: there are four
 # times as many numbers in them as in the queries then. With SmolLM2-135M, 256 tokens
-# and float32 on a CPU, they are 270 of 2,660 MiB at the peak of LoRA, and recomputing
+# and float32 on a CPU, they are 289 of 2,676 MiB at the peak of LoRA, and recomputing
 # them takes no time that could be told from noise.
 _MANY_KEYS = 4
 
 # Whether what is traced recomputes scores in its backward pass.
-_AGAIN: ContextVar[bool] = ContextVar("again", default=False)
+_RECOMPUTES: ContextVar[bool] = ContextVar("recomputes", default=False)
 
 
 @contextmanager
-def scores_again(again: bool) -> Iterator[None]:
+def recompute_scores(recomputes: bool) -> Iterator[None]:
     """Lets `attend` recompute scores in the backward pass of what is traced here."""
-    token = _AGAIN.set(again)
+    token = _RECOMPUTES.set(recomputes)
     try:
         yield
     finally:
-        _AGAIN.reset(token)
+        _RECOMPUTES.reset(token)
 
 
 def split_heads(x: jax.Array, head_size: int) -> jax.Array:
@@ -163,8 +163,8 @@ def attend(
     Without `cap` the scores are `scale q k^T`. The softmax is taken in float32. Long
     sequences are taken some queries at a time, and scores recomputed for the gradient;
     on a TPU in bfloat16 by a kernel, where there is neither a bias nor dropout. What a
-    token that sees no key mixes is then another number. Inside `scores_again`, scores
-    of many keys are recomputed for the gradient too, without dropout.
+    token that sees no key mixes is then another number. Inside `recompute_scores`,
+    scores of many keys are recomputed for the gradient too, without dropout.
 
     Args:
       q: queries, shape=(B, T, H, K).
@@ -322,10 +322,10 @@ def _attend_in_parts(
     length, heads = q.shape[1:3]
     size = max(_FEWEST_QUERIES, _MOST_SCORES // (heads * k.shape[1]))
     if size >= length:
-        again = _AGAIN.get() and k.shape[1] >= _MANY_KEYS * q.shape[-1]
-        # The two passes are different loops, or the layer runs twice as it is: what
-        # the compiler could merge it should.
-        mix = jax.checkpoint(mix, prevent_cse=False) if again else mix
+        recomputes = _RECOMPUTES.get() and k.shape[1] >= _MANY_KEYS * q.shape[-1]
+        # The compiler cannot merge the two passes, which are loops of their own; where
+        # a layer runs forward again anyway, its scores should be computed once.
+        mix = jax.checkpoint(mix, prevent_cse=False) if recomputes else mix
         return mix(q, k, v, bias, mask)
     count = -(-length // size)
     # Parts of equal size, with little padding.

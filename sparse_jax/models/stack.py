@@ -14,7 +14,7 @@ from sparse_jax.models.attachment import (
     Slots,
     Stack,
 )
-from sparse_jax.models.attend import scores_again
+from sparse_jax.models.attend import recompute_scores
 from sparse_jax.models.cached import Cached, KeysValues
 from sparse_jax.models.slots import run_slots
 from sparse_jax.params.axes import keep_batch_sharded, platform
@@ -86,7 +86,8 @@ def run_layers(
       attachment: what a method adds to the layers.
       unroll: layers run in one pass of the loop; None is all of a few layers on CPU,
         without `checkpoint` and unless the attachment asks for a loop, else one. A
-        loop of one layer recomputes attention scores of many keys, see `attend`.
+        loop over single layers recomputes the attention scores of many keys, see
+        `attend`.
       checkpoint: whether the backward pass computes each layer again instead of
         keeping its intermediate values.
       states: whether to return what enters every layer, too; not with slots.
@@ -103,7 +104,7 @@ def run_layers(
     is_loop = attachment.slots is not None or attachment.loop is not None
     # Of unrolled layers XLA:CPU keeps the scores anyway, and a layer that is
     # checkpointed recomputes them as it is.
-    again = (is_loop or unroll == 1) and not checkpoint
+    recomputes = (is_loop or unroll == 1) and not checkpoint
 
     def call(x: jax.Array, one: tuple, context: tuple) -> jax.Array:
         layer_params, trained, layer_key, _ = one
@@ -111,7 +112,7 @@ def run_layers(
         # Another key than those that the layer itself draws from.
         key = None if layer_key is None else jax.random.fold_in(layer_key, _METHOD)
         respond = lambda site, f, x: attachment.response(site, f, x, trained, key)
-        with scores_again(again):
+        with recompute_scores(recomputes):
             y = layer(x, *context, layer_key, respond).astype(x.dtype)
         return keep_batch_sharded(y)
 

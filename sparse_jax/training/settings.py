@@ -297,7 +297,8 @@ class Settings(
         if self.split_masters and self.dtype != DTYPES[1]:
             raise InputError(
                 f"`split_masters` must be left out with dtype {self.dtype!r}, got "
-                "True: such parameters are their own masters. Add `dtype` bfloat16."
+                "True: such parameters are their own masters. Or set `dtype` to "
+                "bfloat16."
             )
         if self.mesh is not None:
             parse_mesh(self.mesh)
