@@ -181,22 +181,22 @@ nothing = lambda place: None
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
-        (nothing, ("--density", "0"), "`--density` must be in (0, 1], got 0.0"),
-        (nothing, ("--density", "1.5"), "`--density` must be in (0, 1], got 1.5"),
-        (nothing, ("--density", "nan"), "`--density` must be in (0, 1], got nan"),
-        (nothing, ("--devices", "4"), "`--devices` must come with a mesh, got 4"),
-        (nothing, ("--where", "qwery"), "`--where` must match at least one parameter"),
-        (nothing, ("--where", "("), "`--where` must be a regular expression"),
-        (nothing, ("--dense", "clasifier"), "`--dense` must match at least one"),
-        (nothing, ("--method", "lora", "--where", "qwery"), "`--where` must match"),
-        (nothing, ("--task", "sst3"), "`--task` must be one of cola, sst2"),
-        (nothing, ("--max-length", "17"), "`--max-length` must be at most"),
-        (nothing, ("--data", "PLACE/dta"), "`--data` must be a file, a folder"),
+        (nothing, ("--density", "0"), "--density must be in (0, 1], got 0.0"),
+        (nothing, ("--density", "1.5"), "--density must be in (0, 1], got 1.5"),
+        (nothing, ("--density", "nan"), "--density must be in (0, 1], got nan"),
+        (nothing, ("--devices", "4"), "--devices must come with a mesh, got 4"),
+        (nothing, ("--where", "qwery"), "--where must match at least one parameter"),
+        (nothing, ("--where", "("), "--where must be a regular expression"),
+        (nothing, ("--dense", "clasifier"), "--dense must match at least one"),
+        (nothing, ("--method", "lora", "--where", "qwery"), "--where must match"),
+        (nothing, ("--task", "sst3"), "--task must be one of cola, sst2"),
+        (nothing, ("--max-length", "17"), "--max-length must be at most"),
+        (nothing, ("--data", "PLACE/dta"), "--data must be a file, a folder"),
         (nothing, ("--output", "PLACE/data/dev.jsonl/run"), "got the file `"),
-        (nothing, ("--method", "lora", "--density", "0.008"), "`--density` must be"),
-        (nothing, ("--rank", "8"), "`--rank` must be left out with method"),
-        (nothing, ("--active", "0.25"), "`--active` must be left out without"),
-        (nothing, ("--ist", "--sampler", "norm"), "`--sampler` must be left out with"),
+        (nothing, ("--method", "lora", "--density", "0.008"), "--density must be"),
+        (nothing, ("--rank", "8"), "--rank must be left out with method"),
+        (nothing, ("--active", "0.25"), "--active must be left out without"),
+        (nothing, ("--ist", "--sampler", "norm"), "--sampler must be left out with"),
         (nothing, ("--seed", "x"), "'--seed'"),
         (nothing, ("--densty", "1"), "--densty. Did you mean --density? See"),
         (nothing, ("--lr=1e-4",), "No such option: --lr. Here it is `--learning-rate`"),
@@ -209,7 +209,7 @@ nothing = lambda place: None
         (drop_column, (), "line 1 must have a column `sentence`"),
         (unknown_label, (), "line 23 must have one of the labels"),
         (empty_file, (), "must have examples"),
-        (more_tokens, (), "`--model` must have an embedding of every token"),
+        (more_tokens, (), "--model must have an embedding of every token"),
         (broken_utf8, (), "line 14 must be UTF-8, got the byte 0xff"),
     ],
 )  # fmt: skip
@@ -231,7 +231,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(command, place):
     fill_output(place)
     code, _, err = command(*FINETUNE)
     assert code == 2
-    assert "`--output` must be an empty or a new folder" in err
+    assert "--output must be an empty or a new folder" in err
     assert [path.name for path in (place / "run").iterdir()] == ["thesis.tex"]
 
 
@@ -249,12 +249,12 @@ def truncated(place):
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
-        (other_weights, (), "`--model` must be the base of the adapter"),
+        (other_weights, (), "--model must be the base of the adapter"),
         (truncated, (), "must be a complete safetensors file"),
         (nothing, ("--task", "rte"), "must have a column `sentence1`"),
         (nothing, ("--adapter", "PLACE/none"), "does not exist"),
-        (nothing, ("--batch-size", "0"), "`--batch-size` must be positive, got 0"),
-        (nothing, ("--max-length", "0"), "`--max-length` must be positive, got 0"),
+        (nothing, ("--batch-size", "0"), "--batch-size must be positive, got 0"),
+        (nothing, ("--max-length", "0"), "--max-length must be positive, got 0"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_line(
@@ -274,7 +274,7 @@ def test_the_argument_of_a_command_is_called_as_in_its_help(command, name):
             "generate": ("--prompt", "x")}.get(name, ())  # fmt: skip
     code, _, err = command(name, "PLACE/none", *more)
     assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith("error: `run` must be an adapter file, or the folder of")
+    assert err.startswith("error: RUN must be an adapter file, or the folder of")
 
 
 def test_a_dry_run_says_what_would_be_trained(command, place):
@@ -306,7 +306,7 @@ def test_an_interrupted_run_says_how_to_go_on(command, place, monkeypatch):
     resume = ("finetune", "--output", "PLACE/run", "--resume")
     code, _, err = command(*resume, "--max-steps", "2")
     assert (code, err.count("\n")) == (2, 1)
-    assert "`--max-steps` must be 1 as in the run to resume, got 2" in err
+    assert "--max-steps must be 1 as in the run to resume, got 2" in err
     assert command(*resume)[0] == 0
     assert json.loads((place / "run" / "metrics.json").read_text())["steps"] == 1
     code, _, err = command("predict", "PLACE/run", "--output", "PLACE/out.jsonl")

@@ -98,17 +98,17 @@ def truncated(place):
 
 
 REFUSED = {
-    "another base": (another_base, (), "`model` must be the base of the adapter"),
+    "another base": (another_base, (), "--model must be the base of the adapter"),
     "out of range": (
         out_of_range,
         (),
         "`norm/scale.support` must hold positions below 16",
     ),
     "truncated": (truncated, (), "must be a complete safetensors file"),
-    "a weight too few": (None, ("--weights", "1"), "`--weights` must be as many as"),
-    "a weight": (None, ("--weights=1", "--weights=nan"), "`--weights` must be finite"),
+    "a weight too few": (None, ("--weights", "1"), "--weights must be as many as"),
+    "a weight": (None, ("--weights=1", "--weights=nan"), "--weights must be finite"),
     "no adapter": (None, (".",), "`.`, which has neither `adapter.safetensors` nor"),
-    "no such head": (None, ("--head", "3"), r"`--head` must be in \[1, 2\], got 3"),
+    "no such head": (None, ("--head", "3"), r"--head must be in \[1, 2\], got 3"),
     "another file": (None, ("--output", "a.bin"), "must be a new file that ends with"),
 }
 

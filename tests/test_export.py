@@ -605,7 +605,7 @@ def nothing(folder, one):
 
 MERGED, DELTA = ("--to", "merged"), ("--to", "delta")
 BAD = {
-    "target folder with files": (full, MERGED, "`--output` must be a new or an empty"),
+    "target folder with files": (full, MERGED, "--output must be a new or an empty"),
     "truncated file": (cut, MERGED, "must be a complete safetensors file"),
     "foreign file": (foreign, DELTA, "must be a complete safetensors file"),
     "missing tokenizer": (no_tokenizer, MERGED, "must hold a tokenizer"),
@@ -620,7 +620,7 @@ BAD = {
     "unknown target": (nothing, ("--to", "gguf"), "must be one of merged, peft"),
     "option of another": (nothing, (*DELTA, "--dtype", "float32"), "left out for"),
     "unknown dtype": (nothing, (*MERGED, "--dtype", "int8"), "must be one of float32"),
-    "no size": (nothing, (*MERGED, "--shard-size", "big"), "`--shard-size` must be"),
+    "no size": (nothing, (*MERGED, "--shard-size", "big"), "--shard-size must be"),
     "one form in PEFT": (
         lora, ("--to", "peft", "--peft-type", "shira"), "left out for",
     ),
@@ -630,7 +630,7 @@ BAD = {
     "too many entries for SHiRA": (
         many, ("--to", "peft"), "On the command line that is --peft-type supertuning",
     ),
-    "no license": (nothing, (*DELTA, "--license", "My own"), "`--license` must be the"),
+    "no license": (nothing, (*DELTA, "--license", "My own"), "--license must be the"),
     "no repository": (nothing, (*DELTA, "--push", "a/b/c"), "must be the id of"),
     "no such form": (bottleneck, MERGED, "merge"),
 }  # fmt: skip

@@ -122,7 +122,7 @@ def test_weights_that_are_not_one_a_layer_are_refused():
         model="m", task="mrpc", output="o", sampler="fixed", layer_weights=(1.0, 2.0)
     )
     with pytest.raises(
-        InputError, match="`layer_weights` must have num_layers=4 numbers, got 2"
+        InputError, match="`layer_weights` must have 4 numbers, one for each .* got 2"
     ):
         sampler_of(options, 4)
 
@@ -131,7 +131,7 @@ def test_weights_that_are_not_one_a_layer_are_refused():
     ("weights", "message"),
     [
         ((1.0, -2.0), r"`layer_weights` must not be negative, got \(1.0, -2.0\)"),
-        ((0.0, 0.0), "`layer_weights` must have num_active=1 positive numbers, got 0"),
+        ((0.0, 0.0), "`layer_weights` must have 1 positive numbers, .* got 0"),
     ],
 )
 def test_weights_that_draw_no_layer_are_refused(weights, message):

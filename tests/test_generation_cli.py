@@ -132,7 +132,7 @@ def test_json_lines_are_read_and_written(command, place, tmp_path, monkeypatch, 
     assert part.read_text().count("\n") == 3
     code, _, error = command(*words, "--output", output, "--max-new-tokens", "5")
     assert code == 2
-    assert error.startswith("error: `--output` must not have begun with another option")
+    assert error.startswith("error: --output must not have begun with another option")
     assert command(*words, "--output", output)[0] == 0
     assert output.read_text() == out
 
@@ -221,32 +221,32 @@ def test_texts_end_where_the_model_says(command, place):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (SAY[:2], "`prompt` must be given, got none."),
-        (SAY[2:], "`model` must be given without an adapter"),
+        (SAY[:2], "--prompt must be given, got none."),
+        (SAY[2:], "--model must be given without an adapter"),
         ((*SAY, "--prompts", "PLACE/none"), "must be a file, and there is none"),
         (
             (*SAY, "--prompts", "PLACE/blank.txt"),
-            "`--prompts` must be a file with one text per line, got '",
+            "--prompts must be a file with one text per line, got '",
         ),
-        ((*SAY, "--beams", "2", "--top-k", "3"), "`--beams` must be left out with"),
-        ((*SAY, "--length-penalty", "2"), "`--length-penalty` must be left out"),
-        ((*SAY, "--beams", "1"), "`--beams` must be at least 2, got 1"),
-        ((*SAY, "--seed", "-1"), "`--seed` must be in [0, 2**32), got -1"),
+        ((*SAY, "--beams", "2", "--top-k", "3"), "--beams must be left out with"),
+        ((*SAY, "--length-penalty", "2"), "--length-penalty must be left out"),
+        ((*SAY, "--beams", "1"), "--beams must be at least 2, got 1"),
+        ((*SAY, "--seed", "-1"), "--seed must be in [0, 2**32), got -1"),
         ((*SAY, "--stop", "xyz"), "got 'xyz', which the tokenizer does not know"),
-        ((*SAY, "--top-p", "0"), "`--top-p` must be in (0, 1], got 0.0"),
-        ((*SAY, "--temperature", "0"), "`--temperature` must be positive, got 0.0"),
-        ((*SAY, "--prompt", ""), "`--prompt` must have at least one token"),
+        ((*SAY, "--top-p", "0"), "--top-p must be in (0, 1], got 0.0"),
+        ((*SAY, "--temperature", "0"), "--temperature must be positive, got 0.0"),
+        ((*SAY, "--prompt", ""), "--prompt must have at least one token"),
         ((*SAY[:4], "--max-new-tokens", "31"), "must have at most 1 tokens beside 31"),
-        ((*SAY, "--stop", "red x"), "`--stop` must be a text or a token of the model"),
+        ((*SAY, "--stop", "red x"), "--stop must be a text or a token of the model"),
         ((*SAY, "--stop", ""), "got '', which the tokenizer does not know"),
-        ((*SAY, "--stop", "\udcff"), "`--stop` must have whole characters, got '"),
-        ((*SAY, "--prompt", "a\udcff"), "`--prompt` must have whole characters, "),
-        ((*SAY, "--template", "x"), "`--template` must be one of alpaca, llm_adapters"),
-        ((*SAY, "--chat"), "`--model` must have a tokenizer with a chat template"),
-        ((*SAY, "--chat", "--template", "alpaca"), "`--template` must be left out"),
+        ((*SAY, "--stop", "\udcff"), "--stop must have whole characters, got '"),
+        ((*SAY, "--prompt", "a\udcff"), "--prompt must have whole characters, "),
+        ((*SAY, "--template", "x"), "--template must be one of alpaca, llm_adapters"),
+        ((*SAY, "--chat"), "--model must have a tokenizer with a chat template"),
+        ((*SAY, "--chat", "--template", "alpaca"), "--template must be left out"),
         ((*SAY, "--adapter", "PLACE/labels"), "must be one of a causal language model"),
-        ((*SAY, "--adapter", "PLACE/other"), "`--model` must be the base of the"),
-        (("--model", "PLACE/encoder", *SAY[2:]), "`--model` must be a decoder, got"),
+        ((*SAY, "--adapter", "PLACE/other"), "--model must be the base of the"),
+        (("--model", "PLACE/encoder", *SAY[2:]), "--model must be a decoder, got"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(options, message, command):

@@ -29,7 +29,7 @@ def combine(
     """Write the weighted sum of adapters as one."""
     if not 1 <= head <= len(adapters):
         raise InputError(
-            f"`--head` must be in [1, {len(adapters)}], got {head}. It is the number "
+            f"`head` must be in [1, {len(adapters)}], got {head}. It is the number "
             "of the adapter whose head is kept."
         )
     # JAX takes seconds to import, and `--help` has to be quick.

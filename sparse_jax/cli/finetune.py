@@ -2,10 +2,12 @@
 
 import logging
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import typer
 
+from sparse_jax.cli.messages import as_typed, names_typed
 from sparse_jax.cli.options import (
     CONFIG,
     DEVICES,
@@ -42,7 +44,7 @@ def finetune(
 
     The loss shown is smoothed; metrics.jsonl has that of every update.
     """
-    _show_log()
+    _show_log(context)
     given = choose_settings(context, settings, config, ist)
     take_devices(
         devices,
@@ -87,21 +89,30 @@ def _remedy(output: str) -> str:
 
 
 class LogLines(logging.Handler):
-    """Prints the log without codes that a terminal obeys, whatever names are in it."""
+    """Prints the log without codes that a terminal obeys, whatever names are in it.
+
+    Args:
+      names: options by the arguments that they set.
+    """
+
+    def __init__(self, names: Mapping[str, str] | None = None):
+        super().__init__()
+        self._names = names or {}
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a record on the current standard error."""
         try:
-            print(printable(self.format(record)), file=sys.stderr)
+            line = as_typed(self.format(record), self._names)
+            print(printable(line), file=sys.stderr)
         except (OSError, ValueError):
             self.handleError(record)
 
 
-def _show_log() -> None:
+def _show_log(context: typer.Context) -> None:
     """Sends the lines of the progress to standard error."""
     log = logging.getLogger("sparse_jax")
     if not log.handlers:
-        log.addHandler(LogLines())
+        log.addHandler(LogLines(names_typed(context.command)))
     log.setLevel(logging.INFO)
     # absl, which comes with Orbax, gives the root logger a handler of its own.
     log.propagate = False

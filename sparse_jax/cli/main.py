@@ -3,9 +3,7 @@
 import ctypes
 import importlib.util
 import os
-import re
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from typing import Any, NoReturn
@@ -18,6 +16,7 @@ from sparse_jax.cli.export import export
 from sparse_jax.cli.finetune import finetune
 from sparse_jax.cli.generate import generate
 from sparse_jax.cli.inspect import inspect
+from sparse_jax.cli.messages import as_typed, names_typed
 from sparse_jax.cli.options import Sections, flag
 from sparse_jax.cli.plan import plan
 from sparse_jax.cli.predict import predict
@@ -45,7 +44,6 @@ app.command()(combine)
 app.command()(compare)
 app.command()(inspect)
 app.command(cls=Sections)(plan)
-_OF_A_RUN = [one.__name__ for one in (evaluate, predict, generate, export)]
 
 
 @app.callback(invoke_without_command=True)
@@ -92,7 +90,7 @@ def main() -> None:
     try:
         code = app(words, prog_name="sparse-jax", standalone_mode=False)
     except InputError as error:
-        _refuse(_as_typed(str(error), words))
+        _refuse(as_typed(str(error), _names(words)))
     except _UsageError as error:
         _refuse(_reading(error))
     except typer.Abort:
@@ -107,19 +105,11 @@ def _refuse(message: str) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def _as_typed(message: str, words: Sequence[str]) -> str:
-    """Returns a message that begins with an option as it was typed, if it was."""
+def _names(words: list[str]) -> dict[str, str]:
+    """Returns what is typed for the arguments of a command."""
+    command = getattr(typer.main.get_command(app), "commands", {}).get(words[0])
     typed = {word.partition("=")[0] for word in words}
-
-    def name(found: re.Match[str]) -> str:
-        option = f"--{found[1].replace('_', '-')}"
-        if option in typed:
-            return f"`{option}`"
-        # What functions call an adapter is the first argument of these commands.
-        is_run = found[1] == "adapter" and words[0] in _OF_A_RUN
-        return "`run`" if is_run else found[0]
-
-    return re.sub(r"^`(\w+)`", name, message)
+    return {} if command is None else names_typed(command, "--adapter" not in typed)
 
 
 def _reading(error: Any) -> str:

@@ -161,7 +161,7 @@ class Static(Sampler[tuple[()]]):
         inside = {layer for layer in self.layers if 0 <= layer < self.num_layers}
         if not len(inside) == len(self.layers) == self.num_active:
             raise InputError(
-                f"`layers` must be num_active={self.num_active} different numbers in "
+                f"`layers` must be {self.num_active} different numbers in "
                 f"[0, {self.num_layers}), got {self.layers}."
             )
 
@@ -208,14 +208,14 @@ def _require_weights(name: str, weights: Sequence[float], sizes: Sampler) -> Non
     """Raises unless there is a weight for every layer, and enough are positive."""
     if len(weights) != sizes.num_layers:
         raise InputError(
-            f"`{name}` must have num_layers={sizes.num_layers} numbers, got "
-            f"{len(weights)}. They are the weights of the layers of the model."
+            f"`{name}` must have {sizes.num_layers} numbers, one for each layer of "
+            f"the model, got {len(weights)}."
         )
     if not all(0 <= weight < math.inf for weight in weights):
         raise InputError(f"`{name}` must not be negative, got {brief(weights)}.")
     positive = sum(weight > 0 for weight in weights)
     if positive < sizes.num_active:
         raise InputError(
-            f"`{name}` must have num_active={sizes.num_active} positive numbers, got "
-            f"{positive}. A layer of weight 0 is never drawn."
+            f"`{name}` must have {sizes.num_active} positive numbers, for as many "
+            f"active layers, got {positive}. A layer of weight 0 is never drawn."
         )

@@ -178,19 +178,19 @@ class RecipeOptions:
         }
         for name, value in others.items():
             raise InputError(
-                f"`{name}` must be left out with update_in_backward, got "
+                f"`{name}` must be left out with `update_in_backward`, got "
                 f"{brief(value)}. {reasons[name]}"
             )
         alone = tuple(word for word in ENTRYWISE if word != SCHEDULE_FREE)
         if self.optimizer not in alone:
             raise InputError(
                 f"`optimizer` must be one of {', '.join(alone)} with "
-                f"update_in_backward, got {brief(self.optimizer)}. These update every "
-                "entry on its own, so one layer at a time."
+                f"`update_in_backward`, got {brief(self.optimizer)}. These update "
+                "every entry on its own, so one layer at a time."
             )
         if self.max_grad_norm and self.clip_by == GLOBAL_NORM:
             raise InputError(
-                f"`clip_by` must be {PREVIOUS_NORM} with update_in_backward, got "
+                f"`clip_by` must be {PREVIOUS_NORM} with `update_in_backward`, got "
                 f"{GLOBAL_NORM}: the global norm is known only after the first layers "
                 "have been updated. Or set `max_grad_norm` to 0, which does not clip."
             )

@@ -44,8 +44,8 @@ class Selections(NamedTuple):
         require_count("reselect_every", self.every)
         if self.every < self.by:
             raise InputError(
-                f"`reselect_every` must be at least select_batches={self.by}, got "
-                f"{self.every}. Use None to select once."
+                f"`reselect_every` must be at least `select_batches`={self.by}, "
+                f"got {self.every}. Leave it out to select once."
             )
 
     def require_roles(self, roles: Roles) -> None:

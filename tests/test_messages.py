@@ -1,0 +1,119 @@
+"""Messages on the command line: options as they are typed, arguments in Python."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import sparse_jax
+from sparse_jax import InputError, Settings
+from sparse_jax.cli import main as cli
+from sparse_jax.cli.messages import as_typed, names_typed
+from sparse_jax.training.settings import setting_options
+
+COMMANDS: Any = getattr(typer.main.get_command(cli.app), "commands", {})
+SOURCES = sorted(Path(sparse_jax.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", setting_options())
+def test_every_setting_has_the_name_of_its_option(name):
+    message = f"`{name}` must be small, got 9. Lower `{name}`, or set `{name}=1`."
+    option = f"--{name.replace('_', '-')}"
+    assert option in {word for one in COMMANDS["finetune"].params for word in one.opts}
+    assert as_typed(message, names_typed(COMMANDS["finetune"])) == (
+        f"{option} must be small, got 9. Lower {option}, or set {option} 1."
+    )
+
+
+def refused(words, monkeypatch, capsys):
+    """Returns the line that a command ends with."""
+    monkeypatch.setattr(sys, "argv", ["sparse-jax", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+RUN = "finetune --model M --task causal --output O"
+LINES = {
+    f"{RUN} --batch-size 0": "error: --batch-size must be positive, got 0.",
+    f"{RUN} --batch-size 3 --accumulate 2":
+        "error: --accumulate must divide --batch-size=3, got 2. A batch is all "
+        "examples of one update.",
+    f"{RUN} --update-in-backward":
+        "error: --clip-by must be previous-norm with --update-in-backward, got "
+        "global-norm: the global norm is known only after the first layers have been "
+        "updated. Or set --max-grad-norm to 0, which does not clip.",
+    f"{RUN} --packing --group-by-length":
+        "error: --group-by-length must be left out with packing. All packed rows have "
+        "one length.",
+    f"{RUN} --overwrite --resume":
+        "error: --overwrite and --resume must not be given together. The first starts "
+        "over, the second continues.",
+    "evaluate nowhere":
+        "error: RUN must be an adapter file, or the folder of a run or of PEFT, got "
+        "`nowhere`, which does not exist. Check the spelling.",
+    "evaluate --adapter nowhere":
+        "error: --adapter must be an adapter file, or the folder of a run or of PEFT, "
+        "got `nowhere`, which does not exist. Check the spelling.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", LINES)
+def test_errors_name_what_was_typed(words, monkeypatch, capsys):
+    assert refused(words, monkeypatch, capsys) == LINES[words]
+
+
+def test_python_users_read_the_argument():
+    with pytest.raises(InputError, match="`accumulate` must divide `batch_size`=3, "):
+        Settings(model="M", task="causal", output="O", batch_size=3, accumulate=2)
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("`a.jsonl` line 1 must have a column `output`, got the columns id.", ...),
+        ("`seed` in `run.yaml` must be a whole number, got 'x'.", ...),
+        ("`density` of `method` in `config.json` must be a number, got 'x'.", ...),
+        ("`a.jsonl` must have tokens. Raise `seed`.", "`a.jsonl` must have tokens. "
+         "Raise --seed."),
+        ("`rank` of the score must be positive, got 0.",
+         "--score-rank must be positive, got 0."),
+    ],
+)  # fmt: skip
+def test_names_in_a_file_stay_those_of_the_file(message, line):
+    expected = message if line is ... else line
+    assert as_typed(message, names_typed(COMMANDS["finetune"])) == expected
+
+
+def spelled(node):
+    """Returns what is written in a text, with `{}` for values."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(spelled, node.values))
+    return "{}"
+
+
+def texts_of_errors(path):
+    """Yields the messages of the errors that a file raises."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "InputError":
+            yield from map(spelled, node.args)
+
+
+def test_names_of_settings_stand_in_backticks_in_every_error():
+    # One word, such as "packing", may be English.
+    names = "|".join(name for name in setting_options() if "_" in name)
+    bare = re.compile(rf"(?<![`\w.'\"])({names})(?![`\w'\"])")
+    found = [
+        (path.name, text)
+        for path in SOURCES
+        for text in texts_of_errors(path)
+        if bare.search(re.sub(r"`[^`]*`", "", text))
+    ]
+    assert found == []
