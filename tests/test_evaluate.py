@@ -63,10 +63,10 @@ def test_a_file_that_was_not_trained_on_is_used_whole(place, told):
     assert loss_on(place, "folder", "one.jsonl") != found
 
 
-def test_examples_that_are_cut_are_told(place, told):
+def test_truncated_examples_are_told(place, told):
     evaluate_adapter(place / "file", data=str(place / "other.jsonl"), max_length=6)
     # Twelve chats have six words, and one token more to end them.
-    assert "validation: 20 examples used, 12 cut to 6 tokens" in told()
+    assert "validation: 20 examples used (12 truncated to 6 tokens)" in told()
 
 
 def test_other_files_are_evaluated_on_and_nothing_is_held_out(place, told):

@@ -30,21 +30,21 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data") / "sst2")
 
 
-def test_examples_that_were_cut_are_told(model, data, tmp_path, caplog):
+def test_truncated_examples_are_told(model, data, tmp_path, caplog):
     # Every sentence has five words, seven tokens with the special ones.
     settings = tiny_settings(
         model, data, tmp_path / "run", method="head", max_length=6, max_steps=1
     )
     metrics = finetune(settings)
     assert metrics["examples"] == {
-        "train": {"used": 22, "cut": 22, "dropped": 0},
-        "validation": {"used": 13, "cut": 13, "dropped": 0},
+        "train": {"used": 22, "truncated": 22, "dropped": 0},
+        "validation": {"used": 13, "truncated": 13, "dropped": 0},
     }
     assert json.loads((tmp_path / "run/metrics.json").read_text()) == metrics
     told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert [line for line in told if "examples used" in line] == [
-        "train: 22 examples used, 22 cut to 6 tokens",
-        "validation: 13 examples used, 13 cut to 6 tokens",
+        "train: 22 examples used (22 truncated to 6 tokens)",
+        "validation: 13 examples used (13 truncated to 6 tokens)",
     ]
 
 

@@ -84,7 +84,7 @@ def test_no_example_is_longer_than_max_length(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("text_a", "text_b", "num_cut"),
+    ("text_a", "text_b", "num_truncated"),
     [
         # With [CLS] and [SEP], six words are eight tokens.
         (["a b c a b c", "a b c a b c d", "a"], None, 1),
@@ -93,9 +93,11 @@ def test_no_example_is_longer_than_max_length(tokenizer):
         (["a b c", "a b c", "a"], ["a b", "a b c", "a b c a b c"], 2),
     ],
 )
-def test_examples_that_lose_tokens_are_counted(tokenizer, text_a, text_b, num_cut):
+def test_examples_that_lose_tokens_are_counted(
+    tokenizer, text_a, text_b, num_truncated
+):
     encoded = encode(examples_of(text_a, text_b), tokenizer, max_length=8, positions=8)
-    assert encoded.num_cut == num_cut
+    assert encoded.num_truncated == num_truncated
     assert max(map(len, encoded.input_ids)) == 8
 
 

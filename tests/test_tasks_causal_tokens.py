@@ -159,7 +159,7 @@ def test_a_template_without_an_end_gets_one():
     assert tokens_of(chat, tokenizer)[1][-2:] == ["d", "</s>"]
 
 
-def test_the_end_of_a_long_response_is_cut_off():
+def test_a_long_response_is_truncated():
     words, targets = tokens_of(prompt_and_response("cc", "d" * 9), max_length=8)
     assert words == ["<s>", "c", "c", *"ddddd"]
     assert targets == [*"ddddd"]  # no end: the response does not end here
@@ -173,7 +173,7 @@ def test_a_conversation_without_targets_is_dropped_and_counted():
     ]
     sequences = tokenize(conversations, characters(), max_length=8, positions=8)
     assert [len(ids) for ids in sequences.input_ids] == [8, 4]
-    assert (sequences.num_cut, sequences.num_dropped) == (2, 1)
+    assert (sequences.num_truncated, sequences.num_dropped) == (1, 1)
     assert sequences.num_targets == 4
 
 
@@ -190,7 +190,7 @@ def test_a_plain_text_becomes_blocks_that_predict_every_token_once():
     lengths = [len(ids) for ids in sequences.input_ids]
     assert lengths == [16] * 6 + [12]
     assert not any(marks[0] for marks in sequences.is_target)
-    assert (sequences.num_cut, sequences.num_dropped) == (0, 0)
+    assert (sequences.num_truncated, sequences.num_dropped) == (0, 0)
 
 
 @pytest.mark.parametrize("num_letters", range(12, 18))
@@ -244,7 +244,7 @@ def test_genuine_tokenizers_give_back_the_text(shared_data, name):
     conversations = load_conversations(data, tokenizer, held_out=0)["train"][:100]
     options = {"max_length": 8192, "positions": 8192}
     sequences = tokenize(conversations, tokenizer, **options)
-    assert (len(sequences), sequences.num_cut) == (100, 0)
+    assert (len(sequences), sequences.num_truncated) == (100, 0)
     for conversation, ids, marks in zip(
         conversations, sequences.input_ids, sequences.is_target, strict=True
     ):

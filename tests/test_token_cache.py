@@ -49,7 +49,13 @@ def test_tokens_are_made_once_and_come_back_as_they_were(made):
         for field in ("input_ids", "is_target"):
             pairs = zip(getattr(part, field), getattr(other, field), strict=True)
             assert all(a.dtype == b.dtype and (a == b).all() for a, b in pairs)
-        for field in ("max_length", "pad_id", "num_cut", "num_dropped", "end_ids"):
+        for field in (
+            "max_length",
+            "pad_id",
+            "num_truncated",
+            "num_dropped",
+            "end_ids",
+        ):
             assert getattr(part, field) == getattr(other, field)
     assert second.splits["train"].weights.tolist() == [0.5, 1, 2]
     assert second.splits["validation"].weights is None
@@ -75,7 +81,7 @@ def test_labeled_texts_are_encoded_once_whatever_their_labels_are(
 
     first, second = get(["ab", "c"]), get(["ab", "c"], labels=(1, 1))
     assert len(made) == 1
-    for field in ("max_length", "pad_id", "num_cut"):
+    for field in ("max_length", "pad_id", "num_truncated"):
         assert getattr(first, field) == getattr(second, field)
     for field in ("input_ids", "token_type_ids") if has_types else ("input_ids",):
         pairs = zip(getattr(first, field), getattr(second, field), strict=True)

@@ -73,7 +73,7 @@ class Encoded:
     labels: np.ndarray  # shape=(N,), int32 classes or float32 values
     max_length: int  # no example has more tokens
     pad_id: int
-    num_cut: int = 0  # examples that lost tokens
+    num_truncated: int = 0  # examples that lost tokens
     is_packed: Literal[False] = False  # a row holds one
     weights: np.ndarray | None = None  # shape=(N,), float32, of the loss; None: all 1
 
@@ -114,8 +114,8 @@ class TokenSequences:
     is_target: list[np.ndarray]  # the same, bool; never the first token
     max_length: int  # no sequence has more tokens
     pad_id: int
-    num_cut: int = 0  # conversations that lost tokens at their end
-    num_dropped: int = 0  # conversations that lost every target
+    num_truncated: int = 0  # of the N conversations, lost tokens at their end
+    num_dropped: int = 0  # others, which have no target
     end_ids: tuple[int, ...] = ()  # tokens that end the responses
     is_packed: bool = False  # whether a row holds as many sequences as fit
     weights: np.ndarray | None = None  # shape=(N,), float32, of the loss; None: all 1

@@ -48,10 +48,10 @@ def tokenize(
 
     A response has the tokens that follow those of its prompt: where the two would
     share a token, they are tokenized apart, as they are when a model writes the
-    response. What exceeds `max_length` is cut off at the end, and a conversation
-    whose targets are all cut off is dropped. A plain text is not cut off but cut into
-    sequences, each beginning with the last token of the one before it, so that every
-    token but the first is predicted exactly once.
+    response. A conversation is truncated to `max_length` tokens, and dropped if no
+    target is left. A plain text is not truncated but split into sequences,
+    each of which begins with the last token of the one before it, so that every token
+    but the first is predicted exactly once.
 
     Args:
       conversations: texts in pieces.
@@ -68,21 +68,23 @@ def tokenize(
     _check(max_length, positions, loss, tokenizer)
     ends = _ends(tokenizer)
     all_ids, targets, weights = [], [], []
-    num_cut = num_dropped = 0
+    num_long = num_truncated = num_dropped = 0
     end_ids: set[int] = set()
     for marked in _marked(conversations, tokenizer, ends):
         ids, marks = marked.ids, marked.marks
         marks[1:] |= (loss == "all") & ~marked.is_excluded[1:]
         marks[:1] = False
         spans = _spans(len(ids), max_length, marked.is_plain)
-        num_cut += len(ids) > max_length and not marked.is_plain
+        is_long = len(ids) > max_length and not marked.is_plain
         kept = [span for span in spans if marks[span][1:].any()]
+        num_long += is_long
+        num_truncated += is_long and bool(kept)
         num_dropped += not kept
         end_ids |= marked.ends
         all_ids += [ids[span] for span in kept]
         weights += [marked.weight] * len(kept)
         targets += [_without_first(marks[span]) for span in kept]
-    if not (all_ids or num_cut or may_be_empty):
+    if not (all_ids or num_long or may_be_empty):
         raise InputError(
             f"`data` must have responses to train on, got none in {num_dropped} "
             "examples."
@@ -96,7 +98,7 @@ def tokenize(
     pad_id = getattr(tokenizer, "pad_token_id", None) or 0
     stop = tuple(sorted(end_ids))
     return TokenSequences(
-        all_ids, targets, max_length, pad_id, num_cut, num_dropped, stop,
+        all_ids, targets, max_length, pad_id, num_truncated, num_dropped, stop,
         weights=np.array(weights, np.float32) if {*weights} - {1.0} else None,
     )  # fmt: skip
 
@@ -128,7 +130,7 @@ def _ends(tokenizer: Tokenizer) -> _Ends:
 
 
 class _Marked(NamedTuple):
-    """The tokens of a conversation, not cut yet."""
+    """The tokens of a conversation, not truncated yet."""
 
     ids: np.ndarray  # shape=(tokens,), int32
     marks: np.ndarray  # the same, bool: tokens of responses
@@ -347,7 +349,7 @@ def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 def _encoded(tokenizer: Tokenizer, texts: list[str]) -> "BatchEncoding":
     """Returns texts without special tokens, and what each token covers."""
-    # Not verbose: it warns of long texts, which are cut here, not by the tokenizer.
+    # Not verbose: it warns of long texts, which are split here, not by the tokenizer.
     with tokenizing():
         return tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False

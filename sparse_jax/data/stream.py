@@ -40,7 +40,7 @@ class Window(NamedTuple):
     line: int
     rows: int  # of batches that it fills
     used: int
-    cut: int
+    truncated: int  # of these
     dropped: int
     digest: str  # of its bytes
 
@@ -160,14 +160,14 @@ class Stream:
             yield self._batch([*islice(rows, self.batch_size)])
 
     def counts(self, batches: int) -> tuple[int, int, int]:
-        """Returns the sequences that were read for some batches, cut and dropped."""
+        """Returns the sequences that were read for some batches, truncated, dropped."""
         rows, found = 0, np.zeros(3, int)
         for one in self._windows:
             if rows < batches * self.batch_size:
-                found += (one.used, one.cut, one.dropped)
+                found += (one.used, one.truncated, one.dropped)
             rows += one.rows
-        used, cut, dropped = found.tolist()
-        return used, cut, dropped
+        used, truncated, dropped = found.tolist()
+        return used, truncated, dropped
 
     def keep_index(self, path: Path, *, is_writer: bool) -> None:
         """Keeps the index in a file, beginning with what an earlier run has left there.
@@ -280,10 +280,10 @@ class Stream:
             tokens = self.tokenize(_rows(self.path, lines))
         except InputError as error:
             place = f"`{self.path}` line {lines.end.line} "
-            is_cut = is_end and str(error).startswith(place)
+            is_last = is_end and str(error).startswith(place)
+            why = " It is the last line: the file may be truncated." * is_last
             raise InputError(
-                f"{error}{' It is the last line: the file may be cut off.' * is_cut} "
-                "Mend the file, and go on with --resume."
+                f"{error}{why} Fix the file, then continue with --resume."
             ) from error
         if number == len(self._windows):
             self._add(lines, tokens)
@@ -292,7 +292,7 @@ class Stream:
     def _add(self, lines: _Lines, tokens: TokenSequences) -> None:
         """Adds a window to the index."""
         rows = len(shuffled_rows(tokens, self.seed, 0, 0)) if len(tokens) else 0
-        counts = (len(tokens), tokens.num_cut, tokens.num_dropped)
+        counts = (len(tokens), tokens.num_truncated, tokens.num_dropped)
         one = Window(*lines.end, rows, *counts, lines.digest)
         number = len(self._windows)
         self._windows.append(one)

@@ -192,7 +192,7 @@ def encode(
     max_length: int,
     positions: int,
 ) -> Encoded:
-    """Returns the token ids of examples, cut to `max_length`.
+    """Returns the token ids of examples, truncated to `max_length`.
 
     Of a pair, tokens are taken from the end of whichever text is longer.
 
@@ -207,7 +207,7 @@ def encode(
         tokens beside the special ones.
     """
     _check_max_length(max_length, positions, tokenizer, examples.text_b is not None)
-    input_ids, token_type_ids, num_cut = [], [], 0
+    input_ids, token_type_ids, num_truncated = [], [], 0
     for start in range(0, len(examples), _CHUNK):
         part = slice(start, start + _CHUNK)
         text_a = examples.text_a[part]
@@ -224,7 +224,7 @@ def encode(
         types = tokens.get("token_type_ids", [])
         token_type_ids += [np.array(row, np.int32) for row in types]
         full = [len(row) == max_length for row in tokens["input_ids"]]
-        num_cut += _num_longer(text_a, text_b, full, tokenizer, max_length)
+        num_truncated += _num_longer(text_a, text_b, full, tokenizer, max_length)
     return Encoded(
         input_ids,
         token_type_ids or None,
@@ -232,7 +232,7 @@ def encode(
         max_length,
         # Any id will do for a tokenizer without one: no token attends to padding.
         getattr(tokenizer, "pad_token_id", None) or 0,
-        num_cut,
+        num_truncated,
         weights=examples.weights,
     )
 

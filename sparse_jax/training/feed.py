@@ -55,7 +55,7 @@ class Usage(NamedTuple):
     """What became of the examples of a split."""
 
     used: int
-    cut: int = 0  # lost tokens, being longer than `max_length`
+    truncated: int = 0  # of these, longer than `max_length`
     dropped: int = 0  # left out, because no token to train on was left
 
 
@@ -63,16 +63,18 @@ def usage_text(split: str, usage: Usage, max_length: int) -> str:
     """Returns what became of the examples of a split, in words.
 
     Example:
-      >>> usage_text("train", Usage(711, cut=866, dropped=238), 128)
-      'train: 711 examples used, 866 cut to 128 tokens, 238 dropped without a target'
+      >>> usage_text("train", Usage(711, truncated=628), 128)
+      'train: 711 examples used (628 truncated to 128 tokens)'
+      >>> usage_text("train", Usage(711, dropped=238), 128)
+      'train: 711 examples used, 238 dropped (no tokens to train on)'
       >>> usage_text("validation", Usage(1), 128)
       'validation: 1 example used'
     """
     text = f"{split}: {usage.used:,} example{'s'[: usage.used != 1]} used"
-    if usage.cut:
-        text += f", {usage.cut:,} cut to {max_length:,} tokens"
+    if usage.truncated:
+        text += f" ({usage.truncated:,} truncated to {max_length:,} tokens)"
     if usage.dropped:
-        text += f", {usage.dropped:,} dropped without a target"
+        text += f", {usage.dropped:,} dropped (no tokens to train on)"
     return text
 
 
@@ -208,7 +210,9 @@ def labeled_feed(
         encoded,
         settings,
         length,
-        usage={name: Usage(len(part), part.num_cut) for name, part in encoded.items()},
+        usage={
+            name: Usage(len(part), part.num_truncated) for name, part in encoded.items()
+        },
         digest=_digest_of(
             chain(ids, (x.labels for x in parts), *map(_weights_of, parts))
         ),
@@ -285,7 +289,7 @@ def sequence_feed(
         settings,
         causal_length(model, settings),
         usage={
-            name: Usage(len(part), part.num_cut, part.num_dropped)
+            name: Usage(len(part), part.num_truncated, part.num_dropped)
             for name, part in sequences.items()
         },
         digest=_digest_of(

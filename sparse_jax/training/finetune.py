@@ -106,8 +106,8 @@ def finetune(
       split, those of other splits with the split's name), `trained_parameters`,
       `trained_parameters_without_head`, `optimizer_bytes`, `adapter_bytes`,
       `seconds_per_step` (median, without steps that compile), `steps`, `examples`
-      (used, cut and dropped, by split), `warnings`, and more. Of a `dry_run` what is
-      known before the first update.
+      (by split: used, of these truncated, and dropped), `warnings`, and more. Of a
+      `dry_run` what is known before the first update.
 
     Raises:
       InputError: for anything wrong with the settings or the files they name, and if
@@ -332,7 +332,7 @@ def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
             stream.path, f"{stream.window:,}",
         )  # fmt: skip
     for split, usage in job.feed.usage.items():
-        level = logging.WARNING if usage.cut or usage.dropped else logging.INFO
+        level = logging.WARNING if usage.truncated or usage.dropped else logging.INFO
         _log.log(level, usage_text(split, usage, job.feed.max_length))
 
 

@@ -118,7 +118,7 @@ def load_model_and_data(
     feed, shared = loaded.feed, (settings.batch_size, settings.accumulate)
     loaded.base.placement.require_batch(*shared, feed.max_length)
     for split, usage in feed.usage.items() if adapter is not None else ():
-        if split != "train" and (usage.cut or usage.dropped):
+        if split != "train" and (usage.truncated or usage.dropped):
             _log.warning("%s", usage_text(split, usage, feed.max_length))
     return loaded
 

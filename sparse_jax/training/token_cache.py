@@ -22,7 +22,7 @@ from sparse_jax.training.compilation_cache import cache_folder
 
 __all__ = ["Tokens", "encoded_of", "tokenizer_files", "tokens_of"]
 
-_FORMAT = 3
+_FORMAT = 4
 _MOST = 10 << 30  # bytes of the folder; what was used least recently makes way
 # What a tokenizer is read from.
 _FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*", "config.json")
@@ -141,7 +141,7 @@ def _encoded_to_arrays(
             arrays[f"{name}.types"] = np.concatenate(part.token_type_ids)
         about[name] = {
             "max_length": part.max_length, "pad_id": part.pad_id,
-            "num_cut": part.num_cut,
+            "num_truncated": part.num_truncated,
         }  # fmt: skip
     return arrays, about
 
@@ -157,7 +157,7 @@ def _tokens_to_arrays(tokens: Tokens) -> tuple[Arrays, dict[str, Any]]:
             arrays[f"{name}.weights"] = part.weights
         about[name] = {
             "max_length": part.max_length, "pad_id": part.pad_id,
-            "num_cut": part.num_cut, "num_dropped": part.num_dropped,
+            "num_truncated": part.num_truncated, "num_dropped": part.num_dropped,
             "end_ids": part.end_ids,
         }  # fmt: skip
     return arrays, {"splits": about, "has_chats": tokens.has_chats}
