@@ -22,6 +22,8 @@ from sparse_jax.supports.stacks import replicated, resharded
 
 __all__ = ["Blocks"]
 
+_AXES = ("rows", "columns")
+
 
 @dataclass(frozen=True)
 class Blocks(Layout):
@@ -58,22 +60,29 @@ class Blocks(Layout):
         Example:
           >>> Blocks(rows=4, columns=4).require("kernel", (8, 12))
         """
-        sides = "x".join("all" if n is None else str(n) for n in self._sides)
         if len(shape) != 2:
             raise InputError(
-                f"`{name}` must be a matrix to be trained by blocks of {sides}, got "
-                f"shape {list(shape)}. Name kernels alone by `where`, as 'kernel$'."
+                f"`{name}` must be a matrix to be trained by {self._words}, got shape "
+                f"{list(shape)}. Choose kernels alone by `where`, such as 'kernel$'."
             )
         for axis, side in enumerate(self._sides):
             parts = 1 if self.shards is None else self.shards.counts[axis]
+            what = f"{shape[axis]:,} {_AXES[axis]}"
             # Parts of several whole rows would lie between each other.
-            is_cut = side is None and parts > 1 and self._sides[1 - axis] != 1
-            if shape[axis] // parts % (side or 1) or is_cut:
-                where = f" in {parts} parts" * (parts > 1)
+            if side is None and parts > 1 and self._sides[1 - axis] != 1:
                 raise InputError(
-                    f"`{name}` must have sides that blocks of {sides} divide to be "
-                    f"trained by them, got shape {list(shape)}, the axis {axis}"
-                    f"{where}. Take other blocks, or a mesh that leaves them whole."
+                    f"`{name}` must have all {_AXES[axis]} in one shard to be trained "
+                    f"by {self._words}, got {what} in {parts} shards. Choose smaller "
+                    "blocks, or a `mesh` that shards the other axis."
+                )
+            if shape[axis] // parts % (side or 1):
+                each = f" in shards of {shape[axis] // parts:,}" if parts > 1 else ""
+                mesh = ", a smaller axis of `mesh`" if parts > 1 else ""
+                raise InputError(
+                    f"`{name}` must have {_AXES[axis]} in multiples of {side} to be "
+                    f"trained by {self._words}, got {what}{each} (shape "
+                    f"{list(shape)}). Choose smaller blocks{mesh}, or leave it out of "
+                    "`where`."
                 )
 
     def size(self, density: float | Fraction, shape: Sequence[int]) -> int:
@@ -267,6 +276,15 @@ class Blocks(Layout):
             for x in values
         )
         return support, *(x[places] for x in padded)
+
+    @property
+    def _words(self) -> str:
+        """What is trained, for messages."""
+        if None not in self._sides:
+            return f"{self.rows}x{self.columns} blocks"
+        counts = zip(self._sides, _AXES, strict=True)
+        found = [axis if n == 1 else f"blocks of {n} {axis}" for n, axis in counts if n]
+        return found[0] if found else "whole matrices"
 
     @property
     def _sides(self) -> tuple[int | None, int | None]:
