@@ -1,6 +1,7 @@
 """The recipe of a run: optimizers by name, schedules, decay, and the loss."""
 
 import json
+import logging
 import os
 from dataclasses import replace
 
@@ -235,14 +236,21 @@ def own_cache(tmp_path, monkeypatch):
     jax.config.update(names[1], before[names[1]])
 
 
-def test_a_second_run_with_other_numbers_compiles_nothing(files, tmp_path, own_cache):
+def test_a_second_run_with_other_numbers_compiles_nothing(
+    files, tmp_path, own_cache, caplog
+):
+    caplog.set_level(logging.INFO, "sparse_jax")
     found = []
+    told = lambda: [line for line in caplog.messages if "are kept in" in line]
     listen = lambda event, **_: found.append(event)
     settings = tiny_settings(
         **files, output=tmp_path / "1", method="bitfit", max_steps=2,
         label_smoothing=0.1, class_weights="negative=1,positive=2", neftune_noise=5.0,
         betas=(0.9, 0.98),
     )  # fmt: skip
+    finetune(replace(settings, dry_run=True))
+    # Nothing has been compiled yet.
+    assert not told()
     finetune(settings)
     (folder,) = own_cache.iterdir()
     assert any(folder.iterdir())
@@ -255,6 +263,7 @@ def test_a_second_run_with_other_numbers_compiles_nothing(files, tmp_path, own_c
         finetune(other)
     finally:
         jax.monitoring.clear_event_listeners()
+    assert len(told()) == 1 and str(folder) in told()[0]
     assert "/jax/compilation_cache/cache_hits" in found
     assert "/jax/compilation_cache/cache_misses" not in found
     recorded = json.loads((tmp_path / "2" / "config.json").read_text())["settings"]

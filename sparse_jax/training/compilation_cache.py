@@ -12,7 +12,7 @@ import jax
 
 from sparse_jax.errors import reason_of
 
-__all__ = ["CACHE", "cache_folder", "use_compilation_cache"]
+__all__ = ["CACHE", "cache_folder", "show_cache_folder", "use_compilation_cache"]
 
 CACHE = "SPARSE_JAX_CACHE"
 _DIR = "jax_compilation_cache_dir"
@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 def use_compilation_cache(is_on: bool = True) -> None:
     """Keeps compiled programs in a folder of the user, unless JAX has one already.
 
-    The folder is `cache_folder()`; a line says where it is. One that cannot be written
-    is reported, and everything is compiled as without.
+    The folder is `cache_folder()`. If it cannot be written, a warning says so, and
+    everything is compiled again.
 
     Args:
       is_on: whether to; otherwise what a run before asked for is taken back.
@@ -47,12 +47,19 @@ def use_compilation_cache(is_on: bool = True) -> None:
                 "to another folder, or pass --no-cache", folder, reason_of(error), CACHE
             )  # fmt: skip
             folder = None
-        else:
-            _log.info("compiled programs are kept in %s (not with --no-cache)", folder)
     _set(None if folder is None else str(folder))
 
 
 _ours: set[str] = set()  # folders that were set here
+_shown: set[str] = set()  # those of them that a line has named
+
+
+def show_cache_folder() -> None:
+    """Logs where compiled programs are kept, once for each folder that was set here."""
+    now = getattr(jax.config, _DIR)
+    if now in _ours - _shown:
+        _shown.add(now)
+        _log.info("compiled programs are kept in %s (not with --no-cache)", now)
 
 
 def cache_folder() -> Path | None:

@@ -28,7 +28,10 @@ from sparse_jax.supports.roles import FROZEN, is_role
 from sparse_jax.training.best_model import BestModel, best_model_of
 from sparse_jax.training.build import Job, make_job
 from sparse_jax.training.checkpoint import Checkpoints
-from sparse_jax.training.compilation_cache import use_compilation_cache
+from sparse_jax.training.compilation_cache import (
+    show_cache_folder,
+    use_compilation_cache,
+)
 from sparse_jax.training.config_file import read_settings
 from sparse_jax.training.feed import usage_text
 from sparse_jax.training.kl_budget import KlBudget
@@ -184,6 +187,7 @@ def _finetune(
         if settings.resume and (found := directory.finished()):
             _log.info("the run in %s is complete: nothing to resume", directory.path)
             return found
+        show_cache_folder()
         directory.callbacks = callbacks
         with job.base.placement.active():
             return _run(job, directory, warnings, best)
