@@ -15,6 +15,7 @@ from tiny_text import CONFIG, write_decoder
 from sparse_jax import LoRA, Uniform
 from sparse_jax.cli.main import main
 from sparse_jax.cli.plan import _compared
+from sparse_jax.cli.plan_table import print_plans
 from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.causal_lm import CausalLM
@@ -29,7 +30,7 @@ from sparse_jax.planning.cycles import seconds_of
 from sparse_jax.planning.hlo import Traffic, collectives_of, instructions
 from sparse_jax.planning.often import Often, often_of
 from sparse_jax.planning.operations import Kernel, count_flops
-from sparse_jax.planning.plan import make_plan, with_largest_batch
+from sparse_jax.planning.plan import Plan, make_plan, with_largest_batch
 from sparse_jax.planning.target import CHIPS, Chip, Target, find_target
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.supports.granularity import GRANULARITIES
@@ -373,7 +374,10 @@ def test_the_largest_batch_fits_and_more_would_not():
     [
         (lambda: find_target("v9:4x4"), "a topology of v4, v5e, v5p, v6e"),
         (lambda: find_target("v5e"), "a topology of v4, v5e, v5p, v6e"),
-        (lambda: find_target("gpu"), "must be a kind of device that is here"),
+        (
+            lambda: find_target("gpu"),
+            "must be a device of this machine, .* Plans for a GPU need one",
+        ),
         (lambda: find_target("cpu", 99), "must have the 99 devices of the mesh"),
         (lambda: plan_of(length=4096), "`length` must be at least 1 and at most 32"),
         (lambda: plan_of(length=0), "`length` must be at least 1"),
@@ -522,6 +526,56 @@ def run(monkeypatch, capsys, *arguments):
     return stop.value.code or 0, *capsys.readouterr()
 
 
+HELD = dict.fromkeys(
+    (
+        "parameters", "added", "masters", "supports", "optimizer", "gradients", "batch",
+    ),
+    0,
+)  # fmt: skip
+SMALL = Plan(method="lora", trained=1, held=HELD, flops=1)
+SENT = {"all-reduce": Traffic(bytes=8, count=1)}
+CPU = Target("cpu", (), 1, None)
+TPU = Target("v5e:2x2", (), 4, CHIPS["v5e"])
+GPU = Target("gpu", (), 1, Chip("H100", 2.0**36, 1e15, 1e12, 1e11))
+COMPILED = [
+    "Temporaries, peak and reserved memory: as the compiler reports them.",
+    "Activations: temporaries less gradients.",
+]
+CYCLES = [
+    "Time: the cycles that the compiler expects.",
+    "Time of kernels: at the peak FLOP/s or the memory bandwidth.",
+    "Time of gathers and scatters: the compiler's `optimal_seconds`.",
+]
+ON_TPU = "v5e: 15.75 GiB for programs, 197 TFLOP/s (bf16)."
+ON_GPU = "H100: 64.00 GiB for programs, 1000 TFLOP/s (bf16)."
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "lines"),
+    [
+        (CPU, {}, []),
+        (CPU, {"reserved": 9}, COMPILED),
+        (CPU, {"method": "sift+row+ist"},
+         ["Sampled layers: FLOPs and time are those of a mean update."]),
+        (TPU, {"notes": ("odd",)}, [ON_TPU, "Note: odd."]),
+        (TPU, {"seconds": 1.0}, [ON_TPU, *CYCLES]),
+        (TPU, {"largest_batch": 7},
+         [ON_TPU, "Largest batch: estimated from a program of twice the batch."]),
+        (GPU, {"seconds": 1.0, "collectives": SENT},
+         [ON_GPU, "Time: matrix products at 50% of the peak FLOP/s.",
+          "Time of communication: all links at once, not overlapped."]),
+    ],
+)  # fmt: skip
+def test_a_plan_says_in_short_lines_what_its_numbers_assume(
+    target, changes, lines, capsys
+):
+    found = [dataclasses.replace(SMALL, **changes), SMALL]
+    print_plans(found, target, MeshShape(), (1, 8))
+    out = capsys.readouterr().out
+    *_, below = out.partition("\u2518\n")
+    assert below.splitlines() == lines
+
+
 @pytest.mark.slow
 def test_the_command_compares_methods_and_writes_what_it_found(
     monkeypatch, capsys, tmp_path
@@ -582,6 +636,7 @@ def test_the_command_plans_the_run_of_a_file(monkeypatch, capsys, tmp_path):
         (("--active", 0.25), "--active must be left out without a sampler"),
         (("--json", "nowhere/plan.json"), "--json must be a file in a folder that"),
         (("--target", "v7:2x2"), "--target must be cpu, gpu, or a topology of v4"),
+        (("--target", "h100"), "got 'h100'. gpu is the GPU of this machine, and needs"),
         (("--mesh", "fsdp=3", "--length", 8), "--mesh must have axes that divide"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sparse_jax.planning.plan import UTILIZATION, Plan
 from sparse_jax.planning.target import Target
+from sparse_jax.samplers.registry import SAMPLERS
 from sparse_jax.sharding.mesh import MeshShape
 from sparse_jax.training.progress import bytes_shown
 
@@ -49,7 +50,7 @@ def print_plans(
     console = Console(highlight=False)
     console.print(table)
     for line in _words(plans, target):
-        console.print(line)
+        console.print(line, soft_wrap=True)
 
 
 def write_plans(
@@ -105,44 +106,38 @@ def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:
 
 
 def _words(plans: Sequence[Plan], target: Target) -> list[str]:
-    """Returns what the numbers assume."""
-    words = []
-    if target.chip is not None:
-        words.append(
-            f"{target.chip.name}: {_size(int(target.chip.memory))} of memory for "
-            f"programs, {target.chip.flops / 1e12:.0f} TFLOP/s in bfloat16."
-        )
-    if any(plan.seconds is not None for plan in plans):
-        words.append(_of_time(target))
+    """Returns what the numbers that are shown assume, a fact a line."""
+    chip, words = target.chip, []
+    if chip is not None:
+        memory, flops = _size(int(chip.memory)), chip.flops / 1e12
+        words.append(f"{chip.name}: {memory} for programs, {flops:.0f} TFLOP/s (bf16).")
     if any(plan.reserved is not None for plan in plans):
-        words.append(
-            "Temporaries, reserved memory and communication are those that the "
-            "compiler reports for this program. Activations are the temporaries that "
-            "are not gradients."
-        )
+        words += [
+            "Temporaries, peak and reserved memory: as the compiler reports them.",
+            "Activations: temporaries less gradients.",
+        ]
+    sends = any(plan.collectives for plan in plans)
     if any(plan.largest_batch is not None for plan in plans):
-        words.append(
-            "The largest batch is estimated from a program of twice the batch."
-        )
+        words.append("Largest batch: estimated from a program of twice the batch.")
+    if any(plan.seconds is not None for plan in plans):
+        words += _of_time(target)
+        if sends:
+            words.append("Time of communication: all links at once, not overlapped.")
+    if any(word in SAMPLERS for plan in plans for word in plan.method.split("+")):
+        words.append("Sampled layers: FLOPs and time are those of a mean update.")
     words += dict.fromkeys(f"Note: {note}." for plan in plans for note in plan.notes)
     return words
 
 
-def _of_time(target: Target) -> str:
+def _of_time(target: Target) -> list[str]:
     """Returns what the estimate of the time is."""
-    sent = "communication at the bandwidth of all links, beside nothing else"
     if target.chip is None or not target.chip.clock:
-        return (
-            f"The time is an estimate: matrix products at {UTILIZATION:.0%} of the "
-            f"peak FLOP/s, plus {sent}."
-        )
-    return (
-        "The time is an estimate: the cycles that the compiler expects, in loops as "
-        "often as they run, plus, where it says none, kernels at the peak FLOP/s or "
-        "the bandwidth of the memory and single entries as in its `optimal_seconds`, "
-        f"plus {sent}. Of sampled layers it is the mean update, with its share of a "
-        "probe."
-    )
+        return [f"Time: matrix products at {UTILIZATION:.0%} of the peak FLOP/s."]
+    return [
+        "Time: the cycles that the compiler expects.",
+        "Time of kernels: at the peak FLOP/s or the memory bandwidth.",
+        "Time of gathers and scatters: the compiler's `optimal_seconds`.",
+    ]
 
 
 def _selection(plan: Plan) -> str:

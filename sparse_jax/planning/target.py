@@ -111,7 +111,8 @@ def find_target(name: str, count: int = 1) -> Target:
         known = ", ".join(f"{chip}:4x4" for chip in ("v5e", "v6e"))
         raise InputError(
             f"`target` must be cpu, gpu, or a topology of {', '.join(CHIPS)}, such as "
-            f"{known}, v4:2x2x1 or v5p:2x2x1, got {name!r}."
+            f"{known}, v4:2x2x1 or v5p:2x2x1, got {name!r}. gpu is the GPU of this "
+            "machine, and needs one."
         )
     return _tpu(found[1], f"{found[1]}:{found[2]}", count)
 
@@ -122,8 +123,9 @@ def _present(name: str, count: int) -> Target:
         devices = jax.devices(name)
     except RuntimeError as error:
         raise InputError(
-            f"`target` must be a kind of device that is here, got {name!r}. Plan for "
-            "cpu, or for TPUs, whose compiler runs anywhere."
+            f"`target` must be a device of this machine, got {name!r}, and there is "
+            "none. Plans for a GPU need one; those for cpu and TPUs, such as v5e:4x4, "
+            "do not."
         ) from error
     _require_enough(name, len(devices), count)
     chip = None
