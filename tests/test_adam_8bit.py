@@ -243,7 +243,7 @@ def test_decay_rates_without_a_bound_are_refused():
 
 @pytest.mark.parametrize("word", ["lion", "sgd", "schedule_free_adamw"])
 def test_optimizers_without_two_moments_are_refused(word):
-    with pytest.raises(InputError, match="no moments of 8 bits.*adamw, adam"):
+    with pytest.raises(InputError, match="no 8-bit moments.*adamw, adam"):
         Settings(
             model="m", task="sst2", output="o", optimizer=word, moment_dtype="int8"
         )

@@ -170,7 +170,7 @@ def test_a_run_warns_of_patience_beyond_its_evaluations(patience, every, count, 
     job = job_of(settings)
     by = best_model.best_model_of(job)
     assert by == BestModel("validation", "accuracy", patience=patience)
-    is_told = f"stops no run of {count} evaluations" in caplog.text
+    is_told = f"cannot stop a run of {count} evaluations" in caplog.text
     assert is_told == bool(count and patience >= count)
 
 

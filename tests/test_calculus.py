@@ -348,7 +348,7 @@ def test_a_switch_that_is_refused_changes_nothing(name):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (low_rank(2, ["up"], 1), "to be put on in place, got 'lora' for 'a'"),
+        (low_rank(2, ["up"], 1), "to be applied in place, got 'lora' for 'a'"),
         (adapter_at([0], [20]), "must hold positions below 20"),
         (adapter_at([0], [-1]), r"must hold positions below 20 .* \[1\] down to -1"),
         (replace(adapter_at([0], [1]), values={}), "as many positions as values"),

@@ -372,7 +372,7 @@ def test_a_choice_out_of_range_is_refused(make, message):
     ("prompts", "options", "message"),
     [
         ([[]], {}, "`prompt` must have at least one token, .* prompt 0"),
-        ([[5], [5] * 53], {}, "at most 52 tokens beside 12 new ones, got 53 for prom"),
+        ([[5], [5] * 53], {}, "at most 52 tokens besides 12 new ones, got 53 for prom"),
         ([[5] * 9], {"max_length": 8}, "`prompt` must have at most 8 tokens"),
         ([[61]], {}, r"`prompt` must be token ids in \[0, 61\), got 61 to 61"),
         ([[-1]], {}, r"`prompt` must be token ids in \[0, 61\), got -1"),

@@ -128,7 +128,7 @@ def test_json_lines_are_read_and_written(command, place, tmp_path, monkeypatch, 
         patch.setattr(JsonLines, "add", stop)
         assert command(*words, "--output", output)[0] == 130
     part = tmp_path / "out.jsonl.part"
-    assert f"the same command goes on from {part}" in caplog.text
+    assert f"the same command continues from {part}" in caplog.text
     assert part.read_text().count("\n") == 3
     code, _, error = command(*words, "--output", output, "--max-new-tokens", "5")
     assert code == 2
@@ -160,7 +160,7 @@ def test_what_is_drawn_in_batches_is_what_is_drawn_at_once(command):
         ({"prompt": [1]}, "must have messages as objects, got [1]"),
         ({"prompt": 5}, "must have a text in `prompt`, got 5"),
         ({"prompt": [{"role": "user", "content": "hi"}]}, "chat template"),
-        ({"prompt": "say " * 40}, "`prompt` must have at most 26 tokens beside 6"),
+        ({"prompt": "say " * 40}, "`prompt` must have at most 26 tokens besides 6"),
     ],
 )
 def test_a_record_that_is_no_prompt_is_refused(command, tmp_path, record, message):
@@ -236,7 +236,7 @@ def test_texts_end_where_the_model_says(command, place):
         ((*SAY, "--top-p", "0"), "--top-p must be in (0, 1], got 0.0"),
         ((*SAY, "--temperature", "0"), "--temperature must be positive, got 0.0"),
         ((*SAY, "--prompt", ""), "--prompt must have at least one token"),
-        ((*SAY[:4], "--max-new-tokens", "31"), "must have at most 1 tokens beside 31"),
+        ((*SAY[:4], "--max-new-tokens", "31"), "must have at most 1 tokens besides 31"),
         ((*SAY, "--stop", "red x"), "--stop must be a text or a token of the model"),
         ((*SAY, "--stop", ""), "got '', which the tokenizer does not know"),
         ((*SAY, "--stop", "\udcff"), "--stop must have whole characters, got '"),

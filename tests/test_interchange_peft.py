@@ -732,8 +732,8 @@ def test_another_base_than_the_one_that_peft_names_is_told(
     assert "make sure" not in caplog.text
     rewrite(tmp_path / "peft", base_model_name_or_path="me/base")
     open_adapter(tmp_path / "peft", task / "base", "sst2")
-    assert "was trained on 'me/base' and is put on " in caplog.text
-    assert "PEFT keeps no hash of the weights: make sure that" in caplog.text
+    assert "was trained on 'me/base' and is applied to " in caplog.text
+    assert "PEFT records no hash of the weights: make sure that" in caplog.text
 
 
 def test_a_base_from_the_hub_keeps_its_id(task, tmp_path, monkeypatch):

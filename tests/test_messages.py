@@ -79,6 +79,7 @@ def test_python_users_read_the_argument():
         ("`a.jsonl` line 1 must have a column `output`, got the columns id.", ...),
         ("`seed` in `run.yaml` must be a whole number, got 'x'.", ...),
         ("`density` of `method` in `config.json` must be a number, got 'x'.", ...),
+        ("`rank` beside `settings` in `run.yaml` must be 2 as they say, got 3.", ...),
         ("`a.jsonl` must have tokens. Raise `seed`.", "`a.jsonl` must have tokens. "
          "Raise --seed."),
         ("`rank` of the score must be positive, got 0.",

@@ -386,5 +386,5 @@ def test_the_shards_of_an_index_on_the_hub_are_names_not_patterns(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    with pytest.raises(InputError, match="must name safetensors files beside it"):
+    with pytest.raises(InputError, match="must name safetensors files next to it"):
         from_pretrained("someone/some-model")

@@ -102,7 +102,7 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path, caplog):
     directory.add_row({"step": 2})
     directory.add_row({"step": 3})
     (line,) = caplog.messages
-    assert "the run goes on and tries again" in line
+    assert "the run continues and tries again" in line
     assert "--resume" in line
     (tmp_path / "metrics.jsonl").rmdir()
     directory.add_row({"step": 4})

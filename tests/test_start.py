@@ -125,9 +125,7 @@ def test_a_head_for_other_labels_is_left_out(files, old, tmp_path, caplog):
     )
     head = [one.dense["classifier/kernel"] for one in (load_adapter(run), adapter)]
     assert not np.allclose(*head)
-    assert (
-        "the head of the adapter is left out: it is for sst2 with 0, 1" in caplog.text
-    )
+    assert "the head of the adapter is dropped: it is for sst2 with 0, 1" in caplog.text
     assert "To keep it, name the labels of its outputs as `id2label`" in caplog.text
     assert "newly initialized" in caplog.text
 

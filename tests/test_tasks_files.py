@@ -185,11 +185,11 @@ def test_the_quickstart_task_loads():
     [
         ("rte", {}, "must hold a training file such as `train.tsv` or `train.jsonl`, "),
         ("rte", {"dev_tsv": RTE}, "`train.jsonl`, got dev.tsv."),
-        ("rte", {"train_tsv": RTE}, "train.tsv` must have labeled examples for eval"),
+        ("rte", {"train_tsv": RTE}, "train.tsv` must come with labeled examples for"),
         (
             "rte",
             {"train_tsv": RTE, "test_tsv": "sentence1\tsentence2\nA\tB"},
-            "train.tsv` must have labeled examples for eval",
+            "train.tsv` must come with labeled examples for",
         ),
         ("rte", {"train_xlsx": "x"}, "train.xlsx` must end in .tsv, .txt, "),
         ("rte", {"train_tsv": ""}, "train.tsv` must have examples, got none."),

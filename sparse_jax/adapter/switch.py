@@ -81,7 +81,7 @@ class AdapterSwitch:
         for name, adapter in adapters.items():
             if adapter.added:
                 raise InputError(
-                    "`adapters` must change entries of the base to be put on in "
+                    "`adapters` must change entries of the base to be applied in "
                     f"place, got {adapter.word!r} for {name!r}, which adds arrays. "
                     "Attach it with `apply_adapter`."
                 )
@@ -117,7 +117,7 @@ class AdapterSwitch:
             if not math.isfinite(strength):
                 raise InputError(
                     f"`names` must have finite strengths, got {strength!r} for "
-                    f"{name!r}. Leave it out, or pass 1.0 to have it on in full."
+                    f"{name!r}. Leave it out, or pass 1.0 for full strength."
                 )
         wanted = {name: strength for name, strength in wanted.items() if strength}
         for first, second in itertools.combinations(sorted(wanted), 2):

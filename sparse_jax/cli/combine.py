@@ -17,12 +17,12 @@ def combine(
     output: str = option(..., "Adapter file to write."),
     weights: list[float] | None = option(
         None,
-        "Weight of an adapter; repeated, one for each. -1 subtracts.",
+        "Weight of an adapter; repeat it once for each. -1 subtracts.",
         "1 for each",
         metavar="<float>",
     ),
     head: int = option(
-        1, "Number of the adapter whose head, task and labels are kept, from 1."
+        1, "Number of the adapter whose head, task and labels are used, counted from 1."
     ),
     model: str | None = BASE,
 ) -> None:

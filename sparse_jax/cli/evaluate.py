@@ -36,7 +36,7 @@ def evaluate(
     data: str | None = option(
         None,
         "File to evaluate on, or folder of the task's files.",
-        "that of the run; of an adapter alone GLUE from the Hub",
+        "the data of the run; for an adapter file, GLUE from the Hub",
     ),
     batch_size: int | None = BATCH_SIZE,
     max_length: int | None = MAX_LENGTH,
@@ -46,15 +46,15 @@ def evaluate(
     devices: int | None = DEVICES,
     text: str | None = option(
         None,
-        "File of texts that the adapter was not trained on: the change of the model "
-        "there, for a decoder KL to the base and perplexity, in nats per token.",
+        "File of texts that the adapter was not trained on, to measure how much the "
+        "model changed: for a decoder, KL to the base (nats per token) and perplexity.",
         "none",
     ),
 ) -> None:
     """Evaluate a saved adapter, and print its metrics as JSON.
 
-    Of labels, `report` has scores of every class, a confusion matrix (rows are true
-    classes) and the score of always predicting the most frequent one.
+    For classification, `report` has per-class scores, a confusion matrix (rows are true
+    classes) and the score of always predicting the most frequent class.
     """
     if (run is None) == (adapter is None):
         raise InputError(

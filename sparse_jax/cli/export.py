@@ -13,26 +13,26 @@ def export(
     to: str = option(
         ..., "; ".join(f"{word}: {one.help}" for word, one in TARGETS.items()) + "."
     ),
-    output: str = option(..., "Folder to write, a new or an empty one."),
+    output: str = option(..., "New or empty folder to write."),
     model: str | None = BASE,
     dtype: str | None = option(
         None,
-        "Of a merged model or a patch: float32, bfloat16 or float16.",
+        "Dtype of a merged model or a patch: float32, bfloat16 or float16.",
         "that of the training",
     ),
     shard_size: str | None = option(
-        None, "Most bytes of a file of a merged model, such as 500MB.", "5GB"
+        None, "Maximum size of a file of a merged model, such as 500MB.", "5GB"
     ),
     peft_type: str | None = option(
-        None, "Of a sparse adapter for PEFT: shira or supertuning.", "shira"
+        None, "PEFT type of a sparse adapter: shira or supertuning.", "shira"
     ),
     license: str | None = option(
-        None, "License of what was trained, as the Hub names it, such as mit.", "none"
+        None, "License of the adapter, by its name on the Hub, such as mit.", "none"
     ),
     push: str | None = option(
         None,
-        "Repository on the Hub to upload the folder to, made private if there is "
-        "none. The login is that of `hf auth login`, or HF_TOKEN.",
+        "Repository on the Hub to upload the folder to; created as private if it does "
+        "not exist. Uses the login of `hf auth login`, or HF_TOKEN.",
         "none",
     ),
 ) -> None:

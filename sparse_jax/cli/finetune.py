@@ -42,7 +42,7 @@ def finetune(
 ) -> None:
     """Fine-tune a model on a task, and save what was trained.
 
-    The loss shown is smoothed; metrics.jsonl has that of every update.
+    The loss shown is smoothed; metrics.jsonl has the loss of every update.
     """
     _show_log(context)
     given = choose_settings(context, settings, config, ist)

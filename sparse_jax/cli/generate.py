@@ -44,21 +44,21 @@ def generate(
     ),
     input: str | None = option(
         None,
-        "File of JSON lines to continue: with `prompt` (a text or messages), "
-        "`messages`, `instruction` and `input`, or `text`; perhaps `id`.",
+        "File of JSON lines to continue, with `prompt` (a text or messages), "
+        "`messages`, `instruction` and `input`, or `text`, and optionally `id`.",
         "none",
     ),
     output: str | None = option(
         None,
-        "File to write JSON lines to, with `id`, `prompt` and `text`; the same command "
-        "goes on after an interruption.",
+        "File to write JSON lines to, with `id`, `prompt` and `text`. After an "
+        "interruption, the same command continues where it stopped.",
         "standard output",
     ),
     json: bool = flag(
-        "--json", "Print JSON lines, as --output writes them; implied by --input."
+        "--json", "Print JSON lines like those of --output; implied by --input."
     ),
     overwrite: bool = OVERWRITE,
-    batch_size: int = option(32, "Texts at a time."),
+    batch_size: int = option(32, "Texts per batch."),
     chat: bool = flag(
         "--chat", "Format each text as a message with the tokenizer's chat template."
     ),
@@ -70,12 +70,14 @@ def generate(
     ),
     max_new_tokens: int = option(128, "Maximum number of tokens to generate."),
     temperature: float | None = option(
-        None, "Sample tokens; below 1 favors likely ones.", "greedy"
+        None, "Temperature of sampling; below 1 favors likely tokens.", "greedy"
     ),
-    top_k: int | None = option(None, "Sample from the k most likely tokens.", "all"),
+    top_k: int | None = option(
+        None, "Sample from this many most likely tokens.", "all"
+    ),
     top_p: float | None = option(
         None,
-        "Sample from the most likely tokens whose probabilities add up to p.",
+        "Sample from the most likely tokens whose probabilities add up to this.",
         "all",
     ),
     beams: int | None = option(None, "Beam search with this many beams.", "greedy"),
@@ -84,8 +86,8 @@ def generate(
     ),
     stop: list[str] | None = option(
         None,
-        "Text, or the id of a token, that also ends generation and is left out of "
-        "what is printed; may be repeated.",
+        "Text, or id of a token, that also ends generation and is not printed; may be "
+        "repeated.",
         "the model's own",
         metavar="<str>",
     ),

@@ -60,9 +60,9 @@ def inspect(
 ) -> None:
     """List the parameters of a model, and what a method trains of each.
 
-    The names are those that --where and --dense match; layers are stacked, so that the
-    first number of their shapes counts them. Only the config.json of the model is read,
-    not its weights.
+    The names are those that --where and --dense match. Layers are stacked: the first
+    axis of their shapes is the layer. Only the config.json of the model is read, not
+    its weights.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # JAX takes seconds to import, and `--help` has to be quick.

@@ -9,7 +9,7 @@ __all__ = ["as_typed", "names_typed"]
 # An argument in backticks, perhaps with a value: `seed` or `density=0.01`.
 _ARGUMENT = re.compile(r"`(\w+)(?:=([^`\s]+))?`")
 # What stands first is what is wrong. In a file it has the name that it has there.
-_SUBJECT = re.compile(r"`(\w+)`(?! in | of )")
+_SUBJECT = re.compile(r"`(\w+)`(?! in | of | beside )")
 # What options hand on under another name.
 _ALSO = {"`rank` of the score": "`score_rank`"}
 _FLAG_GIVEN = re.compile(r", got True(?=[.:])")

@@ -112,17 +112,17 @@ def flag(name: str, text: str, default: object = False, shown: str = "") -> Any:
 
 
 ADAPTER = "Adapter file, or the folder of a run or of a PEFT adapter."
-AGAIN = option(None, "The same, as an option.", "none")
+AGAIN = option(None, "The same as the argument.", "none")
 BASE = option(
     None,
-    "Folder of the base model, or its id on the Hugging Face Hub.",
+    "Base model: a folder, or an id on the Hugging Face Hub.",
     "the adapter's, if it is on this machine",
 )
 LABELS = option(
     None,
-    "Label of a classifier whose adapter has only numbers for them, as those of "
-    "PEFT mostly do; repeated, in the order of its outputs.",
-    "those that it names",
+    "Label of a classifier whose adapter does not name its labels, as is usual for "
+    "PEFT; repeat it in the order of the outputs.",
+    "those of the adapter",
     metavar="<str>",
 )
 BATCH_SIZE = option(None, "Examples per batch.", "as in training")
@@ -131,17 +131,15 @@ MAX_LENGTH = option(
     "Maximum number of tokens per example; longer ones are truncated.",
     "as in training",
 )
-OVERWRITE = flag("--overwrite", "Replace the output file, or start it over.")
+OVERWRITE = flag("--overwrite", "Replace the output file.")
 CONFIG = option(
     None,
-    "YAML or JSON file of settings, such as the config.json of a run; options "
-    "override it.",
+    "YAML or JSON file of settings, such as the config.json of a run; options on the "
+    "command line override it.",
     "none",
 )
 IST = flag("--ist", "Short for --sampler ist.")
-DEVICES = option(
-    None, "Number of devices to simulate on the CPU, to try a mesh.", "none"
-)
+DEVICES = option(None, "Number of CPU devices to simulate, to try out a mesh.", "none")
 
 
 def takes_settings(

@@ -49,9 +49,9 @@ def plan(
     context: typer.Context,
     compare: str | None = option(
         None,
-        "Methods to compare side by side, such as full,lora,sift,sift+ist: each "
-        "with the options that it has, and --where for sparse methods only. Behind a "
-        "method may be a sampler, a granularity and what is kept: "
+        "Methods to compare side by side, such as full,lora,sift,sift+ist, each with "
+        "the options that apply to it (--where only to sparse methods). Append a "
+        "sampler or any of these: "
         f"{', '.join(CHOICES)}.",
         "--method alone",
     ),
@@ -59,22 +59,22 @@ def plan(
     ist: bool = IST,
     length: int | None = option(
         None,
-        "Tokens of every example.",
+        "Tokens per example.",
         "the max_length of --config, else 2048 or the most that the model takes",
     ),
     target: str = option(
         "cpu",
-        "What to compile for: cpu, gpu, or TPUs such as v5e:4x4, v6e:8x8 or "
-        "v5p:2x2x1; no TPU needed.",
+        "What to compile for: cpu, the gpu of this machine, or TPUs such as v5e:4x4, "
+        "v6e:8x8 or v5p:2x2x1, which need not be present.",
     ),
     largest_batch: bool | None = flag(
         "--largest-batch/--no-largest-batch",
-        "Compile again to find the largest batch.",
+        "Find the largest batch that fits, by compiling again.",
         None,
         "on, but off with --compare",
     ),
     json: str | None = option(
-        None, "File to write the plan to, in bytes and seconds.", "none"
+        None, "JSON file to write the plan to, in bytes and seconds.", "none"
     ),
     **settings: Any,
 ) -> None:
@@ -141,7 +141,7 @@ def _require_alone(compare: str, named: Mapping[str, object]) -> None:
     if {*_CHOICES} & named.keys():
         raise InputError(
             f"`compare` must be all methods, such as lora,sift+ist, got {compare!r} "
-            "beside --method, --sampler or --ist. Leave these out."
+            "with --method, --sampler or --ist. Leave these out."
         )
 
 
@@ -154,9 +154,9 @@ def _compared(word: str, given: Mapping[str, Any]) -> Settings:
     is_known = method in METHODS and {*others} <= {*SAMPLERS, *CHOICES}
     if not is_known or len({*chooses}) < len(chooses):
         raise InputError(
-            f"`compare` must be methods with commas between, such as full,lora,sift or "
-            f"sift+ist, got {word!r}. Methods are {', '.join(METHODS)}; behind one may "
-            f"be a sampler and {', '.join(CHOICES)}, one of a kind."
+            f"`compare` must be methods separated by commas, such as full,lora,sift or "
+            f"sift+ist, got {word!r}. Methods are {', '.join(METHODS)}. To each may "
+            f"be added a sampler and {', '.join(CHOICES)}, one of a kind."
         )
     sampler = samplers[0] if samplers else None
     known = {*METHODS[method].options, *options_of_sampler(sampler)}

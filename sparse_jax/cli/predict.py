@@ -32,10 +32,10 @@ def predict(
     data: str | None = option(
         None,
         "File or folder to predict, with or without labels.",
-        "what the run was evaluated on",
+        "the evaluation data of the run",
     ),
     split: str | None = option(
-        None, "Split of a folder, such as test.", "the first to evaluate on"
+        None, "Split of a folder, such as test.", "the first evaluation split"
     ),
     model: str | None = BASE,
     task: str | None = option(
@@ -50,8 +50,8 @@ def predict(
 ) -> None:
     """Predict labels or values, and write them as JSON lines.
 
-    A line has the id, the prediction, the scores of the labels, and the label if the
-    data have it. The same command goes on after an interruption.
+    Each line has the id, the prediction, the scores of the labels, and the label if the
+    data has one. After an interruption, the same command continues where it stopped.
     """
     take_devices(devices, mesh=mesh)
     # JAX takes seconds to import, and `--help` has to be quick.

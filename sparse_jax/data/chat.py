@@ -202,7 +202,7 @@ def _body(chat: _Chat, number: int, frame: _Frame) -> str | None:
         return body
     if message.calls:
         raise InputError(
-            f"{message.place} must have no text beside `tool_calls`, which the chat "
+            f"{message.place} must have no text besides `tool_calls`, which the chat "
             "template leaves out. Use another chat template."
         )
     return None

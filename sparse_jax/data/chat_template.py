@@ -38,7 +38,7 @@ def require_template(tokenizer: Tokenizer, place: str) -> None:
         raise InputError(
             f"{place} has messages, so `tokenizer` must have a chat template, got "
             "none. Set `tokenizer.chat_template`, or use the tokenizer of the "
-            "model's instruction-tuned variant and save it beside the model."
+            "model's instruction-tuned variant and save it next to the model."
         )
     if isinstance(template, dict) and "default" not in template:
         raise InputError(

@@ -173,8 +173,8 @@ def load(
     examples = {name: number_labels(one, task, words) for name, one in splits.items()}
     if len(examples) == 1:
         raise InputError(
-            f"{splits['train'].source.name} must have labeled examples for "
-            "evaluation beside it, and there are none. Add a file `dev.tsv` or "
+            f"{splits['train'].source.name} must come with labeled "
+            "examples for evaluation, and there are none. Add a file `dev.tsv` or "
             "`validation.jsonl`."
         )
     is_own = asked.has_optional_text_b

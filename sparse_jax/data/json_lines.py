@@ -104,7 +104,7 @@ class JsonLines:
         """Puts the file in its place, unless the command was interrupted."""
         if self.path is None or error is not None:
             if self.path is not None and kind is KeyboardInterrupt:
-                _log.warning("the same command goes on from %s", self._part)
+                _log.warning("the same command continues from %s", self._part)
             return
         whole = self.path.with_name(f".{self.path.name}.whole")
         with self._part.open("rb") as part, whole.open("wb") as file:

@@ -273,7 +273,7 @@ class Stream:
         elif lines.end.byte > self._size or (lines.is_last and not is_end):
             raise InputError(
                 f"`{self.path}` must stay as it is while it is read, got another end "
-                f"than at byte {self._size:,}. Put the file back, and go on with "
+                f"than at byte {self._size:,}. Put the file back, then continue with "
                 "--resume."
             )
         try:

@@ -191,7 +191,7 @@ def _check_prompt(
         )
     if row.size > limit:
         raise InputError(
-            f"`prompt` must have at most {limit} tokens beside {max_new_tokens} new "
+            f"`prompt` must have at most {limit} tokens besides {max_new_tokens} new "
             f"ones, got {row.size} for {place}. Shorten it, or lower "
             "`max_new_tokens`."
         )

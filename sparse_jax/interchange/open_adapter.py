@@ -149,8 +149,8 @@ def _warn_of_base(found: PeftFolder, named: str, model: str) -> None:
     """Warns if a folder of PEFT names another base: it has no hash to compare."""
     if named != model and Path(named).resolve() != Path(model).resolve():
         _log.warning(
-            "`%s` was trained on %s and is put on %s, and PEFT keeps no hash of the "
-            "weights: make sure that they are the same",
+            "`%s` was trained on %s and is applied to %s, and PEFT records no hash of "
+            "the weights: make sure that they are the same",
             found.path, brief(named), brief(model),
         )  # fmt: skip
 

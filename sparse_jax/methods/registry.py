@@ -44,52 +44,52 @@ class MethodOptions:
     """The options of methods in a run: fields of their classes, by name."""
 
     density: float | None = _usual(
-        "density", "Fraction of the entries that the sparse methods train."
+        "density", "Fraction of the entries that sparse methods train."
     )
     granularity: str | None = _usual(
         "granularity",
-        "Where the sparse methods choose entries: entry (anywhere in a "
-        "matrix), lane (as many in every 128 rows of a column, for TPUs), or whole "
-        "blocks: row or column of a kernel, 4x4, 256x256.",
+        "What sparse methods select: single entries (entry), the same number of "
+        "entries in every 128 rows of a column (lane, for TPUs), or blocks: row or "
+        "column of a kernel, 4x4, 256x256.",
     )
     score: str | None = _usual(
         "score",
         "What sift ranks entries by: gradient, magnitude, gradient/magnitude, random, "
         "lift, off-principal, smallest-magnitude, snip, fisher, smallest-fisher, or a "
-        "score added by `register_score`.",
+        "score added with `register_score`.",
     )
     score_rank: int | None = setting(
         None,
-        "Rank at which a score of low rank looks at a matrix.",
-        "that of the LoRA which trains as much",
+        "Rank of the approximation that low-rank scores rank entries by.",
+        "that of a LoRA with as many parameters",
     )
-    rank: int | None = _usual("rank", "Rank of the matrices that lora and dora add.")
+    rank: int | None = _usual("rank", "Rank of lora and dora.")
     alpha: float | None = setting(
-        None, "lora and dora multiply what they add by alpha / rank.", "twice the rank"
+        None, "Scale of lora and dora: alpha / rank.", "twice the rank"
     )
-    rslora: bool | None = setting(None, "Multiply by alpha / sqrt(rank) instead.")
+    rslora: bool | None = setting(None, "Scale by alpha / sqrt(rank) instead.")
     dropout: float | None = setting(
-        None, "Dropout rate of the input of the matrices that lora and dora add.", "0"
+        None, "Dropout rate on the input of lora and dora.", "0"
     )
     size: int | None = setting(
-        None, "Width of the bottlenecks that series and parallel add.", f"{SIZE}"
+        None, "Bottleneck width of series and parallel.", f"{SIZE}"
     )
     activation: str | None = setting(
         None,
-        "Activation of the bottlenecks of series and parallel: relu, gelu, silu or "
-        "tanh.",
+        "Activation of series and parallel: relu, gelu, silu or tanh.",
         "relu",
     )
     prefix_length: int | None = setting(
-        None, "Keys and values that prefix adds to every layer.", f"{PREFIX_LENGTH}"
+        None,
+        "Prefix tokens (keys and values) that prefix adds to every layer.",
+        f"{PREFIX_LENGTH}",
     )
     where: tuple[str, ...] | None = setting(
         None,
-        "Regular expression of the parameters that a sparse method trains, or of "
-        "the modules that others add to; may be repeated.",
-        "query, key, value and output of the attention; for series "
-        "attention/output and mlp/down; for parallel mlp/down; for ia3 key and "
-        "value, beside the input of mlp/down",
+        "Regular expression of the parameters that a sparse method trains, or of the "
+        "modules that other methods adapt; may be repeated.",
+        "attention query, key, value and output; series: attention/output and "
+        "mlp/down; parallel: mlp/down; ia3: key and value, and the input of mlp/down",
     )
 
     def require_method_options(self, method: "str | Method") -> None:

@@ -55,32 +55,32 @@ SAMPLERS = {
     ),
     "fixed": SamplerEntry(
         "sparse_jax.samplers.simple:Fixed",
-        "at random, with the probabilities --layer-weights",
+        "at random with probabilities --layer-weights",
         ("active", "hold", "layer_weights"),
         required=("layer_weights",),
     ),
     "static": SamplerEntry(
         "sparse_jax.samplers.simple:Static",
-        "always --layers",
+        "by you, with --layers",
         ("layers",),
         required=("layers",),
     ),
     "norm": SamplerEntry(
         "sparse_jax.samplers.gradient_norm:GradientNorm",
-        "by the norms of their gradients",
+        "by gradient norm",
         ("active", "hold"),
     ),
     "middle": SamplerEntry(
-        "sparse_jax.samplers.simple:Middle", "always those in the middle", ("active",)
+        "sparse_jax.samplers.simple:Middle", "from the middle of the stack", ("active",)
     ),
     "cka": SamplerEntry(
         "sparse_jax.samplers.measured:CKA",
-        "always those that change the hidden states most",
+        "by how much they change the hidden states",
         ("active",),
     ),
     "spectral": SamplerEntry(
         "sparse_jax.samplers.measured:Spectral",
-        "always those whose weights are farthest from noise",
+        "by how far their weights are from noise",
         ("active",),
     ),
 }
@@ -90,35 +90,31 @@ SAMPLERS = {
 class SamplerOptions:
     """The options of runs that train a few layers at a time."""
 
-    active: float = setting(0.25, "Fraction of the layers trained by an update.")
-    hold: int = setting(1, "Updates between two draws of the active layers.")
+    active: float = setting(0.25, "Fraction of the layers trained per update.")
+    hold: int = setting(1, "Updates between draws of the active layers.")
     layers: tuple[int, ...] | None = setting(
         None,
-        "A layer, counted from 0, that the sampler static trains; may be repeated.",
+        "Layer that the sampler static trains, counted from 0; may be repeated.",
         "none",
     )
     layer_weights: tuple[float, ...] | None = setting(
         None,
-        "Weight with which the sampler fixed draws a layer; repeat it once for "
-        "every layer.",
+        "Weight of a layer for the sampler fixed; repeat it once for every layer.",
         "none",
     )
-    probe_every: int = setting(10, "Updates between two probes of the layers by ist.")
-    importance_rate: float = setting(
-        10.0, "Step size with which ist moves the importance of a layer."
-    )
+    probe_every: int = setting(10, "Updates between probes of the layers by ist.")
+    importance_rate: float = setting(10.0, "Step size of the importance scores of ist.")
     normalize_rewards: bool = setting(
         False,
-        "Divide the rewards of ist by their spread; with an --importance-rate of "
-        "about 0.3.",
+        "Divide the rewards of ist by their standard deviation; use with "
+        "--importance-rate 0.3 or so.",
     )
     restart_layers: bool = setting(
         False, "Reset the optimizer state of a layer when it becomes active again."
     )
     recompute: str = setting(
         "none",
-        "Layers to rematerialize in the backward pass, to save memory: "
-        f"{one_of(RECOMPUTE)}.",
+        f"Layers to rematerialize in the backward pass: {one_of(RECOMPUTE)}.",
     )
 
     def require_sampler_options(self, sampler: "str | Sampler | None") -> None:

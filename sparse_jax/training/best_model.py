@@ -119,8 +119,9 @@ def best_model_of(job: Job) -> BestModel | None:
     count = len(_evaluations(job))
     if patience is not None and patience >= count:
         _log.warning(
-            "`early_stopping_patience`=%d stops no run of %d evaluations: evaluate "
-            "more often, by `eval_every`, or train for more epochs", patience, count,
+            "`early_stopping_patience`=%d cannot stop a run of %d evaluations: "
+            "evaluate more often, by `eval_every`, or train for more epochs",
+            patience, count,
         )  # fmt: skip
     return BestModel(*place, settings.early_stopping_threshold, patience)
 

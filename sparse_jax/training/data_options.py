@@ -34,39 +34,39 @@ class DataOptions:
     )
     columns: Mapping[str, str] | None = setting(
         None,
-        "Columns of the data that have other names than ours, such as "
+        "Names of the columns in your data, where they differ from ours, such as "
         "text=review,label=stars.",
         "the usual names",
     )
     loss_on: str | None = setting(
-        None, f"Tokens that causal computes the loss on: {one_of(LOSSES)}.", LOSSES[0]
+        None, f"Tokens that the loss of causal covers: {one_of(LOSSES)}.", LOSSES[0]
     )
     packing: bool = setting(
-        False, "Fill rows with several texts; attention never crosses examples."
+        False, "Pack several texts into a row; attention never crosses examples."
     )
     template: str | None = setting(
-        None, f"Prompt template of instructions: {one_of(PROMPTS)}.", TEMPLATE
+        None, f"Prompt template for instructions: {one_of(PROMPTS)}.", TEMPLATE
     )
     held_out: float | None = setting(
         None,
-        "Part of a single file to hold out for evaluation: below 1 a fraction of the "
-        "examples, else their number; with streaming a number, the first ones.",
+        "Examples of a single file to hold out for evaluation: a fraction if below 1, "
+        "otherwise a number; with --streaming the number of first records.",
         f"{HELD_OUT}; {STREAM_HELD_OUT} with streaming",
     )
     streaming: bool = setting(
         False,
-        "Read the training file, .jsonl, while the run goes on, for data larger than "
+        "Read the training file (.jsonl) during training, for data larger than "
         "memory. For causal, with --max-steps.",
     )
     buffer_size: int = setting(
-        2048, "Records that streaming reads, and shuffles with each other, at a time."
+        2048, "Records that --streaming reads and shuffles at a time."
     )
     max_train_samples: int | None = setting(
-        None, "Most examples to train on, spread evenly over the data.", "all"
+        None, "Maximum number of training examples, spread evenly over the data.", "all"
     )
     drop_unlabeled: bool = setting(
         False,
-        "Leave out rows without a label: absent, null, NaN, - or, for classes, -1.",
+        "Drop rows without a label: missing, null, NaN, - or, for classes, -1.",
     )
 
     @property

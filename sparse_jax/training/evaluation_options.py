@@ -24,52 +24,52 @@ class EvaluationOptions:
 
     eval_every: int | None = setting(
         None,
-        "Updates between two evaluations; every epoch ends with one, too.",
+        "Updates between evaluations; there is also one at the end of every epoch.",
         "an epoch",
     )
     eval_on_start: bool = setting(False, "Also evaluate before the first update.")
     eval_data: tuple[str, ...] | None = setting(
         None,
-        "Another file to evaluate on, as FILE or NAME=FILE; may be repeated. Of a "
-        "single file of texts nothing is held out then.",
+        "Another file to evaluate on, as FILE or NAME=FILE; may be repeated. Nothing "
+        "is then held out of a single file for causal.",
         "none",
     )
     max_eval_samples: int | None = setting(
         None,
-        "Most examples of every split to evaluate on, spread evenly over it.",
+        "Maximum number of examples per evaluation split, spread evenly over it.",
         "all",
     )
     load_best_model_at_end: bool = setting(
-        False, "End with the best of the models that were evaluated, not the last one."
+        False, "Save the best of the evaluated models instead of the last one."
     )
     metric_for_best_model: str | None = setting(
         None,
-        "Metric that models are compared by, such as loss or accuracy; of splits after "
-        "the first as in accuracy_test. Whether less is better is known.",
-        "the first of the task",
+        "Metric that decides which model is best, such as loss or accuracy, or "
+        "accuracy_test for another split than the first.",
+        "the first metric of the task",
     )
     early_stopping_patience: int | None = setting(
         None,
-        "Evaluations in a row without a better model that end the training.",
+        "Stop after this many evaluations in a row without a better model.",
         "never",
     )
     early_stopping_threshold: float = setting(
-        0.0, "How much better the metric must be to count for early stopping."
+        0.0, "Least improvement of the metric that counts for early stopping."
     )
     kl_text: str | None = setting(
         None,
-        "File of texts that are not trained on, to compare a decoder with its base on "
-        "at every evaluation: KL divergence and perplexity, in nats per token.",
+        "File of texts that are not trained on. A decoder is compared with its base on "
+        "it at every evaluation: KL divergence, in nats per token, and perplexity.",
         "none",
     )
     kl_budget: float | None = setting(
         None,
-        "Most KL to the base on that text, in nats per token: the strength of the "
-        "adapter is lowered to it at the end.",
+        "Maximum KL to the base on --kl-text, in nats per token: at the end the "
+        "change to the base is scaled down to stay within it.",
         "no limit",
     )
     kl_stop: bool = setting(
-        False, "End the training at the first evaluation above the budget."
+        False, "Stop training at the first evaluation above --kl-budget."
     )
 
     def require_evaluation_options(
@@ -121,7 +121,7 @@ class EvaluationOptions:
             raise InputError(
                 f"`kl_text` must be left out with `reselect_every`, got "
                 f"{self.kl_text!r}: the base is known at the entries of one selection. "
-                "Compare the adapter at the end, by `evaluate --text`."
+                "Compare the adapter at the end, with `evaluate --text`."
             )
         if optimizer == SCHEDULE_FREE:
             raise InputError(

@@ -332,7 +332,7 @@ def _announce(job: Job, counts: Counts, state_bytes: int) -> None:
         )  # fmt: skip
     if (stream := job.feed.stream) is not None:
         _log.info(
-            "train: `%s` is read while the run goes on, %s records at a time",
+            "train: `%s` is read during the run, %s records at a time",
             stream.path, f"{stream.window:,}",
         )  # fmt: skip
     for split, usage in job.feed.usage.items():

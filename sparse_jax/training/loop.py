@@ -125,7 +125,8 @@ class Loop:
                 state, strength = self.budget.held(state, self._text["kl"])
                 _log.warning(
                     "the KL to the base was %.4g nats per token, above `kl_budget`: "
-                    "the adapter has %.3g of its strength", self._text["kl"], strength
+                    "the change to the base is scaled by %.3g",
+                    self._text["kl"], strength,
                 )  # fmt: skip
                 state = self._evaluate(state, at, epoch, strength=strength)
         return state, at

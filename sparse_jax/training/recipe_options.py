@@ -59,35 +59,34 @@ class RecipeOptions:
 
     optimizer: "str | GradientTransformation" = setting(
         "adamw",
-        f"Optimizer of Optax: {one_of(OPTIMIZERS)}. The last two read whole matrices, "
-        "and go with methods that train whole arrays.",
+        f"Optax optimizer: {one_of(OPTIMIZERS)}. The last two need whole matrices, so "
+        "they work only with methods that train whole arrays.",
     )
     learning_rate: float | None = setting(
         None,
-        "Peak learning rate, reached after the warm-up.",
+        "Peak learning rate, after the warm-up.",
         learning_rates(),
     )
     warmup: float = setting(
         WARM_UP,
-        "Warm-up of the learning rate: below 1 a fraction of the updates, else their "
-        "number.",
+        "Updates of linear warm-up: a fraction if below 1, otherwise a number.",
     )
     schedule: str | None = setting(
         None,
-        f"Learning rate after the warm-up: {one_of(SCHEDULES)}. The first two fall to "
-        "0; wsd is constant until its cooldown.",
+        f"Learning rate after the warm-up: {one_of(SCHEDULES)}. The first two decay "
+        "to 0; wsd is constant until its cooldown.",
         f"linear; constant for {SCHEDULE_FREE}",
     )
     cooldown: float | None = setting(
         None,
-        "Linear decay to 0 at the end of wsd: below 1 a fraction of the updates, else "
-        "their number.",
+        "Updates of linear decay to 0 at the end of wsd: a fraction if below 1, "
+        "otherwise a number.",
         f"{COOLDOWN}",
     )
     weight_decay: float = setting(
         0.0,
-        "Decoupled weight decay, times the learning rate. Biases and scales of norms "
-        "do not decay; of sparse leaves the chosen entries do, and no others.",
+        "Decoupled weight decay, multiplied by the learning rate. Biases and norm "
+        "scales do not decay; of a sparse leaf only the trained entries do.",
     )
     betas: tuple[float, float] | None = setting(
         None, "Decay rates of the two moments.", "Optax's: 0.9 0.999 for adamw"
@@ -97,38 +96,40 @@ class RecipeOptions:
     )
     moment_dtype: str = setting(
         MOMENTS[0],
-        f"Dtype of the moments: {MOMENTS[0]}; {MOMENTS[1]} of the first; {MOMENTS[2]}, "
-        f"codes of both with a scale for every 256, of {' and '.join(IN_8_BITS)}.",
+        f"Dtype of the moments: {MOMENTS[0]}; {MOMENTS[1]}, for the first only; or "
+        f"{MOMENTS[2]}, 8-bit codes of both with a scale per 256 values, for "
+        f"{' and '.join(IN_8_BITS)}.",
     )
     max_grad_norm: float = setting(
         MAX_NORM,
-        "Global norm that the gradient of what is trained is clipped to; 0 does not "
-        "clip.",
+        "Maximum global norm of the gradient of the trained parameters; 0 disables "
+        "clipping.",
     )
     clip_by: str = setting(
         GLOBAL_NORM,
-        f"Norm that a gradient is clipped by: {GLOBAL_NORM} is its own, "
-        f"{PREVIOUS_NORM} that of the gradient one update before, which is known "
-        "before the backward pass begins.",
+        f"Norm that decides how much a gradient is clipped: {GLOBAL_NORM}, its own, or "
+        f"{PREVIOUS_NORM}, that of the previous update, so that the scale is known "
+        "before the backward pass.",
     )
     update_in_backward: bool = setting(
         False,
-        "Update every layer inside the backward pass, as soon as its gradient is "
-        "known: gradients of one layer are kept at a time. Goes with --clip-by "
-        f"{PREVIOUS_NORM} or --max-grad-norm 0, and with optimizers of single entries.",
+        "Update each layer inside the backward pass, as soon as its gradient is "
+        "known, so that gradients of only one layer exist at a time. Needs --clip-by "
+        f"{PREVIOUS_NORM} or --max-grad-norm 0, and an optimizer that updates every "
+        "entry independently.",
     )
     label_smoothing: float = setting(
-        0.0, "Share of the target that is spread over all classes, or all tokens."
+        0.0, "Label smoothing, over all classes or all tokens."
     )
     neftune_noise: float = setting(
         0.0,
-        "NEFTune: alpha of the noise on word vectors in training, uniform in +-alpha / "
-        "sqrt(tokens * width); commonly 5.",
+        "NEFTune: alpha of the noise on word embeddings in training, uniform in "
+        "+-alpha / sqrt(tokens * width); commonly 5.",
     )
     class_weights: str | None = setting(
         None,
         f"Weights of the classes in the loss: {BALANCED} (inverse to their frequency), "
-        "or label=weight pairs such as spam=3,ham=1; labels left out weigh 1.",
+        "or label=weight pairs such as spam=3,ham=1; other labels have weight 1.",
         "all 1",
     )
 
@@ -262,12 +263,12 @@ class RecipeOptions:
         if self.clip_by == PREVIOUS_NORM and sampler is not None:
             raise InputError(
                 f"`clip_by` must be {GLOBAL_NORM} with a sampler of layers, got "
-                f"{PREVIOUS_NORM!r}: the layers of the update before are others."
+                f"{PREVIOUS_NORM!r}: the previous update trained other layers."
             )
         if self.moment_dtype == MOMENTS[2] and name not in IN_8_BITS:
             raise InputError(
                 f"`moment_dtype` must be {MOMENTS[0]} with optimizer {name!r}, which "
-                f"has no moments of 8 bits, got {MOMENTS[2]!r}. These have them: "
+                f"has no 8-bit moments, got {MOMENTS[2]!r}. These have them: "
                 f"{', '.join(IN_8_BITS)}."
             )
         # Imports JAX, which the help of the command line does without.

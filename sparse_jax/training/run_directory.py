@@ -190,8 +190,8 @@ class RunDirectory:
         except _FAILURES as error:
             if not self._is_behind:
                 _log.warning(
-                    "%s could not be written (%s); the run goes on and tries again. If "
-                    "it ends before that, continue from the last checkpoint with "
+                    "%s could not be written (%s); the run continues and tries again. "
+                    "If it ends before that, continue from the last checkpoint with "
                     "--resume",
                     self.path / ROWS,
                     reason_of(error),
@@ -311,7 +311,7 @@ class RunDirectory:
                 raise InputError(
                     f"`output` must be a folder that can be written at the end of the "
                     f"run, got `{self.path}`: {reason_of(error)}. {instead()}. To "
-                    "finish the run, mend that and repeat the command with --resume."
+                    "finish the run, fix this and repeat the command with --resume."
                 ) from error
 
         on_first_process(act)

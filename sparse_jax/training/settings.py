@@ -71,42 +71,42 @@ class Settings(
     """
 
     model: str = required(
-        "Folder of a pre-trained model, or its id on the Hugging Face Hub."
+        "Pre-trained model: a folder, or an id on the Hugging Face Hub."
     )
     task: str = required(
-        f"A task of GLUE, or of your own data: {', '.join(TASKS)}; or causal: "
+        f"GLUE task, or task for your own data: {', '.join(TASKS)}; or causal, for "
         "causal language modeling."
     )
-    output: str = required("Folder to create for the results of the run.")
+    output: str = required("Folder to create for the results.")
     method: "str | Method" = setting("sift", f"What to train: {one_of(METHODS)}.")
     dense: tuple[str, ...] | None = setting(
         None,
-        "Regular expression of parameters trained in full; may be repeated.",
+        "Regular expression of parameters to train in full; may be repeated.",
         "the head",
     )
     adapter: str | None = setting(
         None,
-        "Adapter to go on from: a file, the folder of a run, or one of PEFT. The new "
-        "adapter holds both.",
+        "Adapter to continue from: a file, or the folder of a run or of a PEFT "
+        "adapter. The new adapter includes it.",
         "none",
     )
     avoid: tuple[str, ...] | None = setting(
         None,
-        "Adapter file, or folder of a run, whose entries are left alone, so that both "
-        "can be used at once; may be repeated.",
+        "Adapter file, or folder of a run, whose entries must not be trained, so that "
+        "both adapters can be used at once; may be repeated.",
         "none",
     )
     sampler: "str | Sampler | None" = setting(
         None,
-        "Train a few layers at a time, drawn "
+        "Train a few layers at a time, chosen "
         + "; ".join(f"{entry.help} ({word})" for word, entry in SAMPLERS.items())
         + ".",
         "all layers",
     )
-    batch_size: int = setting(32, "Examples per update; with packing rows.")
-    accumulate: int = setting(1, "Micro-batches per update, to save memory.")
+    batch_size: int = setting(32, "Examples per update; rows with --packing.")
+    accumulate: int = setting(1, "Micro-batches per update: more of them save memory.")
     epochs: int = setting(3, "Passes over the training examples.")
-    max_steps: int | None = setting(None, "Updates after which to stop.", "no limit")
+    max_steps: int | None = setting(None, "Maximum number of updates.", "no limit")
     group_by_length: bool = setting(
         False,
         "Batch examples of similar length: less padding, but batches are no longer "
@@ -120,28 +120,28 @@ class Settings(
     dtype: str = setting("float32", f"Dtype of the parameters: {one_of(DTYPES)}.")
     split_masters: bool = setting(
         False,
-        "Keep 16 bits beside each bfloat16 weight in place of a float32 master: half "
-        "of its bytes for the same values, but an update also reads the weights.",
+        "Store 16 more bits per trained bfloat16 weight instead of a float32 master: "
+        "half the bytes for the same values, but an update also reads the weights.",
     )
     select_after: float = setting(
         0.0,
-        "Updates of the head, and of all else that is trained in full, before sift "
-        "chooses entries: below 1 a fraction of the updates, else their number.",
+        "Updates of only the head, and of what else is trained in full, before sift "
+        "selects entries: a fraction if below 1, otherwise a number.",
     )
     select_batches: int = setting(
         1,
-        "Batches whose gradients are summed to choose entries by. More than one holds "
-        "a dense gradient until then.",
+        "Batches whose gradients are summed to select entries. More than one keep a "
+        "dense gradient until then.",
     )
     reselect_every: int | None = setting(
         None,
-        "Updates between two selections of entries; moments of those in both are kept.",
+        "Updates between selections of entries; entries in both keep their moments.",
         "one selection",
     )
     head_bias: str = setting(
         HEAD_BIASES[0],
-        "Bias of a new head at the start: labels (the mean of the training labels, or "
-        "the log odds of the classes) or zeros.",
+        "Initial bias of a new head: labels (the mean of the training labels, or the "
+        "log odds of the classes) or zeros.",
     )
     checkpointing: bool = setting(
         False, "Rematerialize every layer in the backward pass, to save memory."
@@ -152,35 +152,33 @@ class Settings(
         "(tensor parallelism) and sequence (sharded rows), such as data=2,fsdp=4.",
         "one device",
     )
-    seed: int = setting(
-        0, "Seed of the new head, the order of the examples, and dropout."
-    )
+    seed: int = setting(0, "Seed of the new head, the order of examples, and dropout.")
     save_every: int = setting(
-        500, "Updates between two checkpoints; every epoch ends with one, too."
+        500, "Updates between checkpoints; there is also one at the end of every epoch."
     )
     patch_every: int | None = setting(
         None,
-        "Updates between two patches of the changed weights for an inference server.",
+        "Updates between patches of the changed weights for an inference server.",
         "none",
     )
-    keep: int = setting(2, "Checkpoints to keep; older ones are removed.")
+    keep: int = setting(2, "Checkpoints to keep; older ones are deleted.")
     no_cache: bool = setting(
         False,
-        "Compile everything again, and keep nothing of it; otherwise programs are kept "
-        "in a folder of the user, or in that of SPARSE_JAX_CACHE.",
+        "Neither read nor write the cache of compiled programs and tokens, which is in "
+        "the user's cache folder, or in the folder SPARSE_JAX_CACHE.",
     )
     report_to: tuple[str, ...] | None = setting(
         None,
-        "Where the run is also shown while it goes on: tensorboard, wandb, or a "
-        "tracker added by `register_tracker`; may be repeated.",
-        "metrics.jsonl alone",
+        "Also log to tensorboard, wandb, or a tracker added with `register_tracker`; "
+        "may be repeated.",
+        "only metrics.jsonl",
     )
     overwrite: bool = setting(False, "Replace the run in the output folder.")
     resume: bool = setting(False, "Continue the interrupted run in the output folder.")
     dry_run: bool = setting(
         False,
-        "Check settings, data and model, say what would be trained, and stop: nothing "
-        "is written.",
+        "Check settings, data and model, print what would be trained, and stop "
+        "without writing anything.",
     )
 
     def __post_init__(self):
@@ -339,7 +337,7 @@ class Settings(
         if self.max_steps is None:
             raise InputError(
                 "`max_steps` must be given with streaming, got nothing. A stream has "
-                "no end: it begins again after the last record."
+                "no end: it starts over after the last record."
             )
         for name in ("epochs", "group_by_length", "max_train_samples"):
             if getattr(self, name) != usual[name]:

@@ -59,7 +59,7 @@ def start_from(
         method = _going_on(adapter, method)
     elif adds:
         raise InputError(
-            f"`method` must train entries of the base to go on from an adapter of "
+            f"`method` must train entries of the base to continue from an adapter of "
             f"{adapter.word!r}, got {type(method).__name__}, which adds arrays. "
             f"{_MERGE}."
         )
@@ -68,7 +68,7 @@ def start_from(
     if theirs != ours and base_part.entries != adapter.entries:
         is_nameless = are_numbers(theirs[1]) and len(theirs[1]) == len(ours[1]) > 0
         _log.warning(
-            "the head of the adapter is left out: it is for %s with %s, and this run "
+            "the head of the adapter is dropped: it is for %s with %s, and this run "
             "for %s with %s%s",
             theirs[0] or "no task", listed(theirs[1]) or "no labels",
             ours[0], listed(ours[1]) or "no labels", _NAMELESS if is_nameless else "",
@@ -172,7 +172,7 @@ def _going_on(adapter: Adapter, method: Method) -> Method:
     theirs = adapter.method
     if type(theirs) is not type(method):
         raise InputError(
-            f"`method` must be that of the adapter to go on from, "
+            f"`method` must be that of the adapter to continue from, "
             f"{type(theirs).__name__}, got {type(method).__name__}. Pass the same, or "
             f"train another method: {_MERGE[0].lower()}{_MERGE[1:]}."
         )

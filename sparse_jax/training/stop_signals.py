@@ -34,7 +34,9 @@ class StopSignals:
             _stop(number)
         self._received = number
         name = signal.Signals(number).name
-        _log.warning("%s: saving after this update; once more stops at once", name)
+        _log.warning(
+            "%s: saving after this update; send it again to stop at once", name
+        )
 
     def requested(self) -> int:
         """Returns the signal that any of the processes received, or 0."""

@@ -240,7 +240,7 @@ class Trackers:
             act()
         except Exception as error:  # What it raises is its own.
             self._open.pop(word, None)
-            _log.warning("%s shows no more of the run (%s)", word, reason_of(error))
+            _log.warning("%s is not logged to any more (%s)", word, reason_of(error))
 
 
 def tracked(row: Row) -> dict[str, float]:

@@ -244,8 +244,8 @@ def _indexed(index: Path) -> dict[str, str]:
         # Anything else could lead out of the folder, to files of somebody else.
         if not isinstance(name, str) or not _FILE.fullmatch(name):
             raise InputError(
-                f"`weight_map` in `{index}` must name safetensors files beside it, got "
-                f"{brief(name)}. Copy it again from where you trust it."
+                f"`weight_map` in `{index}` must name safetensors files next to it, "
+                f"got {brief(name)}. Copy it again from where you trust it."
             )
     return files
 
