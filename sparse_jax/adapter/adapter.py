@@ -31,7 +31,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Adapter:
-    """Trained values, absolute ones, so that loading restores every bit.
+    """Trained values, stored as absolute values so that loading is exact.
 
     `Compact.adapter` makes one from a state. One made by hand needs the method, whose
     settings say what the added arrays mean; without any, the name of a method is

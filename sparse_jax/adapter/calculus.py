@@ -81,9 +81,9 @@ def combine_adapters(
 
         W = W_base + sum_i weights[i] * (W_i - W_base)
 
-    The sum is taken in float32 and rounded once. An entry that one adapter alone
-    trains, with weight 1, keeps every bit; a weight of -1 subtracts. LoRA adapters are
-    summed exactly, by one of the sum of their ranks.
+    The sum is taken in float32 and rounded once. An entry that only one adapter trains,
+    with weight 1, is copied bit for bit; a weight of -1 subtracts. LoRA adapters are
+    summed exactly, as one adapter whose rank is the sum of theirs.
 
     Args:
       params: parameters of the base, in the dtype that was trained.

@@ -81,10 +81,10 @@ _RULES = {
 
 
 def save_adapter(path: str | Path, adapter: Adapter) -> int:
-    """Writes an adapter, whole or not at all.
+    """Writes an adapter file atomically.
 
-    A sparse leaf takes 4 bytes a position and the base's bytes a value: 6 in all with
-    bfloat16.
+    A sparse leaf takes 4 bytes per position plus a value in the base's dtype: 6 bytes
+    per entry with bfloat16.
 
     Args:
       path: file to write.
@@ -119,9 +119,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def load_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
     """Opens an adapter, whose arrays stay in the file until they are used.
 
-    They are mapped: a page of the file is in memory while somebody needs it, and a
-    write to an array stays in memory. Replace the file, never write into it, while
-    an adapter is open; `save_adapter` replaces it.
+    The file is memory-mapped: pages are loaded when they are used, and writes to an
+    array stay in memory. Never modify the file in place while an adapter is open;
+    `save_adapter` replaces it.
 
     Args:
       path: adapter file, or the run directory that holds one.

@@ -33,20 +33,20 @@ class _Whole(NamedTuple):
 
 
 class AdapterSwitch:
-    """A base model on which one adapter after another is put, in place.
+    """A base model whose adapters are switched in place.
 
         leaf[support] = base + strength * (value - base)
 
-    Taking an adapter off writes the values of the base back: every bit is that of the
-    base again, in bfloat16 too. A switch writes to the supports alone and copies no
-    other leaf; after the first use of an adapter nothing is compiled. Beside the
-    parameters it keeps the supports and two values an entry.
+    Removing an adapter writes the values of the base back, bit for bit, in bfloat16
+    too. A switch writes only at the supports and copies no other leaf; after the first
+    use of an adapter nothing is compiled. In addition to the parameters it keeps the
+    supports and two values per entry.
 
     Attributes:
-      params: the parameters, with the adapters that are on. A switch uses up those of
-        before, and making it those of the base, as `jax.jit` does with what is donated;
+      params: the parameters, with the active adapters. A switch donates the previous
+        parameters, and creating it those of the base, as `jax.jit` donates arguments;
       arrays of NumPy, and one that several leaves share, are copied.
-      active: names of the adapters that are on, with their strengths.
+      active: names of the active adapters, with their strengths.
 
     Raises:
       InputError: if an adapter does not fit the parameters, or adds arrays, such as

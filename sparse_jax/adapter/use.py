@@ -51,8 +51,8 @@ def apply_adapter(
 
         logits = model(params, batch, attachment=attachment)
 
-    Methods that add arrays to the layers, such as LoRA, attach something; use
-    `merge_adapter` to have it in the parameters, where the method allows it.
+    Methods that add arrays to the layers, such as LoRA, return an attachment; use
+    `merge_adapter` to fold it into the parameters, where the method allows it.
 
     Args:
       params: parameters of the base model, in the dtype the adapter was trained in.
@@ -75,7 +75,7 @@ def apply_adapter(
 
 
 def merge_adapter(params: Any, adapter: Adapter, **options: Any) -> Any:
-    """Returns parameters that alone compute what the adapted model computes.
+    """Returns plain parameters that compute what the adapted model computes.
 
     The arguments and errors are those of `apply_adapter`; bottleneck adapters and
     prefixes are not linear and cannot be merged either. To undo it bit for bit, keep

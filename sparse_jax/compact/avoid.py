@@ -29,8 +29,8 @@ def entries_to_avoid(
 
         state, finite = tuner.select(state, batch, key, avoid)
 
-    A new adapter without these entries can be put on and taken off beside the others,
-    in any order, bit for bit.
+    A new adapter without these entries can be applied together with the others and
+    removed again, in any order, bit for bit.
 
     Args:
       tuner: that trains the new one.

@@ -304,9 +304,9 @@ class Compact(Tuner):
 
         packed = w[S];   packed += tx(d loss / d packed);   w[S] = packed
 
-    Float32 leaves are their own masters; coarser leaves keep float32 masters of the
-    trained values, or halves of them. `tx` sees nothing but trained values, so clipping
-    by the global norm is the norm of these. Every method is pure and meant to be
+    Float32 leaves are their own masters; low-precision leaves keep float32 masters of
+    the trained values, or halves of them. `tx` sees only trained values, so clipping
+    by the global norm uses their norm. Every method is pure and meant to be
     compiled with the state donated: then no weight has a second copy.
 
     Attributes:
@@ -319,8 +319,8 @@ class Compact(Tuner):
       shards: how leaves are sharded, by name, as from `Placement.shards`.
       data_axes: mesh axes over which replicas see different examples. They exchange
         gradients of the trained values, never dense ones.
-      split_masters: whether bfloat16 leaves keep 2 bytes a trained value, as
-        `remainder_of` says, in place of 4. An update then reads the weights, too.
+      split_masters: whether bfloat16 leaves keep 2 bytes per trained value instead of
+        4, as `remainder_of` says. An update then also reads the weights.
 
     Example:
       >>> from sparse_jax.methods.sparse import Sparse

@@ -70,18 +70,19 @@ class InBackward(Tuner):
             dx, g_l = pullback of layer l (dx)
             values_l, state_l = tx(g_l, state_l, values_l)
 
-    so that packed gradients are those of one layer at a time. Leaves outside the layers
-    follow at the end. The updates are those of `Compact` with the same `tx`, and the
-    state is the same, if `tx` updates every number on its own, as Adam, SGD or Lion do.
-    Nothing that needs the gradients of all layers first is possible: neither clipping
-    by the global norm, nor the sum over micro-batches or replicas. What is left outside
-    the layers is updated with `global_norm`, that of all gradients, as an extra
-    argument, which is what `clip_by_previous_norm` asks for.
+    so that packed gradients exist for one layer at a time. Leaves outside the layers
+    are updated at the end. Updates and state are those of `Compact` with the same `tx`,
+    if `tx` updates every number independently, as Adam, SGD or Lion do. Nothing can
+    depend on the gradients of all layers at once: there is no clipping by the global
+    norm, and no sum over micro-batches or replicas. The leaves outside the layers are
+    updated with `global_norm`, that of all gradients, as an extra argument, which is
+    what `clip_by_previous_norm` asks for.
 
     A step whose loss, or whose gradient outside and above the layers, is not finite
-    changes nothing. A gradient that stops being finite at layer l is not used for layer
-    l, for those below it, and outside the layers, and the step is reported as skipped:
-    the layers above it have been updated by then, and the count of updates stands.
+    changes nothing. If the gradient stops being finite at layer l, then layer l, the
+    layers below it and the leaves outside are not updated, and the step is reported as
+    skipped: the layers above l have already been updated, and the count of updates
+    does not advance.
 
     The attributes are those of `Compact`; `accumulate` and `data_axes` stay as they
     are. The loss must run the layers by `run_layers`, as the models here do.

@@ -61,7 +61,7 @@ __all__ = ["Layerwise", "LayerwiseState"]
 
 
 class LayerwiseState(NamedTuple):
-    """What takes the place of the optimizer's state in a `CompactState`."""
+    """The optimizer state of a `CompactState` that trains a few layers at a time."""
 
     sampler: SamplerState
     rows: optax.OptState  # every array has the layers that are ever active in front

@@ -45,12 +45,12 @@ class _Unselected(Method):
 def before_selection(tuner: Tuner) -> Compact:
     """Returns the tuner of updates before a selection, which need no dense gradient.
 
-    It trains what `tuner` trains, all layers at once, but for the sparse leaves. The
-    first gradient of a new head is about the offset of all examples alike; a selection
-    after some updates of the head is about what distinguishes them.
+    It trains what `tuner` trains except for the sparse leaves, all layers at once. The
+    first gradients under a new head mostly correct an offset that all examples share;
+    after some updates of the head, a selection reflects what distinguishes them.
 
     Args:
-      tuner: whose `init` takes the parameters of the state over.
+      tuner: whose `init` takes over the parameters of the state.
 
     Example:
       >>> import jax.numpy as jnp
@@ -88,8 +88,8 @@ def selection_statistic(
 
     Of a score that adds up something else, such as squares, that is summed.
 
-    A selection by several batches holds a dense float32 array of every sparse leaf
-    until it is made, where one by a single batch needs no dense gradient.
+    Until the selection this holds a dense float32 array for every sparse leaf; a
+    selection by a single batch needs no dense gradient.
 
     Args:
       tuner: whose `select` takes the sum as its `statistic`.

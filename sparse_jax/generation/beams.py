@@ -40,7 +40,7 @@ class _Search(NamedTuple):
 
 @dataclass(frozen=True)
 class Beams:
-    """The text of the best score among those that a search in breadth meets.
+    """Beam search: the text of the best score among those that are found.
 
         score = log p(text) / length ** length_penalty
 

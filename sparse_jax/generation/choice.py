@@ -95,7 +95,7 @@ class _TokenByToken(Protocol):
 
 @dataclass(frozen=True)
 class Greedy(_TokenByToken):
-    """Always the likeliest token.
+    """Always takes the most likely token.
 
     Example:
       >>> Greedy().choose(jnp.array([[0.0, 2.0, 1.0]]), jax.random.key(0))
@@ -112,7 +112,7 @@ class Greedy(_TokenByToken):
 
 @dataclass(frozen=True)
 class Sample(_TokenByToken):
-    """A token drawn at random.
+    """Samples a token at random.
 
         p = softmax(logits / temperature), restricted and scaled to sum to one
 

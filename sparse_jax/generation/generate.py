@@ -37,11 +37,11 @@ def generate(
     max_length: int | None = None,
     first: int = 0,
 ) -> list[np.ndarray]:
-    """Writes after each prompt until a stop token or `max_new_tokens`.
+    """Continues each prompt until a stop token or `max_new_tokens`.
 
-    One program serves all prompts between two powers of two in length. What is written
-    after a prompt does not depend on the others, beyond the rounding of sums; what is
-    drawn depends on the key and on the prompt's place among all.
+    One program serves all prompts between two powers of two in length. The text
+    after a prompt does not depend on the other prompts, up to rounding; samples depend
+    on the key and on the prompt's place among all.
 
     Args:
       model: a model with the head `CausalLM`.

@@ -42,9 +42,9 @@ def open_adapter(
 ) -> Adapter:
     """Reads an adapter of sparse_jax or of PEFT.
 
-    What a folder of PEFT does not say is taken from its base: the dtype is that of the
-    weights, and labels are those of its `config.json`, or of the task in their order.
-    Lines are logged that say so.
+    What a PEFT folder does not record is taken from its base, and logged: the dtype is
+    that of the weights, and the labels are those of its `config.json`, or of the task,
+    in order.
 
     Args:
       path: adapter file, run directory, or folder of PEFT.

@@ -110,8 +110,8 @@ def save_patches(
 ) -> int:
     """Writes the patches of an adapter, or adds those of a later update to a folder.
 
-    The indices are written once: the support does not move. Every update after the
-    first takes the bytes of its values alone, 2 an entry in bfloat16.
+    The indices are written once, because the support is fixed. Each later update takes
+    only the bytes of its values, 2 per entry in bfloat16.
 
     Args:
       folder: made if absent; it holds `patch.json`, the indices, and the values of

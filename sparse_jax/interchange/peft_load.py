@@ -38,13 +38,12 @@ def load_peft(
 ) -> Adapter:
     """Reads an adapter that PEFT wrote: LoRA, DoRA, (IA)3, SHiRA, Super-Tuning, prefix.
 
-    Ranks that differ are padded with zeros to the largest, scales that differ are
+    Different ranks are padded with zeros to the largest, different scales are
     multiplied into B, and layers without tensors get arrays that change nothing, so
-    that outputs are equal. LoRA of a linear map that is in no layer, such as a pooler,
-    is added to its kernel, which is then trained in full. Sparse entries become
+    that the outputs are equal. LoRA of a linear map that is in no layer, such as a
+    pooler, is added to its kernel, which is then trained in full. Sparse entries become
     absolute values in the dtype of the base, as PEFT merges them; a kernel with fewer
-    entries than the density of the others asks for gets more, with the values of the
-    base.
+    entries than the others is filled up with entries of the base.
 
     Args:
       folder: with `adapter_config.json` and `adapter_model.safetensors`.

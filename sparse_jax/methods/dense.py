@@ -14,8 +14,8 @@ class Dense(Method):
     Full fine-tuning is `Dense(dense=".*")`, BitFit (Ben Zaken et al., 2022,
     https://arxiv.org/abs/2106.10199) is `Dense(dense=("bias$", "^classifier/"))`.
 
-    It adds nothing, so `strength` has nothing to damp here. w0 + strength * (w - w0)
-    would, and needs a second copy of the trained leaves.
+    It adds no arrays, so `strength` has no effect here: to damp what was learned, as
+    w0 + strength * (w - w0), would take a second copy of the trained leaves.
 
     Example:
       >>> Dense(dense="^classifier/").dense

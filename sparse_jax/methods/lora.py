@@ -192,7 +192,7 @@ class LoRA(LowRank):
 @final
 @dataclass(frozen=True, kw_only=True)
 class DoRA(LowRank):
-    """Trains the linear maps at the sites that `where` matches as length x direction.
+    """Trains magnitude and direction of the linear maps that `where` matches.
 
         y = m * (x @ W + scale * dropout(x) @ A @ B) / n + bias
         n = ||W + scale * A @ B||, of each column, a constant in the backward pass

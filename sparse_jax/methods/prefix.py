@@ -30,8 +30,8 @@ class Prefix(Method):
     Pk and Pv, shape=(L, length, H * K), start normal with deviation 0.02; both are
     float32 and used in the dtype of the keys. At strength 0 nothing attends to them.
 
-    The start is not the base model: attention is shared with the prefix at once. It
-    cannot be merged.
+    The initial model is not the base model, because the prefix takes a share of the
+    attention from the start. It cannot be merged.
 
     Differs from the paper: the prefix is trained itself and not as the output of a
     larger network, as in P-tuning v2.

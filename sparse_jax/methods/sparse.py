@@ -25,21 +25,22 @@ _T = TypeVar("_T")
 class Sparse(Method):
     """Trains k = ceil(density * n) entries of each array, or of each layer of a stack.
 
-    With `score="gradient"` this is SIFT; it then gives the numbers of the Optax
-    transformation `sift`, without its dense gradients. Both take the same words,
-    functions and layouts; a score or layout with a name is kept as its name.
+    With `score="gradient"` this is SIFT; the results are those of the Optax
+    transformation `sift`, without its dense gradients. Both accept the same names,
+    functions and layouts; a score or layout that has a name is stored by it.
 
-    It adds nothing, so `strength` has nothing to damp here. w0 + strength * (w - w0)
-    would, and needs the k values of the start of each array beside its support.
+    It adds no arrays, so `strength` has no effect here: to damp what was learned, as
+    w0 + strength * (w - w0), would take the k initial values of each array.
     Merging is the identity: the parameters hold the trained entries.
 
     With `granularity="lane"` it trains ceil(density * 128) entries of every 128 rows of
-    a column, for TPUs: at 5 %, according to the compiler, reaching them takes an eighth
-    of the time of a Llama layer, and entries chosen freely six times that of the layer.
+    a column, for TPUs: at 5 %, according to the compiler, reading and writing them
+    takes an eighth of the time of a Llama layer; single entries take six times that of
+    the layer.
 
     With `granularity="row"` it trains ceil(density * rows) whole rows of every kernel,
-    which are its inputs. In the linear maps of the layers their gradient costs its
-    share of the dense one, which is never made; `docs/scores.md` says where else.
+    which are its inputs. In the linear layers their gradient costs that fraction of the
+    dense one, which is never computed; `docs/scores.md` says where this does not hold.
 
     Raises:
       InputError: if `density` is outside (0, 1], there is no such score or granularity,

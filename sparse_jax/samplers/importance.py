@@ -35,7 +35,7 @@ class ImportanceMemory(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Importance(Sampler[ImportanceMemory]):
-    """Draws layers by an importance that probes of the loss keep learning.
+    """Draws layers by an importance learned from probes of the loss.
 
     With importance I `[L]`, zero at first, layers are drawn without replacement with
     weights sigmoid(I). Every `probe_every` updates `num_probes` different subsets S_k
@@ -45,9 +45,9 @@ class Importance(Sampler[ImportanceMemory]):
         r_k = exp(-l_k) - mean_j exp(-l_j),      p = sigmoid(I),
         I_i = I_i - importance_rate * p_i (1 - p_i) * sum of r_k over S_k with i in it.
 
-    At a loss of some nats exp(-l_k) is small and hardly differs from k to k. With
-    `normalize_rewards` r_k is divided by the standard deviation of exp(-l_k) over k,
-    so that a probe moves the importance as far at any loss; an `importance_rate` of
+    At a loss of several nats exp(-l_k) is small and hardly varies with k. With
+    `normalize_rewards` r_k is divided by the standard deviation of exp(-l_k) over k, so
+    that a probe moves the importance by as much at any loss; an `importance_rate` of
     0.3 is then large. Equal losses still teach nothing.
 
     A probe with a loss that is not finite is skipped and counted. The released code

@@ -119,7 +119,7 @@ class Fixed(Sampler[tuple[()]]):
 
 @dataclass(frozen=True, kw_only=True)
 class Middle(Sampler[tuple[()]]):
-    """Trains the layers in the middle, always: what a rule that measures has to beat.
+    """Always trains the layers in the middle: a baseline for measured choices.
 
     These are `num_active` in a row from layer floor((L - num_active) / 2).
 

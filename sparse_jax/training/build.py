@@ -68,7 +68,7 @@ class Job:
 
     @functools.cached_property
     def avoid(self) -> dict[str, jax.Array]:
-        """Supports of the entries that are left alone."""
+        """Supports of the entries that must not be trained."""
         return entries_to_avoid(
             self.tuner(), self.base.params, self.earlier, new=self.base.new
         )

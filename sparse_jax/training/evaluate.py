@@ -70,15 +70,15 @@ def evaluate_adapter(
     report: bool = False,
     metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, Any]:
-    """Returns the metrics of an adapter, those that its run reported.
+    """Returns the metrics of an adapter, as its run reported them.
 
     Args:
       adapter: adapter file, run directory, or folder of PEFT.
       model: the base, folder or id; None is where the adapter was trained, if that is
         a folder or in the cache of the Hub: nothing is fetched that a file names.
       task: None is the task of the adapter.
-      labels: of a classifier that has only numbers for them, as those of PEFT mostly
-        do, in the order of its outputs; none are those that it names.
+      labels: of a classifier that does not name them, as is usual for PEFT, in the
+        order of its outputs; none takes those that it names.
       data: a file, the folder of the task's files, rows, or what else a run takes; None
         is that of the run, of an adapter alone GLUE on the Hub. Of the file that it
         was trained on, the part held out; of others, all.

@@ -43,7 +43,7 @@ def export(
 
         export("runs/mrpc", to="merged", output="mrpc-merged")
 
-    The folder is written whole or not at all, and the base is only read.
+    The folder is written completely or not at all; the base is only read.
 
     Args:
       run: run directory, adapter file, or folder of PEFT.
@@ -57,8 +57,8 @@ def export(
       shard_size: most bytes of a file of a merged model; None is "5GB".
       peft_type: of a sparse adapter for PEFT: shira or supertuning; None is shira.
       license: of what was trained, as the Hub names it; None is what the adapter says.
-      push: id of a repository on the Hub to upload the folder to. It is made, private,
-        if there is none. The login is that of `hf auth login`, or HF_TOKEN.
+      push: id of a repository on the Hub to upload the folder to; created as private
+        if it does not exist. Uses the login of `hf auth login`, or HF_TOKEN.
 
     Returns:
       The folder.

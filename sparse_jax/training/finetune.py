@@ -85,32 +85,32 @@ def finetune(
     metrics: Mapping[str, Metric] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Fine-tunes a model on a task and fills a run directory.
+    """Fine-tunes a model on a task and writes a run directory.
 
         finetune(model="bert-base-uncased", task="mrpc", output="runs/mrpc",
                  method=Sparse(density=0.01), optimizer=optax.adamw(1e-3))
 
-    Everything is checked before the directory is made. It then holds `config.json`,
+    Everything is checked before the directory is created. It then holds `config.json`,
     `metrics.jsonl`, `metrics.json`, `adapter.safetensors` and `curve.png`. SIGINT and
-    SIGTERM let it finish the update and save a checkpoint first.
+    SIGTERM let it finish the current update and save a checkpoint.
 
     Args:
       settings: what to do.
       callbacks: functions to call after updates, evaluations and checkpoints.
-      metrics: functions of labels and predictions by name, which are reported beside
-        the metrics of a task with labels, and may choose the best model. Of classes
-        both are numbers `[N]`, of sets of labels 0 or 1 `[N, C]`, else values `[N]`.
-        Less is better where the name has the word `loss`, `error`, `mae` or `mse`.
-      **options: fields of `Settings`, in place of `settings` or of some of them. With
-        `resume`, the folder `output` has those of the run.
+      metrics: functions of labels and predictions by name, reported in addition to
+        the metrics of a task with labels; one may choose the best model. Arguments are
+        class indices `[N]`, 0 or 1 `[N, C]` for sets of labels, or values `[N]`. Lower
+        is better if the name has the word `loss`, `error`, `mae` or `mse`.
+      **options: fields of `Settings`, instead of `settings` or overriding them. With
+        `resume`, the rest are those of the run in `output`.
 
     Returns:
       What `metrics.json` holds: `eval` (metric -> value on the first evaluation
       split, those of other splits with the split's name), `trained_parameters`,
       `trained_parameters_without_head`, `optimizer_bytes`, `adapter_bytes`,
       `seconds_per_step` (median, without steps that compile), `steps`, `examples`
-      (by split: used, of these truncated, and dropped), `warnings`, and more. Of a
-      `dry_run` what is known before the first update.
+      (by split: used, of these truncated, and dropped), `warnings`, and more. A
+      `dry_run` returns what is known before the first update.
 
     Raises:
       InputError: for anything wrong with the settings or the files they name, and if

@@ -34,9 +34,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Functions of a program that a run calls while it goes on.
+    """Your functions that a run calls during training.
 
-    What they raise ends the run, which `resume` continues from its last checkpoint.
+    An exception ends the run; `resume` continues from its last checkpoint.
 
     Attributes:
       on_step: takes the row of an update, as `metrics.jsonl` has it.

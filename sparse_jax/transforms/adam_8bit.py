@@ -52,7 +52,7 @@ def scale_by_adam_8bit(
     stacked: Rule | None = None,
     min_size: int = _MIN_SIZE,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales updates as Adam does, with moments of 8 bits between two updates.
+    r"""Rescales updates as Adam does, with moments stored in 8 bits.
 
         mu = b1 mu + (1 - b1) g,    nu = b2 nu + (1 - b2) g**2
         update = mu / (1 - b1**t) / (sqrt(nu / (1 - b2**t)) + eps)
@@ -75,7 +75,7 @@ def scale_by_adam_8bit(
     b1**2 / b2), is enforced, so that no rounding makes an update longer than Adam's
     longest.
 
-    A large array costs two bytes and 1/32 a value in place of 8.
+    A large array costs 2 + 1/32 bytes per value instead of 8.
 
     Args:
       b1: decay rate of the first moment.

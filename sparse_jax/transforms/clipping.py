@@ -18,15 +18,14 @@ class PreviousNormState(NamedTuple):
 
 
 def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """Clips gradients by the global norm that they had one update before.
+    """Clips gradients by the global norm of the previous update's gradient.
 
         g_t <- g_t * min(1, max_norm / ||g_(t-1)||)
 
-    As `optax.clip_by_global_norm`, but nothing has to be read of g_t before its first
-    part is used, so that `InBackward` can update one layer at a time. The first update
-    is not clipped: Adam's does not depend on the scale of its gradient. A single
-    gradient that is larger than those around it passes as it is, and the one after it
-    is scaled down in its place.
+    Like `optax.clip_by_global_norm`, but the scale does not depend on g_t, so that
+    `InBackward` can update one layer at a time. The first update is not clipped: Adam's
+    does not depend on the scale of its gradient. A single large gradient passes
+    unclipped, and the one after it is scaled down instead.
 
     Args:
       max_norm: largest norm of a gradient like the last one.

@@ -72,22 +72,22 @@ def ist(
     hold: int = Sampler.hold,
     restart: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Updates a few layers at a time, those that probes of the loss find important.
+    r"""Updates a few layers at a time, drawn by importance for the loss.
 
     With A_t the `num_active` layers drawn for update t,
 
         params_l, state_l = inner(grads_l, state_l, params_l)    for l in A_t,
 
-    and the parameters, moments and counts of every other layer stay as they are to
-    the last bit, weight decay included. See `Importance` for the rule that draws.
+    and the parameters, moments and counts of every other layer do not change by a bit,
+    even with weight decay. See `Importance` for how layers are drawn.
 
     Every layer has a state of `inner` of its own, so its Adam counts its updates.
     Schedules count the updates of the model. `inner` sees one layer at a time: clip by
     the global norm outside, `chain(clip_by_global_norm(1.0), ist(...))`, which then
     reads the gradients of frozen layers too.
 
-    The gradients of all layers are computed before they come here; it is the compact
-    tier that does not compute those of frozen ones.
+    The gradients of all layers are computed before they get here; only the compact
+    tier saves computing those of frozen layers.
 
     Args:
       inner: what to do with the active layers.

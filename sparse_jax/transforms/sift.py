@@ -87,11 +87,11 @@ def sift(
         w_{t+1}[S] = w_t[S] + inner(g_t[S]),      w_{t+1} = w_t elsewhere.
 
     `inner` sees float32 vectors of k entries, so its state is O(k), and whatever it
-    does (weight decay too) stays inside S. Entries outside S and frozen leaves get an
-    update of exactly zero. With `inner=None` the masked gradient is passed on.
+    does (including weight decay) stays inside S. Entries outside S and frozen leaves
+    get an update of exactly zero. With `inner=None` the masked gradient is passed on.
 
-    A transformation that treats matrices otherwise than vectors (muon, adafactor with
-    factors, shampoo, galore) treats everything as vectors here; `init` warns of it.
+    A transformation that treats matrices differently from vectors (muon, factored
+    adafactor, shampoo, galore) treats everything as vectors here; `init` warns of it.
     Inside `jax.shard_map` every shard gets a support of its own, with
     `check_vma=False`.
 

@@ -167,7 +167,7 @@ def save_pretrained(
     dtype: jax.typing.DTypeLike | None = None,
     shard_size: int | str | None = None,
 ) -> None:
-    """Writes `config.json` and the weights for PyTorch transformers.
+    """Writes `config.json` and the weights in the Hugging Face format.
 
     Args:
       model: model as `from_pretrained` returns it.
