@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from sparse_jax import top_k_support
+from sparse_jax.supports.scans import cummax, cumsum, running
 
 SELECT = jax.jit(top_k_support, static_argnums=1)
 
@@ -110,3 +111,17 @@ def test_no_sort_and_no_colliding_scatter_is_compiled():
     assert not {"sort", "top_k"} & set(operations)
     # The one scatter sets, so that equal indices could at worst overwrite.
     assert operations.count("scatter") == 1
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 128 * 128, 40_000])
+def test_running_sums_and_maxima_by_rows_are_those_of_numpy(size):
+    x = np.random.default_rng(0).integers(0, 1000, size).astype(np.int32)
+    kinds = {
+        np.add: (jnp.sum, jnp.add, cumsum), np.maximum: (jnp.max, jnp.maximum, cummax),
+    }  # fmt: skip
+    for ufunc, (reduce, combine, usual) in kinds.items():
+        wanted = ufunc.accumulate(x, dtype=np.int32)
+        by_rows = running(reduce, combine, 0, jnp.array(x))
+        assert by_rows.dtype == jnp.int32
+        np.testing.assert_array_equal(by_rows, wanted)
+        np.testing.assert_array_equal(usual(jnp.array(x)), wanted)

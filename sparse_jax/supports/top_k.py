@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparse_jax.supports.layout import Shards
+from sparse_jax.supports.scans import cummax, cumsum
 
 __all__ = ["key_of", "top_k_in_shards", "top_k_support"]
 
@@ -167,7 +168,7 @@ def _chosen_words(x: jax.Array, k: int) -> jax.Array:
 def _lowest_bits(words: jax.Array, wanted: jax.Array) -> jax.Array:
     """Keeps the first `wanted` bits set in a sequence of words."""
     count = _population(words)
-    before = jnp.cumsum(count, dtype=jnp.int32) - count
+    before = cumsum(count) - count
     take = jnp.clip(wanted - before, 0, count)
     cut = _bit_position(words, take).astype(jnp.uint32)
     below = (jnp.uint32(1) << cut) - jnp.uint32(1)
@@ -190,13 +191,13 @@ def _bit_position(words: jax.Array, rank: jax.Array) -> jax.Array:
 def positions_of(words: jax.Array, k: int) -> jax.Array:
     """Returns the positions of the k bits set in a sequence of words."""
     count = _population(words)
-    start = jnp.cumsum(count, dtype=jnp.int32) - count
+    start = cumsum(count) - count
     # Every non-empty word writes its number where its first bit goes; a running
     # maximum then gives each of the k results the word that it belongs to.
     slot = jnp.where(count > 0, start, k)
     numbers = lax.iota(jnp.int32, words.size)
     owner = jnp.zeros(k, jnp.int32).at[slot].set(numbers, mode="drop")
-    owner = lax.cummax(owner)
+    owner = cummax(owner)
     rank = lax.iota(jnp.int32, k) - start[owner]
     return owner * _WORD + _bit_position(words[owner], rank)
 
