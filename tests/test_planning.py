@@ -187,6 +187,10 @@ def test_the_time_is_the_cycles_the_kernels_and_the_entries():
     found = seconds_of(SAMPLED_LOOP, chip, kernels, OFTEN)
     # 1.5 times 1000 cycles, two seconds of products, and two entries gathered.
     assert found == pytest.approx((1.5e-3, 2.0, 2 * 2550 / 1e9))
+    # What the compiler does not know is the largest number that it has.
+    unknown = ', backend_config={"estimated_cycles":"9223372036854775807"}'
+    text = SAMPLED_LOOP.replace("calls=%reach", f"calls=%reach{unknown}")
+    assert unknown in text and seconds_of(text, chip, kernels, OFTEN) == found
     assert seconds_of("ENTRY %main () -> f32[] {\n}", chip, kernels) is None
 
 

@@ -14,6 +14,8 @@ from sparse_jax.planning.target import Chip
 __all__ = ["Seconds", "seconds_of"]
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+# What the compiler notes where it does not know, as of a scatter that adds.
+_UNKNOWN = str(2**63 - 1)
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
 _KERNEL = "tpu_custom_call"
 _NAME = re.compile(r"\s+(?:ROOT )?%?([\w\-]+)")
@@ -63,7 +65,7 @@ def seconds_of(
     cycles = in_kernels = reaching = 0.0
     for one in found:
         noted, call = _CYCLES.search(one.line), _CALLS.search(one.line)
-        if noted is not None:
+        if noted is not None and noted[1] != _UNKNOWN:
             cycles += one.times * int(noted[1])
         elif _KERNEL in one.line:
             in_kernels += one.times * _in_kernel(one, chip, kernels)
