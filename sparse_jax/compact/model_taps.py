@@ -126,7 +126,7 @@ def choose_by_gradient(
         return total / weight
 
     draws = _map_sparse(draw, roles, params)
-    empty = lambda role, support: empty_selection(support.shape)
+    empty = lambda role, support: empty_selection(support.shape, role.layout)
     chosen = jax.grad(mean)(_map_sparse(empty, roles, support))
     found = lambda role, selection: support_of(selection, role.layout)
     bad = lambda role, selection: jnp.any(selection.bad > 0)

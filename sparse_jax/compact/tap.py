@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.layout import Layout
@@ -71,32 +72,36 @@ tap.defvjp(_tap_forward, _tap_backward)
 
 
 class Selection(NamedTuple):
-    """A support on its way out of a backward pass, as float32 cotangents.
+    """A support on its way out of a backward pass, as cotangents.
 
-    k stands for the shape of the support of one array.
+    Cotangents are floating-point, and may meet zeros that are added to them: numbers
+    travel in parts that are exact, in as few bytes as hold them. The supports of all
+    layers are together before any of them is used.
     """
 
-    high: jax.Array  # shape=(..., k): numbers divided by 2**16
-    low: jax.Array  # shape=(..., k): the remainder
+    parts: tuple[jax.Array, ...]  # each of the shape of the support
     bad: jax.Array  # shape of `count`: 1 where the gradient was not finite
     count: jax.Array  # as `Layout.choose` returns it
 
 
-# Both halves of an int32 position are exact in float32.
-_HALF = 1 << 16
+# Bytes of a number -> the types of its parts, lowest bits first: 24 bits are exact in
+# float32, 8 in bfloat16.
+_LOW, _HIGH = jnp.float32, jnp.bfloat16
+_PARTS = {1: (_HIGH,), 2: (_LOW,), 4: (_LOW, _HIGH)}
+_HALF = 1 << 24
 
 
-def empty_selection(shape: tuple[int, ...]) -> Selection:
+def empty_selection(shape: tuple[int, ...], layout: Layout = ENTRY) -> Selection:
     """Returns what `selecting_tap` is differentiated by, for supports of a shape."""
-    zeros = jnp.zeros(shape, jnp.float32)
-    return Selection(zeros, zeros, zeros[..., 0], zeros[..., 0])
+    types = _PARTS[np.dtype(layout.dtype).itemsize]
+    count = jnp.zeros(shape[:-1], jnp.float32)
+    return Selection(tuple(jnp.zeros(shape, one) for one in types), count, count)
 
 
 def support_of(selection: Selection, layout: Layout = ENTRY) -> jax.Array:
     """Returns the support that a selection carries."""
-    numbers = selection.high.astype(jnp.int32) * _HALF
-    numbers += selection.low.astype(jnp.int32)
-    return numbers.astype(layout.dtype)
+    low, *high = (part.astype(jnp.int32) for part in selection.parts)
+    return sum((part * _HALF for part in high), low).astype(layout.dtype)
 
 
 class Draw(NamedTuple):
@@ -142,15 +147,16 @@ def selecting_tap(
 
 
 def _select_forward(wanted, param, selection, draw):
-    """Keeps what the score may want to see."""
+    """Keeps what the score may want to see, and the shapes and types of a support."""
     del wanted
-    return param, (param, selection.high, draw)
+    like = jax.tree.map(lambda x: jnp.empty((0, *x.shape), x.dtype), selection)
+    return param, (param, like, draw)
 
 
 def _select_backward(wanted, kept, cotangent):
     """Selects from the dense gradient."""
-    param, high, draw = kept
-    options = {"avoid": draw.avoid, "capacity": high.shape[-1]}
+    param, like, draw = kept
+    options = {"avoid": draw.avoid, "capacity": like.parts[0].shape[-1]}
     support, count = wanted.layout.choose(
         wanted.score,
         wanted.score.added(cotangent),
@@ -161,8 +167,10 @@ def _select_backward(wanted, kept, cotangent):
     )
     numbers = support.astype(jnp.int32)
     bad = jnp.broadcast_to(~jnp.isfinite(cotangent).all(), count.shape)
-    parts = (numbers // _HALF, numbers % _HALF, bad, count)
-    return None, Selection(*(part.astype(jnp.float32) for part in parts)), None
+    halves = (numbers % _HALF, numbers // _HALF)[: len(like.parts)]
+    found = Selection(halves, bad, count)
+    cast = lambda x, like: x.astype(like.dtype)
+    return None, jax.tree.map(cast, found, like), None
 
 
 selecting_tap.defvjp(_select_forward, _select_backward)
