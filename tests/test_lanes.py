@@ -390,7 +390,10 @@ def test_a_run_says_what_does_not_fit_before_it_begins(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"granularity": "lanes"}, "`granularity` must be one of entry, lane, .*'lan"),
+        (
+            {"granularity": "lanes"},
+            "`granularity` must be one of entry, entry16, .*'lan",
+        ),
         ({"granularity": "lane", "method": "lora"}, "It belongs to sift, lift, rand"),
     ],
 )

@@ -214,7 +214,10 @@ def test_a_run_takes_an_optimizer_and_needs_it_to_resume(files, tmp_path):
         ({"method": object()}, "`method` must be of a registered class"),
         ({"sampler": object()}, "`sampler` must be one of ist, uniform"),
         ({"sampler": Uniform(num_layers=2, num_active=1), "hold": 2}, "`hold` must be"),
-        ({"granularity": LANE}, "`granularity` must be one of entry, lane, .*, got "),
+        (
+            {"granularity": LANE},
+            "`granularity` must be one of entry, entry16, .*, got ",
+        ),
         ({"score": lambda gradient, param: param}, "`score` must be one of gradient, "),
         (
             {"method": "series", "activation": jax.nn.gelu},

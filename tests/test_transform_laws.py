@@ -171,7 +171,7 @@ def assert_same_array(a, b):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("granularity", ["entry", "lane", LANE, "column"])
+@pytest.mark.parametrize("granularity", ["entry", "entry16", "lane", LANE, "column"])
 @pytest.mark.quick(1)
 def test_the_optimizer_of_nnx_gives_the_numbers_of_optax(granularity):
     tx = sift(optax.adamw(1e-2), 0.05, granularity=granularity)

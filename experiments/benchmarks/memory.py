@@ -41,7 +41,10 @@ PUBLISHED = (
 )
 BASE = Settings(model="", task="causal", output="", batch_size=1, dtype="bfloat16")
 SIFT = replace(BASE, density=0.05)
+SHORT = replace(SIFT, granularity="entry16")
 LANES = replace(SIFT, granularity="lane")
+LEAST = {"split_masters": True, "moment_dtype": "int8"}
+BACKWARD = {"update_in_backward": True, "clip_by": "previous-norm"}
 # What a trained entry of a bfloat16 weight is kept in.
 CHOICES = {
     "entries": SIFT,
@@ -49,22 +52,16 @@ CHOICES = {
     "entries, split masters": replace(SIFT, split_masters=True),
     "entries, both": replace(SIFT, split_masters=True, moment_dtype="bfloat16"),
     "entries, 8-bit moments": replace(SIFT, moment_dtype="int8"),
-    "entries, split masters, 8-bit moments": replace(
-        SIFT, split_masters=True, moment_dtype="int8"
-    ),
+    "entries, split masters, 8-bit moments": replace(SIFT, **LEAST),
+    "entry16, split masters": replace(SHORT, split_masters=True),
+    "entry16, both": replace(SHORT, split_masters=True, moment_dtype="bfloat16"),
+    "entry16, split masters, 8-bit moments": replace(SHORT, **LEAST),
+    "the same, updated in the backward pass": replace(SHORT, **LEAST, **BACKWARD),
     "lanes": LANES,
     "lanes, split masters": replace(LANES, split_masters=True),
     "lanes, both": replace(LANES, split_masters=True, moment_dtype="bfloat16"),
-    "lanes, split masters, 8-bit moments": replace(
-        LANES, split_masters=True, moment_dtype="int8"
-    ),
-    "the same, updated in the backward pass": replace(
-        LANES,
-        split_masters=True,
-        moment_dtype="int8",
-        update_in_backward=True,
-        clip_by="previous-norm",
-    ),
+    "lanes, split masters, 8-bit moments": replace(LANES, **LEAST),
+    "these too, in the backward pass": replace(LANES, **LEAST, **BACKWARD),
 }
 KEPT = ("supports", "masters", "optimizer", "gradients")
 PARTS_HERE = ("weights", "state", "temporary", "total")
@@ -103,7 +100,7 @@ def choices() -> Result:
     for name, settings in CHOICES.items():
         run = abstract_run(network_of("llama-7b"), settings, *place)
         held = held_bytes(run)
-        entries = sum(leaf.size for leaf in jax.tree.leaves(run.state.support))
+        entries = sum(leaf.size for leaf in jax.tree.leaves(run.state.masters))
         sizes = {part: held[part] / entries for part in KEPT}
         rows.append({"choice": name, **sizes, "total": sum(sizes.values())})
     parts = {part: f"{{{part}:.2f}}" for part in (*KEPT, "total")}

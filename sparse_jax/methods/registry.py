@@ -48,9 +48,10 @@ class MethodOptions:
     )
     granularity: str | None = _usual(
         "granularity",
-        "What sparse methods select: single entries (entry), the same number of "
-        "entries in every 128 rows of a column (lane, for TPUs), or blocks: row or "
-        "column of a kernel, 4x4, 256x256.",
+        "What sparse methods select: single entries (entry, or entry16 to store their "
+        "positions in two bytes instead of four), the same number of entries in every "
+        "128 rows of a column (lane, for TPUs), or blocks: row or column of a kernel, "
+        "4x4, 256x256.",
     )
     score: str | None = _usual(
         "score",

@@ -9,7 +9,7 @@ from sparse_jax.training.settings import Settings
 __all__ = ["CHOICES", "choices_in"]
 
 # Those of `GRANULARITIES` but the usual one; its module imports JAX, which takes long.
-_GRANULARITIES = ("lane", "row", "column", "4x4", "256x256")
+_GRANULARITIES = ("entry16", "lane", "row", "column", "4x4", "256x256")
 # word -> the settings that it stands for
 CHOICES: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {

@@ -12,6 +12,7 @@ from sparse_jax.supports.blocks import Blocks
 from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.lanes import LANE
 from sparse_jax.supports.layout import Layout
+from sparse_jax.supports.short_entries import SHORT_ENTRY
 
 __all__ = [
     "ENTRY",
@@ -26,6 +27,7 @@ __all__ = [
 # The words of the library and of the command line.
 GRANULARITIES: dict[str, Layout] = {
     "entry": ENTRY,
+    "entry16": SHORT_ENTRY,
     "lane": LANE,
     # A channel of a kernel [in, out]: what an input does, and what an output sees.
     "row": Blocks(rows=1, columns=None),
@@ -163,11 +165,15 @@ def _require_support(
     ):
         return
     known = np.asarray(support)
-    numbers, axis = known.astype(np.int64), int(stacked)
     (positions,) = layout.to_positions(known, x.shape)
-    is_sorted = (np.diff(numbers, axis=axis) > 0).all()
-    inside = ((positions >= 0) & (positions < size)).all() and (numbers >= 0).all()
-    if not (is_sorted and inside):
+    is_sorted = (np.diff(positions) > 0).all()
+    inside = ((positions >= 0) & (positions < size)).all()
+    # Numbers of another order, or of nothing, are not those of their positions.
+    if not (
+        is_sorted
+        and inside
+        and np.array_equal(layout.from_positions(positions, x.shape)[0], known)
+    ):
         raise InputError(
             f"`support` must hold distinct, ascending numbers of entries, below "
             f"{size}, got others. Make it by `top_k_support`, or sort it."

@@ -196,10 +196,7 @@ class Layout(ABC):
             gradient = None if gradient is None else replicated(gradient)
         if not stacked:
             scores = score(gradient, param, key, k)
-            if avoid is not None:
-                # What is not finite ranks below zero.
-                nothing = jnp.full(avoid.shape, jnp.nan, scores.dtype)
-                scores = self.scatter(scores, avoid, nothing)
+            scores = scores if avoid is None else self.without(scores, avoid)
             scores, numbers = self._pooled(scores, k)
             scores = reversed_order(scores) if score.lowest else scores
             support, counts = self._best(scores, numbers, capacity)
@@ -217,6 +214,12 @@ class Layout(ABC):
         # One layer after the other, so that scores exist for one layer at a time.
         layers = jnp.arange(param.shape[0])
         return lax.map(choose_layer, (layers, gradient, param, avoid))
+
+    def without(self, scores: jax.Array, avoid: jax.Array) -> jax.Array:
+        """Returns scores that rank the entries of a support below all others."""
+        # What is not finite ranks below zero.
+        nothing = jnp.full(avoid.shape, jnp.nan, scores.dtype)
+        return self.scatter(scores, avoid, nothing)
 
     def _pooled(self, scores: jax.Array, k: int) -> tuple[jax.Array, int]:
         """Returns a score for each number, and how many numbers k entries have."""
@@ -244,8 +247,15 @@ class Layout(ABC):
     ) -> jax.Array:
         """Returns an array, or a stack, with the entries at a support replaced."""
 
-    def origins(self, old: jax.Array, new: jax.Array) -> Origin:
-        """Finds the entries of one support in another."""
+    def origins(self, old: jax.Array, new: jax.Array, shape: Sequence[int]) -> Origin:
+        """Finds the entries of one support in another.
+
+        Args:
+          old: support of the array, or of a stack.
+          new: likewise.
+          shape: of the array, or of one layer.
+        """
+        del shape
         search = jnp.searchsorted
         for _ in range(old.ndim - 1):
             search = jax.vmap(search)

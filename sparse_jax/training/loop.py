@@ -11,12 +11,13 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from sparse_jax.compact.compact import CompactState
+from sparse_jax.compact.compact import CompactState, Tuner
 from sparse_jax.data.batches import Batch
 from sparse_jax.errors import InputError
 from sparse_jax.models.modules import Inputs
 from sparse_jax.params.fields import Json
 from sparse_jax.sharding.runner import MeshRunner
+from sparse_jax.supports.roles import SPARSE, map_roles
 from sparse_jax.training.best_model import BestModel
 from sparse_jax.training.build import Job
 from sparse_jax.training.checkpoint import Checkpoints, Position
@@ -282,8 +283,8 @@ class Loop:
         seconds = time.perf_counter() - began
         row = {"step": at.batches + 1, "is_selection": True, "seconds": seconds}
         self.directory.add_row(row)
-        entries = sum(leaf.size for leaf in jax.tree.leaves(state.support))
-        self.progress.note(f"selected {entries:,} places in {seconds:.1f} s")
+        entries = _number_chosen(self.runner.tuner, state)
+        self.progress.note(f"selected {entries:,} entries in {seconds:.1f} s")
         return state, finite
 
     def _skip(self, at: Position, what: str) -> Position:
@@ -379,3 +380,13 @@ class Loop:
         if self.best is not None and self.best.is_over(self.directory.rows):
             self.progress.note(self.best.reason)
         return state
+
+
+def _number_chosen(tuner: Tuner, state: CompactState) -> int:
+    """Returns how many entries the supports of a state hold."""
+    sizes: list[int] = []
+    k = tuner.method.support_size
+    shape = lambda role, leaf: role.packed_shape(leaf.shape, k(role))
+    note = lambda role, leaf: sizes.append(math.prod(shape(role, leaf)))
+    map_roles(note, tuner.roles(state.params), state.params, only=(SPARSE,))
+    return sum(sizes)

@@ -86,7 +86,9 @@ def origins_of(
     """
 
     def origin(role: Role, old: jax.Array, new: jax.Array) -> Box:
-        return Box(None if role.kind == DENSE else role.layout.origins(old, new))
+        if role.kind == DENSE:
+            return Box(None)
+        return Box(role.layout.origins(old, new, role.shape))
 
     return map_roles(origin, roles, old_support, new_support, only=TRAINED)
 
