@@ -109,7 +109,11 @@ def _names(words: list[str]) -> dict[str, str]:
     """Returns what is typed for the arguments of a command."""
     command = getattr(typer.main.get_command(app), "commands", {}).get(words[0])
     typed = {word.partition("=")[0] for word in words}
-    return {} if command is None else names_typed(command, "--adapter" not in typed)
+    names = {} if command is None else names_typed(command, "--adapter" not in typed)
+    if typed & {"--prompts", "--input"}:
+        # A prompt is one of a file then.
+        names.pop("prompt", None)
+    return names
 
 
 def _reading(error: Any) -> str:
