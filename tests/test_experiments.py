@@ -28,7 +28,7 @@ from experiments import (
     tables,
 )
 from experiments.benchmarks import __main__ as all_benchmarks
-from experiments.benchmarks import against_torch, generation
+from experiments.benchmarks import against_qwix, against_torch, generation, workers
 from experiments.benchmarks.__main__ import BENCHMARKS
 from experiments.benchmarks.result import Panel, Result, finish
 from experiments.report import Report
@@ -306,6 +306,45 @@ def test_programs_are_compared_with_their_peers_round_by_round():
     assert (ist["peer"], ist["ratio"], ist["peak_ratio"]) == ("LoRA", 0.5, 0.5)
 
 
+def test_all_that_runs_beside_qwix_is_compared_with_its_lora():
+    def updates(*seconds, added):
+        rest = {"loss": 9.0, "trained": 5, "peak": 8 + added, "read": 8}
+        starts = zip((100.0, 50.0, *seconds), (100.0, 150.0, 0.0, 0.0), strict=True)
+        return [{"seconds": one, "since_start": at} | rest for one, at in starts]
+
+    rows = {
+        ("SIFT", "sparse_jax"): updates(1.0, 2.0, added=1),
+        ("LoRA", "qwix"): updates(2.0, 2.0, added=4),
+        ("SIFT", "tunix"): updates(4.0, 4.0, added=8),
+    }
+    ours, peer, theirs = against_qwix.summary(rows)
+    assert (ours["time"], ours["added_ratio"]) == ("0.75", 0.25)
+    assert (peer["time"], peer["spread"], peer["start"]) == ("1", "", 150.0)
+    assert (theirs["time"], theirs["added_ratio"]) == ("2.00", 2.0)
+
+
+def test_sift_beside_qwix_trains_as_many_entries_as_its_lora():
+    shaped = lambda name, *shape: SimpleNamespace(**{name: np.zeros(shape)})
+    # 4 wide, two heads of 3, 5 wide between.
+    attn = SimpleNamespace(
+        q_proj=shaped("w", 4, 2, 3), o_proj=shaped("w", 2, 3, 4), scale=1.0
+    )
+    mlp = SimpleNamespace(up_proj=shaped("kernel", 4, 5))
+    layers = [SimpleNamespace(attn=attn, mlp=mlp)]
+    network = SimpleNamespace(config=SimpleNamespace(embed_dim=4), layers=layers)
+    entries = against_qwix.RANK * ((4 + 6) + (6 + 4) + (4 + 5))
+    expected = entries / (4 * 6 + 6 * 4 + 4 * 5)
+    assert against_qwix.density_of(network) == pytest.approx(expected)
+
+
+def test_what_a_benchmark_lacks_is_named_with_what_brings_it(monkeypatch, capsys):
+    monkeypatch.setattr(workers, "find_spec", lambda name: None)
+    monkeypatch.setattr(workers.Path, "exists", lambda path: True)
+    assert not workers.are_there("qwix", "tunix")
+    told = "skipped: needs qwix, tunix; `pip install qwix google-tunix`.\n"
+    assert capsys.readouterr().out == told
+
+
 def test_texts_and_choices_that_differ_end_the_comparison():
     firsts = {
         (generation.WRITE, "sparse_jax"): {"found": [[1, 2], [3, 4]]},
@@ -362,16 +401,18 @@ def test_benchmarks_beside_a_library_run_only_where_it_is_asked_for(
         return SimpleNamespace(returncode=int(commands[-1] == "lane"))
 
     monkeypatch.setattr(all_benchmarks.subprocess, "run", run)
-    only = all_benchmarks.run_all(None, ["lane", "memory"], tmp_path)
+    only = all_benchmarks.run_all([], ["lane", "memory"], tmp_path)
     assert (only, commands) == (1, ["memory", "lane"])
     shown = capsys.readouterr().out
     assert "memory.json" in shown and "failed, exit code 1" in shown
     commands.clear()
-    all_benchmarks.run_all(None, [], tmp_path)
+    all_benchmarks.run_all([], [], tmp_path)
     assert "against_torch" not in commands and "step_time" in commands
     commands.clear()
-    all_benchmarks.run_all("torch", [], tmp_path)
+    all_benchmarks.run_all(["torch"], [], tmp_path)
     assert commands[-2:] == ["against_torch", "generation"]
+    all_benchmarks.run_all(["torch", "qwix"], [], tmp_path)
+    assert commands[-3:] == ["against_torch", "generation", "against_qwix"]
 
 
 def test_a_result_is_a_table_a_file_and_a_picture(tmp_path, capsys):

@@ -1,15 +1,15 @@
 """The benchmarks, one by one or all of them.
 
-    python -m experiments.benchmarks all [--vs torch] [--only NAME ...]
+    python -m experiments.benchmarks all [--vs torch qwix] [--only NAME ...]
         [--output runs/benchmarks]
     python -m experiments.benchmarks NAME [options]
 
 NAME: one of the list that `--help` prints; each has the options of its module. `all`
 runs every one in a process of its own, at sizes for two CPU cores: the ones that only
-compile first, then those that take times, and those beside PyTorch last, if they are
-asked for. Each prints its table and writes it as JSON and as a picture; a table of them
-all is at the end. What a benchmark needs and is not there, such as torch or the
-compiler of TPUs, is named and the benchmark skipped.
+compile first, then those that take times, and those beside other libraries last, if
+they are asked for. Each prints its table and writes it as JSON and as a picture; a
+table of them all is at the end. What a benchmark needs and is not there, such as torch
+or the compiler of TPUs, is named and the benchmark skipped.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from experiments.command import run_command
 
-TORCH = "torch"
+TORCH, QWIX = "torch", "qwix"
 
 
 class Benchmark(NamedTuple):
@@ -68,10 +68,11 @@ BENCHMARKS = (
         ("--questions", "4", "--rounds", "3"),
         TORCH,
     ),
+    Benchmark("against_qwix", "updates beside qwix and tunix", ("--rounds", "8"), QWIX),
 )
 
 
-def run_all(beside: str | None, only: Sequence[str], output: Path) -> int:
+def run_all(beside: Sequence[str], only: Sequence[str], output: Path) -> int:
     """Runs benchmarks one after the other, and returns how many failed."""
     table = Table(title=f"benchmarks, in {output}")
     for header in ("benchmark", "what is measured", "seconds", "written"):
@@ -79,7 +80,7 @@ def run_all(beside: str | None, only: Sequence[str], output: Path) -> int:
     chosen = [
         one
         for one in BENCHMARKS
-        if (one.name in only if only else one.beside in (None, beside))
+        if (one.name in only if only else one.beside in (None, *beside))
     ]
     failed = 0
     for one in chosen:
@@ -127,7 +128,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.argv = [f"{parser.prog} {words[0]}", *words[1:]]
         importlib.import_module(f"{__package__}.{words[0]}").main()
         return
-    parser.add_argument("--vs", choices=(TORCH,), help="also those beside a library")
+    parser.add_argument(
+        "--vs", nargs="+", choices=(TORCH, QWIX), default=(), metavar="LIBRARY",
+        help="also those beside libraries: torch, qwix",
+    )  # fmt: skip
     parser.add_argument(
         "--only", nargs="+", choices=names, default=(), metavar="NAME", help="these"
     )

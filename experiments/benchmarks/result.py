@@ -19,7 +19,9 @@ from experiments.pictures import COLORS, canvas, save
 
 __all__ = ["Panel", "Result", "benchmark_parser", "finish", "quartiles"]
 
-_PACKAGES = ("jax", "torch", "transformers", "peft", "libtpu")
+_PACKAGES = (
+    "jax", "torch", "transformers", "peft", "libtpu", "flax", "qwix", "google-tunix",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
+# What brings a package of another name.
+_INSTALLED_BY = {"tunix": "google-tunix"}
+
 Row = dict[str, Any]  # what a step reported, with its costs
 Step = Callable[[], Row]
 Program = tuple[str, str]
@@ -57,7 +60,7 @@ def are_there(*packages: str) -> bool:
         return False
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        needed = " ".join(packages)
+        needed = " ".join(_INSTALLED_BY.get(name, name) for name in packages)
         print(f"skipped: needs {', '.join(missing)}; `pip install {needed}`.")
     return not missing
 
