@@ -56,6 +56,8 @@ PEER = ("LoRA", QWIX)
 PROGRAMS = (
     ("LoRA", OURS), ("SIFT", OURS), PEER, ("LoRA", TUNIX), ("SIFT", TUNIX),
 )  # fmt: skip
+# Llama 3 of tunix 0.1.7 turns by it, whatever its configuration says.
+ROPE_THETA = 1_000_000
 # Names of the linear maps in tunix, and of their weights for `sift`.
 MAPS = ".*(q|k|v|o|gate|up|down)_proj"
 WEIGHTS = r"^layers/\d+/(attn|mlp)/"
@@ -68,6 +70,12 @@ def read_llama(folder: str) -> Any:
     from tunix.models.llama3 import model, params  # pyright: ignore
 
     config: Any = AutoConfig.from_pretrained(folder)
+    theta = config.rope_parameters["rope_theta"]
+    if theta != ROPE_THETA:
+        raise SystemExit(
+            f"error: `--model` must have a rope_theta of {ROPE_THETA:,}, got "
+            f"{theta:,}. Llama 3 of tunix does not read it."
+        )
     ours = model.ModelConfig(
         num_layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
@@ -76,7 +84,7 @@ def read_llama(folder: str) -> Any:
         num_heads=config.num_attention_heads,
         head_dim=config.head_dim,
         num_kv_heads=config.num_key_value_heads,
-        rope_theta=config.rope_parameters["rope_theta"],
+        rope_theta=theta,
         norm_eps=config.rms_norm_eps,
         weight_tying=config.tie_word_embeddings,
     )
@@ -269,7 +277,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         name = Path(args.model).resolve().name if args.model else "a Llama of 30 M"
-        args.model = args.model or write_llama(folder)
+        args.model = args.model or write_llama(folder, rope_theta=ROPE_THETA)
         shared = ("model", "batch_size", "length", "threads")
         options = {option: getattr(args, option) for option in shared}
         found = summary(measure(__spec__.name, PROGRAMS, options, args.rounds, check))

@@ -211,7 +211,7 @@ def texts_of(costs: Row, is_peer: bool) -> Row:
     }
 
 
-def write_llama(folder: str) -> str:
+def write_llama(folder: str, *, rope_theta: float = 10_000.0) -> str:
     """Writes a Llama of 30 M random parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -223,6 +223,7 @@ def write_llama(folder: str) -> str:
         vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=2048,
         tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
