@@ -9,11 +9,12 @@ SST-2 in `samples`. The first gradient of a new head is about the offset of all 
 alike: the mean of a regression, the shares of unbalanced classes. "unbalanced" is SST-2
 with nine positive texts for a negative one to train on, and as many of both to evaluate
 on. Rows start the bias of the head at zero or, as is usual, at what the labels say;
-update the head alone for a while, sum the gradients of several batches, or choose again
-every 50 updates (as many entries each time). Beside them are a random support, LoRA of
-rank 8, with as many parameters as there are entries, and full fine-tuning. Each
-learning rate is the best of one grid on the first seed, by the evaluation data. An
-interrupted run goes on where it was; `TASK.json` and `TASK.png` hold the tables.
+update the head alone for a while, sum the gradients of several batches or examples, or
+choose again every 50 updates (as many entries each time). Beside them are a random
+support, LoRA of rank 8, with as many parameters as there are entries, and full
+fine-tuning. Each learning rate is the best of one grid on the first seed, by the
+evaluation data. An interrupted run goes on where it was; `TASK.json` and `TASK.png`
+hold the tables.
 """
 
 import argparse
@@ -33,6 +34,7 @@ TASKS = {
     "stsb": "samples/STS-B", "unbalanced": "samples/SST-2", "rte": "RTE",
     "mrpc": "MRPC", "cola": "CoLA",
 }  # fmt: skip
+BATCH = 16
 ROWS: dict[str, dict[str, Any]] = {
     "sift": {},
     "random": {"method": "random"},
@@ -46,6 +48,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "sift, after 60": {"select_after": 60.0},
     "sift, 8 batches": {"select_batches": 8},
     "sift, after 30, 8 batches": {"select_after": 30.0, "select_batches": 8},
+    # A batch of a selection is one micro-batch.
+    "sift, 64 examples": {"select_batches": 64, "accumulate": BATCH},
+    "sift, 64 examples, normalized": {
+        "select_batches": 64,
+        "accumulate": BATCH,
+        "score": "normalized",
+    },
     "sift, again every 50": {"reselect_every": 50},
 }
 
@@ -115,7 +124,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
     parser.add_argument("--max-steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--learning-rates", nargs="+", type=float, default=[1e-4, 5e-4, 2e-3]

@@ -27,6 +27,7 @@ def of_rank(x, rank):
 # word -> what the K largest are of; k / (rows + columns) is 0.9, a rank of 1
 LARGEST = {
     "gradient": np.abs(G),
+    "normalized": np.abs(G),
     "magnitude": np.abs(W),
     "gradient/magnitude": np.abs(G) / np.abs(W),
     "lift": np.abs(of_rank(W, 1)),
@@ -108,6 +109,30 @@ def test_the_smallest_are_chosen_in_exact_order_and_what_is_not_finite_last():
     score = SCORES["smallest-magnitude"]
     assert ENTRY.choose(score, None, x, 3, KEY)[0].tolist() == [3, 4, 6]
     assert ENTRY.choose(score, None, x, 7, KEY)[0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["leaf", "stack"])
+def test_normalized_gradients_count_alike_however_large_they_are(stacked):
+    grads = DRAW.normal(size=(3, 2, 50)).astype(np.float32)
+    # Of one example the gradient is large, in the second layer alone.
+    grads[0, 1] *= 1e4
+    rules = {"score": "normalized", "select_batches": 3}
+    rules |= {"stacked": "layers"} if stacked else {}
+    tx = sift(optax.sgd(1.0), density=0.2, **rules)
+    params = {"layers": jnp.ones((2, 50))}
+    state = tx.init(params)
+    for grad in grads:
+        _, state = tx.update({"layers": jnp.array(grad)}, state, params)
+    norms = np.linalg.norm(grads, axis=-1 if stacked else (1, 2), keepdims=True)
+    rows = np.sum(grads / norms, axis=0).reshape(2 if stacked else 1, -1)
+    for found, row in zip(np.atleast_2d(state.support["layers"]), rows, strict=True):
+        order = np.argsort(-np.abs(row), kind="stable")
+        np.testing.assert_array_equal(found, np.sort(order[: row.size // 5]))
+
+
+def test_a_gradient_of_zero_adds_nothing_to_normalized_ones():
+    zero = SCORES["normalized"].added(jnp.zeros((2, 3)))
+    np.testing.assert_array_equal(zero, np.zeros((2, 3)))
 
 
 def test_fisher_adds_squares_of_several_gradients():

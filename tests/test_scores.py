@@ -137,7 +137,7 @@ def test_the_command_line_has_the_same_words():
     assert METHODS["random"].make({}).score == "random"
     settings = {"model": "m", "task": "sst2", "output": "o"}
     assert Settings(**settings, method="sift", score="random").score == "random"
-    with pytest.raises(InputError, match="`score` must be one of gradient, magnitude"):
+    with pytest.raises(InputError, match="`score` must be one of gradient, normalized"):
         Settings(**settings, method="sift", score="gradients")
     for word in ("lora", "random"):
         with pytest.raises(InputError, match="`score` must be left out .* to sift"):
@@ -158,8 +158,8 @@ def test_a_score_of_weights_alone_needs_no_backward_pass():
 WRONG = {
     "no arguments": (lambda: None, "`score` must be a function"),
     "four": (lambda a, b, c, d: a, "`score` must be a function"),
-    "a class": (object(), "`score` must be one of 'gradient', 'magnitude'"),
-    "a word": ("gradients", "`score` must be one of 'gradient', 'magnitude'"),
+    "a class": (object(), "`score` must be one of 'gradient', 'normalized'"),
+    "a word": ("gradients", "`score` must be one of 'gradient', 'normalized'"),
     "nothing": (None, "`score` must be one of"),
 }
 

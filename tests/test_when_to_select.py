@@ -109,7 +109,7 @@ def gradient(params, batch):
     return jax.grad(mean)(params)
 
 
-@pytest.mark.parametrize("score", ["gradient", "smallest-fisher"])
+@pytest.mark.parametrize("score", ["gradient", "normalized", "smallest-fisher"])
 def test_both_tiers_choose_by_the_same_sum_over_batches(score):
     batches = [planted(seed) for seed in range(3)]
     method, params = replace(METHOD, score=score), planted_params()

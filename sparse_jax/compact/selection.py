@@ -125,7 +125,8 @@ def selection_statistic(
     grads = jax.grad(mean)(map_roles(own, roles, state.params, only=(SPARSE,)))
     score = tuner.method.ranking
     assert score is not None
-    found = jax.tree.map(lambda g: score.added(g).astype(value_dtype(g)), grads)
+    add = lambda role, g: score.added(g, role.stacked).astype(value_dtype(g))
+    found = map_roles(add, roles, grads, only=(SPARSE,))
     return found if before is None else optax.tree.add(before, found)
 
 

@@ -55,9 +55,9 @@ class MethodOptions:
     )
     score: str | None = _usual(
         "score",
-        "What sift ranks entries by: gradient, magnitude, gradient/magnitude, random, "
-        "lift, off-principal, smallest-magnitude, snip, fisher, smallest-fisher, or a "
-        "score added with `register_score`.",
+        "What sift ranks entries by: gradient, normalized, magnitude, "
+        "gradient/magnitude, random, lift, off-principal, smallest-magnitude, snip, "
+        "fisher, smallest-fisher, or a score added with `register_score`.",
     )
     score_rank: int | None = setting(
         None,

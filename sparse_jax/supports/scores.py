@@ -99,13 +99,12 @@ class Score:
             )
         return scores
 
-    def added(self, gradient: jax.Array) -> jax.Array:
-        """Returns what one gradient adds to the sum that is scored."""
+    def added(self, gradient: jax.Array, stacked: bool = False) -> jax.Array:
+        """Returns what one gradient, of each layer if stacked, adds to the sum."""
         if self.of_each is None:
             return gradient
-        return self.of_each(
-            gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-        )
+        of_each = jax.vmap(self.of_each) if stacked else self.of_each
+        return of_each(gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)))
 
     def require(self, name: str, shape: Sequence[int]) -> None:
         """Raises `InputError` unless it can rank an array of some shape."""
@@ -211,10 +210,18 @@ def _low_rank(rank: int | None, lowest: bool) -> Score:
     return Score(LowRank(rank), needs_gradient=False, lowest=lowest)
 
 
+def _normalized(gradient: jax.Array) -> jax.Array:
+    """Returns g / ||g||; zero if all of it is."""
+    norm = jnp.linalg.norm(gradient.reshape(-1))
+    return gradient / jnp.where(norm > 0, norm, 1)
+
+
 # By the names that `score` takes; `register_score` adds one.
 SCORES: dict[str, Score] = {
     # |g|, as SIFT does (Song et al., 2024; `sift/sift.py`).
     "gradient": Score(_gradient, needs_param=False),
+    # Of several gradients none outweighs the others.
+    "normalized": Score(_gradient, needs_param=False, of_each=_normalized),
     "magnitude": Score(_magnitude, needs_gradient=False),
     "gradient/magnitude": Score(_gradient_over_magnitude),
     "random": Score(_random, needs_gradient=False, needs_param=False),

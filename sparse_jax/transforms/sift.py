@@ -239,7 +239,7 @@ def sift(
         roles = roles_in(updates)
         collecting, due = selections.at(state.count)
 
-        added = lambda role, leaf: rank.added(leaf)
+        added = lambda role, leaf: rank.added(leaf, role.stacked)
         scored = lambda: map_roles(added, roles, updates, only=(SPARSE,))
 
         def skip() -> tuple[optax.Updates, SiftState]:
