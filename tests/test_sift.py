@@ -288,7 +288,7 @@ ERRORS = {
     "select": (dict(select_batches=0), r"`select_batches` must be at least 1"),
     "reselect": (
         dict(select_batches=3, reselect_every=2),
-        r"at least select_batches=3",
+        r"at least .select_batches=3.",
     ),
     "policy": (dict(reselect_state="drop"), r"`reselect_state` must be"),
     "key": (dict(score="random"), r"`key` must be given"),

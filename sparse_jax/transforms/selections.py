@@ -44,7 +44,7 @@ class Selections(NamedTuple):
         require_count("reselect_every", self.every)
         if self.every < self.by:
             raise InputError(
-                f"`reselect_every` must be at least `select_batches`={self.by}, "
+                f"`reselect_every` must be at least `select_batches={self.by}`, "
                 f"got {self.every}. Leave it out to select once."
             )
 
