@@ -290,11 +290,14 @@ RUN = {
     "max_grad_norm": 0.0,
 }  # fmt: skip
 REFUSED = {
-    "max_grad_norm": (1.0, "`clip_by` must be previous-norm with update_in_backward"),
-    "accumulate": (2, "`accumulate` must be left out with update_in_backward, got 2"),
-    "sampler": ("ist", "`sampler` must be left out with update_in_backward"),
+    "max_grad_norm": (1.0, "`clip_by` must be previous-norm with .update_in_backward."),
+    "accumulate": (2, "`accumulate` must be left out with .update_in_backward., got 2"),
+    "sampler": ("ist", "`sampler` must be left out with .update_in_backward."),
     "mesh": ("data=2,fsdp=2", "take the axis fsdp in place of data"),
-    "method": ("head", "`method` must be left out with update_in_backward, got 'head'"),
+    "method": (
+        "head",
+        "`method` must be left out with .update_in_backward., got 'head'",
+    ),
     "optimizer": ("muon", "`optimizer` must be one of adamw, .* one layer at a time"),
 }
 

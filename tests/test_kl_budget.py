@@ -55,7 +55,10 @@ def test_the_strength_is_lowered_to_the_budget_at_the_end(files, whole):
     assert kls[3] > BUDGET >= kls[4] > 0.9 * BUDGET
     assert 0 < metrics["strength"] < 1
     assert (metrics["kl_budget"], metrics["eval"]["kl_text"]) == (BUDGET, kls[4])
-    assert "`kl_budget`: the adapter has" in metrics["warnings"][0]
+    assert (
+        "above `kl_budget`: the change to the base is scaled by"
+        in metrics["warnings"][0]
+    )
     # The evaluation of the task is that of the adapter in the file, too.
     *_, first, last = (row["loss"] for row in rows_of(whole, "validation"))
     assert first < last == metrics["eval"]["loss"]

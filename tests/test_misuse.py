@@ -234,11 +234,11 @@ ARGUMENTS = {
     "half a layer": (lambda: Uniform(num_layers=3, num_active=0.5), "a whole number"),
     "granularity": (
         lambda: sift(SGD, granularity="diagonal"),
-        "`granularity` must be one of 'entry', 'lane', .*, got 'diagonal'",
+        "`granularity` must be one of 'entry', 'entry16', 'lane', .*, got 'diagonal'",
     ),
     "granularity, compact": (
         lambda: Sparse(density=0.5, granularity=3),
-        "`granularity` must be one of 'entry', 'lane', .* or a `Layout`, got 3",
+        "`granularity` must be one of 'entry', 'entry16', .* or a `Layout`, got 3",
     ),
     "score, compact": (
         lambda: Sparse(density=0.5, score="gradients"),

@@ -67,6 +67,7 @@ def running(
     # [1, i, j]: whether j is at i or before it.
     is_before = jnp.tri(_ROW, dtype=bool)[None]
     within = reduce(jnp.where(is_before, rows[:, None, :], neutral), axis=2)
+    within = within.astype(x.dtype)  # sums of int32 are int64 where JAX has it
     if len(rows) > 1:
         ends = running(reduce, combine, neutral, within[:, -1])
         before = jnp.pad(ends[:-1], (1, 0), constant_values=neutral)
