@@ -501,7 +501,7 @@ def test_options_win_over_the_file_of_settings(files, tmp_path, capsys, monkeypa
     }  # fmt: skip
     path.write_text(yaml.safe_dump(settings))
     code, _, err = run("finetune", monkeypatch, capsys, "--config", path)
-    assert code == 2 and "`output` must be given, got nothing. Pass --output" in err
+    assert code == 2 and "error: --output must be given, got nothing." in err
     more = ("--config", path, "--output", tmp_path / "run", "--max-steps", 1)
     assert run("finetune", monkeypatch, capsys, *more)[0] == 0
     config = tmp_path / "run" / "config.json"
