@@ -28,7 +28,9 @@ from sparse_jax import (
 )
 from sparse_jax.adapter.calculus import shared_leaves
 from sparse_jax.models.hf.pretrained import base_hash
+from sparse_jax.supports.granularity import granularity_named
 from sparse_jax.supports.layout import Shards
+from sparse_jax.supports.top_k import top_k_support
 
 HEAD = ("classifier/", "pooler/")
 WHERE = ("^layers/attention/(query|output)/",)
@@ -150,11 +152,33 @@ def test_arrays_of_numpy_are_avoided():
     assert entries_to_avoid(tuner, params, [mine])["w"].tolist() == [3]
 
 
+def test_entries_with_positions_of_two_bytes_avoid_the_same():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)
+    best = np.asarray(top_k_support(x, 90), np.int32)
+    mine = Adapter({"w": best}, {"w": np.ones(90, np.float32)})
+    key, found = jax.random.key(0), []
+    for granularity in ("entry", "entry16"):
+        method = Sparse(density=0.001, granularity=granularity, stack=None)
+        tuner = Compact(make_loss, method, optax.sgd(0.1))
+        state = tuner.init({"w": jnp.ones((300, 300))}, key)
+        avoid = entries_to_avoid(tuner, state.params, [mine])
+        state, finite = tuner.select(state, x, key, avoid)
+        assert finite
+        layout = granularity_named(granularity)
+        support = np.asarray(state.support["w"])
+        found.append(layout.to_positions(support, (300, 300))[0])
+    np.testing.assert_array_equal(*found)
+    both = np.sort(np.concatenate([best, found[0]]))
+    np.testing.assert_array_equal(both, top_k_support(x, 180))
+
+
 def test_lanes_avoid_nothing():
     method = Sparse(density=0.1, granularity="lane", stack=None)
     tuner = Compact(make_loss, method, optax.sgd(0.1))
     mine = Adapter({"w": np.array([1], np.int32)}, {"w": np.ones(1, np.float32)})
-    with pytest.raises(InputError, match="must be 'entry' to avoid entries, got"):
+    with pytest.raises(
+        InputError, match="must be 'entry' or 'entry16' to avoid entries"
+    ):
         entries_to_avoid(tuner, {"w": jnp.ones((128, 2))}, [mine])
 
 

@@ -14,6 +14,7 @@ from sparse_jax.models.functional import Params
 from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.positions import place_entries, union_of
 from sparse_jax.supports.roles import DENSE, SPARSE, Role, map_roles
+from sparse_jax.supports.short_entries import SHORT_ENTRY
 
 __all__ = ["entries_to_avoid", "is_own"]
 
@@ -76,9 +77,10 @@ def entries_to_avoid(
             )
         if role.kind != SPARSE:
             return
-        if role.layout.sharded(None) != ENTRY:
+        if role.layout.sharded(None) not in (ENTRY, SHORT_ENTRY):
             raise InputError(
-                "`granularity` must be 'entry' to avoid entries, got one of groups: "
+                "`granularity` must be 'entry' or 'entry16' to avoid entries, got one "
+                "of groups: "
                 "they may have some of both. Leave it out."
             )
         for one in owners:
