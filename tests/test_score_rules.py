@@ -135,6 +135,12 @@ def test_a_gradient_of_zero_adds_nothing_to_normalized_ones():
     np.testing.assert_array_equal(zero, np.zeros((2, 3)))
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_gradients_whose_squares_are_no_numbers_are_normalized(scale):
+    found = SCORES["normalized"].added(scale * jnp.array([3.0, -4.0]))
+    np.testing.assert_allclose(found, [0.6, -0.8], rtol=1e-5)
+
+
 def test_fisher_adds_squares_of_several_gradients():
     grads = DRAW.normal(size=(3, 50)).astype(np.float32)
     tx = sift(optax.sgd(1.0), density=0.2, score="fisher", select_batches=3)

@@ -248,6 +248,11 @@ def test_a_support_of_another_array_is_refused(low, message):
         gather(jnp.ones((3, 4)), support, granularity="entry16")
 
 
+def test_a_support_without_room_for_its_chunks_is_refused():
+    with pytest.raises(InputError, match="`support` must be one of granularity"):
+        gather(jnp.ones((7, CHUNK)), jnp.zeros(5, jnp.uint16), granularity="entry16")
+
+
 def test_a_run_and_its_adapter_have_the_entries_of_long_positions(tmp_path):
     files = write_files(tmp_path)
     adapters = []

@@ -88,7 +88,7 @@ class Selection(NamedTuple):
 # float32, 8 in bfloat16.
 _LOW, _HIGH = jnp.float32, jnp.bfloat16
 _PARTS = {1: (_HIGH,), 2: (_LOW,), 4: (_LOW, _HIGH)}
-_HALF = 1 << 24
+_BASE = 1 << 24
 
 
 def empty_selection(shape: tuple[int, ...], layout: Layout = ENTRY) -> Selection:
@@ -101,7 +101,7 @@ def empty_selection(shape: tuple[int, ...], layout: Layout = ENTRY) -> Selection
 def support_of(selection: Selection, layout: Layout = ENTRY) -> jax.Array:
     """Returns the support that a selection carries."""
     low, *high = (part.astype(jnp.int32) for part in selection.parts)
-    return sum((part * _HALF for part in high), low).astype(layout.dtype)
+    return sum((part * _BASE for part in high), low).astype(layout.dtype)
 
 
 class Draw(NamedTuple):
@@ -167,8 +167,8 @@ def _select_backward(wanted, kept, cotangent):
     )
     numbers = support.astype(jnp.int32)
     bad = jnp.broadcast_to(~jnp.isfinite(cotangent).all(), count.shape)
-    halves = (numbers % _HALF, numbers // _HALF)[: len(like.parts)]
-    found = Selection(halves, bad, count)
+    parts = (numbers % _BASE, numbers // _BASE)[: len(like.parts)]
+    found = Selection(parts, bad, count)
     cast = lambda x, like: x.astype(like.dtype)
     return None, jax.tree.map(cast, found, like), None
 

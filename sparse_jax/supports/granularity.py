@@ -151,6 +151,7 @@ def _require_support(
         and support.ndim == like.ndim + stacked
         and support.shape[int(stacked) + 1 :] == like.shape[1:]
         and (not stacked or support.shape[0] == rows)
+        and min(layout.packed_shape(support.shape, shape)) >= 0
     )
     if not fits:
         names = [name for name, one in GRANULARITIES.items() if one == layout]

@@ -212,8 +212,11 @@ def _low_rank(rank: int | None, lowest: bool) -> Score:
 
 def _normalized(gradient: jax.Array) -> jax.Array:
     """Returns g / ||g||; zero if all of it is."""
-    norm = jnp.linalg.norm(gradient.reshape(-1))
-    return gradient / jnp.where(norm > 0, norm, 1)
+    # By the largest first: squares of small and large numbers are not finite, or zero.
+    for size in (jnp.max, jnp.linalg.norm):
+        found = size(jnp.abs(gradient.reshape(-1)))
+        gradient = gradient / jnp.where(found > 0, found, 1)
+    return gradient
 
 
 # By the names that `score` takes; `register_score` adds one.
