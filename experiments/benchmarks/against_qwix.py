@@ -17,9 +17,7 @@ this model.
 
 import argparse
 import math
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,10 +41,10 @@ from experiments.benchmarks.workers import (
     circumstances,
     measure,
     memory,
+    model_of,
     ratios,
     serve,
     texts_of,
-    write_llama,
 )
 from experiments.command import run_command
 
@@ -275,9 +273,7 @@ def main() -> None:
         return
     if not are_there("qwix", "tunix", "torch"):
         return
-    with tempfile.TemporaryDirectory() as folder:
-        name = Path(args.model).resolve().name if args.model else "a Llama of 30 M"
-        args.model = args.model or write_llama(folder, rope_theta=ROPE_THETA)
+    with model_of(args, rope_theta=ROPE_THETA) as name:
         shared = ("model", "batch_size", "length", "threads")
         options = {option: getattr(args, option) for option in shared}
         found = summary(measure(__spec__.name, PROGRAMS, options, args.rounds, check))

@@ -16,9 +16,7 @@ CPU cores; needs torch and peft.
 
 import argparse
 import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,9 +33,9 @@ from experiments.benchmarks.workers import (
     circumstances,
     measure,
     memory,
+    model_of,
     ratios,
     serve,
-    write_llama,
 )
 from experiments.command import run_command
 
@@ -278,9 +276,7 @@ def main() -> None:
         return
     if not are_there("torch", "peft"):
         return
-    with tempfile.TemporaryDirectory() as folder:
-        name = Path(args.model).resolve().name if args.model else "a Llama of 30 M"
-        args.model = args.model or write_llama(folder)
+    with model_of(args) as name:
         shared = ("model", "batch_size", "length", "threads")
         options = {option: getattr(args, option) for option in shared}
         module, programs = __spec__.name, programs_of(args.methods)

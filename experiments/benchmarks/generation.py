@@ -15,10 +15,8 @@ Llama of 30 M random parameters that reads bytes. Needs torch and transformers.
 
 import argparse
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,10 +32,10 @@ from experiments.benchmarks.workers import (
     are_there,
     circumstances,
     measure,
+    model_of,
     ratios,
     serve,
     texts_of,
-    write_llama,
 )
 from experiments.command import run_command
 
@@ -285,9 +283,7 @@ def main() -> None:
         return
     if not are_there("torch", "transformers"):
         return
-    with tempfile.TemporaryDirectory() as folder:
-        name = Path(args.model).name if args.model else "a random Llama"
-        args.model = args.model or write_llama(folder)
+    with model_of(args) as name:
         asked = questions_of(encoder(args.model), args.questions)
         shared = ("model", "batch_size", "new_tokens", "questions", "threads")
         options = {name: getattr(args, name) for name in shared}

@@ -10,9 +10,10 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,8 @@ import numpy as np
 
 __all__ = [
     "OURS", "THEIRS", "Program", "Row", "add_options", "are_there", "circumstances",
-    "measure", "memory", "ratios", "seconds_of", "serve", "texts_of", "write_llama",
+    "measure", "memory", "model_of", "ratios", "seconds_of", "serve", "texts_of",
+    "write_llama",
 ]  # fmt: skip
 
 OURS, THEIRS = "sparse_jax", "PyTorch"
@@ -209,6 +211,15 @@ def texts_of(costs: Row, is_peer: bool) -> Row:
         "spread": "" if is_peer else f"{low:.2f} to {high:.2f}",
         "memory": "1" if is_peer else f"{costs['peak_ratio']:.2f}",
     }
+
+
+@contextmanager
+def model_of(args: argparse.Namespace, **options: float) -> Iterator[str]:
+    """Yields the name of the model of `args`, which is made if none is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        name = Path(args.model).resolve().name if args.model else "a Llama of 30 M"
+        args.model = args.model or write_llama(folder, **options)
+        yield name
 
 
 def write_llama(folder: str, *, rope_theta: float = 10_000.0) -> str:
