@@ -211,7 +211,7 @@ REFUSED = {
     "in full": (query([0]), {"method": "full", "density": 0.02}, "which this run trai"),
     "out of range": (query([10**6]), {}, "must hold positions below"),
     "another base": (Adapter(base_hash="ab"), {}, "`model` must be the base of the"),
-    "no adapter": (None, {}, "must be an adapter file, or the folder"),
+    "no adapter": (None, {}, "`avoid` must be an adapter file, or the folder"),
 }
 
 

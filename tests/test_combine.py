@@ -1,10 +1,12 @@
 """Adapters are combined and compared on the command line."""
 
+import json
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiny_text import write_decoder
 
 from sparse_jax import (
@@ -69,6 +71,35 @@ def test_two_adapters_become_one(place, command):
     assert total.task == "causal"
 
 
+UNREADABLE = {
+    "FIRST": ("nowhere", "0.safetensors"),
+    "SECOND": ("0.safetensors", "nowhere"),
+}
+
+
+@pytest.mark.parametrize("argument", UNREADABLE)
+def test_the_adapter_that_cannot_be_read_is_named(argument, place, command):
+    code, _, errors = command("compare", *UNREADABLE[argument])
+    assert code == 2
+    assert errors.startswith(f"error: {argument} must be an adapter file, or the ")
+    assert "got `nowhere`, which does not exist" in errors
+
+
+@pytest.mark.parametrize("argument", UNREADABLE)
+def test_an_adapter_without_its_base_is_named(argument, place, command):
+    (place / "nowhere").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "owner/gone"}
+    (place / "nowhere/adapter_config.json").write_text(json.dumps(config))
+    weights = {"base_model.model.x.lora_A.weight": np.ones((2, 2), np.float32)}
+    save_file(weights, place / "nowhere/adapter_model.safetensors")
+    code, _, errors = command("compare", *UNREADABLE[argument])
+    assert code == 2
+    assert "names 'owner/gone'. Pass it, or the folder where it is, as --model." in (
+        errors
+    )
+    assert errors.endswith(f"This is about `nowhere` of {argument}.\n")
+
+
 def test_the_overlap_is_a_table(place, command):
     code, out, _ = command("compare", "0.safetensors", "1.safetensors")
     rows = [line.replace("│", " ").split() for line in out.splitlines()]
@@ -107,7 +138,11 @@ REFUSED = {
     "truncated": (truncated, (), "must be a complete safetensors file"),
     "a weight too few": (None, ("--weights", "1"), "--weights must be as many as"),
     "a weight": (None, ("--weights=1", "--weights=nan"), "--weights must be finite"),
-    "no adapter": (None, (".",), "`.`, which has neither `adapter.safetensors` nor"),
+    "no adapter": (
+        None,
+        (".",),
+        "ADAPTERS must be .* `.`, which has neither `adapter.safetensors` nor",
+    ),
     "no such head": (None, ("--head", "3"), r"--head must be in \[1, 2\], got 3"),
     "another file": (None, ("--output", "a.bin"), "must be a new file that ends with"),
 }

@@ -182,6 +182,8 @@ def test_a_selection_has_a_row_and_a_time_of_its_own(model, data, tmp_path, capl
     # A tenth of the four maps of two layers, and the head, of 4,786 parameters.
     assert told.count("selecting the entries to train") == 1
     assert any(line.startswith("training sift: 530 of 4,786 par") for line in told)
+    # The same without the head: 16 x 16 + 16 and 16 x 2 + 2.
+    assert [line for line in told if line.startswith("selected 224 entries in ")]
     settings = tiny_settings(
         model, data, tmp_path / "other", method="head", max_steps=1
     )

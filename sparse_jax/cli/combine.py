@@ -42,6 +42,7 @@ def combine(
 def compare(
     first: str = typer.Argument(help="Adapter file, or folder of a run or of PEFT."),
     second: str = typer.Argument(help="The other one."),
+    model: str | None = BASE,
 ) -> None:
     """Print how many entries two adapters have in common."""
     import numpy as np
@@ -49,9 +50,11 @@ def compare(
     from rich.table import Table
 
     from sparse_jax.adapter.calculus import LeafOverlap, compare_supports
-    from sparse_jax.interchange.open_adapter import open_adapter
+    from sparse_jax.interchange.open_adapter import open_one_of
 
-    found = compare_supports(open_adapter(first), open_adapter(second))
+    paths = {"first": first, "second": second}
+    opened = [open_one_of(name, path, model) for name, path in paths.items()]
+    found = compare_supports(*opened)
     counts = np.array([*found.values()]).reshape(-1, 3).sum(axis=0)
     total = LeafOverlap(*counts.tolist())
     table = Table("leaf", title="Entries that two adapters train")

@@ -97,7 +97,7 @@ def _leaves(
     import jax
 
     from sparse_jax.params.names import leaves_by_name
-    from sparse_jax.supports.roles import DENSE, SPARSE, is_role
+    from sparse_jax.supports.roles import is_role
 
     reached = lambda size: size if sampler is None else sampler.reached(size)
     added = jax.eval_shape(method.added, params, jax.random.key(0))
@@ -110,12 +110,8 @@ def _leaves(
     roles = jax.tree.leaves(method.roles(params), is_leaf=is_role)
     shapes, found = leaves_by_name(params), []
     for role in roles:
-        leaf, trained = shapes[role.name], 0
-        if role.kind == SPARSE:
-            layers = leaf.shape[0] if role.stacked else 1
-            trained = layers * method.support_size(role)
-        elif role.kind == DENSE:
-            trained = leaf.size
+        leaf = shapes[role.name]
+        trained = method.trained_size(role, leaf.shape)
         if role.name.startswith(f"{method.stack}/"):
             trained = reached(trained)
         found.append(_Leaf(role.name, leaf.shape, trained, sites.pop(role.name, 0)))

@@ -26,7 +26,7 @@ from sparse_jax.models.hf.tensor_names import tensor_name, with_full_names
 from sparse_jax.models.hf.weights import Weights, open_weights
 from sparse_jax.params.names import map_named
 
-__all__ = ["open_adapter"]
+__all__ = ["open_adapter", "open_one_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +88,26 @@ def open_adapter(
     if word and word != CAUSAL and (labels or not (adapter.labels and adapter.task)):
         adapter = _for_task(replace(adapter, task=find_task(word).name), built)
     return adapter
+
+
+def open_one_of(
+    argument: str,
+    path: str | Path,
+    model: str | Path | None = None,
+    task: str | None = None,
+) -> Adapter:
+    """Opens one of several adapters, as `open_adapter` does.
+
+    Raises:
+      InputError: as `open_adapter`, naming the argument that it came by, and its path.
+    """
+    try:
+        return open_adapter(path, model, task)
+    except InputError as error:
+        reason = str(error).replace("`adapter` must", f"`{argument}` must", 1)
+        if str(path) not in reason:
+            reason = f"{reason} This is about `{path}` of `{argument}`."
+        raise InputError(reason) from error
 
 
 def _weights(found: PeftFolder, folder: Path) -> Weights:

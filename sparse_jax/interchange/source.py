@@ -23,7 +23,7 @@ from sparse_jax.adapter.use import (
 from sparse_jax.adapter.whole import require_whole
 from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError, brief
-from sparse_jax.interchange.open_adapter import open_adapter
+from sparse_jax.interchange.open_adapter import open_one_of
 from sparse_jax.interchange.patches import save_patches
 from sparse_jax.interchange.peft_save import needs_base, save_peft
 from sparse_jax.interchange.peft_sparse import SPARSE
@@ -168,7 +168,7 @@ def combine_files(
             f"`output` must be a new file that ends with .safetensors, got "
             f"{brief(str(output))}, {reason}. Choose another name."
         )
-    adapters = [open_adapter(path, model) for path in paths]
+    adapters = [open_one_of("adapters", path, model) for path in paths]
     sources = [open_source(adapter, model) for adapter in adapters]
     source = sources[head]
     new = new_leaves(source.model, source.folder, source.labels)

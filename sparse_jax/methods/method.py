@@ -1,5 +1,6 @@
 """What a method is: which leaves it trains, and what it adds to the layers."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +17,7 @@ from sparse_jax.params.fields import Json, from_json, to_json
 from sparse_jax.params.names import Rule
 from sparse_jax.supports.entries import ENTRY
 from sparse_jax.supports.layout import Layout
-from sparse_jax.supports.roles import Role, Roles, roles_of
+from sparse_jax.supports.roles import FROZEN, SPARSE, Role, Roles, roles_of
 from sparse_jax.supports.scores import Score
 
 __all__ = ["Join", "Method", "PeftForm", "PeftPart", "refuse_to_merge"]
@@ -84,6 +85,12 @@ class Method:
     def support_size(self, role: Role) -> int:
         """Returns the entries trained in a sparse leaf, or in one layer of it."""
         return role.size
+
+    def trained_size(self, role: Role, shape: tuple[int, ...]) -> int:
+        """Returns the entries trained in a leaf of a shape, in all of its layers."""
+        if role.kind == SPARSE:
+            shape = role.packed_shape(shape, self.support_size(role))
+        return 0 if role.kind == FROZEN else math.prod(shape)
 
     def added(self, params: optax.Params, key: jax.Array) -> Added:
         """Returns the new arrays of the method, leading axis [L], float32."""

@@ -212,7 +212,7 @@ def _low_rank(rank: int | None, lowest: bool) -> Score:
 
 def _normalized(gradient: jax.Array) -> jax.Array:
     """Returns g / ||g||; zero if all of it is."""
-    # By the largest first: squares of small and large numbers are not finite, or zero.
+    # By the largest first: squares of small numbers are zero, of large ones infinite.
     for size in (jnp.max, jnp.linalg.norm):
         found = size(jnp.abs(gradient.reshape(-1)))
         gradient = gradient / jnp.where(found > 0, found, 1)

@@ -21,7 +21,7 @@ from sparse_jax.compact.model_taps import in_stack
 from sparse_jax.data.batches import Batches
 from sparse_jax.data.metrics import Metric
 from sparse_jax.errors import InputError
-from sparse_jax.interchange.open_adapter import open_adapter
+from sparse_jax.interchange.open_adapter import open_adapter, open_one_of
 from sparse_jax.methods.method import Method
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.models.attachment import Recompute
@@ -161,7 +161,7 @@ def make_job(settings: Settings, metrics: Mapping[str, Metric] | None = None) ->
     if sampler is not None and sampler.measures:
         sampler = _measured(sampler, base, feed, method)
     earlier = tuple(
-        open_adapter(path, settings.model, settings.task)
+        open_one_of("avoid", path, settings.model, settings.task)
         for path in settings.avoid or ()
     )
     for adapter in earlier:

@@ -384,9 +384,6 @@ class Loop:
 
 def _number_chosen(tuner: Tuner, state: CompactState) -> int:
     """Returns how many entries the supports of a state hold."""
-    sizes: list[int] = []
-    k = tuner.method.support_size
-    shape = lambda role, leaf: role.packed_shape(leaf.shape, k(role))
-    note = lambda role, leaf: sizes.append(math.prod(shape(role, leaf)))
-    map_roles(note, tuner.roles(state.params), state.params, only=(SPARSE,))
-    return sum(sizes)
+    size = lambda role, leaf: tuner.method.trained_size(role, leaf.shape)
+    roles = tuner.roles(state.params)
+    return sum(jax.tree.leaves(map_roles(size, roles, state.params, only=(SPARSE,))))

@@ -1,7 +1,6 @@
 """The results of a run: its provenance, counts, adapter, and metrics."""
 
 import logging
-import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from sparse_jax.models.hf.pretrained import base_config
 from sparse_jax.params.fields import Json
 from sparse_jax.params.names import first_match
 from sparse_jax.samplers.sampler import Sampler
-from sparse_jax.supports.roles import FROZEN, SPARSE, Role, map_roles
+from sparse_jax.supports.roles import Role, map_roles
 from sparse_jax.training.build import Job
 from sparse_jax.training.figures import draw_curve, draw_layers
 from sparse_jax.training.objective import Evaluated, flattened
@@ -170,9 +169,7 @@ def count_trained(
 
     def add(role: Role, leaf: jax.Array) -> None:
         is_head = first_match({"head": head}, role.name, "") == "head"
-        size = 0 if role.kind == FROZEN else leaf.size
-        if role.kind == SPARSE:
-            size = math.prod(role.packed_shape(leaf.shape, method.support_size(role)))
+        size = method.trained_size(role, leaf.shape)
         is_layer = role.name.startswith(f"{method.stack}/")
         sizes[is_head] += reached(size) if is_layer else size
 

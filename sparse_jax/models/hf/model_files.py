@@ -93,7 +93,7 @@ def cached_folder(model: str) -> Path:
     raise InputError(
         "`model` must be given if the base of an adapter is neither a folder nor in "
         f"the cache of the Hub, got none, and the adapter names {brief(model)}. Pass "
-        "it, or the folder where it is, as --model."
+        "it, or the folder where it is, as `model`."
     )
 
 
