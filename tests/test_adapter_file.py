@@ -163,7 +163,7 @@ def forget_method(path):
         (cut, "must be a complete safetensors file"),
         (scribble, "must be a complete safetensors file"),
         (rename_format, "must be an adapter of sparse_jax, .* of something else"),
-        (forget_metadata, "must be an adapter of sparse_jax, .* passed as --model"),
+        (forget_metadata, "must be an adapter of sparse_jax, .* passed as `model`"),
         (other_format, "must be an adapter of format 'sparse_jax adapter 2', got '3'"),
         (forget_method, "must name its method"),
         (lambda path: path.unlink(), "does not exist"),

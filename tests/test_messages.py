@@ -51,6 +51,9 @@ LINES = {
     f"{RUN} --packing --group-by-length":
         "error: --group-by-length must be left out with packing. All packed rows have "
         "one length.",
+    f"{RUN} --method head":
+        "error: --method must not be 'head' with task 'causal': the model has no new "
+        "head. Use lora or sift, or --dense '^lm_head/' with full.",
     f"{RUN} --overwrite --resume":
         "error: --overwrite and --resume must not be given together. The first starts "
         "over, the second continues.",
@@ -116,5 +119,19 @@ def test_names_of_settings_stand_in_backticks_in_every_error():
         for path in SOURCES
         for text in texts_of_errors(path)
         if bare.search(re.sub(r"`[^`]*`", "", text))
+    ]
+    assert found == []
+
+
+def test_errors_outside_the_command_line_name_no_options():
+    names = "|".join(name.replace("_", "-") for name in setting_options())
+    option = re.compile(rf"(?<![\w-])--({names})(?![\w-])")
+    found = [
+        (path.name, text)
+        for path in SOURCES
+        if path.parent.name != "cli"
+        for text in texts_of_errors(path)
+        # What is quoted is a whole command.
+        if option.search(re.sub(r"`[^`]*`", "", text))
     ]
     assert found == []

@@ -148,7 +148,7 @@ def test_an_interrupted_prediction_goes_on(place, tmp_path, monkeypatch):
     assert predict(run, output=output) == 4
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not part.exists()
-    with pytest.raises(InputError, match="must be a new file, got .* --overwrite"):
+    with pytest.raises(InputError, match="must be a new file, got .* `overwrite=True`"):
         predict(run, output=output)
     assert predict(run, output=output, overwrite=True) == 11
 

@@ -168,7 +168,7 @@ def test_an_adapter_is_tried_twice_and_then_saved_elsewhere(tmp_path, monkeypatc
     assert tried[2].read_bytes() == b"1234"
     assert "No space left on device" in str(error.value)
     assert f"The adapter is in `{tried[2].parent}`" in str(error.value)
-    assert "--resume" in str(error.value)
+    assert "`resume=True`" in str(error.value)
     tried.clear()
     with pytest.raises(InputError, match="could not be written elsewhere either"):
         directory.add_adapter(lambda path: save(path, 3))
@@ -180,7 +180,7 @@ def test_a_full_disk_at_the_end_keeps_the_checkpoints(tmp_path):
     directory = create(tmp_path)
     directory.checkpoints.mkdir()
     (tmp_path / ".metrics.json.part").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"No space left on device\. .*--resume"):
+    with pytest.raises(InputError, match=r"No space left on device\. .*`resume=True`"):
         directory.finish({"steps": 1})
     assert directory.checkpoints.exists()
     assert not (tmp_path / "metrics.json").exists()

@@ -219,7 +219,9 @@ def test_a_broken_line_is_named(tmp_path, line, message):
     path = write(tmp_path / "a.jsonl", 20)
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*lines[:16], line, *lines[17:]]))
-    with pytest.raises(InputError, match=rf"a\.jsonl` line 17 {message}.*--resume"):
+    with pytest.raises(
+        InputError, match=rf"a\.jsonl` line 17 {message}.*`resume=True`"
+    ):
         some(stream_of(path), 5)
     path.write_bytes(b"\n".join([*lines[:16], line]))
     with pytest.raises(InputError, match="line 17 .* last line: the file may be tr"):

@@ -142,7 +142,7 @@ def load_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
             raise InputError(
                 "`adapter` must be an adapter file, or the folder of a run or of PEFT, "
                 f"got `{path}`, which has neither `{ADAPTER}` nor `{PEFT_CONFIG}`. "
-                "A run writes it at its end: continue one with --resume."
+                "A run writes it at its end: resume one that was interrupted."
             )
         path = path / ADAPTER
     metadata, tensors = _read(path)
@@ -152,7 +152,7 @@ def load_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
         raise InputError(
             f"`{path}` must be an adapter of sparse_jax, got a safetensors file of "
             "something else. Pass what a run or `save_adapter` wrote; a whole model "
-            "is the base of an adapter, passed as --model."
+            "is the base of an adapter, passed as `model`."
         )
     if words["format"] not in (FORMAT, FORMAT_1):
         raise InputError(

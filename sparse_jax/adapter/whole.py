@@ -40,7 +40,7 @@ def require_whole(params: Params, adapter: Adapter, *, new: Sequence[str] = ()) 
         if leaf not in adapter.dense and leaf not in adapter.support:
             raise InputError(
                 f"`adapter` must have the leaf `{leaf}`, which the checkpoint of its "
-                "base lacks, and does not. Train it with --dense, or copy it again."
+                "base lacks, and does not. Train it with `dense`, or copy it again."
             )
 
 

@@ -73,7 +73,7 @@ def entries_to_avoid(
             raise InputError(
                 f"`avoid` must be of adapters without `{role.name}`, which this run "
                 "trains in full, got one that trains some of it. Leave it out by "
-                "--dense, or train it sparsely."
+                "`dense`, or train it sparsely."
             )
         if role.kind != SPARSE:
             return
@@ -91,7 +91,7 @@ def entries_to_avoid(
             raise InputError(
                 f"`density` must leave enough entries of `{role.name}`, got {k:,} "
                 f"to choose, and {free:,} of {role.size:,} that no adapter of `avoid` "
-                "trains. Lower --density, or choose other leaves by --where."
+                "trains. Lower `density`, or choose other leaves by `where`."
             )
         found[role.name] = place_entries(leaf, positions).support
 

@@ -47,7 +47,7 @@ class JsonLines:
             if self.path.exists() and not (overwrite and self.path.is_file()):
                 raise InputError(
                     f"`output` must be a new file, got {brief(str(path))}, which "
-                    "exists. Choose another one, or pass --overwrite."
+                    "exists. Choose another one, or pass `overwrite=True`."
                 )
             if overwrite:
                 self._part.unlink(missing_ok=True)
@@ -77,7 +77,7 @@ class JsonLines:
                 raise InputError(
                     f"`output` must not have begun with another {name}: "
                     f"`{self._part}` has lines of {brief(known[name])}, and this is "
-                    f"{brief(value)}. Choose another file, or pass --overwrite."
+                    f"{brief(value)}. Choose another file, or pass `overwrite=True`."
                 )
         if len(whole) < len(content):
             os.truncate(self._part, len(whole))

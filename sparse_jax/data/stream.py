@@ -274,7 +274,7 @@ class Stream:
             raise InputError(
                 f"`{self.path}` must stay as it is while it is read, got another end "
                 f"than at byte {self._size:,}. Put the file back, then continue with "
-                "--resume."
+                "`resume=True`."
             )
         try:
             tokens = self.tokenize(_rows(self.path, lines))
@@ -283,7 +283,7 @@ class Stream:
             is_last = is_end and str(error).startswith(place)
             why = " It is the last line: the file may be truncated." * is_last
             raise InputError(
-                f"{error}{why} Fix the file, then continue with --resume."
+                f"{error}{why} Fix the file, then continue with `resume=True`."
             ) from error
         if number == len(self._windows):
             self._add(lines, tokens)
@@ -310,7 +310,7 @@ class Stream:
         return InputError(
             f"`{self.path}` must be what it was when the run read it, got other "
             f"content in lines {start.line + 1} to {end.line}, or behind. Put the file "
-            "back, or pass --overwrite to start over."
+            "back, or pass `overwrite=True` to start over."
         )
 
 

@@ -90,7 +90,7 @@ def chat_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             "`model` must have a tokenizer with a chat template for a chat, got none. "
-            "Use the instruction-tuned variant, or leave out --chat."
+            "Use the instruction-tuned variant, or leave out `chat`."
         )
     _require_whole("prompt", text)
     prompt = render_prompt([{"role": "user", "content": text}], tokenizer, "`prompt`")

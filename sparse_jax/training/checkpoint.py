@@ -164,7 +164,7 @@ class Checkpoints:
         if steps:
             raise InputError(
                 f"`{self._folder}` must have a checkpoint that can be read, got "
-                f"{len(steps)} that cannot. Start over with --overwrite."
+                f"{len(steps)} that cannot. Start over with `overwrite=True`."
             )
         return state, Position()
 
@@ -243,7 +243,7 @@ class Checkpoints:
             raise InputError(
                 "`optimizer` must be that of the run to resume, got one with other "
                 "state. Pass the same one, resume with the version that began the "
-                "run, or pass --overwrite to start over."
+                "run, or pass `overwrite=True` to start over."
             )
         if isinstance(tuner, Layerwise):
             rule = tuner.sampler_for(state.params)

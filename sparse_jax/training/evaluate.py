@@ -160,7 +160,7 @@ def opened(
     if not (task or found.task):
         raise InputError(
             "`task` must be given for an adapter that names none, got none. Pass one "
-            "of GLUE, or `classification` with the folder of your own data as --data."
+            "of GLUE, or `classification` with the folder of your own data as `data`."
         )
     kept = {name: found.settings.get(name) for name in _KEPT}
     task = task or found.task

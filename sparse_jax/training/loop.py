@@ -308,8 +308,8 @@ class Loop:
         raise InputError(
             "`loss` and its gradient must be finite, got "
             f"{skipped_at_end(self.directory.rows)} batches in a row where they are "
-            f"not, after {at.batches - at.skipped} updates. Lower --learning-rate, or "
-            "pass --dtype float32; if there was no update at all, look at the model. "
+            f"not, after {at.batches - at.skipped} updates. Lower `learning_rate`, or "
+            "pass `dtype=float32`; if there was no update at all, look at the model. "
             "No adapter is written, and the last checkpoint stays."
         )
 
@@ -321,7 +321,7 @@ class Loop:
                 "`kl_stop` must not end a run before its selection, got a KL to the "
                 f"base of {self._text['kl']:.4g} nats per token after {made} of the "
                 f"{after} updates of `select_after`. Raise `kl_budget`, or lower "
-                "`select_after` or --learning-rate. No adapter is written."
+                "`select_after` or `learning_rate`. No adapter is written."
             )
         why = (
             "stopped as it found no better model"

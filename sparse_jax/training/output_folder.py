@@ -218,7 +218,7 @@ def _require_replaceable(path: Path, settings: Settings) -> None:
     if not settings.overwrite:
         raise InputError(
             f"`output` must be an empty or a new folder, got `{path}`. Choose another "
-            "one, or pass --overwrite, or --resume to continue the run in it."
+            "one, or pass `overwrite=True`, or `resume=True` to continue the run in it."
         )
     ours = [name for name in (*FILES, CHECKPOINTS, PATCHES) if (path / name).exists()]
     try:
@@ -238,21 +238,21 @@ def _require_same(path: Path, settings: Settings) -> None:
     if not (path / CONFIG).is_file():
         raise InputError(
             f"`output` must hold the `{CONFIG}` of a run to resume, got `{path}`, "
-            "which has none. Leave out --resume to start one."
+            "which has none. Leave out `resume` to start one."
         )
     config = read_json(path / CONFIG)
     before = config.get("settings")
     if not isinstance(before, dict) or not {"model", "task"} <= before.keys():
         raise InputError(
             f"`{path / CONFIG}` must have the settings of a run, and has none. Put it "
-            "back, or pass --overwrite to start over."
+            "back, or pass `overwrite=True` to start over."
         )
     now = json.loads(json.dumps(settings.record()))
     if unknown := sorted(before.keys() - now.keys()):
         raise InputError(
             f"`{path / CONFIG}` must have settings that this version knows, got "
             f"{listed(unknown)}. Resume with the version that began the run, or pass "
-            "--overwrite to start over."
+            "`overwrite=True` to start over."
         )
     # A setting that came with a later version was at its default, or at what that
     # version does without it.
@@ -280,7 +280,7 @@ def _require_same(path: Path, settings: Settings) -> None:
             raise InputError(
                 "`optimizer` must be passed to `finetune` if the run to resume had "
                 "one, as no file can hold it, and only then. Pass the same object "
-                "again, or --overwrite to start over."
+                "again, or `overwrite=True` to start over."
             )
         was: Any = before[name]
         given = now[name]
@@ -291,7 +291,7 @@ def _require_same(path: Path, settings: Settings) -> None:
         wanted = "left out" if was is None else brief(was)
         raise InputError(
             f"`{name}` must be {wanted} as in the run to resume, got "
-            f"{brief(given)}. Pass the same options, or --overwrite to start over."
+            f"{brief(given)}. Pass the same options, or `overwrite=True` to start over."
         )
 
 
@@ -314,12 +314,13 @@ def require_same_files(path: Path, config: Mapping[str, Any]) -> None:
             raise InputError(
                 f"`{name}` must be what it was in the run to resume, got other "
                 f"content under the same name. Put the files back, or pass "
-                "--overwrite to start over."
+                "`overwrite=True` to start over."
             )
     was, now = (about.get("base_config") or {} for about in (before, config))
     if isinstance(was, dict) and (field := changed_field(was, now)):
         raise InputError(
             f"`model` must be what it was in the run to resume, with `{field}`="
             f"{brief(was[field])} in its configuration, got {brief(now[field])}. Put "
-            "the `config.json` of the model back, or pass --overwrite to start over."
+            "the `config.json` of the model back, or pass `overwrite=True` to start "
+            "over."
         )

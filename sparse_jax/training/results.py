@@ -127,7 +127,7 @@ def require_finite(adapter: Adapter) -> None:
         if not np.isfinite(array).all():
             raise InputError(
                 f"`{name}` must be finite after training, and is not. Lower "
-                "--learning-rate, or pass --dtype float32. No adapter is written."
+                "`learning_rate`, or pass `dtype=float32`. No adapter is written."
             )
 
 

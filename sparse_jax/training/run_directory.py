@@ -152,7 +152,7 @@ class RunDirectory:
         if not adapter.is_file() or adapter.stat().st_size != size:
             raise InputError(
                 f"`{adapter}` must have {size} bytes as `{METRICS}` says, and does "
-                "not. Put it back, or pass --overwrite to start over."
+                "not. Put it back, or pass `overwrite=True` to start over."
             )
         return metrics
 
@@ -311,7 +311,7 @@ class RunDirectory:
                 raise InputError(
                     f"`output` must be a folder that can be written at the end of the "
                     f"run, got `{self.path}`: {reason_of(error)}. {instead()}. To "
-                    "finish the run, fix this and repeat the command with --resume."
+                    "finish the run, fix this and repeat it with `resume=True`."
                 ) from error
 
         on_first_process(act)

@@ -32,7 +32,7 @@ __all__ = [
 Row = Mapping[str, Any]
 MetricRows = Sequence[Row]
 
-_REMEDY = "Put it back, or pass --overwrite to start over."
+_REMEDY = "Put it back, or pass `overwrite=True` to start over."
 # Of `metrics.json`.
 _COUNTS = (
     "adapter_bytes", "optimizer_bytes", "peak_memory_bytes", "seconds_per_step",

@@ -208,7 +208,7 @@ class Settings(
         if self.is_causal and self.method_word == "head":
             raise InputError(
                 f"`method` must not be 'head' with task {CAUSAL!r}: the model has no "
-                "new head. Use lora or sift, or --dense '^lm_head/' with full."
+                "new head. Use lora or sift, or `dense='^lm_head/'` with full."
             )
         if self.packing and self.group_by_length:
             raise InputError(
