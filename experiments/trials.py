@@ -134,7 +134,7 @@ def run_once(settings: Settings) -> dict[str, Any]:
 
 
 def trial_parser(
-    doc: str | None, *, rates: Sequence[float], output: str
+    doc: str | None, *, rates: Sequence[float], output: str, needs_model: bool = True
 ) -> argparse.ArgumentParser:
     """Returns the options that comparisons share.
 
@@ -142,9 +142,10 @@ def trial_parser(
       doc: of the experiment; its first line describes it.
       rates: the grid of learning rates unless told.
       output: the folder of the runs unless told.
+      needs_model: whether `--model` has no default.
     """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=needs_model, help="folder")
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--learning-rates", nargs="+", type=float, default=list(rates))

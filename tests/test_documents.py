@@ -33,13 +33,27 @@ def test_pre_commit_and_the_test_extra_pin_one_ruff():
     assert f'"ruff=={version}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-def test_links_between_documents_lead_to_files():
-    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-    documents.append(ROOT / "experiments" / "README.md")
-    for document in documents:
-        text = document.read_text(encoding="utf-8")
-        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-            assert (document.parent / link).exists(), f"{document.name}: {link}"
+DOCUMENTS = [
+    document
+    for folder in (".", "docs", "experiments", "experiments/results")
+    for document in (ROOT / folder).glob("*.md")
+]
+
+
+def anchors_of(text):
+    """Returns the anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_to_files_and_headings(document):
+    text = document.read_text(encoding="utf-8")
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        target = document.parent / path if path else document
+        assert target.exists(), f"{document.name}: {path}"
+        if anchor:
+            assert anchor in anchors_of(target.read_text(encoding="utf-8")), anchor
 
 
 def test_the_experiments_that_documents_run_are_commands():
