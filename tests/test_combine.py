@@ -12,6 +12,7 @@ from tiny_text import write_decoder
 from sparse_jax import (
     Adapter,
     CausalLM,
+    LoRA,
     apply_adapter,
     from_pretrained,
     load_adapter,
@@ -107,6 +108,16 @@ def test_the_overlap_is_a_table(place, command):
     assert [UP, "8", "8", "4", "33.3"] in rows
     assert [NORM, "1", "1", "0", "0"] in rows
     assert ["all", "9", "9", "4", "28.6"] in rows
+
+
+def test_arrays_that_a_method_adds_are_said_not_to_be_counted(place, command):
+    pair = {"a": np.ones((4, 16, 2), np.float32), "b": np.ones((4, 2, 16), np.float32)}
+    added = {"attention/query": pair}
+    changed(place, support={}, values={}, added=added, method=LoRA(rank=2), word="lora")
+    code, out, _ = command("compare", "0.safetensors", "1.safetensors")
+    assert code == 0
+    assert out.endswith("The arrays that lora adds in SECOND are not counted.\n")
+    assert "in FIRST" not in out
 
 
 def changed(place, **changes):

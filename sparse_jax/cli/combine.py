@@ -58,9 +58,12 @@ def compare(
     counts = np.array([*found.values()]).reshape(-1, 3).sum(axis=0)
     total = LeafOverlap(*counts.tolist())
     table = Table("leaf", title="Entries that two adapters train")
-    for name in ("first", "second", "shared", "% of either"):
+    for name in ("first", "second", "shared", "% of union"):
         table.add_column(name, justify="right")
     for leaf, overlap in {**found, "all": total}.items():
         counts = (f"{count:,}" for count in overlap)
         table.add_row(leaf, *counts, f"{100 * overlap.fraction:.3g}")
     Console().print(table)
+    for name, one in zip(paths, opened, strict=True):
+        if one.added:
+            print(f"The arrays that {one.word} adds in {name.upper()} are not counted.")

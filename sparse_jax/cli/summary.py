@@ -70,7 +70,7 @@ def _baseline(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     report = next(iter((metrics.get("reports") or {}).values()), {})
     found = report.get("majority_baseline") or report.get("mean_baseline") or {}
     scores = [(k, v) for k, v in found.items() if isinstance(v, float) and k != "value"]
-    return [(f"{name} of one answer to all", _score(v)) for name, v in scores]
+    return [(f"{name} of a constant prediction", _score(v)) for name, v in scores]
 
 
 def _share(part: int, total: int) -> str:
