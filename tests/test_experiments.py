@@ -20,6 +20,7 @@ from experiments import (
     instruct,
     mmlu,
     mmlu_parity,
+    proofreading,
     questions,
     quickstart,
     report,
@@ -185,6 +186,22 @@ def test_other_weights_than_those_of_the_release_are_refused(tmp_path, monkeypat
 def test_the_quickstart_has_an_encoder_without_any_package(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     assert quickstart.encoder_of(None) is quickstart.BUNDLED
+
+
+@pytest.mark.slow
+def test_every_rule_proofreads_with_as_many_entries(tmp_path, capsys):
+    rows = ["lora", "sift", "sift-sum"]
+    words = f"--model {quickstart.BUNDLED.path} --rows {' '.join(rows)} --seeds 0"
+    more = f"--learning-rates 1e-3 --max-steps 9 --output {tmp_path}"
+    proofreading.main([*words.split(), *more.split()])
+    found = json.loads((tmp_path / "proofreading.json").read_text())
+    assert [*found["rows"]] == rows
+    sizes = [
+        note["trained, no head"].replace(",", "") for note in found["notes"].values()
+    ]
+    assert max(map(int, sizes)) < 1.01 * min(map(int, sizes))
+    runs = sorted(path.parent.name for path in tmp_path.glob("*/metrics.json"))
+    assert runs == sorted(f"{row}-lr0.001-seed0" for row in rows)
 
 
 @pytest.mark.slow
