@@ -248,6 +248,24 @@ def test_a_support_of_another_array_is_refused(low, message):
         gather(jnp.ones((3, 4)), support, granularity="entry16")
 
 
+@pytest.mark.parametrize(
+    ("shape", "positions"), [((3, 4), (0,)), ((2, 3, 4), (2, 0)), ((0, 3, 4), (0, 5))]
+)
+def test_a_support_may_hold_no_entries(shape, positions):
+    none, x = np.zeros(positions, np.int32), jnp.ones(shape)
+    support = short(none, shape)
+    assert support.shape == (*positions[:-1], 2 + positions[-1])
+    back = SHORT_ENTRY.to_positions(support, shape)[0]
+    assert (support.dtype, back.dtype) == (np.uint16, np.int32)
+    assert back.shape == positions
+    if len(x):
+        support = jnp.asarray(support)
+        packed = gather(x, support, granularity="entry16")
+        assert packed.shape == positions
+        new = scatter(x, support, packed, granularity="entry16")
+        np.testing.assert_array_equal(new, x)
+
+
 def test_a_support_without_room_for_its_chunks_is_refused():
     with pytest.raises(InputError, match="`support` must be one of granularity"):
         gather(jnp.ones((7, CHUNK)), jnp.zeros(5, jnp.uint16), granularity="entry16")

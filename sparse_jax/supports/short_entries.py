@@ -131,9 +131,10 @@ class ShortEntries(Layout):
     ) -> tuple[np.ndarray, ...]:
         """Returns positions in the whole array, and the values at them."""
         one = shape[support.ndim - self.ndim :]
-        rows = np.reshape(support, (-1, support.shape[-1]))
-        lines = [np.asarray(_positions(row, self._chunks(one))) for row in rows]
-        positions = np.reshape(lines, (*support.shape[:-1], -1))
+        rows = support.reshape(math.prod(support.shape[:-1]), support.shape[-1])
+        lines = [_positions(row, self._chunks(one)) for row in rows]
+        packed_shape = self.packed_shape(support.shape, one)
+        positions = np.asarray(lines, np.int32).reshape(packed_shape)
         return self._of_positions.to_positions(positions, shape, *packed)
 
     def from_positions(
@@ -142,9 +143,12 @@ class ShortEntries(Layout):
         """Returns short positions, and values in their places."""
         one = shape[positions.ndim - 1 :]
         found, *values = self._of_positions.from_positions(positions, shape, *packed)
-        rows = np.reshape(found, (-1, found.shape[-1]))
-        lines = [np.asarray(_short(row, self._chunks(one))) for row in rows]
-        return np.reshape(lines, (*found.shape[:-1], -1)), *values
+        rows = found.reshape(math.prod(found.shape[:-1]), found.shape[-1])
+        chunks = self._chunks(one)
+        lines = [_short(row, chunks) for row in rows]
+        length = found.shape[-1] + 2 * chunks
+        support = np.asarray(lines, np.uint16).reshape(*found.shape[:-1], length)
+        return support, *values
 
     @property
     def _of_positions(self) -> Layout:
