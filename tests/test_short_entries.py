@@ -234,6 +234,21 @@ def test_the_transformation_takes_it():
     assert state.support["w"].shape == (2 * 2 + 4500,)
 
 
+@pytest.mark.parametrize("layers", [None, np.int32([1, 0])], ids=["all", "some"])
+@pytest.mark.parametrize("granularity", ["entry", "entry16"])
+def test_arrays_of_numpy_are_read_and_written(granularity, layers):
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    support = np.int32([[0, 5], [1, 2]])
+    wanted = x[[[0], [1]] if layers is None else layers[:, None]]
+    wanted = np.take_along_axis(wanted.reshape(2, 12), support, axis=1)
+    if granularity == "entry16":
+        support = short(support, x.shape)
+    packed = np.asarray(gather(x, support, layers, granularity=granularity))
+    np.testing.assert_array_equal(packed, wanted)
+    new = scatter(x, support, packed, layers, granularity=granularity)
+    np.testing.assert_array_equal(new, x)
+
+
 WRONG = {
     "unsorted": ([3, 1], "ascending"),
     "twice": ([3, 3], "distinct"),

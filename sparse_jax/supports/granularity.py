@@ -91,7 +91,7 @@ def gather(
     """
     layout = granularity_named(granularity)
     _require_support(layout, x, support, layers)
-    return layout.gather(x, support, layers)
+    return layout.gather(*jax.tree.map(jnp.asarray, (x, support, layers)))
 
 
 def scatter(
@@ -132,7 +132,7 @@ def scatter(
             f"`packed` must have the shape of what `gather` returns, {list(wanted)}, "
             f"got {list(packed.shape)}."
         )
-    return layout.scatter(x, support, packed, layers)
+    return layout.scatter(*jax.tree.map(jnp.asarray, (x, support, packed, layers)))
 
 
 def _require_support(
