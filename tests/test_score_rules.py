@@ -135,10 +135,20 @@ def test_a_gradient_of_zero_adds_nothing_to_normalized_ones():
     np.testing.assert_array_equal(zero, np.zeros((2, 3)))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 8e37])
 def test_gradients_whose_squares_are_no_numbers_are_normalized(scale):
     found = SCORES["normalized"].added(scale * jnp.array([3.0, -4.0]))
     np.testing.assert_allclose(found, [0.6, -0.8], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "stacked"), [((0, 3), False), ((2, 0), True)])
+def test_a_leaf_without_entries_is_normalized(shape, stacked):
+    assert SCORES["normalized"].added(jnp.zeros(shape), stacked).shape == shape
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_is_not_normalized_away(bad):
+    assert jnp.isnan(SCORES["normalized"].added(jnp.array([1.0, bad]))).any()
 
 
 def test_fisher_adds_squares_of_several_gradients():

@@ -5,6 +5,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -212,8 +213,11 @@ def _low_rank(rank: int | None, lowest: bool) -> Score:
 
 def _normalized(gradient: jax.Array) -> jax.Array:
     """Returns g / ||g||; zero if all of it is."""
+    # Compilers divide by reciprocals, and that of 2e38 is zero.
+    largest = jnp.max(jnp.abs(gradient), initial=0)
+    gradient = gradient * jnp.where(largest > 1, 2.0**-32, 1)
     # By the largest first: squares of small numbers are zero, of large ones infinite.
-    for size in (jnp.max, jnp.linalg.norm):
+    for size in (partial(jnp.max, initial=0), jnp.linalg.norm):
         found = size(jnp.abs(gradient.reshape(-1)))
         gradient = gradient / jnp.where(found > 0, found, 1)
     return gradient
