@@ -160,6 +160,26 @@ def test_a_part_that_is_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "out.jsonl.part").read_text() == "mine\n"
 
 
+def test_a_command_that_is_refused_before_its_first_line_leaves_nothing(tmp_path):
+    output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    with pytest.raises(InputError), JsonLines(output, {"options": "1"}, False):
+        assert part.exists()
+        raise InputError("`max_new_tokens` must be less than the 32 positions.")
+    assert not [*tmp_path.iterdir()]
+    # Nor does one that is killed bind the next one to its options.
+    JsonLines(output, {"options": "1"}, False)
+    with JsonLines(output, {"options": "2"}, False) as lines:
+        assert lines.done == 0
+        lines.add([{"id": 0}])
+    assert output.read_text() == '{"id": 0}\n'
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_lines_are_not_written_to_what_is_no_file(name):
+    with pytest.raises(InputError, match=f"must be a new file, got '{name}', which ex"):
+        JsonLines(name, {}, True)
+
+
 def test_an_output_that_is_not_finite_is_no_number():
     outputs = np.array([[np.nan, 1.0], [0.0, 1.0]])
     task = predicting.find_task("sst2")

@@ -23,7 +23,8 @@ class JsonLines:
 
     Until it is complete, the lines are in a file with `.part` behind the name, whose
     first line says what they depend on. After an interruption `done` lines are there
-    already. Without a path the lines go to standard output.
+    already; after one that comes before the first of them there is no such file.
+    Without a path the lines go to standard output.
 
     Args:
       path: of the file; None is standard output.
@@ -42,7 +43,7 @@ class JsonLines:
         self._identity = json.loads(json.dumps(identity))
         if self.path is None:
             return
-        self._part = self.path.with_name(f"{self.path.name}.part")
+        self._part = Path(f"{self.path}.part")
         try:
             if self.path.exists() and not (overwrite and self.path.is_file()):
                 raise InputError(
@@ -55,6 +56,7 @@ class JsonLines:
                 self.done = self._checked()
             else:
                 self._part.write_bytes(_lines([self._identity]))
+            self._is_begun = self.done > 0
         except OSError as error:
             raise InputError(
                 f"`output` must be a file that can be written, got {brief(str(path))}: "
@@ -72,6 +74,10 @@ class JsonLines:
             known = None
         if not isinstance(known, dict) or known.keys() != self._identity.keys():
             known = {name: None for name in self._identity}
+        elif not lines:
+            # Nothing depends on it yet, where the process was killed, say.
+            self._part.write_bytes(_lines([self._identity]))
+            return 0
         for name, value in self._identity.items():
             if known[name] != value:
                 raise InputError(
@@ -89,6 +95,7 @@ class JsonLines:
             sys.stdout.write(_lines(lines).decode())
             sys.stdout.flush()
             return
+        self._is_begun = True
         with self._part.open("ab") as file:
             file.write(_lines(lines))
 
@@ -102,8 +109,13 @@ class JsonLines:
         trace: TracebackType | None,
     ) -> None:
         """Puts the file in its place, unless the command was interrupted."""
-        if self.path is None or error is not None:
-            if self.path is not None and kind is KeyboardInterrupt:
+        if self.path is None:
+            return
+        if error is not None:
+            if not self._is_begun:
+                # Another command, with what this one lacked, finds no traces of it.
+                self._part.unlink(missing_ok=True)
+            elif kind is KeyboardInterrupt:
                 _log.warning("the same command continues from %s", self._part)
             return
         whole = self.path.with_name(f".{self.path.name}.whole")
