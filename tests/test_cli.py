@@ -9,13 +9,15 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from tiny_run import tiny_settings, write_data, write_model
 
-from sparse_jax import Settings, finetune
+from sparse_jax import InputError, Settings, finetune
 from sparse_jax.cli.finetune import LogLines
-from sparse_jax.cli.main import main
+from sparse_jax.cli.json_file import write_json
+from sparse_jax.cli.main import _about_place, main
 from sparse_jax.cli.summary import print_summary
 
 
@@ -317,6 +319,58 @@ def test_a_value_that_cannot_be_read_is_told(command):
     _, _, err = command(*FINETUNE, "--seed", "x")
     assert "'x'" in err
     assert "See `sparse-jax finetune --help`." in err
+
+
+LONG = "x" * 300  # no file system has such a name
+EARLY = {
+    "an option without its value": (("plan", "--density"), "See `sparse-jax plan --h"),
+    "a folder of prompts": (
+        ("generate", "--model", "PLACE/model", "--prompts", "PLACE/data"),
+        "--prompts must be a file, got '",
+    ),
+    "no file of requests": (
+        ("generate", "--model", "PLACE/model", "--input", "none"),
+        "--input must be a file, got 'none', and there is none.",
+    ),
+    "no text": (
+        ("evaluate", "PLACE/made", "--text", "none"),
+        "--text must be a file, g",
+    ),
+    "no temperature": (
+        ("generate", "--prompt", "x", "--temperature", "inf"),
+        "--temperature must be positive and finite, got inf. Leave it out, with --top",
+    ),
+    "a list that is a folder": (
+        ("inspect", "--model", "PLACE/model", "--json", "PLACE/data"),
+        "--json must be a file in a folder that exists, got 'PLACE/data'.",
+    ),
+    "a name that is too long": (
+        ("inspect", "--model", "PLACE/model", "--json", LONG),
+        "--json must be a place that can be used, got 'xxx",
+    ),
+    "an equals sign": (("plan", f"--json={LONG}"), "--json must be a place that can"),
+    "an argument": (("evaluate", LONG), "x` must be a place that can be used, got 'x"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), EARLY.values(), ids=EARLY)
+def test_what_is_wrong_is_named_as_it_was_typed(words, message, command, place):
+    code, out, err = command(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert message.replace("PLACE", str(place)) in err
+
+
+@pytest.mark.parametrize("place", ["a/b.json", "a/.b.json.part", "a/b.json/c"])
+def test_a_closed_folder_is_told_by_its_option(place):
+    said = _about_place(Path(place), "Permission denied", ["x", "--json=a/b.json"])
+    said += _about_place(Path(place), "Permission denied", ["x", "--json", "a/b.json"])
+    assert said.count(f"--json must be a place that can be used, got '{place}': ") == 2
+
+
+def test_a_list_or_a_plan_that_cannot_be_written_is_one_line():
+    with pytest.raises(InputError, match="`json` must be a file that can be written"):
+        write_json("/dev/full", [1])
 
 
 # Two layers of width 16 with three classes: leaf -> trained entries, added parameters.

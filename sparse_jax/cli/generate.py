@@ -1,7 +1,9 @@
 """The command `sparse-jax generate`."""
 
+import math
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typer import Argument
@@ -18,6 +20,7 @@ from sparse_jax.cli.options import (
     takes_settings,
 )
 from sparse_jax.data.conversations import PROMPTS
+from sparse_jax.data.read_rows import read_text, require_file
 from sparse_jax.errors import InputError, brief
 from sparse_jax.params.fields import require_word
 
@@ -112,6 +115,13 @@ def generate(
         raise InputError(f"`batch_size` must be positive, got {batch_size}.")
     if overwrite and output is None:
         raise InputError("`overwrite` must come with `output`, got it alone.")
+    require_file("prompts", prompts)
+    require_file("input", input)
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise InputError(
+            f"`temperature` must be positive and finite, got {temperature}. Leave it "
+            "out, with --top-k and --top-p, for the likeliest token."
+        )
     if not 0 <= seed < 2**32:
         raise InputError(f"`seed` must be in [0, 2**32), got {seed}.")
     take_devices(devices, mesh=mesh)
@@ -210,10 +220,6 @@ def _choice(
 
 def _lines(path: str | None) -> list[str]:
     """Returns the lines of a file that are not empty."""
-    from pathlib import Path
-
-    from sparse_jax.data.read_rows import read_text
-
     if path is None:
         return []
     # Not `splitlines`, which also breaks at characters that occur in sentences.

@@ -4,12 +4,11 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from json import dumps as json_text
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
+from sparse_jax.cli.json_file import require_json_place, write_json
 from sparse_jax.cli.options import (
     CONFIG,
     IST,
@@ -19,7 +18,6 @@ from sparse_jax.cli.options import (
     takes_settings,
 )
 from sparse_jax.data.glue import CAUSAL
-from sparse_jax.errors import InputError, reason_of
 
 if TYPE_CHECKING:
     from sparse_jax.methods.method import Method
@@ -64,6 +62,7 @@ def inspect(
     axis of their shapes is the layer. Only the config.json of the model is read, not
     its weights.
     """
+    require_json_place(json)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # JAX takes seconds to import, and `--help` has to be quick.
     from sparse_jax.models.causal_lm import CausalLM
@@ -87,7 +86,8 @@ def inspect(
         active = f"{run.sampler_word} trains {sampler.num_active} of the {layers}"
         print(f"{active} layers in an update.")
     if json is not None:
-        _write(json, leaves)
+        rows = [{**leaf._asdict(), "parameters": leaf.size} for leaf in leaves]
+        write_json(json, rows)
 
 
 def _leaves(
@@ -145,16 +145,3 @@ def _print(leaves: Sequence[_Leaf], method: str, kind: str) -> None:
     total = sum(leaf.size for leaf in leaves)
     trained = sum(leaf.trained + leaf.added for leaf in leaves)
     console.print(f"{trained:,} of {total:,} parameters ({trained / total:.3%}).")
-
-
-def _write(path: str, leaves: Sequence[_Leaf]) -> None:
-    """Writes the list as JSON."""
-    rows = [{**leaf._asdict(), "parameters": leaf.size} for leaf in leaves]
-    text = json_text(rows, indent=2) + "\n"
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"`json` must be a file that can be written, got {path!r}: "
-            f"{reason_of(error)}."
-        ) from error

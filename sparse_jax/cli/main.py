@@ -2,10 +2,12 @@
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import sys
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -20,7 +22,7 @@ from sparse_jax.cli.messages import as_typed, names_typed
 from sparse_jax.cli.options import Sections, flag
 from sparse_jax.cli.plan import plan
 from sparse_jax.cli.predict import predict
-from sparse_jax.errors import InputError, printable
+from sparse_jax.errors import InputError, brief, printable
 from sparse_jax.training.other_names import name_hint
 
 __all__ = ["app", "main", "run"]
@@ -92,7 +94,14 @@ def main() -> None:
     except InputError as error:
         _refuse(as_typed(str(error), _names(words)))
     except _UsageError as error:
-        _refuse(_reading(error))
+        _refuse(_reading(error, words))
+    except OSError as error:
+        # A closed folder, a full disk, a name that is too long. What is missing is told
+        # where it is looked for; here it may be a file of a library.
+        place = error.filename
+        if not isinstance(place, str) or isinstance(error, FileNotFoundError):
+            raise
+        _refuse(_about_place(Path(place), error.strerror, words))
     except typer.Abort:
         raise SystemExit(130) from None
     else:
@@ -105,9 +114,33 @@ def _refuse(message: str) -> NoReturn:
     raise SystemExit(2) from None
 
 
+def _about_place(place: Path, reason: str | None, words: list[str]) -> str:
+    """Returns what is wrong about a place, by the option that it is under, if any."""
+    name = f"`{place.name}`"
+    for before, word in itertools.pairwise(words):
+        # As --json plan.json, or --json=plan.json.
+        parts = word.split("=", 1) if word[:2] == "--" else [before, word]
+        if len(parts) == 2 and parts[0][:2] == "--" and _is_about(place, parts[1]):
+            name = parts[0]
+    found = brief(str(place))
+    return f"{name} must be a place that can be used, got {found}: {reason}."
+
+
+def _is_about(place: Path, typed: str) -> bool:
+    """Returns whether a place is what was typed, in it, or a part of it beside it."""
+    path = Path(typed)
+    is_part = place.parent == path.parent and path.name in place.name
+    return bool(path.name) and (is_part or place.is_relative_to(path))
+
+
+def _command(words: list[str]) -> Any:
+    """Returns the command that is typed, or None if there is none."""
+    return getattr(typer.main.get_command(app), "commands", {}).get(words[0])
+
+
 def _names(words: list[str]) -> dict[str, str]:
     """Returns what is typed for the arguments of a command."""
-    command = getattr(typer.main.get_command(app), "commands", {}).get(words[0])
+    command = _command(words)
     typed = {word.partition("=")[0] for word in words}
     names = {} if command is None else names_typed(command, "--adapter" not in typed)
     if typed & {"--prompts", "--input"}:
@@ -116,7 +149,7 @@ def _names(words: list[str]) -> dict[str, str]:
     return names
 
 
-def _reading(error: Any) -> str:
+def _reading(error: Any, words: list[str]) -> str:
     """Returns what could not be read, and where the options are explained."""
     if error.ctx and hasattr(error, "possibilities"):
         name = error.option_name.lstrip("-").replace("-", "_")
@@ -129,7 +162,8 @@ def _reading(error: Any) -> str:
     # Typer's own words do not have the value.
     if errors := getattr(error.__cause__, "errors", None):
         message += f", got {errors()[0]['input']!r}"
-    help_of = error.ctx.command_path if error.ctx else "sparse-jax"
+    # The parser, which counts the values of an option, knows of no command.
+    help_of = f"sparse-jax {words[0]}" if _command(words) else "sparse-jax"
     return f"{message}{'' if message.endswith('?') else '.'} See `{help_of} --help`."
 
 

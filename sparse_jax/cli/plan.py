@@ -4,11 +4,11 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import typer
 
+from sparse_jax.cli.json_file import require_json_place
 from sparse_jax.cli.options import (
     CONFIG,
     IST,
@@ -82,6 +82,7 @@ def plan(
 
     Only the config.json of the model is read, not its weights.
     """
+    require_json_place(json)
     if target != "gpu":
         # Nothing runs; looking for accelerators takes long, and may take them.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -101,8 +102,6 @@ def plan(
     # Once JAX is initialized, as in a notebook, the number of devices is fixed.
     with suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", shape.size)
-    if json is not None:
-        _require_writable(json)
     if compare is None:
         runs = [Settings(**given)]
     else:
@@ -126,14 +125,6 @@ def plan(
     if json is not None:
         asked = {name: given[name] for name in given if name not in _CHOICES}
         write_plans(json, plans, found, shape, {**asked, "length": length})
-
-
-def _require_writable(path: str) -> None:
-    """Raises if a plan, which may take minutes, could not be written."""
-    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-        raise InputError(
-            f"`json` must be a file in a folder that exists, got {path!r}."
-        )
 
 
 def _require_alone(compare: str, named: Mapping[str, object]) -> None:

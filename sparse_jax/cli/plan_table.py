@@ -1,9 +1,8 @@
 """Plans side by side, for people and for programs."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+from sparse_jax.cli.json_file import write_json
 from sparse_jax.planning.plan import UTILIZATION, Plan
 from sparse_jax.planning.target import Target
 from sparse_jax.samplers.registry import SAMPLERS
@@ -60,7 +59,11 @@ def write_plans(
     shape: MeshShape,
     asked: Mapping[str, object],
 ) -> None:
-    """Writes plans as JSON: sizes in bytes, times in seconds."""
+    """Writes plans as JSON: sizes in bytes, times in seconds.
+
+    Raises:
+      InputError: if that is not possible.
+    """
     chip = None if target.chip is None else target.chip._asdict()
     found = {
         "asked": dict(asked),
@@ -69,7 +72,7 @@ def write_plans(
         "assumptions": _words(plans, target),
         "plans": [plan.as_dict() for plan in plans],
     }
-    Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(path, found)
 
 
 def _rows(plans: Sequence[Plan]) -> dict[str, list[str]]:

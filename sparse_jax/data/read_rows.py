@@ -28,6 +28,7 @@ __all__ = [
     "read_rows",
     "read_table",
     "read_text",
+    "require_file",
 ]
 
 # Of characters; the reader of the standard library refuses fields above 131,072.
@@ -168,6 +169,14 @@ def read_text(path: Path) -> str:
             f"`{path}` must be a file that can be read: {reason_of(error)}."
         ) from error
     return _decoded(content, Source(f"`{path}`", "line"))
+
+
+def require_file(name: str, path: str | Path | None) -> None:
+    """Raises `InputError` naming an argument, if it is given and not a file."""
+    if path is None or Path(path).is_file():
+        return
+    found = "which is a folder" if Path(path).is_dir() else "and there is none"
+    raise InputError(f"`{name}` must be a file, got {brief(str(path))}, {found}.")
 
 
 def read_line(content: bytes, source: Source, number: int) -> Record:

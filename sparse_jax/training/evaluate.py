@@ -12,6 +12,7 @@ from sparse_jax.data.examples import Splits
 from sparse_jax.data.files import load_one
 from sparse_jax.data.glue import CAUSAL, TASKS, find_task
 from sparse_jax.data.metrics import Metric
+from sparse_jax.data.read_rows import require_file
 from sparse_jax.data.sources import DataSource, one_part, place_of
 from sparse_jax.errors import InputError, brief, listed, printable
 from sparse_jax.interchange.open_adapter import open_adapter
@@ -100,6 +101,7 @@ def evaluate_adapter(
       InputError: if the adapter cannot be read, the base is another one, or the data
         are wrong or have other labels.
     """
+    require_file("text", text)
     passed: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
     passed["columns"] = columns
     passed["max_eval_samples"] = max_eval_samples
