@@ -223,7 +223,7 @@ def test_texts_end_where_the_model_says(command, place):
     [
         (SAY[:2], "--prompt must be given, got none."),
         (SAY[2:], "--model must be given without an adapter"),
-        ((*SAY, "--prompts", "PLACE/none"), "must be a file, and there is none"),
+        ((*SAY, "--prompts", "PLACE/none"), "must be a file, got"),
         (
             (*SAY, "--prompts", "PLACE/blank.txt"),
             "--prompts must be a file with one text per line, got '",
