@@ -1,5 +1,6 @@
 """The command line: quick to help, and one line for wrong input."""
 
+import errno
 import json
 import logging
 import re
@@ -9,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 from tiny_run import tiny_settings, write_data, write_model
@@ -349,7 +349,7 @@ EARLY = {
         "--json must be a place that can be used, got 'xxx",
     ),
     "an equals sign": (("plan", f"--json={LONG}"), "--json must be a place that can"),
-    "an argument": (("evaluate", LONG), "x` must be a place that can be used, got 'x"),
+    "an argument": (("evaluate", LONG), "RUN must be a place that can be used, got 'x"),
 }
 
 
@@ -361,11 +361,53 @@ def test_what_is_wrong_is_named_as_it_was_typed(words, message, command, place):
     assert message.replace("PLACE", str(place)) in err
 
 
-@pytest.mark.parametrize("place", ["a/b.json", "a/.b.json.part", "a/b.json/c"])
-def test_a_closed_folder_is_told_by_its_option(place):
-    said = _about_place(Path(place), "Permission denied", ["x", "--json=a/b.json"])
-    said += _about_place(Path(place), "Permission denied", ["x", "--json", "a/b.json"])
-    assert said.count(f"--json must be a place that can be used, got '{place}': ") == 2
+def test_a_folder_that_holds_no_files_is_told(command):
+    code, out, err = command("combine", "PLACE/made", "--output", "/proc/c.safetensors")
+    assert (code, out) == (2, "")
+    # What is odd about the model was said before.
+    said = "--output must be a place that can be used, got '/proc/.c.safetensors.part'"
+    assert err.splitlines()[-1].startswith(f"error: {said}: ")
+
+
+@pytest.mark.parametrize("place", ["a/b.json", "a/.b.json.part", "a/b.json/c", "a"])
+@pytest.mark.parametrize("typed", [("--json=a/b.json",), ("--json", "a/b.json")])
+def test_a_closed_folder_is_told_by_its_option(place, typed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for found in (place, tmp_path / place):
+        closed = PermissionError(errno.EACCES, "Permission denied", found)
+        said = _about_place(closed, ["inspect", "--model", "m", *typed])
+        assert said is not None and said.endswith(": Permission denied.")
+        assert said.startswith("--json must be a place that can be used, got '")
+
+
+@pytest.mark.parametrize(
+    ("place", "typed", "names"),
+    [
+        ("out1/x", ("--output", "out1", "--seed", "1"), "--output"),
+        ("data/dev.json", ("--data", "data", "--output", "data/run"), "--data"),
+        ("data/run/x", ("--data", "data", "--output", "data/run"), "--output"),
+        ("cola/x", ("--task", "cola", "--output", "cola"), "--task or --output"),
+    ],
+)
+def test_of_several_places_that_are_typed_the_nearest_is_told(place, typed, names):
+    closed = PermissionError(errno.EACCES, "Permission denied", place)
+    said = _about_place(closed, ["finetune", *typed])
+    assert said is not None and said.startswith(f"{names} must be a place")
+
+
+@pytest.mark.parametrize("place", ["1", "lib/a.json", "a/b", "a/b.jsonl", ".", 3, None])
+def test_an_error_about_a_place_that_nobody_typed_is_a_bug(
+    place, tmp_path, monkeypatch
+):
+    def fail(path):
+        raise PermissionError(errno.EACCES, "Permission denied", place)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sparse_jax.cli.inspect.require_json_place", fail)
+    words = ["inspect", "--model", "m", "--rank", "1", "--json", "a/b.json"]
+    monkeypatch.setattr(sys, "argv", ["sparse-jax", *words])
+    with pytest.raises(PermissionError):
+        main()
 
 
 def test_a_list_or_a_plan_that_cannot_be_written_is_one_line():

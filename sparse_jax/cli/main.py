@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.util
-import itertools
 import os
 import sys
 from contextlib import suppress
@@ -19,7 +18,7 @@ from sparse_jax.cli.finetune import finetune
 from sparse_jax.cli.generate import generate
 from sparse_jax.cli.inspect import inspect
 from sparse_jax.cli.messages import as_typed, names_typed
-from sparse_jax.cli.options import Sections, flag
+from sparse_jax.cli.options import Sections, flag, named_on_command_line
 from sparse_jax.cli.plan import plan
 from sparse_jax.cli.predict import predict
 from sparse_jax.errors import InputError, brief, printable
@@ -96,12 +95,11 @@ def main() -> None:
     except _UsageError as error:
         _refuse(_reading(error, words))
     except OSError as error:
-        # A closed folder, a full disk, a name that is too long. What is missing is told
-        # where it is looked for; here it may be a file of a library.
-        place = error.filename
-        if not isinstance(place, str) or isinstance(error, FileNotFoundError):
+        # A closed folder, or a name that is too long, where it was typed. About any
+        # other place, such as a file of a library, the error is a bug.
+        if (message := _about_place(error, words)) is None:
             raise
-        _refuse(_about_place(Path(place), error.strerror, words))
+        _refuse(message)
     except typer.Abort:
         raise SystemExit(130) from None
     else:
@@ -114,23 +112,40 @@ def _refuse(message: str) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def _about_place(place: Path, reason: str | None, words: list[str]) -> str:
-    """Returns what is wrong about a place, by the option that it is under, if any."""
-    name = f"`{place.name}`"
-    for before, word in itertools.pairwise(words):
-        # As --json plan.json, or --json=plan.json.
-        parts = word.split("=", 1) if word[:2] == "--" else [before, word]
-        if len(parts) == 2 and parts[0][:2] == "--" and _is_about(place, parts[1]):
-            name = parts[0]
-    found = brief(str(place))
-    return f"{name} must be a place that can be used, got {found}: {reason}."
+def _about_place(error: OSError, words: list[str]) -> str | None:
+    """Returns what is wrong about a place that was typed; None for any other error."""
+    command, place = _command(words), error.filename
+    if command is None or not isinstance(place, str | os.PathLike):
+        return None
+    names, found = names_typed(command), {}
+    # Read again, which has gone well before: numbers and words of flags are no places.
+    context = command.make_context(words[0], words[1:])
+    for name, value in named_on_command_line(context).items():
+        for typed in value if isinstance(value, list) else [value]:
+            if isinstance(typed, str) and typed and _is_about(place, typed):
+                found[names[name]] = len(Path(typed).absolute().parts)
+    if not found:
+        return None
+    # A file in a folder, and the folder, may both be typed.
+    nearest = [name for name, depth in found.items() if depth == max(found.values())]
+    return (
+        f"{' or '.join(nearest)} must be a place that can be used, got "
+        f"{brief(os.fspath(place))}: {error.strerror}."
+    )
 
 
-def _is_about(place: Path, typed: str) -> bool:
-    """Returns whether a place is what was typed, in it, or a part of it beside it."""
-    path = Path(typed)
-    is_part = place.parent == path.parent and path.name in place.name
-    return bool(path.name) and (is_part or place.is_relative_to(path))
+def _is_about(place: str | os.PathLike[str], typed: str) -> bool:
+    """Returns whether a place is what was typed, or is made for it.
+
+    That may be in it, beside it until it is complete, or above it and not there yet.
+    """
+    found, path = Path(place).absolute(), Path(typed).absolute()
+    is_part = found.name.startswith((f"{path.name}.", f".{path.name}."))
+    return (
+        found.is_relative_to(path)
+        or (found.parent == path.parent and is_part)
+        or (path.is_relative_to(found) and not os.path.exists(found))
+    )
 
 
 def _command(words: list[str]) -> Any:
