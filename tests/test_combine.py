@@ -87,18 +87,20 @@ def test_the_adapter_that_cannot_be_read_is_named(argument, place, command):
 
 
 @pytest.mark.parametrize("argument", UNREADABLE)
-def test_an_adapter_without_its_base_is_named(argument, place, command):
-    (place / "nowhere").mkdir()
+@pytest.mark.parametrize("name", ["nowhere", "a"])  # a letter of every message
+def test_an_adapter_without_its_base_is_named(argument, name, place, command):
+    (place / name).mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": "owner/gone"}
-    (place / "nowhere/adapter_config.json").write_text(json.dumps(config))
+    (place / name / "adapter_config.json").write_text(json.dumps(config))
     weights = {"base_model.model.x.lora_A.weight": np.ones((2, 2), np.float32)}
-    save_file(weights, place / "nowhere/adapter_model.safetensors")
-    code, _, errors = command("compare", *UNREADABLE[argument])
+    save_file(weights, place / name / "adapter_model.safetensors")
+    words = (name if word == "nowhere" else word for word in UNREADABLE[argument])
+    code, _, errors = command("compare", *words)
     assert code == 2
     assert "names 'owner/gone'. Pass it, or the folder where it is, as --model." in (
         errors
     )
-    assert errors.endswith(f"This is about `nowhere` of {argument}.\n")
+    assert errors.endswith(f"This is about `{name}` of {argument}.\n")
 
 
 def test_the_overlap_is_a_table(place, command):

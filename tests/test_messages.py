@@ -60,6 +60,9 @@ LINES = {
     "evaluate nowhere":
         "error: RUN must be an adapter file, or the folder of a run or of PEFT, got "
         "`nowhere`, which does not exist. Check the spelling.",
+    "evaluate model":
+        "error: RUN must be an adapter file, or the folder of a run or of PEFT, got "
+        "`model`, which does not exist. Check the spelling.",
     "evaluate --adapter nowhere":
         "error: --adapter must be an adapter file, or the folder of a run or of PEFT, "
         "got `nowhere`, which does not exist. Check the spelling.",

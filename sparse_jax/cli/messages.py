@@ -6,8 +6,9 @@ from typing import Any
 
 __all__ = ["as_typed", "names_typed"]
 
-# An argument in backticks, perhaps with a value: `seed` or `density=0.01`.
-_ARGUMENT = re.compile(r"`(\w+)(?:=([^`\s]+))?`")
+# An argument in backticks, perhaps with a value: `seed` or `density=0.01`. What was got
+# is a path, which may have the same name.
+_ARGUMENT = re.compile(r"(?<!got )`(\w+)(?:=([^`\s]+))?`")
 # What stands first is what is wrong. In a file it has the name that it has there.
 _SUBJECT = re.compile(r"`(\w+)`(?! in | of | beside )")
 # What options hand on under another name.

@@ -1,6 +1,7 @@
 """Open an adapter by its path, whoever wrote it."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +106,8 @@ def open_one_of(
         return open_adapter(path, model, task)
     except InputError as error:
         reason = str(error).replace("`adapter` must", f"`{argument}` must", 1)
-        if str(path) not in reason:
+        # Quoted as messages quote it: a short path occurs in many a word.
+        if not re.search(f"[`']{re.escape(str(path))}[`'/]", reason):
             reason = f"{reason} This is about `{path}` of `{argument}`."
         raise InputError(reason) from error
 
