@@ -541,10 +541,7 @@ SENT = {"all-reduce": Traffic(bytes=8, count=1)}
 CPU = Target("cpu", (), 1, None)
 TPU = Target("v5e:2x2", (), 4, CHIPS["v5e"])
 GPU = Target("gpu", (), 1, Chip("H100", 2.0**36, 1e15, 1e12, 1e11))
-COMPILED = [
-    "Temporaries, peak and reserved memory: as the compiler reports them.",
-    "Activations: temporaries less gradients.",
-]
+COMPILED = ["Temporaries, peak and reserved memory: as the compiler reports them."]
 CYCLES = [
     "Time: the cycles that the compiler expects.",
     "Time of kernels: at the peak FLOP/s or the memory bandwidth.",

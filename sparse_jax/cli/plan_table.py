@@ -115,10 +115,9 @@ def _words(plans: Sequence[Plan], target: Target) -> list[str]:
         memory, flops = _size(int(chip.memory)), chip.flops / 1e12
         words.append(f"{chip.name}: {memory} for programs, {flops:.0f} TFLOP/s (bf16).")
     if any(plan.reserved is not None for plan in plans):
-        words += [
-            "Temporaries, peak and reserved memory: as the compiler reports them.",
-            "Activations: temporaries less gradients.",
-        ]
+        words.append(
+            "Temporaries, peak and reserved memory: as the compiler reports them."
+        )
     sends = any(plan.collectives for plan in plans)
     if any(plan.largest_batch is not None for plan in plans):
         words.append("Largest batch: estimated from a program of twice the batch.")
