@@ -338,7 +338,8 @@ EARLY = {
     ),
     "no temperature": (
         ("generate", "--prompt", "x", "--temperature", "inf"),
-        "--temperature must be positive and finite, got inf. Leave it out, with --top",
+        "--temperature must be positive and finite, got inf. Greedy decoding, without "
+        "--temperature, --top-k and --top-p, takes the likeliest token.",
     ),
     "a list that is a folder": (
         ("inspect", "--model", "PLACE/model", "--json", "PLACE/data"),

@@ -319,14 +319,17 @@ def test_a_filler_row_has_no_loss():
         ({"method": "sifted"}, "`method` must be one of full, head"),
         ({"dtype": "float16"}, "`dtype` must be one of float32, bfloat16"),
         ({"rank": 0}, "`rank` must be positive, got 0"),
-        ({"learning_rate": float("nan")}, "`learning_rate` must be positive, got nan"),
+        (
+            {"learning_rate": float("nan")},
+            "`learning_rate` must be positive and finite, got nan",
+        ),
         ({"method": "head", "where": ("query",)}, "`where` must be left out"),
         ({"accumulate": 3}, "`accumulate` must divide `batch_size`=8, got 3"),
         ({"overwrite": True, "resume": True}, "must not be given together"),
         ({"seed": -1}, "`seed` must be in"),
         (
             {"task": "causal", "packing": True, "group_by_length": True},
-            "`group_by_length` must be left out with packing",
+            "`group_by_length` must be left out with `packing`",
         ),
     ],
 )

@@ -355,7 +355,11 @@ def test_tokens_are_drawn_as_often_as_is_likely(temperature):
     ("make", "message"),
     [
         (lambda: Sample(temperature=0), "`temperature` must be positive, got 0"),
-        (lambda: Sample(temperature=float("nan")), "`temperature` must be positive"),
+        (
+            lambda: Sample(temperature=float("nan")),
+            "`temperature` must be positive and finite, got nan. Greedy decoding, "
+            "without `temperature`, `top_k` and `top_p`, takes the likeliest token.",
+        ),
         (lambda: Sample(top_k=0), "`top_k` must be at least 1, got 0"),
         (lambda: Sample(top_p=0.0), r"`top_p` must be in \(0, 1\], got 0.0"),
         (lambda: Beams(1), "`num_beams` must be at least 2, got 1"),

@@ -234,7 +234,7 @@ def test_texts_end_where_the_model_says(command, place):
         ((*SAY, "--seed", "-1"), "--seed must be in [0, 2**32), got -1"),
         ((*SAY, "--stop", "xyz"), "got 'xyz', which the tokenizer does not know"),
         ((*SAY, "--top-p", "0"), "--top-p must be in (0, 1], got 0.0"),
-        ((*SAY, "--temperature", "0"), "--temperature must be positive and"),
+        ((*SAY, "--temperature", "0"), "--temperature must be positive, got 0.0. G"),
         ((*SAY, "--prompt", ""), "--prompt must have at least one token"),
         ((*SAY[:4], "--max-new-tokens", "31"), "must have at most 1 tokens besides 31"),
         ((*SAY, "--stop", "red x"), "--stop must be a text or a token of the model"),

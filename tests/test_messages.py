@@ -49,8 +49,8 @@ LINES = {
         "global-norm: the global norm is known only after the first layers have been "
         "updated. Or set --max-grad-norm to 0, which does not clip.",
     f"{RUN} --packing --group-by-length":
-        "error: --group-by-length must be left out with packing. All packed rows have "
-        "one length.",
+        "error: --group-by-length must be left out with --packing. All packed rows "
+        "have one length.",
     f"{RUN} --method head":
         "error: --method must not be 'head' with task 'causal': the model has no new "
         "head. Use lora or sift, or --dense '^lm_head/' with full.",

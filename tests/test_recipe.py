@@ -161,6 +161,12 @@ def test_schedule_free_training_is_evaluated_at_its_average():
         ({"betas": (0.9, 1.0)}, r"`betas` must be two numbers in \[0, 1\)"),
         ({"betas": (0.9,)}, "`betas` must be two numbers"),
         ({"weight_decay": -0.1}, "`weight_decay` must be 0 or more, got -0.1"),
+        ({"eps": float("inf")}, "`eps` must be 0 or more and finite, got inf"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be positive, got -1.0"),
+        (
+            {"learning_rate": float("inf")},
+            "`learning_rate` must be positive and finite, got inf",
+        ),
         ({"label_smoothing": 1.0}, r"`label_smoothing` must be in \[0, 1\), got 1.0"),
         ({"warmup": 1.5}, "`warmup` must be a fraction of the updates"),
         ({"task": "causal", "class_weights": "balanced"}, "`class_weights` must be"),

@@ -301,11 +301,11 @@ def test_a_run_resumes_in_a_window_and_after_a_broken_line_to_the_last_bit(
 
 
 REFUSED = {
-    "no number of updates": ({"max_steps": None}, "`max_steps` must be given with str"),
-    "epochs": ({"epochs": 2}, "`epochs` must be left out with streaming, got 2"),
+    "no number of updates": ({"max_steps": None}, "`max_steps` must be given with `st"),
+    "epochs": ({"epochs": 2}, "`epochs` must be left out with `streaming`, got 2"),
     "lengths": (
         {"group_by_length": True, "packing": False},
-        "`group_by_length` must be left out with streaming",
+        "`group_by_length` must be left out with `streaming`",
     ),
     "a fraction": ({"held_out": 0.1}, "`held_out` must be a number of examples with"),
     "classes": (
@@ -314,7 +314,7 @@ REFUSED = {
     ),
     "a mixture": (
         {"data": "a.jsonl=1,b.jsonl=2"},
-        r"`data` must be a `\.jsonl` file with streaming, got `a\.jsonl, b\.jsonl`",
+        r"`data` must be a `\.jsonl` file with `streaming`, got `a\.jsonl, b\.jsonl`",
     ),
     "rows": ({"data": [{"text": "say"}]}, "got the rows that were passed"),
     "no stream": ({"streaming": False}, "`buffer_size` must come with `streaming`"),
@@ -333,7 +333,7 @@ def test_what_a_stream_cannot_do_is_refused(changes, message):
 def test_another_file_is_refused(files, tmp_path, name):
     (tmp_path / "chats.json").write_text("[]")
     settings = settings_of((files[0], tmp_path / name), tmp_path / "run")
-    with pytest.raises(InputError, match="`data` must be a `.jsonl` file with streami"):
+    with pytest.raises(InputError, match="`data` must be a `.jsonl` file with `stre"):
         finetune(settings)
 
 

@@ -1,6 +1,5 @@
 """The command `sparse-jax generate`."""
 
-import math
 import re
 import sys
 from pathlib import Path
@@ -117,11 +116,6 @@ def generate(
         raise InputError("`overwrite` must come with `output`, got it alone.")
     require_file("prompts", prompts)
     require_file("input", input)
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise InputError(
-            f"`temperature` must be positive and finite, got {temperature}. Leave it "
-            "out, with --top-k and --top-p, for the likeliest token."
-        )
     if not 0 <= seed < 2**32:
         raise InputError(f"`seed` must be in [0, 2**32), got {seed}.")
     take_devices(devices, mesh=mesh)

@@ -270,7 +270,7 @@ def streamed_files(data: object) -> tuple[Path, Part | None]:
             return train, validation and file_part(validation)
         place = train
     raise InputError(
-        "`data` must be a `.jsonl` file with streaming, or a folder with "
+        "`data` must be a `.jsonl` file with `streaming`, or a folder with "
         f"`train.jsonl`, got {brief(str(place or place_of(data)))}. Write an object a "
         "line, or leave out `streaming`."
     )

@@ -1,6 +1,5 @@
 """How the next token is chosen: the likeliest one or at random, in a compiled loop."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -11,6 +10,7 @@ from sparse_jax.errors import InputError
 from sparse_jax.generation.ends import ends_here
 from sparse_jax.generation.prompts import AdaptedModel, Prompts
 from sparse_jax.models.causal_lm import Cache
+from sparse_jax.params.positive import require_positive
 
 __all__ = ["Choice", "Greedy", "Sample"]
 
@@ -141,11 +141,12 @@ class Sample(_TokenByToken):
     is_random: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(
-                f"`temperature` must be positive, got {self.temperature}. Leave "
-                "it out, or use `Greedy()`, for the likeliest token."
-            )
+        require_positive(
+            "temperature",
+            self.temperature,
+            "Greedy decoding, without `temperature`, `top_k` and `top_p`, takes the "
+            "likeliest token.",
+        )
         if self.top_k is not None and self.top_k < 1:
             raise InputError(
                 f"`top_k` must be at least 1, got {self.top_k}. Leave it out to keep "

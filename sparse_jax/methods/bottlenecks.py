@@ -1,6 +1,5 @@
 """Bottleneck adapters: behind a linear map (series) or beside it (parallel)."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from sparse_jax.models.modules import product
 from sparse_jax.params.arguments import require_whole
 from sparse_jax.params.fields import option
 from sparse_jax.params.names import Rule
+from sparse_jax.params.positive import require_positive
 
 __all__ = ["Bottleneck", "HOULSBY", "PFEIFFER", "Parallel", "Series"]
 
@@ -63,10 +63,7 @@ class Bottleneck(Method, ABC):
                 f"`size` must be at least 1, got {self.size}. It is the width of the "
                 "bottleneck, commonly 16 to 256."
             )
-        if not 0 < self.scale < math.inf:
-            raise InputError(
-                f"`scale` must be positive, got {self.scale}. Leave it out for 1."
-            )
+        require_positive("scale", self.scale, "Leave it out for 1.")
 
     def added(self, params: optax.Params, key: jax.Array) -> Added:
         """Returns {site: {"down", "down_bias", "up", "up_bias"}} of matching sites."""

@@ -26,6 +26,7 @@ from sparse_jax.models.attachment import Module
 from sparse_jax.models.modules import product
 from sparse_jax.params.arguments import require_whole
 from sparse_jax.params.names import Rule
+from sparse_jax.params.positive import require_positive
 from sparse_jax.supports.scores import leaf_key
 
 __all__ = ["DoRA", "LoRA", "LowRank"]
@@ -60,11 +61,8 @@ class LowRank(Method, ABC):
                 f"`rank` must be at least 1, got {self.rank}. Common values are "
                 "4 to 64."
             )
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise InputError(
-                f"`alpha` must be positive, got {self.alpha}. Leave it out for twice "
-                "the rank."
-            )
+        if self.alpha is not None:
+            require_positive("alpha", self.alpha, "Leave it out for twice the rank.")
         if not 0 <= self.dropout < 1:
             raise InputError(
                 f"`dropout` must be in [0, 1), got {self.dropout}. It is the fraction "

@@ -1,7 +1,6 @@
 """The table of methods: their names, classes, learning rates and default options."""
 
 import inspect
-import math
 import numbers
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from sparse_jax.params.fields import (
     require_word,
     setting,
 )
+from sparse_jax.params.positive import require_positive
 
 # JAX takes seconds to import, and the help of the command line reads this table.
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ class MethodOptions:
         is_word = isinstance(method, str)
         for name in ("rank", "alpha", "size", "prefix_length", "score_rank"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"`{name}` must be positive, got {value}.")
+            if value is not None:
+                require_positive(name, value)
         if self.density is not None and not 0 < self.density <= 1:
             raise InputError(
                 f"`density` must be in (0, 1], got {self.density}. It is the fraction "
@@ -266,8 +266,8 @@ def register_method(
     is_number = isinstance(learning_rate, numbers.Real) and learning_rate is not True
     if not (is_number and 0 < learning_rate < 1e300):
         raise InputError(
-            f"`learning_rate` must be positive, got {brief(learning_rate)}. It is the "
-            "usual peak learning rate of the method, commonly 1e-3."
+            f"`learning_rate` must be positive and finite, got {brief(learning_rate)}. "
+            "It is the usual peak learning rate of the method, commonly 1e-3."
         )
     # The classes of this folder are imported when they are used: they take JAX along.
     if word not in _BUILT_IN:

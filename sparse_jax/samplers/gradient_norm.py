@@ -1,6 +1,5 @@
 """Gradient norm: draw layers whose gradients have been large."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.errors import InputError
+from sparse_jax.params.positive import require_positive
 from sparse_jax.samplers.sampler import Sampler
 
 __all__ = ["GradientNorm", "GradientNormMemory"]
@@ -49,8 +49,7 @@ class GradientNorm(Sampler[GradientNormMemory]):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise InputError(f"`temperature` must be positive, got {self.temperature}.")
+        require_positive("temperature", self.temperature)
         if not 0 <= self.decay < 1:
             raise InputError(f"`decay` must be in [0, 1), got {self.decay}.")
 

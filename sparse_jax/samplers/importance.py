@@ -11,6 +11,7 @@ from jax import lax
 
 from sparse_jax.errors import InputError
 from sparse_jax.params.arguments import require_count, require_whole
+from sparse_jax.params.positive import require_positive
 from sparse_jax.samplers.registry import SamplerOptions
 from sparse_jax.samplers.sampler import Sampler, ValueFn, draw_layers, is_active
 
@@ -88,10 +89,7 @@ class Importance(Sampler[ImportanceMemory]):
                 f"`suppression` must be in [0, 1), got {self.suppression}. It is what "
                 "is left of the response of a suppressed layer."
             )
-        if not (self.importance_rate > 0 and math.isfinite(self.importance_rate)):
-            raise InputError(
-                f"`importance_rate` must be positive, got {self.importance_rate}."
-            )
+        require_positive("importance_rate", self.importance_rate)
         self._require_enough_subsets()
 
     @classmethod

@@ -1,6 +1,5 @@
 """The table of samplers: their names, classes and options."""
 
-import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparse_jax.errors import InputError, brief
 from sparse_jax.params.fields import one_of, require_new, require_word, setting
+from sparse_jax.params.positive import require_positive
 
 # JAX takes seconds to import, and the help of the command line reads this table.
 if TYPE_CHECKING:
@@ -121,9 +121,7 @@ class SamplerOptions:
         """Raises `InputError` if an option breaks its rule, or `sampler` lacks it."""
         require_word("recompute", self.recompute, RECOMPUTE)
         for name in ("hold", "probe_every", "importance_rate"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"`{name}` must be positive, got {value}.")
+            require_positive(name, getattr(self, name))
         if not 0 < self.active <= 1:
             raise InputError(
                 f"`active` must be in (0, 1], got {self.active}. It is the fraction of "

@@ -108,7 +108,7 @@ class DataOptions:
         share = self.resolved_held_out
         if self.streaming and not share >= 1:
             raise InputError(
-                f"`held_out` must be a number of examples with streaming, got "
+                f"`held_out` must be a number of examples with `streaming`, got "
                 f"{share:g}. They are the first of the file; commonly it is "
                 f"{STREAM_HELD_OUT}."
             )

@@ -10,6 +10,7 @@ from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.params.fields import setting
+from sparse_jax.params.positive import require_positive
 from sparse_jax.training.recipe_options import SCHEDULE_FREE
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ class EvaluationOptions:
             "eval_every", "kl_budget", "early_stopping_patience", "max_eval_samples",
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"`{name}` must be positive, got {value}.")
+            if value is not None:
+                require_positive(name, value)
         needed = {"kl_budget": "kl_text", "kl_stop": "kl_budget"}
         for name, other in needed.items():
             if getattr(self, name) and getattr(self, other) is None:
@@ -165,7 +166,8 @@ class EvaluationOptions:
         threshold = self.early_stopping_threshold
         if not 0 <= threshold < math.inf:
             raise InputError(
-                f"`early_stopping_threshold` must not be negative, got {threshold}."
+                "`early_stopping_threshold` must be 0 or more and finite, got "
+                f"{threshold}."
             )
         if threshold and self.early_stopping_patience is None:
             raise InputError(

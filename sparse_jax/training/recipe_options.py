@@ -220,7 +220,8 @@ class RecipeOptions:
         for name in ("weight_decay", "max_grad_norm", "neftune_noise", "eps"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise InputError(f"`{name}` must be 0 or more, got {value}.")
+                rule = "0 or more" if value < 0 else "0 or more and finite"
+                raise InputError(f"`{name}` must be {rule}, got {value}.")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(
                 f"`label_smoothing` must be in [0, 1), got {self.label_smoothing}. "

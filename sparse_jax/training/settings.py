@@ -1,6 +1,5 @@
 """The settings of a fine-tuning run: the options of `sparse-jax finetune`."""
 
-import math
 import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from sparse_jax.params.fields import (
     setting,
     to_json,
 )
+from sparse_jax.params.positive import require_positive
 from sparse_jax.samplers.registry import SAMPLERS, SamplerOptions, word_of_sampler
 from sparse_jax.training.data_options import DataOptions
 from sparse_jax.training.evaluation_options import EvaluationOptions
@@ -201,8 +201,8 @@ class Settings(
         require_word("head_bias", self.head_bias, HEAD_BIASES)
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"`{name}` must be positive, got {value}.")
+            if value is not None:
+                require_positive(name, value)
         self._require_consistent()
         self.require_data_options(self.task)
         if self.is_causal and self.method_word == "head":
@@ -212,8 +212,8 @@ class Settings(
             )
         if self.packing and self.group_by_length:
             raise InputError(
-                "`group_by_length` must be left out with packing, got True. All packed "
-                "rows have one length."
+                "`group_by_length` must be left out with `packing`, got True. All "
+                "packed rows have one length."
             )
         self._require_stream()
         self._require_layers()
@@ -331,18 +331,18 @@ class Settings(
             )
         if not isinstance(self.data, str | None):
             raise InputError(
-                f"`data` must be a `.jsonl` file with streaming, got "
+                f"`data` must be a `.jsonl` file with `streaming`, got "
                 f"{place_of(self.data)}. Write it to one, or leave out `streaming`."
             )
         if self.max_steps is None:
             raise InputError(
-                "`max_steps` must be given with streaming, got nothing. A stream has "
+                "`max_steps` must be given with `streaming`, got nothing. A stream has "
                 "no end: it starts over after the last record."
             )
         for name in ("epochs", "group_by_length", "max_train_samples"):
             if getattr(self, name) != usual[name]:
                 raise InputError(
-                    f"`{name}` must be left out with streaming, got "
+                    f"`{name}` must be left out with `streaming`, got "
                     f"{getattr(self, name)}. Its records are read a few at a time, for "
                     "`max_steps` updates."
                 )
