@@ -1,7 +1,8 @@
 """What does a method forget at equal task loss?  KL to the base on untouched text.
 
     python -m experiments.forgetting --model FOLDER --data FILE --text FILE
-        [--scale tiny|small] [--methods full lora sift sift-ist random]
+        [--scale tiny|small] [--methods full lora sift sift-sum sift-ist random]
+        [--learning-rates RATE ...] [--full-rates RATE ...]
         [--max-steps 60] [--output runs/forgetting]
 
 FOLDER is a decoder, the data are what it is fine-tuned on (instructions, chats or plain
@@ -10,8 +11,8 @@ few updates on examples not trained on, and compared with its base on the text,
 at every rate of its grid. The task loss of the comparison is the lowest that all
 methods reach: each is shown where it first gets there, between two evaluations, at the
 rate where it has forgotten least by then; "<=" where its first evaluation is below
-that loss already. Trained entries are as many for all but full.
-The picture has the whole ways. An interrupted run goes on where it was.
+that loss already. Figures of several seeds are means. All but full train as many
+entries. The picture has the whole ways. An interrupted run goes on where it was.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from experiments.command import run_command
 from experiments.pictures import COLORS, canvas, save
-from experiments.report import fill_in, table_parser
+from experiments.report import fill_in, spread, table_parser
 from experiments.trials import run_folder, run_once
 from sparse_jax import Settings
 from sparse_jax.training.run_files import evaluations_of, read_rows
@@ -43,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"method": "lora", "where": MAPS},
     "sift": _SPARSE,
+    "sift-sum": {**_SPARSE, "select_batches": 8},
     "sift-ist": {**_SPARSE, "sampler": "ist", "active": 0.5},
     "random": {**_SPARSE, "method": "random"},
 }
@@ -52,12 +54,12 @@ SCALES: dict[str, dict[str, Any]] = {
     "tiny": {
         "max_steps": 60, "batch_size": 8, "max_length": 128, "eval_every": 6,
         "rank": 4, "density": 0.0507, "held_out": 3_000, "characters": 3_000,
-        "full_rates": (1e-3,), "rates": (5e-3,), "seeds": (0,),
+        "full_rates": (1e-3,), "learning_rates": (5e-3,), "seeds": (0,),
     },
     "small": {
         "max_steps": 32, "batch_size": 4, "max_length": 192, "eval_every": 8,
         "rank": 16, "density": 0.046, "held_out": 12, "characters": 8_000,
-        "full_rates": (2e-5,), "rates": (5e-4,), "seeds": (0,),
+        "full_rates": (2e-5,), "learning_rates": (5e-4,), "seeds": (0,),
     },
 }  # fmt: skip
 
@@ -184,19 +186,18 @@ def show_ways(
         rate = min(whole, key=lambda rate: np.mean([kl for kl, _ in whole[rate]]))
         seeds, points = rates[rate], whole[rate]
         best[method] = seeds
-        mean = lambda values: float(np.mean(values))
         most = "<= " * any(way.loss[0] < target for way in seeds)
         table.add_row(
             method,
             f"{seeds[0].trained:,}",
             f"{rate:g}",
-            f"{mean([way.loss[-1] for way in seeds]):.3f}",
-            f"{mean([way.kl[-1] for way in seeds]):.4f}",
-            f"x {mean([way.perplexity[-1] for way in seeds]):.3f}",
-            f"{most}{mean([kl for kl, _ in points]):.4f}",
-            f"{most}x {mean([perplexity for _, perplexity in points]):.3f}",
+            spread([way.loss[-1] for way in seeds], 3),
+            spread([way.kl[-1] for way in seeds], 4),
+            f"x {spread([way.perplexity[-1] for way in seeds], 3)}",
+            f"{most}{spread([kl for kl, _ in points], 4)}",
+            f"{most}x {spread([perplexity for _, perplexity in points], 3)}",
         )
-    Console(width=130).print(table)
+    Console(width=150).print(table)
     record = {
         "title": title,
         "equal_loss": target,
@@ -228,11 +229,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=[*METHODS])
+    parser.add_argument(
+        "--learning-rates", type=float, nargs="+", help="the grid of all but full"
+    )
+    parser.add_argument("--full-rates", type=float, nargs="+", help="the grid of full")
     args = parser.parse_args(argv)
     if args.scale not in SCALES or args.plan or args.model is None:
         parser.error(f"give --model, and a --scale of {', '.join(SCALES)}")
     scale = SCALES[args.scale]
-    fill_in(args, {name: scale[name] for name in ("max_steps", "seeds")})
+    fill_in(
+        args,
+        {
+            name: scale[name]
+            for name in ("max_steps", "seeds", "learning_rates", "full_rates")
+        },
+    )
     data, text = cut_texts(
         args.data, args.text, args.output,
         held_out=scale["held_out"], characters=scale["characters"],
@@ -253,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ways = {
         method: {
             rate: [_way(method, base, rate, seed, args) for seed in args.seeds]
-            for rate in scale["full_rates" if method == "full" else "rates"]
+            for rate in (args.full_rates if method == "full" else args.learning_rates)
         }
         for method in args.methods
     }

@@ -48,6 +48,7 @@ ROWS: dict[str, dict[str, object]] = {
     "lora+ist": {"method": "lora", "rank": RANK, **_IST},
     "random": {"method": "random"},
     "sift": {"method": "sift"},
+    "sift-sum": {"method": "sift", "select_batches": 8},
     "sift after head": {"method": "sift", "select_after": 0.2},
     "sift+ist": {"method": "sift", **_IST},
     "lift": {"method": "lift"},

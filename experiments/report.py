@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["SCALES", "Report", "fill_in", "table_parser"]
+__all__ = ["SCALES", "Report", "fill_in", "spread", "table_parser"]
 
 MEAN = "mean"
 SCALES = ("tiny", "small", "paper")
@@ -47,6 +47,19 @@ def fill_in(args: argparse.Namespace, defaults: Mapping[str, object]) -> None:
             setattr(args, name, default)
 
 
+def spread(values: Sequence[float], digits: int) -> str:
+    """Returns the mean, of several values with their standard deviation.
+
+    Example:
+      >>> spread([1.0, 2.0, 3.0], 1)
+      '2.0 ± 1.0'
+    """
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What a table of a paper shows, as it was measured here.
@@ -74,11 +87,7 @@ class Report:
 
     def cell(self, values: Sequence[float]) -> str:
         """Returns mean and deviation of the values of all seeds."""
-        scaled = self.scale * np.array(values)
-        mean = f"{np.mean(scaled):.{self.digits}f}"
-        if len(scaled) == 1:
-            return mean
-        return f"{mean} ± {np.std(scaled, ddof=1):.{self.digits}f}"
+        return spread([self.scale * value for value in values], self.digits)
 
     def show(self) -> None:
         """Prints the table, ours above the paper's."""

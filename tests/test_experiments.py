@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import write_data, write_model
@@ -39,8 +40,10 @@ from sparse_jax.models.config import EncoderConfig
 from sparse_jax.models.families.bert import ROBERTA
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.planning.abstract import read_model
 from sparse_jax.supports.roles import SPARSE, map_roles
-from sparse_jax.training.build import method_of
+from sparse_jax.training.build import head_rules, method_of
+from sparse_jax.training.results import count_trained
 
 ROOT = Path(quickstart.__file__).parent
 MODULES = sorted(
@@ -188,8 +191,24 @@ def test_the_quickstart_has_an_encoder_without_any_package(monkeypatch):
     assert quickstart.encoder_of(None) is quickstart.BUNDLED
 
 
+@pytest.mark.parametrize("row", sorted({*proofreading.ROWS} - {"head", "full"}))
+def test_every_rule_of_proofreading_trains_what_lora_does(row, tmp_path):
+    model = read_model(str(quickstart.BUNDLED.path), "classification")
+    settings = proofreading.settings_of_row(
+        row, quickstart.BUNDLED, tmp_path, tmp_path, rate=1e-3
+    )
+    head = head_rules(("classifier",), ())
+    params, method = model.abstract(jnp.float32), method_of(settings, head)
+    added = jax.eval_shape(method.added, params, jax.random.key(0))
+    trained = count_trained(method, params, added, head).trained_without_head
+    kernels = 4 * 4  # of as many layers
+    # By lanes 6 entries, not 5.3, of each column of two groups of up to 128 rows.
+    expected = kernels * (12 * 192 + 12) if row == "lanes" else kernels * 2 * 4 * 192
+    assert trained == pytest.approx(expected, rel=0.005)
+
+
 @pytest.mark.slow
-def test_every_rule_proofreads_with_as_many_entries(tmp_path, capsys):
+def test_proofreading_makes_each_run_once_and_shows_all(tmp_path, capsys):
     rows = ["lora", "sift", "sift-sum"]
     words = f"--model {quickstart.BUNDLED.path} --rows {' '.join(rows)} --seeds 0"
     more = f"--learning-rates 1e-3 --max-steps 9 --output {tmp_path}"
