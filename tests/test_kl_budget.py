@@ -46,6 +46,14 @@ def whole(files, tmp_path_factory):
     return run
 
 
+def test_a_text_that_is_not_there_is_told_before_the_model_is_read(files, tmp_path):
+    for gone in (tmp_path / "gone.txt", tmp_path):
+        settings = budget_settings(files, tmp_path / "run", kl_text=gone)
+        settings = replace(settings, model="no-model")
+        with pytest.raises(InputError, match="`kl_text` must be a file, got "):
+            finetune(settings)
+
+
 def test_the_strength_is_lowered_to_the_budget_at_the_end(files, whole):
     metrics = json.loads((whole / "metrics.json").read_text())
     kls = [row["kl"] for row in rows_of(whole, "text")]

@@ -20,6 +20,7 @@ from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.compact.model_taps import in_stack
 from sparse_jax.data.batches import Batches
 from sparse_jax.data.metrics import Metric
+from sparse_jax.data.read_rows import require_file
 from sparse_jax.errors import InputError
 from sparse_jax.interchange.open_adapter import open_adapter, open_one_of
 from sparse_jax.methods.method import Method
@@ -141,6 +142,8 @@ def make_job(settings: Settings, metrics: Mapping[str, Metric] | None = None) ->
       InputError: for anything wrong with the task, its files, the model's folder, the
         rules, or the length.
     """
+    # Before a model, which may be large, is read.
+    require_file("kl_text", settings.kl_text)
     objective, base, feed = load_model_and_data(settings, metrics=metrics)
     head = head_rules(objective.head, base.new)
     method = method_of(settings, head)
