@@ -134,6 +134,11 @@ NOT_AGAIN = {
     "no entries": ({"method": "lora"}, "a method that chooses no entries"),
     "layers": ({"sampler": "ist"}, "a sampler: train all layers"),
     "shards": ({"mesh": "fsdp=8"}, "sharded weights"),
+    # Each selection sums gradients since the last one, which `sift` gets one by one.
+    "by more than come between": (
+        {"select_batches": 4},
+        "`reselect_every` must be at least `select_batches=4`, got 2. Leave it out",
+    ),
     "never": ({"reselect_every": 0}, "`reselect_every` must be positive"),
 }
 

@@ -43,6 +43,7 @@ from sparse_jax.training.settings import Settings
 from sparse_jax.training.setup import Base, load_model_and_data
 from sparse_jax.training.start import start_from
 from sparse_jax.transforms.clipping import clip_by_previous_norm
+from sparse_jax.transforms.selections import Selections
 
 __all__ = ["Job", "head_rules", "make_job", "make_tuner", "method_of", "sampler_of"]
 
@@ -204,6 +205,9 @@ def _require_reselection(job: Job) -> None:
     settings = job.settings
     if settings.reselect_every is None:
         return
+    # A run, which reads ahead, could choose by more batches than lie between two
+    # selections. `sift`, which sums what it is given, cannot: one rule for both.
+    Selections(by=settings.select_batches, every=settings.reselect_every).require()
     has_entries = job.method.ranking is not None
     reasons = {
         "a method that chooses no entries: it belongs to sift": not has_entries,
