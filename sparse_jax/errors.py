@@ -67,7 +67,9 @@ def reason_of(error: BaseException) -> str:
       >>> print(reason_of(OSError("No such\n  file.")), reason_of(KeyError()))
       No such file KeyError
     """
-    text = textwrap.shorten(printable(str(error)), 200).rstrip(".")
+    # An error of the system names its file too, which the message around it has.
+    reason = error.strerror if isinstance(error, OSError) else None
+    text = textwrap.shorten(printable(reason or str(error)), 200).rstrip(".")
     return text or type(error).__name__
 
 

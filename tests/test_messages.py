@@ -74,6 +74,35 @@ def test_errors_name_what_was_typed(words, monkeypatch, capsys):
     assert refused(words, monkeypatch, capsys) == LINES[words]
 
 
+IN_FILE = {
+    "rank: 0": "`rank` in `run.yaml` must be positive, got 0.",
+    "batch_size: 3\naccumulate: 2":
+        "`accumulate` in `run.yaml` must divide `batch_size`=3, got 2. A batch is all "
+        "examples of one update.",
+    "rank: 8\nbatch_size: 0": "--batch-size must be positive, got -1.",
+    "rank: x": "`rank` in `run.yaml` must be a whole number, got 'x'.",
+    "score: [": "--config must be a YAML or JSON file, got 'run.yaml': ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", IN_FILE)
+def test_what_a_file_of_settings_has_is_named_as_it_is_there(
+    text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(text)
+    typed = " --batch-size -1" if "size: 0" in text else ""
+    said = refused(f"{RUN} --config run.yaml{typed}", monkeypatch, capsys)
+    assert said.startswith(f"error: {IN_FILE[text]}")
+
+
+def test_a_file_of_settings_that_is_not_there_is_said_once(monkeypatch, capsys):
+    assert refused(f"{RUN} --config gone.yaml", monkeypatch, capsys) == (
+        "error: --config must be a YAML or JSON file, got 'gone.yaml': No such file or "
+        "directory."
+    )
+
+
 def test_python_users_read_the_argument():
     with pytest.raises(InputError, match="`accumulate` must divide `batch_size`=3, "):
         Settings(model="M", task="causal", output="O", batch_size=3, accumulate=2)

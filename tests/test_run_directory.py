@@ -90,7 +90,7 @@ def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr("fcntl.flock", flock)
     create(tmp_path / "run").close()
-    assert "run cannot be locked ([Errno 95] Operation not supported)" in caplog.text
+    assert "run cannot be locked (Operation not supported)" in caplog.text
 
 
 def test_rows_that_cannot_be_written_are_written_later(tmp_path, caplog):
@@ -204,7 +204,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, caplog):
         raise FULL
 
     RunDirectory(tmp_path).draw("curve.png", draw)
-    assert "curve.png was not drawn ([Errno 28] No space left" in caplog.text
+    assert "curve.png was not drawn (No space left" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from sparse_jax.cli.export import export
 from sparse_jax.cli.finetune import finetune
 from sparse_jax.cli.generate import generate
 from sparse_jax.cli.inspect import inspect
-from sparse_jax.cli.messages import as_typed, names_typed
+from sparse_jax.cli.messages import as_in_file, as_typed, names_typed
 from sparse_jax.cli.options import Sections, flag, named_on_command_line
 from sparse_jax.cli.plan import plan
 from sparse_jax.cli.predict import predict
@@ -91,7 +91,7 @@ def main() -> None:
     try:
         code = app(words, prog_name="sparse-jax", standalone_mode=False)
     except InputError as error:
-        _refuse(as_typed(str(error), _names(words)))
+        _refuse(as_typed(_as_set(str(error), words), _names(words)))
     except _UsageError as error:
         _refuse(_reading(error, words))
     except OSError as error:
@@ -118,9 +118,8 @@ def _about_place(error: OSError, words: list[str]) -> str | None:
     if command is None or not isinstance(place, str | os.PathLike):
         return None
     names, found = names_typed(command), {}
-    # Read again, which has gone well before: numbers and words of flags are no places.
-    context = command.make_context(words[0], words[1:])
-    for name, value in named_on_command_line(context).items():
+    # Numbers and the words of flags are no places.
+    for name, value in _typed(command, words).items():
         for typed in value if isinstance(value, list) else [value]:
             if isinstance(typed, str) and typed and _is_about(place, typed):
                 found[names[name]] = len(Path(typed).absolute().parts)
@@ -151,6 +150,26 @@ def _is_about(place: str | os.PathLike[str], typed: str) -> bool:
 def _command(words: list[str]) -> Any:
     """Returns the command that is typed, or None if there is none."""
     return getattr(typer.main.get_command(app), "commands", {}).get(words[0])
+
+
+def _typed(command: Any, words: list[str]) -> dict[str, Any]:
+    """Returns the values that are typed, by their arguments; reads them again."""
+    return named_on_command_line(command.make_context(words[0], words[1:]))
+
+
+def _as_set(message: str, words: list[str]) -> str:
+    """Returns a message that names the file of settings, if what is wrong is there."""
+    command = _command(words)
+    typed = {} if command is None else _typed(command, words)
+    if "config" not in typed:
+        return message
+    from sparse_jax.training.config_file import read_settings
+
+    # What is wrong may be the file.
+    with suppress(InputError):
+        settings = read_settings(typed["config"], typed)
+        return as_in_file(message, settings, typed["config"])
+    return message
 
 
 def _names(words: list[str]) -> dict[str, str]:

@@ -1,10 +1,10 @@
 """Messages for people who type options: arguments become the options they typed."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
-__all__ = ["as_typed", "names_typed"]
+__all__ = ["as_in_file", "as_typed", "names_typed"]
 
 # An argument in backticks, perhaps with a value: `seed` or `density=0.01`. What was got
 # is a path, which may have the same name.
@@ -30,6 +30,24 @@ def names_typed(command: Any, adapter_is_run: bool = False) -> dict[str, str]:
     if adapter_is_run and "run" in names:
         names["adapter"] = names["run"]
     return names
+
+
+def as_in_file(message: str, names: Container[str], path: str) -> str:
+    """Returns a message that names a file of settings, if that has what is wrong.
+
+    Args:
+      message: about an argument.
+      names: of the arguments that the file has.
+      path: of the file.
+
+    Example:
+      >>> as_in_file("`rank` must be positive, got 0.", {"rank"}, "run.yaml")
+      '`rank` in `run.yaml` must be positive, got 0.'
+    """
+    subject = _SUBJECT.match(message)
+    if subject is None or subject[1] not in names:
+        return message
+    return f"{subject[0]} in `{path}`{message[subject.end() :]}"
 
 
 def as_typed(message: str, names: Mapping[str, str]) -> str:
