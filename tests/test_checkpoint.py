@@ -283,7 +283,7 @@ def test_a_disk_without_space_loses_no_run(files, whole, tmp_path, monkeypatch, 
     reports = [line for line in caplog.messages if "could not be written" in line]
     assert len(reports) == 2 + 3
     assert "([Errno 28] No space left on device); the run continues" in reports[0]
-    assert "--resume" in reports[0]
+    assert "`resume=True`" in reports[0]
     assert same_bytes(whole, tmp_path / "run")
 
 

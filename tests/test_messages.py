@@ -117,6 +117,8 @@ def test_python_users_read_the_argument():
         ("`rank` beside `settings` in `run.yaml` must be 2 as they say, got 3.", ...),
         ("`a.jsonl` must have tokens. Raise `seed`.", "`a.jsonl` must have tokens. "
          "Raise --seed."),
+        ("tokens are those of an earlier run. Not with `no_cache=True`",
+         "tokens are those of an earlier run. Not with --no-cache"),
         ("`rank` of the score must be positive, got 0.",
          "--score-rank must be positive, got 0."),
     ],
@@ -135,11 +137,26 @@ def spelled(node):
     return "{}"
 
 
+def texts_of_calls(path, *names):
+    """Yields what stands in the arguments of calls of functions of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in names:
+            yield from map(spelled, node.args)
+
+
 def texts_of_errors(path):
     """Yields the messages of the errors that a file raises."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "InputError":
-            yield from map(spelled, node.args)
+    return texts_of_calls(path, "InputError")
+
+
+def test_no_line_of_the_log_names_an_option_which_python_does_not_have():
+    found = [
+        (path.name, text)
+        for path in SOURCES
+        for text in texts_of_calls(path, "_log.info", "_log.warning", "_log.error")
+        if re.search(r"(?<!-)--[a-z]", text)
+    ]
+    assert not found
 
 
 def test_names_of_settings_stand_in_backticks_in_every_error():

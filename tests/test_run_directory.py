@@ -103,7 +103,7 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path, caplog):
     directory.add_row({"step": 3})
     (line,) = caplog.messages
     assert "the run continues and tries again" in line
-    assert "--resume" in line
+    assert "`resume=True`" in line
     (tmp_path / "metrics.jsonl").rmdir()
     directory.add_row({"step": 4})
     assert steps_in(tmp_path) == [1, 2, 3, 4]

@@ -296,8 +296,8 @@ class Checkpoints:
     def _report(self, reason: str) -> None:
         """Warns that a checkpoint is missing."""
         _log.warning(
-            "a checkpoint in %s could not be written (%s); the run continues, and "
-            "--resume would continue from the previous one",
+            "a checkpoint in %s could not be written (%s); the run continues. "
+            "`resume=True` would continue from the previous one",
             self._folder,
             reason,
         )

@@ -44,7 +44,7 @@ def use_compilation_cache(is_on: bool = True) -> None:
         except OSError as error:
             _log.warning(
                 "compiled programs are not kept, as %s cannot be written: %s. Set %s "
-                "to another folder, or pass --no-cache", folder, reason_of(error), CACHE
+                "to another folder, or pass `no_cache=True`", folder, reason_of(error), CACHE
             )  # fmt: skip
             folder = None
     _set(None if folder is None else str(folder))
@@ -59,7 +59,7 @@ def show_cache_folder() -> None:
     now = getattr(jax.config, _DIR)
     if now in _ours - _shown:
         _shown.add(now)
-        _log.info("compiled programs are kept in %s (not with --no-cache)", now)
+        _log.info("compiled programs are kept in %s. Not with `no_cache=True`", now)
 
 
 def cache_folder() -> Path | None:

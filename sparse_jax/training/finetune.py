@@ -172,10 +172,10 @@ def _finetune(
         roles = jax.tree.leaves(job.method.roles(job.base.params), is_leaf=is_role)
         frozen = {role.name for role in roles if role.kind == FROZEN}
         if left := [leaf for leaf in fresh if leaf in frozen]:
-            heads = sorted({f"--dense '^{leaf.partition('/')[0]}/'" for leaf in left})
+            heads = sorted({f"'^{leaf.partition('/')[0]}/'" for leaf in left})
             _log.warning(
-                "newly initialized, and not trained: %s; `dense` replaces the head, "
-                "and has to match it too: add %s", listed(left), " ".join(heads),
+                "newly initialized, and not trained: %s. `dense` replaces the head, "
+                "and has to match it too: add %s", listed(left), " and ".join(heads),
             )  # fmt: skip
     if settings.dry_run:
         if settings.resume:

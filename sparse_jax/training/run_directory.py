@@ -192,7 +192,7 @@ class RunDirectory:
                 _log.warning(
                     "%s could not be written (%s); the run continues and tries again. "
                     "If it ends before that, continue from the last checkpoint with "
-                    "--resume",
+                    "`resume=True`",
                     self.path / ROWS,
                     reason_of(error),
                 )

@@ -250,7 +250,7 @@ def outcome_warnings(
     # Earlier versions wrote a null for one that is not finite.
     losses = [row["loss"] for row in updates_of(rows) if row["loss"] is not None]
     if rise := _rise(losses):
-        yield f"{rise}: the run has not learned, or diverged. Lower --learning-rate."
+        yield f"{rise}: the run has not learned, or diverged. Lower `learning_rate`."
     if in_a_row := skipped_at_end(rows):
         yield f"batches skipped at the end, as their loss is not finite: {in_a_row}."
     for split, metrics in results.items():

@@ -114,7 +114,7 @@ def _cached(
     said = json.dumps([_FORMAT, *libraries, key], sort_keys=True).encode()
     path = folder / "tokens" / f"{hashlib.sha256(said).hexdigest()}.safetensors"
     if (found := _read(path)) is not None:
-        _log.info("tokens are those of an earlier run (not with --no-cache)")
+        _log.info("tokens are those of an earlier run. Not with `no_cache=True`")
         return from_arrays(*found)
     tokens = make()
     try:
