@@ -44,8 +44,11 @@ def use_compilation_cache(is_on: bool = True) -> None:
         except OSError as error:
             _log.warning(
                 "compiled programs are not kept, as %s cannot be written: %s. Set %s "
-                "to another folder, or pass `no_cache=True`", folder, reason_of(error), CACHE
-            )  # fmt: skip
+                "to another folder, or pass `no_cache=True`",
+                folder,
+                reason_of(error),
+                CACHE,
+            )
             folder = None
     _set(None if folder is None else str(folder))
 
