@@ -517,6 +517,16 @@ def test_a_comparison_names_what_is_kept(word, kept):
     assert (settings.granularity == "lane") == ("lane" in kept)
 
 
+@pytest.mark.parametrize(("most", "norm"), [(1.0, "previous-norm"), (0, "global-norm")])
+def test_an_update_in_the_backward_pass_is_compared_with_and_without_clipping(
+    most, norm
+):
+    given = {"model": "m", "task": "causal", "output": "", "max_grad_norm": most}
+    settings = _compared("sift+backward", given)
+    assert choices_in(settings) == ("backward",)
+    assert settings.clip_by == norm
+
+
 def test_every_granularity_can_be_compared():
     found = {meant.get("granularity", "entry") for meant in CHOICES.values()}
     assert found == GRANULARITIES.keys()

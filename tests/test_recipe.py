@@ -167,6 +167,10 @@ def test_schedule_free_training_is_evaluated_at_its_average():
             {"learning_rate": float("inf")},
             "`learning_rate` must be positive and finite, got inf",
         ),
+        (
+            {"clip_by": "previous-norm", "max_grad_norm": 0.0},
+            "`clip_by` must be left out with `max_grad_norm=0`, got 'previous-norm'.",
+        ),
         ({"label_smoothing": 1.0}, r"`label_smoothing` must be in \[0, 1\), got 1.0"),
         ({"warmup": 1.5}, "`warmup` must be a fraction of the updates"),
         ({"task": "causal", "class_weights": "balanced"}, "`class_weights` must be"),

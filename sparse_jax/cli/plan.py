@@ -158,4 +158,7 @@ def _compared(word: str, given: Mapping[str, Any]) -> Settings:
     chosen: dict[str, Any] = {"method": method, "sampler": sampler}
     for one in others:
         chosen |= CHOICES.get(one, {})
+    # An update in the backward pass that does not clip has no norm to clip by.
+    if kept.get("max_grad_norm") == 0:
+        chosen.pop("clip_by", None)
     return Settings(**{**kept, **chosen})

@@ -30,8 +30,14 @@ def choices_in(settings: Settings) -> tuple[str, ...]:
       >>> choices_in(replace(settings, split_masters=True))
       ('split',)
     """
+    # Without clipping there is nothing to say of the norm that it goes by.
+    clips = settings.max_grad_norm != 0
     return tuple(
         word
         for word, meant in CHOICES.items()
-        if all(getattr(settings, name) == value for name, value in meant.items())
+        if all(
+            getattr(settings, name) == value
+            for name, value in meant.items()
+            if clips or name != "clip_by"
+        )
     )

@@ -222,6 +222,11 @@ class RecipeOptions:
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 rule = "0 or more" if value < 0 else "0 or more and finite"
                 raise InputError(f"`{name}` must be {rule}, got {value}.")
+        if self.clip_by == PREVIOUS_NORM and not self.max_grad_norm:
+            raise InputError(
+                f"`clip_by` must be left out with `max_grad_norm=0`, got "
+                f"{PREVIOUS_NORM!r}. Nothing is clipped then."
+            )
         if not 0 <= self.label_smoothing < 1:
             raise InputError(
                 f"`label_smoothing` must be in [0, 1), got {self.label_smoothing}. "
