@@ -157,6 +157,7 @@ REFUSED = {
         "ADAPTERS must be .* `.`, which has neither `adapter.safetensors` nor",
     ),
     "no such head": (None, ("--head", "3"), r"--head must be in \[1, 2\], got 3"),
+    "no file": (None, ("--output", ""), "that ends with .safetensors, got '', which"),
     "another file": (None, ("--output", "a.bin"), "must be a new file that ends with"),
 }
 

@@ -57,6 +57,10 @@ LINES = {
     f"{RUN} --overwrite --resume":
         "error: --overwrite and --resume must not be given together. The first starts "
         "over, the second continues.",
+    "evaluate":
+        "error: RUN must be given once, as the argument or by --adapter, got none. "
+        "Pass the folder of a run, as in `sparse-jax evaluate runs/mrpc`.",
+    "export R --to delta --output=": "error: --output must name a folder, got ''.",
     "evaluate nowhere":
         "error: RUN must be an adapter file, or the folder of a run or of PEFT, got "
         "`nowhere`, which does not exist. Check the spelling.",

@@ -57,10 +57,10 @@ def evaluate(
     classes) and the score of always predicting the most frequent class.
     """
     if (run is None) == (adapter is None):
+        found = "none" if run is None else f"{brief(run)} and {brief(adapter)}"
         raise InputError(
-            f"`run` must be given once, as the argument or by --adapter, got "
-            f"{brief(run)} and {brief(adapter)}. Pass the folder of a run, as in "
-            "`sparse-jax evaluate runs/mrpc`."
+            f"`run` must be given once, as the argument or by --adapter, got {found}. "
+            "Pass the folder of a run, as in `sparse-jax evaluate runs/mrpc`."
         )
     take_devices(devices, mesh=mesh)
     # JAX takes seconds to import, and `--help` has to be quick.

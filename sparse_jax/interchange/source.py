@@ -161,12 +161,13 @@ def combine_files(
     The arguments and errors are those of `combine_adapters`; `model` is the base, if
     it is not where the adapters say.
     """
-    output = Path(output)
-    if output.suffix != ".safetensors" or output.exists():
-        reason = "which exists" if output.exists() else "which does not"
+    named, output = str(output), Path(output)
+    is_adapter = output.suffix == ".safetensors"
+    if not is_adapter or output.exists():
+        reason = "which exists" if is_adapter else "which does not"
         raise InputError(
             f"`output` must be a new file that ends with .safetensors, got "
-            f"{brief(str(output))}, {reason}. Choose another name."
+            f"{brief(named)}, {reason}. Choose another name."
         )
     adapters = [open_one_of("adapters", path, model) for path in paths]
     sources = [open_source(adapter, model) for adapter in adapters]

@@ -69,6 +69,9 @@ def export(
         form, or, with the folder complete, the upload fails.
     """
     require_word("to", to, TARGETS)
+    # As a path it would be the folder where the command runs.
+    if not str(output).strip():
+        raise InputError(f"`output` must name a folder, got {brief(output)}.")
     target, path = TARGETS[to], Path(output)
     options = {"dtype": dtype, "shard_size": shard_size, "peft_type": peft_type}
     given = {name: value for name, value in options.items() if value is not None}
