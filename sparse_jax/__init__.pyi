@@ -14,7 +14,6 @@ from .compact.in_backward import InBackward as InBackward
 from .compact.layerwise import Layerwise as Layerwise
 from .compact.layerwise import LayerwiseState as LayerwiseState
 from .compact.selection import before_selection as before_selection
-from .compact.selection import selection_statistic as selection_statistic
 from .compact.tap import tap as tap
 from .errors import InputError as InputError
 from .generation.beams import Beams as Beams

@@ -1,6 +1,5 @@
 """The first gradient of a new head is about the offset of all examples alike."""
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -19,7 +18,7 @@ from sparse_jax import (
     finetune,
     sift,
 )
-from sparse_jax.compact.selection import before_selection, selection_statistic
+from sparse_jax.compact.selection import before_selection
 from sparse_jax.sharding.mesh import MeshShape, make_mesh, mesh_of
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner
@@ -115,13 +114,10 @@ def test_both_tiers_choose_by_the_same_sum_over_batches(score):
     method, params = replace(METHOD, score=score), planted_params()
     tuner = Compact(planted_loss, method, optax.sgd(0.1))
     state = tuner.init(params, KEY)
-    nothing = optax.MaskedNode()
-    total = {"map": jnp.zeros((WIDTH, K)), "head": {"kernel": nothing, "bias": nothing}}
-    add = jax.jit(functools.partial(selection_statistic, tuner))
-    for batch in batches:
-        total = add(state, batch, KEY, total)
     select = jax.jit(tuner.select)
-    chosen, finite = select(state, None, KEY, None, total)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    keys = jax.random.split(KEY, 3)
+    chosen, finite = select(state, stacked, keys)
     rules = {"where": "map", "dense": "head/bias", "score": score}
     tx = sift(optax.sgd(0.1), 1 / WIDTH, **rules, select_batches=3)
     other, update = tx.init(params), jax.jit(tx.update)
@@ -129,8 +125,8 @@ def test_both_tiers_choose_by_the_same_sum_over_batches(score):
         _, other = update(gradient(params, batch), other, params)
     assert finite
     np.testing.assert_array_equal(chosen.support["map"], other.support["map"])
-    bad = jax.tree.map(lambda leaf: leaf * jnp.nan, total)
-    assert not select(state, None, KEY, None, bad)[1]
+    x, y = stacked
+    assert not select(state, (x.at[1].set(jnp.nan), y), keys)[1]
 
 
 @pytest.mark.parametrize(
@@ -175,23 +171,6 @@ def test_nothing_dense_leaves_nothing_to_train_before_the_selection():
     tx = sift(optax.sgd(0.1), 0.5, select_after=3)
     with pytest.raises(InputError, match="`select_after` must be 0 without leaves in"):
         tx.init(planted_params())
-
-
-@pytest.mark.slow
-def test_a_mesh_chooses_by_the_same_sum_over_batches():
-    found = []
-    for mesh in (mesh_of(None), make_mesh(MeshShape(data=2, fsdp=4))):
-        tuner, params = tuner_of(ONE_LEAF)
-        placement = Placement.of(params, mesh)
-        tuner, _ = tuner_of(ONE_LEAF, placement)
-        runner = MeshRunner(tuner, placement)
-        state = runner.init(jax.device_put(params, placement.params), KEY)
-        batch = placement.put(random_batch())
-        flipped = {**batch, "input_ids": batch["input_ids"][:, ::-1]}
-        state, finite = runner.select(state, batch, KEY, None, [(flipped, KEY)])
-        assert finite
-        found.append(supports_of(state))
-    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 @pytest.mark.slow

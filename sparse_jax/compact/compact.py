@@ -1,5 +1,6 @@
 """The compact tier: a training step whose gradients are never dense."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import optax
 from jax import lax
 
 from sparse_jax.adapter.adapter import Adapter, adapter_of
+from sparse_jax.compact.by_batches import choose_by_batches, first_of, is_several
 from sparse_jax.compact.checks import (
     Loss,
     require_groups,
@@ -139,23 +141,22 @@ class Tuner(ABC):
         batch: object,
         key: jax.Array,
         avoid: Mapping[str, jax.Array] | None = None,
-        statistic: optax.Params | None = None,
     ) -> tuple[CompactState, jax.Array]:
         """Chooses the supports and resets the state of the optimizer.
 
         Args:
           state: as returned by `init`, or by `step` to select again.
           batch: the batch whose gradient decides; with accumulation its first
-            micro-batch does, as in the released code.
-          key: as for `step`, so that both see the same dropout.
+            micro-batch does, as in the released code. With N keys, N batches or
+            micro-batches in leaves of shape (N, ...), whose gradients are summed.
+          key: as for `step`, so that both see the same dropout; or shape=(N,).
           avoid: supports of entries that are not chosen, as of `entries_to_avoid`.
-          statistic: what decides in place of a batch, as of `selection_statistic`.
 
         Returns:
           The new state, and whether the gradient was finite. If it was not, the
           state is as before: try another batch. Without a selection every step skips.
         """
-        support, finite, _ = self.choose(state, batch, key, avoid, statistic)
+        support, finite, _ = self.choose(state, batch, key, avoid)
         chosen = self.begin(state.params, support, state.added)
         # The parameters are the same in both, and must not be copied.
         pick = lambda new, old: jnp.where(finite, new, old)
@@ -169,7 +170,6 @@ class Tuner(ABC):
         batch: object,
         key: jax.Array,
         avoid: Mapping[str, jax.Array] | None = None,
-        statistic: optax.Params | None = None,
     ) -> tuple[optax.Params, jax.Array, optax.Params]:
         """Returns supports, as `select` chooses them, without starting anything.
 
@@ -179,18 +179,18 @@ class Tuner(ABC):
           The supports, whether the gradient was finite, and for sparse leaves the
           number of chosen entries, as `Layout.choose` returns it.
         """
-        roles = self.roles(state.params)
-        score, method, avoid = self.method.ranking, self.method, avoid or {}
+        roles, score, avoid = self.roles(state.params), self.method.ranking, avoid or {}
         if score is None:
             return state.support, jnp.array(True), state.support
-        trees = (method, score, roles, state.params, state.support)
-        if not score.needs_gradient or statistic is not None:
-            seen = state.params if statistic is None else statistic
-            return choose_from(seen, *trees, key, avoid)
+        trees = (self.method, score, roles, state.params, state.support)
+        if not score.needs_gradient:
+            return choose_from(state.params, *trees, first_of(key), avoid)
+        sums = functools.partial(sums_of, self.loss, self.method.stack)
+        if is_several(key):
+            return choose_by_batches(*trees, state.added, batch, key, sums, avoid)
         first = self.first(batch, key)
-        given = self.loss, self.method.stack
-        sums = lambda params, attachment: sums_of(*given, params, attachment, *first)
-        return choose_by_gradient(*trees, state.added, key, sums, avoid)
+        of_first = lambda params, attachment: sums(params, attachment, *first)
+        return choose_by_gradient(*trees, state.added, key, of_first, avoid)
 
     def first(self, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
         """Returns the first micro-batch, and its key."""

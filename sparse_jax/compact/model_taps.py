@@ -29,6 +29,7 @@ __all__ = [
     "TrainedValues",
     "choose_by_gradient",
     "choose_from",
+    "draws_of",
     "in_stack",
     "tap_leaf",
     "tap_leaves",
@@ -105,12 +106,6 @@ def choose_by_gradient(
       Supports, whether the gradient was finite, and counts as of `Layout.choose`.
     """
 
-    def draw(role: Role, leaf: jax.Array) -> Draw:
-        own = leaf_key(key, role.name)
-        fold = jax.vmap(lambda layer: jax.random.fold_in(own, layer))
-        keys = fold(jnp.arange(len(leaf))) if role.stacked else own
-        return Draw(keys, avoid.get(role.name))
-
     def select_leaf(
         role: Role, leaf: jax.Array, selection: Selection, draw: Draw
     ) -> jax.Array:
@@ -125,7 +120,7 @@ def choose_by_gradient(
         total, weight = sums(tapped, attachment._replace(is_loop=True))
         return total / weight
 
-    draws = _map_sparse(draw, roles, params)
+    draws = draws_of(roles, params, key, avoid)
     empty = lambda role, support: empty_selection(support.shape, role.layout)
     chosen = jax.grad(mean)(_map_sparse(empty, roles, support))
     found = lambda role, selection: support_of(selection, role.layout)
@@ -136,6 +131,23 @@ def choose_by_gradient(
         ~jnp.any(jnp.array(jax.tree.leaves(_map_sparse(bad, roles, chosen)), bool)),
         _map_sparse(count, roles, chosen),
     )
+
+
+def draws_of(
+    roles: Roles,
+    params: optax.Params,
+    key: jax.Array,
+    avoid: Mapping[str, jax.Array],
+) -> Tree[Draw]:
+    """Returns what selections depend on beside the gradient, of each layer its own."""
+
+    def draw(role: Role, leaf: jax.Array) -> Draw:
+        own = leaf_key(key, role.name)
+        fold = jax.vmap(lambda layer: jax.random.fold_in(own, layer))
+        keys = fold(jnp.arange(len(leaf))) if role.stacked else own
+        return Draw(keys, avoid.get(role.name))
+
+    return _map_sparse(draw, roles, params)
 
 
 def choose_from(

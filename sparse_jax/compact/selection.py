@@ -1,4 +1,4 @@
-"""Around a selection: updates before it, gradients of several batches, and the next."""
+"""Around a selection: the updates before it, and the next one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_jax.compact.checks import sums_of
 from sparse_jax.compact.compact import Compact, CompactState, Tuner
 from sparse_jax.methods.method import Method
 from sparse_jax.models.attachment import Added
-from sparse_jax.supports.packing import value_dtype
-from sparse_jax.supports.roles import FROZEN, SPARSE, Role, Roles, is_role, map_roles
+from sparse_jax.supports.roles import FROZEN, SPARSE, Role, Roles, is_role
 from sparse_jax.transforms.carry import Box, carry_state, carry_values, origins_of
 
-__all__ = ["before_selection", "reselect", "selection_statistic"]
+__all__ = ["before_selection", "reselect"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,66 +75,12 @@ def before_selection(tuner: Tuner) -> Compact:
     return Compact(tuner.loss, method, tuner.whole_tx, *placed)
 
 
-def selection_statistic(
-    tuner: Tuner,
-    state: CompactState,
-    batch: object,
-    key: jax.Array,
-    before: optax.Params | None = None,
-) -> optax.Params:
-    """Returns the gradients of the sparse leaves, summed over batches, for `select`.
-
-    Of a score that adds up something else, such as squares, that is summed.
-
-    Until the selection this holds a dense float32 array for every sparse leaf; a
-    selection by a single batch needs no dense gradient.
-
-    Args:
-      tuner: whose `select` takes the sum as its `statistic`.
-      state: as returned by `init`.
-      batch: with accumulation its first micro-batch counts.
-      key: as for `step`.
-      before: the sum over other batches, to add to; donate it.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from sparse_jax import Compact, Sparse
-      >>> def loss(params, x, key, attachment):
-      ...     return jnp.sum(params["w"] * x), 1.0
-      >>> tuner = Compact(loss, Sparse(density=0.5, stack=None), optax.sgd(0.1))
-      >>> state = tuner.init({"w": jnp.ones(2)}, key := jax.random.key(0))
-      >>> one = selection_statistic(tuner, state, jnp.array([5.0, 4.0]), key)
-      >>> both = selection_statistic(tuner, state, jnp.array([-5.0, 3.0]), key, one)
-      >>> state, _ = tuner.select(state, None, key, statistic=both)
-      >>> both["w"], state.support["w"]
-      (Array([0., 7.], dtype=float32), Array([1], dtype=int32))
-    """
-    roles, first = tuner.roles(state.params), tuner.first(batch, key)
-    stack = tuner.method.stack
-    attachment = tuner.attach(state)._replace(is_loop=True)
-
-    def mean(leaves: optax.Params) -> jax.Array:
-        put = lambda role, leaf, own: own if role.kind == SPARSE else leaf
-        params = map_roles(put, roles, state.params, leaves)
-        total, weight = sums_of(tuner.loss, stack, params, attachment, *first)
-        return total / weight
-
-    own = lambda role, leaf: leaf
-    grads = jax.grad(mean)(map_roles(own, roles, state.params, only=(SPARSE,)))
-    score = tuner.method.ranking
-    assert score is not None
-    add = lambda role, g: score.added(g, role.stacked).astype(value_dtype(g))
-    found = map_roles(add, roles, grads, only=(SPARSE,))
-    return found if before is None else optax.tree.add(before, found)
-
-
 def reselect(
     tuner: Tuner,
     state: CompactState,
     batch: object,
     key: jax.Array,
     avoid: Mapping[str, jax.Array] | None = None,
-    statistic: optax.Params | None = None,
 ) -> tuple[CompactState, jax.Array]:
     """Chooses the supports again, and carries the state of the optimizer over.
 
@@ -147,7 +91,7 @@ def reselect(
     Args:
       tuner: of all layers at once, whose leaves are whole on every device.
       state: after any number of steps.
-      batch, key, avoid, statistic: as of `Compact.select`.
+      batch, key, avoid: as of `Compact.select`.
 
     Returns:
       The new state, and whether the gradient was finite: if not, the state is as
@@ -166,7 +110,7 @@ def reselect(
       >>> state.support["w"], optax.tree.get(state.opt_state, "trace")["leaves"]["w"]
       (Array([0, 2], dtype=int32), Array([3., 0.], dtype=float32))
     """
-    support, finite, _ = tuner.choose(state, batch, key, avoid, statistic)
+    support, finite, _ = tuner.choose(state, batch, key, avoid)
     roles = tuner.roles(state.params)
     fresh = tuner.begin(state.params, support, state.added)
     origins = origins_of(roles, state.support, support)

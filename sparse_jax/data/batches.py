@@ -19,6 +19,7 @@ __all__ = [
     "eval_batches",
     "random_of",
     "shuffled_rows",
+    "stack_batches",
     "train_batches",
 ]
 
@@ -242,6 +243,30 @@ def train_batches(
     else:
         plan = _cut(order, batch_size)
     return Batches(examples, rows, plan[start:], batch_size, accumulate)
+
+
+def stack_batches(batches: Sequence[Batch]) -> Batch:
+    """Returns batches as one, `[N, B, ...]`, filled up with zeros on the right.
+
+    Example:
+      >>> one, other = ({"input_ids": np.full((1, n), n)} for n in (2, 3))
+      >>> stack_batches([one, other])["input_ids"].tolist()
+      [[[2, 2, 0]], [[3, 3, 3]]]
+    """
+
+    def stack(arrays: list[np.ndarray]) -> np.ndarray:
+        longest = max(array.shape[-1] for array in arrays)
+        room = [longest - array.shape[-1] for array in arrays]
+        # Tokens are the last axis; examples, of which labels have one, are as many.
+        before = [(0, 0)] * (arrays[0].ndim - 1)
+        return np.stack(
+            [
+                np.pad(array, [*before, (0, more)])
+                for array, more in zip(arrays, room, strict=True)
+            ]
+        )
+
+    return {name: stack([one[name] for one in batches]) for name in batches[0]}
 
 
 def shuffled_rows(

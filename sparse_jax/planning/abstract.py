@@ -33,7 +33,7 @@ from sparse_jax.training.objective import make_loss, make_token_loss
 from sparse_jax.training.optimizer import Schedule, schedule_of
 from sparse_jax.training.settings import Settings
 
-__all__ = ["AbstractRun", "abstract_run", "held_bytes", "read_model"]
+__all__ = ["AbstractRun", "abstract_run", "held_bytes", "read_model", "selected_by"]
 
 _Dtypes = dict[str, np.dtype]
 
@@ -140,6 +140,22 @@ def _batch(
     if model.head is SequenceClassifier:
         batch["labels"] = array(rows, np.int32)
     return batch
+
+
+def selected_by(
+    run: AbstractRun, batches: int
+) -> tuple[Mapping[str, jax.ShapeDtypeStruct], jax.Array]:
+    """Returns the shapes of what a selection by some batches is by, and of its keys."""
+    if batches == 1:
+        return run.batch, run.key
+    sharding, skipped = run.placement.batch(batches), int(run.settings.accumulate > 1)
+
+    def several(one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (batches, *one.shape[skipped:])
+        return jax.ShapeDtypeStruct(shape, one.dtype, sharding=sharding)
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batches))
+    return {name: several(one) for name, one in run.batch.items()}, keys
 
 
 def held_bytes(run: AbstractRun) -> Mapping[str, int]:

@@ -11,7 +11,12 @@ import jax
 from sparse_jax.compact.layerwise import Layerwise
 from sparse_jax.errors import InputError, first_line
 from sparse_jax.models.functional import Model
-from sparse_jax.planning.abstract import AbstractRun, abstract_run, held_bytes
+from sparse_jax.planning.abstract import (
+    AbstractRun,
+    abstract_run,
+    held_bytes,
+    selected_by,
+)
 from sparse_jax.planning.choices import choices_in
 from sparse_jax.planning.cycles import seconds_of
 from sparse_jax.planning.hlo import Traffic, collectives_of
@@ -183,17 +188,18 @@ def _compiled(plan: Plan, run: AbstractRun, chip: Chip | None) -> Plan:
         by_gradient = score is not None and score.needs_gradient
         # Methods that are compared share their options.
         batches = run.settings.select_batches if by_gradient else 1
-        lowered = run.runner.lower_choice(*args, batches) if selects else []
-        chosen: list[Any] = [_program(one).memory_analysis() for one in lowered]
+        chosen: Any = None
+        if selects:
+            by = (run.state, *selected_by(run, batches))
+            chosen = _program(run.runner.lower_choice(*by)).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         return _too_large(plan, error)
     found: Any = compiled.memory_analysis()
     text, often = compiled.as_text() or "", often_in(run)
     plan = replace(plan, collectives=collectives_of(text, often))
     reserved, peak, selection = _reserved(found), _peak(found), None
-    if chosen:
-        reserved = max(reserved, *map(_reserved, chosen))
-        selection = max(map(_peak, chosen))
+    if chosen is not None:
+        reserved, selection = max(reserved, _reserved(chosen)), _peak(chosen)
     return replace(
         plan,
         temporaries=found.temp_size_in_bytes,

@@ -1,7 +1,7 @@
 """The runner: the compiled functions of a tuner, on a mesh of one device or more."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType
 
+from sparse_jax.compact.by_batches import first_of
 from sparse_jax.compact.compact import CompactState, Tuner
-from sparse_jax.compact.selection import reselect, selection_statistic
+from sparse_jax.compact.selection import reselect
 from sparse_jax.methods.sites import Added
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.supports.roles import SPARSE, Role, Roles, map_roles
@@ -38,8 +39,6 @@ class MeshRunner:
     def __init__(self, tuner: Tuner, placement: Placement):
         self.tuner, self.placement = tuner, placement
         self._init = _Compiled(tuner.init, placement, self._state, (0,))
-        each = functools.partial(selection_statistic, tuner)
-        self._measure = _Compiled(each, placement, self._after_measure, (3,))
         self._choose = _Compiled(tuner.choose, placement, self._after_choice)
         self._select = _Compiled(tuner.select, placement, self._after_update, (0,))
         again = functools.partial(reselect, tuner)
@@ -53,7 +52,7 @@ class MeshRunner:
 
     def take_over(self, state: CompactState, key: jax.Array) -> CompactState:
         """Returns the state before the selection, from that of another runner."""
-        return self.init(state.params, key)._replace(added=state.added)
+        return self.init(state.params, first_of(key))._replace(added=state.added)
 
     def start(self, state: CompactState, added: Mapping[str, object]) -> CompactState:
         """Returns a state before any update, whose method starts from these arrays."""
@@ -67,16 +66,16 @@ class MeshRunner:
         batch: object,
         key: jax.Array,
         avoid: Mapping[str, jax.Array] | None = None,
-        more: Iterable[tuple[object, jax.Array]] = (),
         *,
         is_again: bool = False,
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; also returns whether the gradient was finite.
 
-        If there are `more` batches with their keys, the gradients of all are summed.
-        If it is done again, the state of the optimizer is carried over; else masters
-        and optimizer states are made after it, so that a selection does not need room
-        for them, and after a gradient that is not finite the state is one of `init`.
+        With several keys the gradients of as many batches are summed, as of
+        `Compact.select`. If it is done again, the state of the optimizer is carried
+        over; else masters and optimizer states are made after it, so that a selection
+        does not need room for them, and after a gradient that is not finite the state
+        is one of `init`.
         Supports of shards that turn out too short are made again, and those with too
         much room are shortened: a second selection costs a backward pass, unused places
         would cost memory for as long as the run lasts.
@@ -85,12 +84,7 @@ class MeshRunner:
         at_once = not has_lengths and (is_again or not jax.tree.leaves(state.support))
         if not at_once:
             state = _without_optimizer(state)
-        statistic = None
-        for other in more:
-            if statistic is None:
-                statistic = self._measure(state, batch, key, None)
-            statistic = self._measure(state, *other, statistic)
-        args = (batch, key, avoid or {}, statistic)
+        args = (batch, key, avoid or {})
         if at_once:
             select = self._reselect if is_again else self._select
             state, finite = select(state, *args)
@@ -116,7 +110,7 @@ class MeshRunner:
         note = lambda role, support: found.update({role.name: support.shape[-1]})
         map_roles(note, roles, support, only=(SPARSE,))
         if any(length > found[name] for name, length in needed.items()):
-            longer = self._init(state.params, key, capacity=needed)
+            longer = self._init(state.params, first_of(key), capacity=needed)
             longer = _without_optimizer(longer._replace(added=state.added))
             return self._select_shards(longer, batch, key, *rest)
         begun = self._begin(state.params, support, state.added, capacity=needed)
@@ -143,29 +137,10 @@ class MeshRunner:
         return self._update.lower(state, batch, key, extra_args)
 
     def lower_choice(
-        self, state: CompactState, batch: object, key: jax.Array, batches: int = 1
-    ) -> list[jax.stages.Lowered]:
-        """Returns the programs that choose supports, as `lower` that of `step`.
-
-        More than one of the `batches` have a program that adds up their gradients.
-        """
-        args = (state, batch, key)
-        if batches == 1:
-            return [self._choose.lower(*args)]
-        with _automatic(self.placement.mesh):
-            each = functools.partial(selection_statistic, self.tuner)
-            shapes = jax.eval_shape(each, *args)
-        summed = jax.tree.map(_placed, shapes, self._after_measure(shapes, state))
-        return [
-            self._measure.lower(*args, summed),
-            self._choose.lower(*args, {}, summed),
-        ]
-
-    def _after_measure(self, out: object, state: CompactState, *args: object) -> object:
-        """Returns the shardings of sums of gradients: where their leaves lie."""
-        del out, args
-        roles, own = self.tuner.roles(state.params), lambda role, leaf: leaf
-        return map_roles(own, roles, self.placement.params, only=(SPARSE,))
+        self, state: CompactState, batch: object, key: jax.Array
+    ) -> jax.stages.Lowered:
+        """Returns the program that chooses supports, as `lower` that of `step`."""
+        return self._choose.lower(state, batch, key)
 
     def _after_choice(self, out: Any, state: CompactState, *args: object) -> tuple:
         """Returns the shardings of what `choose` returns."""

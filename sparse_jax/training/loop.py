@@ -4,15 +4,16 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.compact.compact import CompactState, Tuner
-from sparse_jax.data.batches import Batch
+from sparse_jax.data.batches import Batch, stack_batches
 from sparse_jax.errors import InputError
 from sparse_jax.models.modules import Inputs
 from sparse_jax.params.fields import Json
@@ -200,14 +201,14 @@ class Loop:
         if self.before is not None and count < self.job.select_after:
             runner = self.before
         elif not at.is_selected:
-            state, finite = self._select(state, self._put(batch), key, at)
+            state, finite = self._select(state, batch, at)
             at = at._replace(is_selected=finite)
             if not finite:
                 return state, self._skip(at, "the gradient to select by")
             if self.budget is not None:
                 self.budget.begin(state.params, state.support)
         elif self._is_due(count):
-            state, finite = self._select(state, self._put(batch), key, at)
+            state, finite = self._select(state, batch, at)
             if not finite:
                 return state, self._skip(at, "the gradient to select by")
         is_first = self._is_first(batch, runner)
@@ -253,32 +254,38 @@ class Loop:
         """Returns the key of a batch."""
         return jax.random.fold_in(jax.random.key(self.job.settings.seed), number)
 
-    def _after(self, number: int) -> Iterator[tuple[Inputs, jax.Array]]:
-        """Yields the batches of a selection after the one of some number, with keys."""
-        length = self.job.feed.batches_per_epoch
-        for later in range(number + 1, number + self.job.settings.select_batches):
+    def _to_select_by(self, number: int, batch: Batch) -> tuple[Inputs, jax.Array]:
+        """Returns what a selection at some batch is by: that and later ones, or it."""
+        settings = self.job.settings
+        several, length = settings.select_batches, self.job.feed.batches_per_epoch
+        if several == 1:
+            return self._put(batch), self._key(number)
+        batches = [batch]
+        for later in range(number + 1, number + several):
             epoch, start = divmod(later, length)
-            batch = next(iter(self.job.feed.train(epoch, start=start)))
-            yield self._put(batch), self._key(later)
+            batches.append(next(iter(self.job.feed.train(epoch, start=start))))
+        if settings.accumulate > 1:  # By the first micro-batch of each.
+            batches = [{k: leaf[0] for k, leaf in one.items()} for one in batches]
+        keys = jnp.stack([self._key(number + i) for i in range(several)])
+        return self.job.base.placement.put(stack_batches(batches), several), keys
 
     def _select(
-        self, state: CompactState, batch: Inputs, key: jax.Array, at: Position
+        self, state: CompactState, batch: Batch, at: Position
     ) -> tuple[CompactState, bool]:
         """Chooses the supports; also returns whether the gradient was finite."""
+        by, avoid = self._to_select_by(at.batches, batch), self.job.avoid
         if self.before is None and not jax.tree.leaves(state.support):
-            return self.runner.select(state, batch, key, self.job.avoid)
+            return self.runner.select(state, *by, avoid)
         self.progress.note("selecting the entries to train")
         began = time.perf_counter()
-        avoid, more = self.job.avoid, self._after(at.batches)
         if at.is_selected:
             known = self.checkpoints.earlier
             note_entries(known, self.runner.tuner, state, self.job.earlier)
         elif self.before is not None:
-            state = self.runner.take_over(state, key)
-        args = (state, batch, key, avoid, more)
-        state, finite = self.runner.select(*args, is_again=at.is_selected)
+            state = self.runner.take_over(state, by[1])
+        state, finite = self.runner.select(state, *by, avoid, is_again=at.is_selected)
         if self.before is not None and not (finite or at.is_selected):
-            state = self.before.take_over(state, key)
+            state = self.before.take_over(state, by[1])
         jax.block_until_ready(state.support)
         seconds = time.perf_counter() - began
         row = {"step": at.batches + 1, "is_selection": True, "seconds": seconds}

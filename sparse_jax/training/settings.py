@@ -130,8 +130,8 @@ class Settings(
     )
     select_batches: int = setting(
         1,
-        "Batches whose gradients are summed to select entries. More than one keep a "
-        "dense gradient until then.",
+        "Batches whose gradients are summed to select entries. What enters each layer "
+        "is kept for all of them.",
     )
     reselect_every: int | None = setting(
         None,

@@ -1,0 +1,269 @@
+"""Supports chosen by the gradients of several batches, one layer at a time.
+
+    for l = L, ..., 1:
+        for every batch b:  dx_b, g = pullback of layer l (dx_b);  sum += g
+        support_l = entries with the best scores of sum
+
+What enters a layer is kept for every batch, and the sum of one layer: the gradient of
+all layers is never there. Each layer is computed again in the backward pass.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sparse_jax.compact.layer_by_layer import Loop
+from sparse_jax.compact.model_taps import choose_from, draws_of, in_stack
+from sparse_jax.compact.tap import Draw
+from sparse_jax.methods.method import Method
+from sparse_jax.models.attachment import (
+    Added,
+    Arrays,
+    Attachment,
+    LayerValues,
+    Stack,
+)
+from sparse_jax.supports.packing import value_dtype
+from sparse_jax.supports.roles import (
+    SPARSE,
+    Role,
+    Roles,
+    is_role,
+    map_roles,
+    sides_of,
+)
+from sparse_jax.supports.scores import Score
+
+__all__ = ["choose_by_batches", "first_of", "is_several"]
+
+# (parameters, attachment, batch, key) -> (sum of the losses, what they are averaged by)
+Sums = Callable[..., tuple[jax.Array, jax.Array]]
+# Supports, whether the gradient was finite, and counts as of `Layout.choose`.
+Chosen = tuple[optax.Params, jax.Array, optax.Params]
+
+_map_sparse = functools.partial(map_roles, only=(SPARSE,))
+
+
+def is_several(key: jax.Array) -> bool:
+    """Returns whether these are the keys of several batches, of `jax.random.key`.
+
+    Example:
+      >>> is_several(jax.random.key(0)), is_several(jax.random.split(jax.random.key(0)))
+      (False, True)
+      >>> is_several(jax.random.PRNGKey(0))
+      False
+    """
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
+
+
+def first_of(key: jax.Array) -> jax.Array:
+    """Returns the key of the first batch, of a key or of several."""
+    return key[0] if is_several(key) else key
+
+
+def choose_by_batches(
+    method: Method,
+    score: Score,
+    roles: Roles,
+    params: optax.Params,
+    support: optax.Params,
+    added: Added,
+    batches: Any,
+    keys: jax.Array,
+    sums: Sums,
+    avoid: Mapping[str, jax.Array],
+) -> Chosen:
+    """Returns the supports that the sum of several gradients chooses.
+
+    Where sparse leaves are outside the layers, or a model does not run its layers by
+    `run_layers`, this holds a dense float32 array for every sparse leaf.
+
+    Args:
+      batches: leaves of shape (N, ...).
+      keys: of the batches, shape=(N,); scores draw by the first.
+      sums: the loss.
+
+    The other arguments and the results are those of `choose_by_gradient`.
+    """
+    each = _Each(method, score, roles, params, added, sums)
+    _, outside = sides_of(roles)
+    first = jax.tree.map(lambda leaf: leaf[0], (batches, keys))
+    if not jax.tree.leaves(_map_sparse(lambda *_: 0, outside)) and each.runs(*first):
+        draws = draws_of(roles, params, keys[0], avoid)
+        return each.choose(batches, keys, support, draws)
+    statistic = each.summed(batches, keys)
+    trees = (method, score, roles, params, support)
+    return choose_from(statistic, *trees, keys[0], avoid)
+
+
+class _Each:
+    """A loss of every batch, whose layers are run one after the other."""
+
+    def __init__(
+        self,
+        method: Method,
+        score: Score,
+        roles: Roles,
+        params: optax.Params,
+        added: Added,
+        sums: Sums,
+    ):
+        self.method, self.score, self.roles, self.params = method, score, roles, params
+        self.added, self._sums = added, sums
+        self.layers, own = in_stack(method, params), in_stack(method, roles)
+        self.own: Roles = own
+        self.layer: Callable[..., jax.Array]
+
+    def sums(
+        self, batch: object, key: jax.Array, loop: Loop
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the sums of the loss of one batch."""
+
+        def checked(stack: Stack) -> jax.Array:
+            # Traced for what the layers ask of their attachment.
+            trees = (stack.params, values, stack.rest)
+            params, one, rest = jax.tree.map(lambda leaf: leaf[0], trees)
+            jax.eval_shape(stack.layer, stack.x, (params, one, *rest), stack.context)
+            return loop(stack)
+
+        def weights(layer_params: Arrays, layer: LayerValues) -> Arrays:
+            put = lambda role, leaf, own: own if role.kind == SPARSE else leaf
+            return map_roles(put, self.own, layer_params, layer.leaves)
+
+        values = LayerValues(self.added, self._sparse(self.layers))
+        attachment = Attachment(values, weights, self.method.respond, loop=checked)
+        return self._sums(self.params, attachment, batch, key)
+
+    def runs(self, batch: object, key: jax.Array) -> bool:
+        """Returns whether the model runs its layers once, by the attachment's loop."""
+        if not self.own:
+            return False
+        seen: list[Stack] = []
+        loop = lambda stack: seen.append(stack) or stack.x
+        jax.eval_shape(lambda batch, key: self.sums(batch, key, loop), batch, key)
+        return len(seen) == 1
+
+    def choose(
+        self, batches: Any, keys: jax.Array, support: optax.Params, draws: Any
+    ) -> Chosen:
+        """Returns the supports, one layer at a time."""
+        x, rest, context = lax.map(lambda one: self._enter(*one), (batches, keys))
+        rest = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), rest)  # (L, N, ...)
+        xs, y = self._forward(x, rest, context)
+        dx = lax.map(lambda one: self._leave(*one), (batches, keys, y))
+
+        one_layer = lambda role: role._replace(stacked=False)
+        roles = jax.tree.map(one_layer, self.own, is_leaf=is_role)
+
+        def back(dx: jax.Array, one: tuple) -> tuple[jax.Array, Any]:
+            x, layer, added, rest, support, draw = one
+            leaves = self._sparse(layer)
+
+            def add(total: Arrays, one: tuple) -> tuple[Arrays, jax.Array]:
+                x, dx, rest, context = one
+                run = lambda x, leaves: self.layer(
+                    x, (layer, LayerValues(added, leaves), *rest), context
+                )
+                dx, grads = jax.vjp(run, x, leaves)[1](dx)
+                more = lambda role, total, g: total + self._added(role, g)
+                return map_roles(more, roles, total, grads, only=(SPARSE,)), dx
+
+            zeros = lambda role, leaf: jnp.zeros(leaf.shape, value_dtype(leaf))
+            total = map_roles(zeros, roles, layer, only=(SPARSE,))
+            total, dx = lax.scan(add, total, (x, dx, rest, context))
+            trees = (total, layer, support, draw)
+            return dx, map_roles(self._choose, roles, *trees, only=(SPARSE,))
+
+        kept, drawn = (in_stack(self.method, tree) for tree in (support, draws))
+        rows = (xs, self.layers, self.added, rest, kept, drawn)
+        _, found = lax.scan(back, dx, rows, reverse=True)
+        pick = lambda i: map_roles(lambda _, one: one[i], roles, found, only=(SPARSE,))
+        others: Any = _map_sparse(lambda role: None, self.roles)
+        whole = lambda i: {**others, self.method.stack: pick(i)}
+        is_bad = jnp.array(jax.tree.leaves(pick(2)), bool)
+        return whole(0), ~jnp.any(is_bad), whole(1)
+
+    def summed(self, batches: Any, keys: jax.Array) -> optax.Params:
+        """Returns the sums of all layers at once."""
+
+        def mean(leaves: optax.Params, batch: object, key: jax.Array) -> jax.Array:
+            put = lambda role, leaf, own: own if role.kind == SPARSE else leaf
+            params = map_roles(put, self.roles, self.params, leaves)
+            respond = self.method.respond
+            attachment = Attachment(LayerValues(self.added), response=respond)
+            loop = attachment._replace(is_loop=True)
+            total, weight = self._sums(params, loop, batch, key)
+            return total / weight
+
+        def add(total: optax.Params, one: tuple) -> tuple[optax.Params, None]:
+            more = lambda role, total, g: total + self._added(role, g)
+            return _map_sparse(more, self.roles, total, jax.grad(mean)(own, *one)), None
+
+        own = _map_sparse(lambda role, leaf: leaf, self.roles, self.params)
+        zeros = lambda role, leaf: jnp.zeros(leaf.shape, value_dtype(leaf))
+        start = _map_sparse(zeros, self.roles, self.params)
+        return lax.scan(add, start, (batches, keys))[0]
+
+    def _enter(self, batch: object, key: jax.Array) -> tuple[jax.Array, Any, Any]:
+        """Returns what a batch brings to the first layer, and to each of them."""
+        seen: list[Stack] = []
+        self.sums(batch, key, lambda stack: seen.append(stack) or stack.x)
+        self.layer = seen[0].layer
+        return seen[0].x, seen[0].rest, seen[0].context
+
+    def _forward(
+        self, x: jax.Array, rest: Any, context: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns what enters each layer, (L, N, ...), and what leaves the last."""
+
+        def through(x: jax.Array, one: tuple) -> tuple[jax.Array, jax.Array]:
+            layer, added, rest = one
+            values = LayerValues(added, self._sparse(layer))
+
+            def run(one: tuple) -> jax.Array:
+                x, rest, context = one
+                return self.layer(x, (layer, values, *rest), context)
+
+            return lax.map(run, (x, rest, context)), x
+
+        y, xs = lax.scan(through, x, (self.layers, self.added, rest))
+        return xs, y
+
+    def _leave(self, batch: object, key: jax.Array, y: jax.Array) -> jax.Array:
+        """Returns the gradient of the loss for what leaves the last layer."""
+        leave = lambda y: self.sums(batch, key, lambda stack: y)
+        _, pull, weight = jax.vjp(leave, y, has_aux=True)
+        return pull(1 / weight)[0]
+
+    def _added(self, role: Role, gradient: jax.Array) -> jax.Array:
+        """Returns what the gradient of one batch adds to the sum."""
+        return self.score.added(gradient, role.stacked).astype(value_dtype(gradient))
+
+    def _choose(
+        self,
+        role: Role,
+        total: jax.Array,
+        leaf: jax.Array,
+        support: jax.Array,
+        draw: Draw,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the support of one layer, its count, and whether the sum is bad."""
+        found = role.layout.choose(
+            self.score,
+            total,
+            leaf,
+            self.method.support_size(role),
+            draw.key,
+            avoid=draw.avoid,
+            capacity=support.shape[-1],
+        )
+        return *found, ~jnp.isfinite(total).all()
+
+    def _sparse(self, layers: Arrays) -> Arrays:
+        """Returns the sparse leaves of the layers, or of one of them."""
+        return map_roles(lambda role, leaf: leaf, self.own, layers, only=(SPARSE,))
