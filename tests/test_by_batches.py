@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from test_compact import CONFIG, make_batch
 from test_sharding import mesh_of, random_batch, supports_of, tiny_decoder
 
-from sparse_jax import Compact, Layerwise, Sparse, Uniform
+from sparse_jax import Compact, InputError, Layerwise, Sparse, Uniform
+from sparse_jax.compact.by_batches import _Each
 from sparse_jax.compact.in_backward import InBackward
 from sparse_jax.compact.selection import reselect
 from sparse_jax.data.batches import stack_batches
 from sparse_jax.models.families.bert import BERT
 from sparse_jax.models.functional import Model
 from sparse_jax.models.heads import SequenceClassifier
+from sparse_jax.models.stack import run_layers, stack_layers
 from sparse_jax.sharding.mesh import MeshShape, make_mesh
 from sparse_jax.sharding.placement import Placement
 from sparse_jax.sharding.runner import MeshRunner
@@ -28,6 +31,7 @@ from sparse_jax.training.objective import make_loss, make_token_loss
 N = 3
 KEYS = jax.random.split(jax.random.key(1), N)
 KERNELS = Sparse(density=0.05, where="^layers/.*kernel")
+DEPTH, WIDTH = 3, 6  # of a model of one's own
 
 
 @functools.cache
@@ -239,3 +243,139 @@ def test_a_mesh_chooses_the_same(shape):
         assert finite
         found.append(supports_of(state))
     jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+class Layer(nnx.Module):
+    """A linear map, and what it is added to."""
+
+    def __init__(self, rngs):
+        self.map = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
+
+    def __call__(self, x, key, respond):
+        return x + jnp.tanh(respond("map", self.map, x))
+
+
+@functools.cache
+def own_model():
+    """Returns the structure and the parameters of layers of one's own."""
+    return nnx.split(stack_layers(Layer, DEPTH, nnx.Rngs(0)))
+
+
+def own_tuner(loss):
+    """Returns a tuner of that model, its state, and batches."""
+    tuner = Compact(loss, Sparse(density=0.2, where="kernel"), optax.sgd(0.1))
+    params = {"layers": nnx.to_pure_dict(own_model()[1])}
+    batches = jax.random.normal(KEYS[0], (N, 4, 3, WIDTH))
+    return tuner, tuner.init(params, KEYS[0]), batches
+
+
+def plain(params, x, key, attachment):
+    """Returns the loss of two linear layers, run as a model of one's own may."""
+    layers = nnx.merge(own_model()[0], params["layers"])
+    y = run_layers(layers, x, key=key, attachment=attachment)
+    return jnp.sum(y**3), x.size
+
+
+def casting(params, *args):
+    return plain(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), *args)
+
+
+def compiled(params, x, key, attachment):
+    return jax.jit(lambda *args: plain(*args, key, attachment))(params, x)
+
+
+def checkpointed(params, x, key, attachment):
+    return jax.checkpoint(lambda *args: plain(*args, key, attachment))(params, x)
+
+
+def mapped(params, x, key, attachment):
+    one = lambda x: plain(params, x[None], key, attachment)[0]
+    return jnp.sum(jax.vmap(one)(x)), x.size
+
+
+def scanned(params, x, key, attachment):
+    one = lambda total, x: (total + plain(params, x[None], key, attachment)[0], None)
+    return jax.lax.scan(one, 0.0, x)[0], x.size
+
+
+def twice(params, x, key, attachment):
+    run = functools.partial(plain, params, key=key, attachment=attachment)
+    return run(x)[0] + run(-2 * x)[0], x.size
+
+
+def closing_over_data(params, x, key, attachment):
+    def loop(stack):
+        layer = lambda *args: stack.layer(*args) * jnp.cos(x)
+        return attachment.loop(stack._replace(layer=layer))
+
+    if attachment.loop is None:
+        y, (layers, values) = x, (params["layers"], attachment.trained)
+        for i in range(DEPTH):
+            one, own = jax.tree.map(lambda leaf, at=i: leaf[at], (layers, values))
+            layer = nnx.merge(own_model()[0], attachment.weights(one, own))
+            y = layer(y, None, lambda site, f, x: f(x)) * jnp.cos(x)
+        return jnp.sum(y**3), x.size
+    return plain(params, x, key, attachment._replace(loop=loop))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        plain,
+        casting,
+        mapped,
+        *(
+            pytest.param(loss, marks=pytest.mark.slow)
+            for loss in (compiled, checkpointed, scanned, twice, closing_over_data)
+        ),
+    ],
+    ids=lambda loss: loss.__name__,
+)
+def test_a_loss_that_runs_layers_in_its_own_way_chooses_by_the_same_sum(
+    loss, monkeypatch
+):
+    runs, were = _Each.runs, []
+    note = lambda *args: were.append(runs(*args)) or were[-1]
+    monkeypatch.setattr(_Each, "runs", note)
+    tuner, state, batches = own_tuner(loss)
+    support, finite, _ = jax.jit(tuner.choose)(state, batches, KEYS)
+    attachment = tuner.attach(state)
+
+    def mean(params, batch, key):
+        total, weight = loss(params, batch, key, attachment)
+        return total / weight
+
+    pairs = zip(batches, KEYS, strict=True)
+    grads = [jax.grad(mean)(state.params, *pair)["layers"] for pair in pairs]
+    total = jnp.abs(sum(grad["map"]["kernel"] for grad in grads)).reshape(DEPTH, -1)
+    found = support["layers"]["map"]["kernel"]
+    expected = jnp.sort(jax.lax.top_k(total, found.shape[-1])[1], -1)
+    assert finite
+    assert were == [loss is plain]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_raw_keys_are_those_of_batches_too():
+    tuner, state, batches = own_tuner(plain)
+    raw = jax.random.split(jax.random.PRNGKey(0), N)
+    support, finite, _ = jax.jit(tuner.choose)(state, batches, raw)
+    expected, *_ = jax.jit(tuner.choose)(state, batches, KEYS)
+    assert finite
+    jax.tree.map(np.testing.assert_array_equal, support, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, keys: (x, keys[:2]), r"`batch` .* \[2, ...\] for 2 keys, got \[3,"),
+        (lambda x, keys: ((x, 1.0), keys), r"`batch` must have .* got \[\] for `1`"),
+        (lambda x, keys: (x, keys[:0]), r"`key` must be one PRNG key, got an array"),
+        (lambda x, keys: (x, [*keys]), r"`key` must be one PRNG key, got \["),
+        (lambda x, keys: (x, None), r"`key` must be one PRNG key, got None"),
+    ],
+    ids=["fewer-keys", "one-value", "no-keys", "list-of-keys", "no-key"],
+)
+def test_batches_and_keys_that_do_not_belong_together_are_refused(change, message):
+    tuner, state, batches = own_tuner(plain)
+    with pytest.raises(InputError, match=message):
+        tuner.select(state, *change(batches, KEYS))

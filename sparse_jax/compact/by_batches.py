@@ -9,14 +9,17 @@ all layers is never there. Each layer is computed again in the backward pass.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jax.errors import ConcretizationTypeError, UnexpectedTracerError
 
+from sparse_jax.compact.checks import require_batches
 from sparse_jax.compact.layer_by_layer import Loop
 from sparse_jax.compact.model_taps import choose_from, draws_of, in_stack
 from sparse_jax.compact.tap import Draw
@@ -28,6 +31,7 @@ from sparse_jax.models.attachment import (
     LayerValues,
     Stack,
 )
+from sparse_jax.params.arguments import require_key
 from sparse_jax.supports.packing import value_dtype
 from sparse_jax.supports.roles import (
     SPARSE,
@@ -49,16 +53,25 @@ Chosen = tuple[optax.Params, jax.Array, optax.Params]
 _map_sparse = functools.partial(map_roles, only=(SPARSE,))
 
 
-def is_several(key: jax.Array) -> bool:
-    """Returns whether these are the keys of several batches, of `jax.random.key`.
+def is_several(key: object) -> bool:
+    """Returns whether these are the keys of several batches, new-style or raw.
 
     Example:
       >>> is_several(jax.random.key(0)), is_several(jax.random.split(jax.random.key(0)))
       (False, True)
-      >>> is_several(jax.random.PRNGKey(0))
-      False
+      >>> raw = jax.random.PRNGKey(0)
+      >>> is_several(raw), is_several(jax.random.split(raw))
+      (False, True)
+
+    Raises:
+      InputError: if it is neither one key nor several.
     """
-    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
+    several = False
+    if isinstance(key, jax.Array | np.ndarray) and key.shape[:1] != (0,):
+        is_raw = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        several = key.ndim == 1 + is_raw
+    require_key("key", key[0] if several else key)
+    return several
 
 
 def first_of(key: jax.Array) -> jax.Array:
@@ -80,8 +93,9 @@ def choose_by_batches(
 ) -> Chosen:
     """Returns the supports that the sum of several gradients chooses.
 
-    Where sparse leaves are outside the layers, or a model does not run its layers by
-    `run_layers`, this holds a dense float32 array for every sparse leaf.
+    Where sparse leaves are outside the layers, or a loss does not run the layers of
+    `params` once, by `run_layers`, this holds a dense float32 array for every sparse
+    leaf.
 
     Args:
       batches: leaves of shape (N, ...).
@@ -89,7 +103,11 @@ def choose_by_batches(
       sums: the loss.
 
     The other arguments and the results are those of `choose_by_gradient`.
+
+    Raises:
+      InputError: if there are not as many batches as keys.
     """
+    require_batches(batches, len(keys))
     each = _Each(method, score, roles, params, added, sums)
     _, outside = sides_of(roles)
     first = jax.tree.map(lambda leaf: leaf[0], (batches, keys))
@@ -140,13 +158,51 @@ class _Each:
         return self._sums(self.params, attachment, batch, key)
 
     def runs(self, batch: object, key: jax.Array) -> bool:
-        """Returns whether the model runs its layers once, by the attachment's loop."""
+        """Returns whether the layers can be run one after the other, without the loss.
+
+        They cannot if the loss runs them more than once, or by a loop of its own, or
+        changes their parameters before, or if they are a part of another program: of
+        `jax.jit`, `jax.checkpoint` or `jax.vmap` inside the loss.
+        """
         if not self.own:
             return False
         seen: list[Stack] = []
-        loop = lambda stack: seen.append(stack) or stack.x
-        jax.eval_shape(lambda batch, key: self.sums(batch, key, loop), batch, key)
-        return len(seen) == 1
+
+        def enter(batch: object, key: jax.Array) -> list[tuple]:
+            self.sums(batch, key, lambda stack: seen.append(stack) or stack.x)
+            return [(stack.x, stack.rest, stack.context) for stack in seen]
+
+        def run(x: jax.Array, trees: tuple, context: Any) -> jax.Array:
+            layer, one, rest = jax.tree.map(lambda leaf: leaf[0], trees)
+            return seen[0].layer(x, (layer, one, *rest), context)
+
+        try:
+            program, entered = jax.make_jaxpr(enter, return_shape=True)(batch, key)
+            if len(seen) != 1 or not self._are_own(seen[0].params):
+                return False
+            ((x, rest, context),) = entered
+            values = LayerValues(self.added, self._sparse(self.layers))
+            layer = jax.make_jaxpr(run)(x, (self.layers, values, rest), context)
+        except (UnexpectedTracerError, ConcretizationTypeError):
+            return False
+        return self._are_known([*program.consts, *layer.consts])
+
+    def _are_known(self, values: Sequence[object]) -> bool:
+        """Returns whether what is traced among these is all from the state.
+
+        Anything else may be of a program that is traced inside the loss, and must not
+        be used outside of it.
+        """
+        known = {id(leaf) for leaf in jax.tree.leaves((self.params, self.added))}
+        traced = [value for value in values if isinstance(value, jax.core.Tracer)]
+        return all(id(value) in known for value in traced)
+
+    def _are_own(self, layers: Arrays) -> bool:
+        """Returns whether these are the layers of the parameters, unchanged."""
+        both = [jax.tree.leaves(tree) for tree in (layers, self.layers)]
+        if len(both[0]) != len(both[1]):
+            return False
+        return all(one is own for one, own in zip(*both, strict=True))
 
     def choose(
         self, batches: Any, keys: jax.Array, support: optax.Params, draws: Any

@@ -14,6 +14,7 @@ from sparse_jax.params.names import map_named
 
 __all__ = [
     "Loss",
+    "require_batches",
     "require_groups",
     "require_loss",
     "require_same",
@@ -114,6 +115,25 @@ def require_groups(batch: object, accumulate: int) -> None:
             )
 
     map_named(require, batch)
+
+
+def require_batches(batches: object, count: int) -> None:
+    """Raises unless leaves hold as many batches as there are keys.
+
+    Raises:
+      InputError: naming the leaf.
+    """
+
+    def require(name: str, leaf: jax.Array) -> None:
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] != count:
+            raise InputError(
+                f"`batch` must have leaves of shape [{count}, ...] for {count} keys, "
+                f"got {list(shape)} for `{name}`. Stack as many batches as there are "
+                "keys, or pass the one key of one batch."
+            )
+
+    map_named(require, batches)
 
 
 class _UseOfStack:
