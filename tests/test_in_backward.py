@@ -390,3 +390,16 @@ def test_a_plan_counts_the_gradients_of_one_layer():
     before, after = held
     assert before.pop("gradients") == 4 * after.pop("gradients") > 0
     assert before == after
+
+
+def test_a_loss_that_changes_the_layers_before_it_runs_them_is_refused():
+    loss, params, make = setting_of("llama, adamw")
+
+    def cast(params, *args):
+        layers = jax.tree.map(lambda leaf: 2 * leaf, params["layers"])
+        return loss({**params, "layers": layers}, *args)
+
+    tuner = InBackward(cast, SPARSE, optax.sgd(0.1))
+    state = selected(tuner, params, make(0))
+    with pytest.raises(InputError, match="`loss` must run the layers of its `params`"):
+        tuner.step(state, make(0), jax.random.key(0))

@@ -20,7 +20,7 @@ from jax import lax
 from jax.errors import ConcretizationTypeError, UnexpectedTracerError
 
 from sparse_jax.compact.checks import require_batches
-from sparse_jax.compact.layer_by_layer import Loop
+from sparse_jax.compact.layer_by_layer import Loop, runs_own_layers
 from sparse_jax.compact.model_taps import choose_from, draws_of, in_stack
 from sparse_jax.compact.tap import Draw
 from sparse_jax.methods.method import Method
@@ -178,7 +178,7 @@ class _Each:
 
         try:
             program, entered = jax.make_jaxpr(enter, return_shape=True)(batch, key)
-            if len(seen) != 1 or not self._are_own(seen[0].params):
+            if len(seen) != 1 or not runs_own_layers(seen[0], self.layers):
                 return False
             ((x, rest, context),) = entered
             values = LayerValues(self.added, self._sparse(self.layers))
@@ -196,13 +196,6 @@ class _Each:
         known = {id(leaf) for leaf in jax.tree.leaves((self.params, self.added))}
         traced = [value for value in values if isinstance(value, jax.core.Tracer)]
         return all(id(value) in known for value in traced)
-
-    def _are_own(self, layers: Arrays) -> bool:
-        """Returns whether these are the layers of the parameters, unchanged."""
-        both = [jax.tree.leaves(tree) for tree in (layers, self.layers)]
-        if len(both[0]) != len(both[1]):
-            return False
-        return all(one is own for one, own in zip(*both, strict=True))
 
     def choose(
         self, batches: Any, keys: jax.Array, support: optax.Params, draws: Any

@@ -18,6 +18,7 @@ from sparse_jax.compact.layer_by_layer import (
     Loop,
     after_stack,
     before_stack,
+    runs_own_layers,
 )
 from sparse_jax.compact.model_taps import TrainedValues, in_stack, tap_leaf
 from sparse_jax.errors import InputError
@@ -130,6 +131,11 @@ class InBackward(Tuner):
         beyond = map_roles(read, step.outside, *trees, only=TRAINED)
         sums = lambda beyond, loop: step.sums(beyond, batch, key, loop)
         stack, pull_input = before_stack(sums, beyond)
+        if not runs_own_layers(stack, step.params):
+            raise InputError(
+                "`loss` must run the layers of its `params` as they are, got others. "
+                "Cast the parameters before `init`, or use `Compact`."
+            )
         layers = LayerByLayer(stack, step.leaves_of)
         x, residuals = layers.forward(step.params, step.values)
         total, weight, pull_output = after_stack(sums, beyond, x)

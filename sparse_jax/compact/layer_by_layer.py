@@ -11,7 +11,13 @@ from sparse_jax.errors import InputError
 from sparse_jax.models.attachment import Added, Arrays, LayerValues, Stack
 from sparse_jax.models.pullback import Pull, Pullback
 
-__all__ = ["Loop", "LayerByLayer", "after_stack", "before_stack"]
+__all__ = [
+    "LayerByLayer",
+    "Loop",
+    "after_stack",
+    "before_stack",
+    "runs_own_layers",
+]
 
 Loop = Callable[[Stack], jax.Array]
 # (trained values outside the layers, what runs the layers) -> (total, weight)
@@ -57,6 +63,13 @@ def after_stack(
     leave = lambda outside, x: sums(outside, lambda stack: x)
     total, pull, weight = jax.vjp(leave, outside, x, has_aux=True)
     return total, weight, pull
+
+
+def runs_own_layers(stack: Stack, layers: Arrays) -> bool:
+    """Returns whether a stack runs these layers, and nothing that is made of them."""
+    both = [jax.tree.leaves(tree) for tree in (stack.params, layers)]
+    same = len(both[0]) == len(both[1])
+    return same and all(one is own for one, own in zip(*both, strict=True))
 
 
 class LayerByLayer:

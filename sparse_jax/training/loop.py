@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -254,16 +254,19 @@ class Loop:
         """Returns the key of a batch."""
         return jax.random.fold_in(jax.random.key(self.job.settings.seed), number)
 
+    def _after(self, number: int) -> Iterator[Batch]:
+        """Yields the batches after the one of some number."""
+        epoch, start = divmod(number + 1, self.job.feed.batches_per_epoch)
+        while True:
+            yield from self.job.feed.train(epoch, start=start)
+            epoch, start = epoch + 1, 0
+
     def _to_select_by(self, number: int, batch: Batch) -> tuple[Inputs, jax.Array]:
         """Returns what a selection at some batch is by: that and later ones, or it."""
-        settings = self.job.settings
-        several, length = settings.select_batches, self.job.feed.batches_per_epoch
+        settings, several = self.job.settings, self.job.settings.select_batches
         if several == 1:
             return self._put(batch), self._key(number)
-        batches = [batch]
-        for later in range(number + 1, number + several):
-            epoch, start = divmod(later, length)
-            batches.append(next(iter(self.job.feed.train(epoch, start=start))))
+        batches = [batch, *itertools.islice(self._after(number), several - 1)]
         if settings.accumulate > 1:  # By the first micro-batch of each.
             batches = [{k: leaf[0] for k, leaf in one.items()} for one in batches]
         keys = jnp.stack([self._key(number + i) for i in range(several)])
