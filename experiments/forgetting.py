@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.command import run_command
-from experiments.pictures import COLORS, canvas, save
+from experiments.pictures import COLORS, canvas, colored, save
 from experiments.report import fill_in, spread, table_parser
 from experiments.trials import run_folder, run_once
 from sparse_jax import Settings
@@ -210,7 +210,7 @@ def show_ways(
     }
     stem.with_suffix(".json").write_text(json.dumps(record, indent=2))
     figure, (axes,) = canvas(1)
-    for color, (method, seeds) in zip(COLORS[1:], best.items(), strict=False):
+    for color, (method, seeds) in colored(best.items()):
         for number, way in enumerate(seeds):
             label = method if number == 0 else None
             axes.plot(way.loss, way.kl, "o-", color=color, markersize=4, label=label)
@@ -219,7 +219,7 @@ def show_ways(
     axes.set_yscale("log")
     axes.set_xlabel("loss of the task, not trained on (nats per token), falling")
     axes.set_ylabel("KL to the base on the text (nats per token)")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, stem.with_suffix(".png"), title)
 
 

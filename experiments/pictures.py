@@ -1,10 +1,11 @@
 """The pictures of the experiments."""
 
+import itertools
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from sparse_jax.training.run_files import updates_of
 __all__ = [
     "COLORS",
     "canvas",
+    "colored",
     "draw_choices",
     "draw_comparison",
     "draw_sweep",
@@ -20,7 +22,20 @@ __all__ = [
 ]
 
 # Tol's bright palette, which keeps its order in gray and for the color-blind.
-COLORS = ("#BBBBBB", "#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377")
+COLORS = (
+    "#BBBBBB", "#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377", "#66CCEE",
+)  # fmt: skip
+Series = TypeVar("Series")
+
+
+def colored(series: Iterable[Series]) -> Iterator[tuple[str, Series]]:
+    """Yields every series with its color; from the seventh on, colors come again.
+
+    Example:
+      >>> [color for color, name in colored("abcdefg")][::6]
+      ['#4477AA', '#4477AA']
+    """
+    return zip(itertools.cycle(COLORS[1:]), series, strict=False)
 
 
 def canvas(number: int) -> tuple[Any, Any]:
@@ -73,7 +88,7 @@ def draw_comparison(
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     names = []
     for place, (color, (title, point)) in enumerate(
-        zip(COLORS, points.items(), strict=False)
+        zip(itertools.cycle(COLORS), points.items(), strict=False)
     ):
         size, accuracy, error = point
         left.errorbar(
@@ -119,7 +134,7 @@ def draw_sweep(
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for color, (method, values) in zip(COLORS[1:], series.items(), strict=False):
+    for color, (method, values) in colored(series.items()):
         sizes = sorted(values)
         means = [100 * np.mean(values[size]) for size in sizes]
         low = [100 * min(values[size]) for size in sizes]
@@ -173,7 +188,7 @@ def draw_choices(
     left.invert_yaxis()
     left.set(xlabel=unit)
     left.set_title("Every seed, and the mean", loc="left")
-    for color, (name, one) in zip(COLORS[1:], probes.items(), strict=False):
+    for color, (name, one) in colored(probes.items()):
         importance, losses = np.array(one.importance), np.array(one.losses)
         weights = 1 / (1 + np.exp(-importance))
         lines = middle.plot(one.updates, weights, color=color, linewidth=1.3)

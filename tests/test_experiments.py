@@ -6,6 +6,7 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,18 @@ def test_a_way_that_begins_below_the_loss_of_the_comparison_says_so(tmp_path, ca
     cells = capsys.readouterr().out.split("│")
     shown = [cell.strip() for cell in cells if "0.0200" in cell or "0.1250" in cell]
     assert shown == ["0.0200", "0.0200", "<= 0.1250"]
+
+
+def test_a_picture_leaves_no_series_out(tmp_path):
+    way = forgetting.Way((3.0, 2.0), (0.01, 0.02), (1.0, 1.25), 9)
+    labels = []
+    save = lambda figure, *_: labels.extend(
+        text.get_text() for text in figure.axes[0].get_legend().get_texts()
+    )
+    with mock.patch.object(forgetting, "save", save):
+        ways = {name: {1e-3: [way]} for name in "abcdefgh"}
+        forgetting.show_ways(ways, "title", tmp_path / "forgetting")
+    assert labels == [*"abcdefgh"]
 
 
 def test_the_quickstart_compares_equal_budgets(tmp_path):

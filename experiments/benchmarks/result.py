@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.pictures import COLORS, canvas, save
+from experiments.pictures import COLORS, canvas, colored, save
 
 __all__ = ["Panel", "Result", "benchmark_parser", "finish", "quartiles"]
 
@@ -126,7 +126,7 @@ class Result:
         from matplotlib.ticker import LogLocator, NullLocator
 
         names = dict.fromkeys(map(self.name_of, self.rows))
-        for color, name in zip(COLORS[1:], names, strict=False):
+        for color, name in colored(names):
             rows = [row for row in self.rows if self.name_of(row) == name]
             at = [row[along] for row in rows]
             axes.plot(at, [row[panel.key] for row in rows], "o-", color=color)
