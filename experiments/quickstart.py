@@ -14,7 +14,7 @@ Head only, LoRA, a random support, SIFT and full fine-tuning make the same numbe
 updates of the same sentences; LoRA, random and SIFT train the same number of
 parameters. `experiments/proofreading.py` compares more rules, learning rates and seeds.
 Prints a table, draws `quickstart.png`, and leaves a run directory for each method, in
-less than five minutes on two cores. It has no column for what is forgotten: nothing of
+about eight minutes on two cores. It has no column for what is forgotten: nothing of
 an encoder under a classifier still predicts words, so there is no likelihood of a text
 to compare.
 """
