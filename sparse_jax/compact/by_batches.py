@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 from jax.errors import ConcretizationTypeError, UnexpectedTracerError
 
 from sparse_jax.compact.checks import require_batches
@@ -53,7 +54,7 @@ Chosen = tuple[optax.Params, jax.Array, optax.Params]
 _map_sparse = functools.partial(map_roles, only=(SPARSE,))
 
 
-def is_several(key: object) -> bool:
+def is_several(key: Any) -> bool:
     """Returns whether these are the keys of several batches, new-style or raw.
 
     Example:
@@ -194,7 +195,7 @@ class _Each:
         be used outside of it.
         """
         known = {id(leaf) for leaf in jax.tree.leaves((self.params, self.added))}
-        traced = [value for value in values if isinstance(value, jax.core.Tracer)]
+        traced = [value for value in values if isinstance(value, Tracer)]
         return all(id(value) in known for value in traced)
 
     def choose(
