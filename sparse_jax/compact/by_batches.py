@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.errors import ConcretizationTypeError, UnexpectedTracerError
 
 from sparse_jax.compact.checks import require_batches
-from sparse_jax.compact.layer_by_layer import Loop, runs_own_layers
+from sparse_jax.compact.layer_by_layer import Loop, after_tracing, runs_own_layers
 from sparse_jax.compact.model_taps import choose_from, draws_of, in_stack
 from sparse_jax.compact.tap import Draw
 from sparse_jax.methods.method import Method
@@ -143,19 +143,13 @@ class _Each:
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the sums of the loss of one batch."""
 
-        def checked(stack: Stack) -> jax.Array:
-            # Traced for what the layers ask of their attachment.
-            trees = (stack.params, values, stack.rest)
-            params, one, rest = jax.tree.map(lambda leaf: leaf[0], trees)
-            jax.eval_shape(stack.layer, stack.x, (params, one, *rest), stack.context)
-            return loop(stack)
-
         def weights(layer_params: Arrays, layer: LayerValues) -> Arrays:
             put = lambda role, leaf, own: own if role.kind == SPARSE else leaf
             return map_roles(put, self.own, layer_params, layer.leaves)
 
         values = LayerValues(self.added, self._sparse(self.layers))
-        attachment = Attachment(values, weights, self.method.respond, loop=checked)
+        loop = after_tracing(loop, values)
+        attachment = Attachment(values, weights, self.method.respond, loop=loop)
         return self._sums(self.params, attachment, batch, key)
 
     def runs(self, batch: object, key: jax.Array) -> bool:
@@ -244,10 +238,9 @@ class _Each:
         def mean(leaves: optax.Params, batch: object, key: jax.Array) -> jax.Array:
             put = lambda role, leaf, own: own if role.kind == SPARSE else leaf
             params = map_roles(put, self.roles, self.params, leaves)
-            respond = self.method.respond
-            attachment = Attachment(LayerValues(self.added), response=respond)
-            loop = attachment._replace(is_loop=True)
-            total, weight = self._sums(params, loop, batch, key)
+            values, respond = LayerValues(self.added), self.method.respond
+            attachment = Attachment(values, response=respond, is_loop=True)
+            total, weight = self._sums(params, attachment, batch, key)
             return total / weight
 
         def add(total: optax.Params, one: tuple) -> tuple[optax.Params, None]:

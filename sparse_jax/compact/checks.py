@@ -105,16 +105,8 @@ def require_groups(batch: object, accumulate: int) -> None:
     if accumulate == 1:
         return
 
-    def require(name: str, leaf: jax.Array) -> None:
-        shape = jnp.shape(leaf)
-        if not shape or shape[0] != accumulate:
-            raise InputError(
-                f"`batch` must have leaves of shape [accumulate={accumulate}, ...], "
-                f"got {list(shape)} for `{name}`. Reshape a batch of B examples to "
-                "[accumulate, B / accumulate, ...]."
-            )
-
-    map_named(require, batch)
+    remedy = "Reshape a batch of B examples to [accumulate, B / accumulate, ...]."
+    _require_first(batch, accumulate, f"[accumulate={accumulate}, ...]", remedy)
 
 
 def require_batches(batches: object, count: int) -> None:
@@ -124,16 +116,24 @@ def require_batches(batches: object, count: int) -> None:
       InputError: naming the leaf.
     """
 
+    remedy = (
+        "Stack as many batches as there are keys, or pass the one key of one batch."
+    )
+    _require_first(batches, count, f"[{count}, ...] for {count} keys", remedy)
+
+
+def _require_first(batch: object, size: int, rule: str, remedy: str) -> None:
+    """Raises unless the first axis of every leaf has some size."""
+
     def require(name: str, leaf: jax.Array) -> None:
         shape = jnp.shape(leaf)
-        if not shape or shape[0] != count:
+        if not shape or shape[0] != size:
             raise InputError(
-                f"`batch` must have leaves of shape [{count}, ...] for {count} keys, "
-                f"got {list(shape)} for `{name}`. Stack as many batches as there are "
-                "keys, or pass the one key of one batch."
+                f"`batch` must have leaves of shape {rule}, got {list(shape)} for "
+                f"`{name}`. {remedy}"
             )
 
-    map_named(require, batches)
+    map_named(require, batch)
 
 
 class _UseOfStack:

@@ -17,12 +17,13 @@ from sparse_jax.compact.layer_by_layer import (
     LayerByLayer,
     Loop,
     after_stack,
+    after_tracing,
     before_stack,
     runs_own_layers,
 )
 from sparse_jax.compact.model_taps import TrainedValues, in_stack, tap_leaf
 from sparse_jax.errors import InputError
-from sparse_jax.models.attachment import Added, Arrays, Attachment, LayerValues, Stack
+from sparse_jax.models.attachment import Added, Arrays, Attachment, LayerValues
 from sparse_jax.params.axes import platform
 from sparse_jax.params.names import leaves_by_name, map_named
 from sparse_jax.supports.masters import current_values, keep_masters
@@ -228,13 +229,6 @@ class _Step:
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the sums of the loss of some values outside the layers."""
 
-        def checked(stack: Stack) -> jax.Array:
-            # Traced for what the layers ask of their attachment.
-            trees = (stack.params, values, stack.rest)
-            params, one, rest = jax.tree.map(lambda leaf: leaf[0], trees)
-            jax.eval_shape(stack.layer, stack.x, (params, one, *rest), stack.context)
-            return loop(stack)
-
         def weight(
             role: Role, leaf: jax.Array, row: jax.Array, support: jax.Array
         ) -> jax.Array:
@@ -252,7 +246,8 @@ class _Step:
         params, _ = route(self.outside, state.params, tap_leaf, beyond, state.support)
         leaves_of = lambda layer: layer.leaves
         response = respond_by_channels(tuner.method, self.roles, leaves_of)
-        attachment = Attachment(values, weights, response, loop=checked)
+        loop = after_tracing(loop, values)
+        attachment = Attachment(values, weights, response, loop=loop)
         return sums_of(tuner.loss, self.stack, params, attachment, batch, key)
 
     def leaves_of(self, params: Arrays, support: Arrays) -> Arrays:

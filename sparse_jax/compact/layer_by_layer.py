@@ -15,6 +15,7 @@ __all__ = [
     "LayerByLayer",
     "Loop",
     "after_stack",
+    "after_tracing",
     "before_stack",
     "runs_own_layers",
 ]
@@ -63,6 +64,23 @@ def after_stack(
     leave = lambda outside, x: sums(outside, lambda stack: x)
     total, pull, weight = jax.vjp(leave, outside, x, has_aux=True)
     return total, weight, pull
+
+
+def after_tracing(loop: Loop, values: LayerValues) -> Loop:
+    """Returns a loop that traces a layer first, for what it asks of its attachment.
+
+    Args:
+      loop: what runs the layers, or leaves that to another program.
+      values: what the method hands to the layers, (L, ...).
+    """
+
+    def traced(stack: Stack) -> jax.Array:
+        trees = (stack.params, values, stack.rest)
+        params, one, rest = jax.tree.map(lambda leaf: leaf[0], trees)
+        jax.eval_shape(stack.layer, stack.x, (params, one, *rest), stack.context)
+        return loop(stack)
+
+    return traced
 
 
 def runs_own_layers(stack: Stack, layers: Arrays) -> bool:
