@@ -32,6 +32,7 @@ from experiments import (
 )
 from experiments.benchmarks import __main__ as all_benchmarks
 from experiments.benchmarks import against_qwix, against_torch, generation, workers
+from experiments.benchmarks import compile as compiling
 from experiments.benchmarks.__main__ import BENCHMARKS
 from experiments.benchmarks.result import Panel, Result, finish
 from experiments.report import Report
@@ -430,6 +431,15 @@ def test_choices_that_differ_are_counted_with_the_distance_of_the_letters():
     assert (ours["same"], ours["margin"], ours["accuracy"]) == (3, None, 0.0)
     assert (theirs["same"], theirs["margin"], theirs["accuracy"]) == (0, 0.25, 1.0)
     assert theirs["nats"] == 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "programs"), [("full", 1), ("SIFT", 2)])
+def test_a_method_that_selects_compiles_a_selection_beside_its_update(method, programs):
+    args = SimpleNamespace(shape="llama-tiny", batch_size=1, length=8)
+    found = compiling.start(method, args)
+    assert found["programs"] == programs
+    assert min(found["tracing"], found["compiling"], found["peak"]) > 0
 
 
 def test_all_benchmarks_are_named_once_and_are_modules():

@@ -54,7 +54,7 @@ def start(method: str, args: argparse.Namespace) -> dict[str, float]:
     given = (run.state, run.batch, run.key)
     programs = [run.runner.lower(*given, schedule=run.schedule)]
     if jax.tree.leaves(run.state.support):
-        programs += run.runner.lower_choice(*given)
+        programs.append(run.runner.lower_choice(*given))
     traced = time.process_time()
     for program in programs:
         program.compile()
