@@ -1,7 +1,7 @@
 """What does a method forget at equal task loss?  KL to the base on untouched text.
 
     python -m experiments.forgetting --model FOLDER --data FILE --text FILE
-        [--scale tiny|small] [--methods full lora sift sift-sum sift-ist random]
+        [--scale tiny|small] [--methods full lora sift random off-principal ...]
         [--learning-rates RATE ...] [--full-rates RATE ...]
         [--max-steps 60] [--output runs/forgetting]
 
@@ -47,6 +47,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sift-sum": {**_SPARSE, "select_batches": 8},
     "sift-ist": {**_SPARSE, "sampler": "ist", "active": 0.5},
     "random": {**_SPARSE, "method": "random"},
+    "lift": {**_SPARSE, "method": "lift"},
+    "off-principal": {**_SPARSE, "score": "off-principal"},
+    "smallest-magnitude": {**_SPARSE, "score": "smallest-magnitude"},
+    "smallest-fisher": {**_SPARSE, "score": "smallest-fisher", "select_batches": 8},
 }
 # What the options are where they are left out. A LoRA of this rank has as many
 # parameters as there are entries: of BabyLlama, and of SmolLM2-135M.
@@ -210,10 +214,12 @@ def show_ways(
     }
     stem.with_suffix(".json").write_text(json.dumps(record, indent=2))
     figure, (axes,) = canvas(1)
-    for color, (method, seeds) in colored(best.items()):
+    for place, (color, (method, seeds)) in enumerate(colored(best.items())):
+        # Colors come again, the lines do not.
+        line = "o-" if place < len(COLORS) - 1 else "s--"
         for number, way in enumerate(seeds):
             label = method if number == 0 else None
-            axes.plot(way.loss, way.kl, "o-", color=color, markersize=4, label=label)
+            axes.plot(way.loss, way.kl, line, color=color, markersize=4, label=label)
     axes.axvline(target, color=COLORS[0], linewidth=1.2, zorder=0)
     axes.invert_xaxis()
     axes.set_yscale("log")
