@@ -14,7 +14,7 @@ from test_compact import CONFIG, make_batch
 from test_sharding import mesh_of, random_batch, supports_of, tiny_decoder
 
 from sparse_jax import Compact, InputError, Layerwise, Sparse, Uniform
-from sparse_jax.compact.by_batches import _Each
+from sparse_jax.compact.by_batches import _LayeredLoss
 from sparse_jax.compact.in_backward import InBackward
 from sparse_jax.compact.selection import reselect
 from sparse_jax.data.batches import stack_batches
@@ -135,8 +135,8 @@ def test_each_score_and_layout_chooses_as_from_sums_of_all_layers(
 ):
     method = replace(KERNELS, score=score, granularity=granularity, density=0.1)
     one_by_one, *_ = choose(decoder(), method)
-    runs = "sparse_jax.compact.by_batches._Each.runs"
-    monkeypatch.setattr(runs, lambda *_: False)
+    opens = "sparse_jax.compact.by_batches._LayeredLoss.opens"
+    monkeypatch.setattr(opens, lambda *_: False)
     at_once, *_ = choose(decoder(), method)
     jax.tree.map(np.testing.assert_array_equal, one_by_one, at_once)
 
@@ -146,7 +146,7 @@ def test_no_sum_of_all_layers_is_ever_there(runs_layers, monkeypatch):
     loss, params, batches = decoder()
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     if not runs_layers:
-        where = "sparse_jax.compact.by_batches._Each.runs"
+        where = "sparse_jax.compact.by_batches._LayeredLoss.opens"
         monkeypatch.setattr(where, lambda *_: False)
     tuner = Compact(loss, KERNELS, optax.adam(1e-3))
     state = tuner.init(params, jax.random.key(0))
@@ -334,9 +334,9 @@ def closing_over_data(params, x, key, attachment):
 def test_a_loss_that_runs_layers_in_its_own_way_chooses_by_the_same_sum(
     loss, monkeypatch
 ):
-    runs, were = _Each.runs, []
-    note = lambda *args: were.append(runs(*args)) or were[-1]
-    monkeypatch.setattr(_Each, "runs", note)
+    opens, were = _LayeredLoss.opens, []
+    note = lambda *args: were.append(opens(*args)) or were[-1]
+    monkeypatch.setattr(_LayeredLoss, "opens", note)
     tuner, state, batches = own_tuner(loss)
     support, finite, _ = jax.jit(tuner.choose)(state, batches, KEYS)
     attachment = tuner.attach(state)

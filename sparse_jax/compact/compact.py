@@ -22,6 +22,8 @@ from sparse_jax.compact.checks import (
 )
 from sparse_jax.compact.gradients import Values, as_types, summed_gradients
 from sparse_jax.compact.model_taps import (
+    Candidates,
+    Chosen,
     TrainedValues,
     choose_by_gradient,
     choose_from,
@@ -170,27 +172,25 @@ class Tuner(ABC):
         batch: object,
         key: jax.Array,
         avoid: Mapping[str, jax.Array] | None = None,
-    ) -> tuple[optax.Params, jax.Array, optax.Params]:
+    ) -> Chosen:
         """Returns supports, as `select` chooses them, without starting anything.
 
         The arguments are those of `select`.
 
         Returns:
-          The supports, whether the gradient was finite, and for sparse leaves the
-          number of chosen entries, as `Layout.choose` returns it.
+          Supports, whether the gradient was finite, and counts as of `Layout.choose`.
         """
-        roles, score, avoid = self.roles(state.params), self.method.ranking, avoid or {}
+        score = self.method.ranking
         if score is None:
             return state.support, jnp.array(True), state.support
-        trees = (self.method, score, roles, state.params, state.support)
+        trees = (self.roles(state.params), state.params, state.support)
+        among = Candidates(self.method, score, *trees, first_of(key), avoid or {})
         if not score.needs_gradient:
-            return choose_from(state.params, *trees, first_of(key), avoid)
+            return choose_from(state.params, among)
         sums = functools.partial(sums_of, self.loss, self.method.stack)
         if is_several(key):
-            return choose_by_batches(*trees, state.added, batch, key, sums, avoid)
-        first = self.first(batch, key)
-        of_first = lambda params, attachment: sums(params, attachment, *first)
-        return choose_by_gradient(*trees, state.added, key, of_first, avoid)
+            return choose_by_batches(among, state.added, batch, key, sums)
+        return choose_by_gradient(among, state.added, *self.first(batch, key), sums)
 
     def first(self, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
         """Returns the first micro-batch, and its key."""

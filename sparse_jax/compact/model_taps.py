@@ -26,17 +26,21 @@ from sparse_jax.supports.roles import SPARSE, TRAINED, Role, Roles, map_roles
 from sparse_jax.supports.scores import Score, leaf_key
 
 __all__ = [
+    "Candidates",
+    "Chosen",
+    "Sums",
     "TrainedValues",
     "choose_by_gradient",
     "choose_from",
-    "draws_of",
     "in_stack",
     "tap_leaf",
     "tap_leaves",
 ]
 
-# (parameters, attachment) -> (sum of the losses, number they are averaged by)
-Sums = Callable[[optax.Params, Attachment], tuple[jax.Array, jax.Array]]
+# (parameters, attachment, batch, key) -> (sum of the losses, what they are averaged by)
+Sums = Callable[..., tuple[jax.Array, jax.Array]]
+# Supports, whether the statistic was finite, and counts as of `Layout.choose`.
+Chosen = tuple[optax.Params, jax.Array, optax.Params]
 
 _map_sparse = functools.partial(map_roles, only=(SPARSE,))
 
@@ -62,10 +66,7 @@ def tap_leaves(
     support: optax.Params,
     values: TrainedValues,
 ) -> tuple[optax.Params, Attachment]:
-    """Returns parameters and an attachment whose gradients belong to the values.
-
-    The arguments are those of `choose_by_gradient`.
-    """
+    """Returns parameters and an attachment whose gradients belong to the values."""
     # The backward pass makes gradients in the dtype of their weights: until all
     # layers have theirs, bfloat16 holds the same numbers in half of the bytes.
     coarse = lambda role, leaf, value: value.astype(leaf.dtype)
@@ -78,51 +79,72 @@ def tap_leaves(
     return tapped, attachment._replace(response=response)
 
 
-def choose_by_gradient(
-    method: Method,
-    score: Score,
-    roles: Roles,
-    params: optax.Params,
-    support: optax.Params,
-    added: Added,
-    key: jax.Array,
-    sums: Sums,
-    avoid: Mapping[str, jax.Array],
-) -> tuple[optax.Params, jax.Array, optax.Params]:
-    """Returns the supports, found layer by layer in one backward pass.
+class Candidates(NamedTuple):
+    """The entries that a selection chooses among, and what ranks them.
 
-    Args:
+    Attributes:
       method: what is trained.
       score: ranks the entries.
       roles: of the leaves.
       params: parameters of the model.
       support: supports of the lengths that are wanted.
-      added: arrays that the method adds.
       key: for scores that draw.
-      sums: the loss.
       avoid: supports of entries that are not chosen, by the name of the leaf.
-
-    Returns:
-      Supports, whether the gradient was finite, and counts as of `Layout.choose`.
     """
+
+    method: Method
+    score: Score
+    roles: Roles
+    params: optax.Params
+    support: optax.Params
+    key: jax.Array
+    avoid: Mapping[str, jax.Array]
+
+    def draws(self) -> Tree[Draw]:
+        """Returns what a choice depends on beside the statistic, layer by layer."""
+
+        def draw(role: Role, leaf: jax.Array) -> Draw:
+            own = leaf_key(self.key, role.name)
+            fold = jax.vmap(lambda layer: jax.random.fold_in(own, layer))
+            keys = fold(jnp.arange(len(leaf))) if role.stacked else own
+            return Draw(keys, self.avoid.get(role.name))
+
+        return _map_sparse(draw, self.roles, self.params)
+
+
+def choose_by_gradient(
+    among: Candidates, added: Added, batch: Any, key: jax.Array, sums: Sums
+) -> Chosen:
+    """Returns the supports, found layer by layer in one backward pass.
+
+    Args:
+      among: what is chosen from.
+      added: arrays that the method adds.
+      batch: what `sums` takes.
+      key: for dropout.
+      sums: the loss.
+    """
+    roles, params = among.roles, among.params
 
     def select_leaf(
         role: Role, leaf: jax.Array, selection: Selection, draw: Draw
     ) -> jax.Array:
-        wanted = Wanted(score, method.support_size(role), role.layout)
+        size = among.method.support_size(role)
+        wanted = Wanted(among.score, size, role.layout)
         return selecting_tap(wanted, leaf, selection, draw)
 
     def mean(selections: Tree[Selection]) -> jax.Array:
         tapped, (inside, drawn) = route(roles, params, select_leaf, selections, draws)
         # A selection needs draws where an update has supports.
         values = LayerValues(added, inside, drawn)
-        attachment = _attach_taps(method, roles, select_leaf, values)
-        total, weight = sums(tapped, attachment._replace(is_loop=True))
+        attachment = _attach_taps(among.method, roles, select_leaf, values)
+        attachment = attachment._replace(is_loop=True)
+        total, weight = sums(tapped, attachment, batch, key)
         return total / weight
 
-    draws = draws_of(roles, params, key, avoid)
+    draws = among.draws()
     empty = lambda role, support: empty_selection(support.shape, role.layout)
-    chosen = jax.grad(mean)(_map_sparse(empty, roles, support))
+    chosen = jax.grad(mean)(_map_sparse(empty, roles, among.support))
     found = lambda role, selection: support_of(selection, role.layout)
     bad = lambda role, selection: jnp.any(selection.bad > 0)
     count = lambda role, selection: selection.count.astype(jnp.int32)
@@ -133,54 +155,28 @@ def choose_by_gradient(
     )
 
 
-def draws_of(
-    roles: Roles,
-    params: optax.Params,
-    key: jax.Array,
-    avoid: Mapping[str, jax.Array],
-) -> Tree[Draw]:
-    """Returns what selections depend on beside the gradient, of each layer its own."""
-
-    def draw(role: Role, leaf: jax.Array) -> Draw:
-        own = leaf_key(key, role.name)
-        fold = jax.vmap(lambda layer: jax.random.fold_in(own, layer))
-        keys = fold(jnp.arange(len(leaf))) if role.stacked else own
-        return Draw(keys, avoid.get(role.name))
-
-    return _map_sparse(draw, roles, params)
-
-
-def choose_from(
-    statistic: optax.Params,
-    method: Method,
-    score: Score,
-    roles: Roles,
-    params: optax.Params,
-    support: optax.Params,
-    key: jax.Array,
-    avoid: Mapping[str, jax.Array],
-) -> tuple[optax.Params, jax.Array, optax.Params]:
+def choose_from(statistic: optax.Params, among: Candidates) -> Chosen:
     """Returns the supports without a backward pass.
-
-    The other arguments and the results are those of `choose_by_gradient`.
 
     Args:
       statistic: what the score sees for the gradients; anything if it sees none.
+      among: what is chosen from.
     """
+    roles, score = among.roles, among.score
 
     def choose(
         role: Role, statistic: jax.Array, leaf: jax.Array, support: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        args = (score, statistic, leaf, method.support_size(role))
+        args = (score, statistic, leaf, among.method.support_size(role))
         return role.layout.choose(
             *args,
-            leaf_key(key, role.name),
-            avoid=avoid.get(role.name),
+            leaf_key(among.key, role.name),
+            avoid=among.avoid.get(role.name),
             stacked=role.stacked,
             capacity=support.shape[-1],
         )
 
-    both = _map_sparse(choose, roles, statistic, params, support)
+    both = _map_sparse(choose, roles, statistic, among.params, among.support)
     pick = lambda i: _map_sparse(lambda role, pair: pair[i], roles, both)
     bad = lambda role, leaf: score.needs_gradient and ~jnp.isfinite(leaf).all()
     is_bad = jnp.array(jax.tree.leaves(_map_sparse(bad, roles, statistic)), bool)
