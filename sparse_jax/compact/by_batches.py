@@ -220,7 +220,7 @@ def _choose_by_layers(loss: _LayeredLoss, batches: Any, keys: jax.Array) -> Chos
         x, layer, added, rest, support, draw = one
         leaves = loss.sparse(layer)
 
-        def add(total: Arrays, one: tuple) -> tuple[Arrays, jax.Array]:
+        def add(total: optax.Params, one: tuple) -> tuple[optax.Params, jax.Array]:
             x, dx, rest, context = one
             run = lambda x, leaves: run_layer(
                 x, (layer, LayerValues(added, leaves), *rest), context
