@@ -19,6 +19,7 @@ from sparse_jax import (
     Dense,
     InBackward,
     InputError,
+    Layerwise,
     LoRA,
     Settings,
     Sparse,
@@ -176,10 +177,18 @@ def test_a_norm_that_is_not_finite_spoils_no_later_update():
     np.testing.assert_allclose(clipped["w"], [0.6, 0.8], rtol=1e-6)
 
 
-@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
-def test_a_largest_norm_that_is_not_positive_is_refused(max_norm):
-    with pytest.raises(InputError, match="`max_norm` must be positive, got"):
+# By an infinite one gradients would become NaN.
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_largest_norm_that_is_not_positive_and_finite_is_refused(max_norm):
+    rule = "positive" if max_norm <= 0 else "positive and finite"
+    refused = pytest.raises(
+        InputError, match=f"`max_norm` must be {rule}, got .* not to"
+    )
+    with refused:
         clip_by_previous_norm(max_norm)
+    with refused:
+        Layerwise(lambda *_: (0.0, 1), SPARSE, optax.sgd(0.1), sampler="uniform",
+                  max_norm=max_norm)  # fmt: skip
 
 
 @pytest.mark.slow

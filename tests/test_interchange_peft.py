@@ -533,7 +533,10 @@ REFUSED = {
     "a bias": (options(bias="some"), "`bias` .* none, all or lora_only, got 'some'"),
     "a rank of text": (options(r="4"), "`r` .* a number, got '4'"),
     "another rank": (options(r=4), r"query` must have an array of shape \[4, 16\]"),
-    "alpha": (options(lora_alpha=-1), "`lora_alpha` .* must be positive, got -1"),
+    "alpha": (
+        options(lora_alpha=-1),
+        "`lora_alpha` .* must be positive and below 1e9, got -1",
+    ),
     "a pattern": (options(rank_pattern={"(": 2}), "`rank_pattern` .* regular expr"),
     "dora without lengths": (options(use_dora=True), "lora_magnitude_vector"),
     "a target": (options(target_modules=["query", "key"]), r"tensors of .*self\.key"),

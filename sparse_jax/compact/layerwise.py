@@ -22,6 +22,7 @@ from sparse_jax.models.attachment import (
     Slots,
 )
 from sparse_jax.params.fields import require_word
+from sparse_jax.params.positive import require_positive
 from sparse_jax.samplers.registry import (
     SamplerOptions,
     make_sampler,
@@ -137,8 +138,8 @@ class Layerwise(Tuner):
             )
         require_no_measuring(self.sampler)
         require_word("recompute", self.recompute, get_args(Recompute))
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise InputError(f"`max_norm` must be positive, got {self.max_norm!r}.")
+        if self.max_norm is not None:
+            require_positive("max_norm", self.max_norm, "Leave it out not to clip.")
 
     def sampler_for(self, params: optax.Params) -> Sampler:
         """Returns the sampler of the layers of some parameters."""

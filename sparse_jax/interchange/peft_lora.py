@@ -173,7 +173,7 @@ def _pattern(
             ) from error
     if not isinstance(value, int | float) or not 0 < value < 1e9:
         raise InputError(
-            f"`{name}` of `{module}` in `{found.path}` must be positive, got "
-            f"{brief(value)}. Correct it, or copy the folder again."
+            f"`{name}` of `{module}` in `{found.path}` must be positive and below "
+            f"1e9, got {brief(value)}. Correct it, or copy the folder again."
         )
     return value

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_jax.errors import InputError
+from sparse_jax.params.positive import require_positive
 
 __all__ = ["PreviousNormState", "clip_by_previous_norm"]
 
@@ -37,7 +37,7 @@ def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraA
       later update.
 
     Raises:
-      InputError: if `max_norm` is not positive.
+      InputError: if `max_norm` is not positive and finite.
 
     Example:
       >>> tx = clip_by_previous_norm(5.0)
@@ -49,11 +49,7 @@ def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraA
       (Array([6., 8.], dtype=float32), Array([3., 4.], dtype=float32))
     """
 
-    if not max_norm > 0:
-        raise InputError(
-            f"`max_norm` must be positive, got {max_norm}. Leave the transformation "
-            "out not to clip."
-        )
+    require_positive("max_norm", max_norm, "Leave the transformation out not to clip.")
 
     def init_fn(params: optax.Params) -> PreviousNormState:
         del params
