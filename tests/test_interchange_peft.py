@@ -717,7 +717,7 @@ def test_labels_of_ones_own_are_named_in_the_order_of_the_outputs(task, tmp_path
     assert {**expected, **evaluate("bad", "good")}.items() >= expected.items()
     wrong = evaluate("good", "bad")["accuracy"]
     assert wrong == pytest.approx(1 - expected["accuracy"])
-    with pytest.raises(InputError, match="such as --labels bad --labels good"):
+    with pytest.raises(InputError, match="got bad, good. Pass them as `labels`, in"):
         evaluate()
     with pytest.raises(InputError, match="must be 2 different names, one for each"):
         evaluate("bad")

@@ -14,7 +14,7 @@ from sparse_jax.data.glue import CAUSAL, TASKS, find_task
 from sparse_jax.data.metrics import Metric
 from sparse_jax.data.read_rows import require_file
 from sparse_jax.data.sources import DataSource, one_part, place_of
-from sparse_jax.errors import InputError, brief, listed, printable
+from sparse_jax.errors import InputError, brief, listed
 from sparse_jax.interchange.open_adapter import open_adapter
 from sparse_jax.models.attachment import Attachment
 from sparse_jax.models.functional import Params
@@ -238,10 +238,9 @@ def _require_labels(adapter: Adapter, objective: Objective) -> None:
     if ours != theirs:
         remedy = "Pass the task it was trained on."
         if are_numbers(theirs) and len(ours) == len(theirs) > 0:
-            words = " ".join(f"--labels {label}" for label in ours)
             remedy = (
-                "Name the labels of its outputs in their order, which the adapter does "
-                f"not say, such as {printable(words)}."
+                "Pass them as `labels`, in the order of its outputs, which the adapter "
+                "does not say."
             )
         raise InputError(
             f"`data` must have the labels of the adapter, {listed(theirs) or 'numbers'}"
