@@ -121,6 +121,10 @@ def test_a_run_ends_when_no_better_model_comes(files, tmp_path, monkeypatch, cap
         ({"metric_for_best_model": "loss"}, "`metric_for_best_model` must come "),
         ({"early_stopping_patience": 0}, "_patience` must be positive"),
         ({"early_stopping_threshold": 0.1}, "`early_stopping_threshold` must come"),
+        (
+            {"early_stopping_threshold": float("nan")},
+            "`early_stopping_threshold` must be 0 or more and finite, got nan",
+        ),
         ({"max_eval_samples": 0}, "`max_eval_samples` must be positive"),
         ({"load_best_model_at_end": True, "reselect_every": 3}, "left out with `r"),
         ({"eval_data": ("a/x.csv", "b/x.csv")}, "of its own for every file, got 'x'"),

@@ -1,6 +1,5 @@
 """The options of evaluations, which the help of the command line reads."""
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.registry import METHODS
 from sparse_jax.params.fields import setting
-from sparse_jax.params.positive import require_positive
+from sparse_jax.params.positive import require_not_negative, require_positive
 from sparse_jax.training.recipe_options import SCHEDULE_FREE
 
 if TYPE_CHECKING:
@@ -164,11 +163,7 @@ class EvaluationOptions:
     def _require_best(self, reselect_every: int | None) -> None:
         """Raises if the choice of a model breaks a rule."""
         threshold = self.early_stopping_threshold
-        if not 0 <= threshold < math.inf:
-            raise InputError(
-                "`early_stopping_threshold` must be 0 or more and finite, got "
-                f"{threshold}."
-            )
+        require_not_negative("early_stopping_threshold", threshold)
         if threshold and self.early_stopping_patience is None:
             raise InputError(
                 "`early_stopping_threshold` must come with `early_stopping_patience`, "

@@ -1,7 +1,6 @@
 """The recipe of a run: optimizer, schedule and loss, which the command line reads."""
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from sparse_jax.data.glue import CAUSAL
 from sparse_jax.errors import InputError, brief
 from sparse_jax.methods.lookup import learning_rates
 from sparse_jax.params.fields import one_of, require_word, setting
+from sparse_jax.params.positive import require_not_negative
 
 # JAX takes seconds to import, and the help of the command line reads these fields.
 if TYPE_CHECKING:
@@ -219,9 +219,8 @@ class RecipeOptions:
             )
         for name in ("weight_decay", "max_grad_norm", "neftune_noise", "eps"):
             value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                rule = "0 or more" if value < 0 else "0 or more and finite"
-                raise InputError(f"`{name}` must be {rule}, got {value}.")
+            if value is not None:
+                require_not_negative(name, value)
         if self.clip_by == PREVIOUS_NORM and not self.max_grad_norm:
             raise InputError(
                 f"`clip_by` must be left out with `max_grad_norm=0`, got "
