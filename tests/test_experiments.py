@@ -29,6 +29,7 @@ from experiments import (
     sift_science,
     sweep,
     tables,
+    when_to_select,
 )
 from experiments.benchmarks import __main__ as all_benchmarks
 from experiments.benchmarks import against_qwix, against_torch, generation, workers
@@ -431,6 +432,27 @@ def test_choices_that_differ_are_counted_with_the_distance_of_the_letters():
     assert (ours["same"], ours["margin"], ours["accuracy"]) == (3, None, 0.0)
     assert (theirs["same"], theirs["margin"], theirs["accuracy"]) == (0, 0.25, 1.0)
     assert theirs["nats"] == 0.75
+
+
+def test_what_is_added_to_all_scores_does_not_move_the_area_under_the_roc_curve(
+    tmp_path, monkeypatch
+):
+    positive = {"negative": [0.4, 0.2, 0.1], "positive": [0.9, 0.3]}  # 5 of 6 pairs
+    line = lambda label, p: {
+        "label": label,
+        "scores": {"negative": 1 - p, "positive": p},
+    }
+
+    def predict(run, *, output):
+        lines = [line(label, p) for label in positive for p in positive[label]]
+        output.write_text("\n".join(map(json.dumps, lines)))
+
+    monkeypatch.setattr(when_to_select, "predict", predict)
+    area = when_to_select.area_of(tmp_path)
+    assert area == pytest.approx(5 / 6)
+    shifted = lambda p: 1 / (1 + (1 - p) / p * np.exp(9.0))
+    positive = {label: [*map(shifted, of)] for label, of in positive.items()}
+    assert when_to_select.area_of(tmp_path) == area
 
 
 @pytest.mark.slow
