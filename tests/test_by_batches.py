@@ -251,8 +251,12 @@ class Layer(nnx.Module):
     def __init__(self, rngs):
         self.map = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
 
-    def __call__(self, x, key, respond):
-        return x + jnp.tanh(respond("map", self.map, x))
+    def __call__(self, x, *given):
+        *context, _, respond = given
+        y = jnp.tanh(respond("map", self.map, x))
+        for _ in range(sum(context)):
+            y *= x
+        return x + y
 
 
 @functools.cache
@@ -269,10 +273,11 @@ def own_tuner(loss):
     return tuner, tuner.init(params, KEYS[0]), batches
 
 
-def plain(params, x, key, attachment):
-    """Returns the loss of two linear layers, run as a model of one's own may."""
+def plain(params, x, key, attachment, *context, states=False):
+    """Returns the loss of linear layers, run as a model of one's own may."""
     layers = nnx.merge(own_model()[0], params["layers"])
-    y = run_layers(layers, x, key=key, attachment=attachment)
+    options = {"key": key, "attachment": attachment, "states": states}
+    y = run_layers(layers, x, *context, **options)
     return jnp.sum(y**3), x.size
 
 
@@ -303,6 +308,14 @@ def twice(params, x, key, attachment):
     return run(x)[0] + run(-2 * x)[0], x.size
 
 
+def of_all_states(*args):
+    return plain(*args, states=True)
+
+
+def counting(*args):
+    return plain(*args, 2)
+
+
 def closing_over_data(params, x, key, attachment):
     def loop(stack):
         layer = lambda *args: stack.layer(*args) * jnp.cos(x)
@@ -324,6 +337,8 @@ def closing_over_data(params, x, key, attachment):
         plain,
         casting,
         mapped,
+        of_all_states,
+        counting,
         *(
             pytest.param(loss, marks=pytest.mark.slow)
             for loss in (compiled, checkpointed, scanned, twice, closing_over_data)
@@ -353,6 +368,28 @@ def test_a_loss_that_runs_layers_in_its_own_way_chooses_by_the_same_sum(
     assert finite
     assert were == [loss is plain]
     np.testing.assert_array_equal(found, expected)
+
+
+def penalized(params, x, *args):
+    total, weight = plain(params, x, *args)
+    return total + 1e3 * weight * jnp.sum(
+        params["layers"]["map"]["kernel"] ** 2
+    ), weight
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_choice_knows_of_a_penalty_on_layers_as_little_as_an_update(
+    opens, monkeypatch
+):
+    monkeypatch.setattr(_LayeredLoss, "opens", lambda *_: opens)
+    found = []
+    for loss in (plain, penalized):
+        tuner, state, batches = own_tuner(loss)
+        state, finite = jax.jit(tuner.select)(state, batches, KEYS)
+        state, metrics = jax.jit(tuner.step)(state, batches[0], KEYS[0])
+        assert finite
+        found.append((state.support, metrics["gradient_norm"]))
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_raw_keys_are_those_of_batches_too():

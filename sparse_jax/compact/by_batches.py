@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
-from jax.errors import ConcretizationTypeError, UnexpectedTracerError
+from jax.errors import NonConcreteBooleanIndexError, UnexpectedTracerError
 
 from sparse_jax.compact.checks import require_batches
 from sparse_jax.compact.layer_by_layer import Loop, after_tracing, runs_own_layers
@@ -105,11 +105,11 @@ def choose_by_batches(
     first = jax.tree.map(lambda leaf: leaf[0], (batches, keys))
     if not jax.tree.leaves(_map_sparse(lambda *_: 0, outside)) and loss.opens(*first):
         return _choose_by_layers(loss, batches, keys)
-    return choose_from(_summed(among, added, batches, keys, sums), among)
+    return choose_from(_summed(loss, batches, keys), among)
 
 
 class _LayeredLoss:
-    """A loss whose layers can be run outside of it, for one batch or several."""
+    """A loss, and what its gradients are of; perhaps its layers run outside of it."""
 
     def __init__(self, among: Candidates, added: Added, sums: Sums):
         self.among, self.added, self._sums = among, added, sums
@@ -124,7 +124,8 @@ class _LayeredLoss:
         """Returns whether the layers can be run one after the other, without the loss.
 
         They cannot if the loss runs them more than once, or by a loop of its own, or
-        changes their parameters before, or if they are a part of another program: of
+        changes their parameters before, or asks for what enters each of them, or hands
+        them something other than arrays; or if they are a part of another program: of
         `jax.jit`, `jax.checkpoint` or `jax.vmap` inside the loss.
         """
         if not self.roles:
@@ -146,34 +147,58 @@ class _LayeredLoss:
             ((x, rest, context),) = entered
             values = LayerValues(self.added, self.sparse(self.layers))
             layer = jax.make_jaxpr(run)(x, (self.layers, values, rest), context)
-        except (UnexpectedTracerError, ConcretizationTypeError):
+        except (UnexpectedTracerError, TypeError, NonConcreteBooleanIndexError):
+            # Of another program, or the layers see numbers that are known or no arrays.
+            # An error of the loss itself comes again where it runs as a whole.
             return False
         return self._are_known([*program.consts, *layer.consts])
 
     def stacks(self, batch: object, key: jax.Array) -> list[Stack]:
         """Returns what the loss runs, with what enters it."""
         seen: list[Stack] = []
-        self._run(batch, key, lambda stack: seen.append(stack) or stack.x)
+        self._without_layers(batch, key, lambda stack: seen.append(stack) or stack.x)
         return seen
 
     def leave(self, batch: object, key: jax.Array, y: jax.Array) -> jax.Array:
         """Returns the gradient of the loss for what leaves the last layer."""
-        leave = lambda y: self._run(batch, key, lambda stack: y)
+        leave = lambda y: self._without_layers(batch, key, lambda stack: y)
         _, pull, weight = jax.vjp(leave, y, has_aux=True)
         return pull(1 / weight)[0]
 
-    def _run(
+    def sums(
+        self, leaves: optax.Params, batch: object, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the sums of the loss of one batch, by sparse leaves of the model."""
+        outside = lambda role, leaf, own: (
+            own if role.kind == SPARSE and not role.stacked else leaf
+        )
+        params = map_roles(outside, self.among.roles, self.among.params, leaves)
+        values = LayerValues(self.added, in_stack(self.among.method, leaves))
+        # In a loop, as a program that runs once.
+        attachment = self._attachment(values)._replace(is_loop=True)
+        return self._sums(params, attachment, batch, key)
+
+    def _without_layers(
         self, batch: object, key: jax.Array, loop: Loop
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the sums of the loss of one batch, its layers run by a loop."""
+        """Returns the sums of the loss of one batch, with a loop for its layers."""
+        values = LayerValues(self.added, self.sparse(self.layers))
+        loop = after_tracing(loop, values)
+        attachment = self._attachment(values)._replace(loop=loop)
+        return self._sums(self.among.params, attachment, batch, key)
+
+    def _attachment(self, values: LayerValues) -> Attachment:
+        """Returns what gives the gradients of weights in layers to these values."""
+
+        def one(role: Role, leaf: jax.Array, own: jax.Array) -> jax.Array:
+            return _credited(leaf, own) if role.kind == SPARSE else leaf
 
         def weights(layer_params: Arrays, layer: LayerValues) -> Arrays:
-            return map_roles(_put, self.roles, layer_params, layer.leaves)
+            if not self.roles:
+                return layer_params
+            return map_roles(one, self.roles, layer_params, layer.leaves)
 
-        values = LayerValues(self.added, self.sparse(self.layers))
-        respond, loop = self.among.method.respond, after_tracing(loop, values)
-        attachment = Attachment(values, weights, respond, loop=loop)
-        return self._sums(self.among.params, attachment, batch, key)
+        return Attachment(values, weights, self.among.method.respond)
 
     def _are_known(self, values: Sequence[object]) -> bool:
         """Returns whether what is traced among these is all from the state.
@@ -264,29 +289,44 @@ def _choose_in_layer(
     return *found, ~jnp.isfinite(total).all()
 
 
-def _summed(
-    among: Candidates, added: Added, batches: Any, keys: jax.Array, sums: Sums
-) -> optax.Params:
+def _summed(loss: _LayeredLoss, batches: Any, keys: jax.Array) -> optax.Params:
     """Returns the sums of all leaves at once."""
-    roles, params = among.roles, among.params
-    own = _map_sparse(lambda role, leaf: leaf, roles, params)
+    among = loss.among
+    own = _map_sparse(lambda role, leaf: leaf, among.roles, among.params)
 
     def mean(leaves: optax.Params, batch: object, key: jax.Array) -> jax.Array:
-        values, respond = LayerValues(added), among.method.respond
-        attachment = Attachment(values, response=respond, is_loop=True)
-        whole = map_roles(_put, roles, params, leaves)
-        total, weight = sums(whole, attachment, batch, key)
+        total, weight = loss.sums(leaves, batch, key)
         return total / weight
 
     def add(total: optax.Params, one: tuple) -> tuple[optax.Params, None]:
-        return _plus(among.score, roles, total, jax.grad(mean)(own, *one)), None
+        grads = jax.grad(mean)(own, *one)
+        return _plus(among.score, among.roles, total, grads), None
 
-    return lax.scan(add, _zeros(roles, params), (batches, keys))[0]
+    return lax.scan(add, _zeros(among.roles, among.params), (batches, keys))[0]
 
 
-def _put(role: Role, leaf: jax.Array, own: jax.Array) -> jax.Array:
-    """Returns what is differentiated for a sparse leaf, and any other leaf."""
-    return own if role.kind == SPARSE else leaf
+@jax.custom_vjp
+def _credited(leaf: jax.Array, own: jax.Array) -> jax.Array:
+    """Returns a leaf whose gradient belongs to another array of its shape.
+
+    As a tap gives it: where a loss makes the weights of its layers of `params`, or
+    adds a penalty on them, updates know nothing of that, nor does a choice by them.
+    """
+    del own
+    return leaf
+
+
+def _credited_forward(leaf, own):
+    """Keeps a dtype."""
+    return leaf, jnp.empty(0, own.dtype)
+
+
+def _credited_backward(like, cotangent):
+    """Gives the gradient away."""
+    return None, cotangent.astype(like.dtype)
+
+
+_credited.defvjp(_credited_forward, _credited_backward)
 
 
 def _zeros(roles: Roles, params: optax.Params) -> optax.Params:

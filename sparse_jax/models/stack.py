@@ -121,7 +121,8 @@ def run_layers(
     if attachment.slots is not None:
         return _run_with_slots(call, x, stacked, context, attachment.slots, checkpoint)
     run = lambda x, one, context: call(x, one, _own(context, one))
-    if attachment.loop is not None:
+    # Another loop returns the last output alone.
+    if attachment.loop is not None and not states:
         params, _, *rest = stacked
         return attachment.loop(Stack(run, x, params, rest, context, checkpoint))
     body = lambda x, one: (run(x, one, context), x if states else None)
