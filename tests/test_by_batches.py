@@ -222,20 +222,22 @@ def test_batches_of_any_length_are_padded_to_one():
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "where"),
     [
-        MeshShape(data=2, fsdp=2, tensor=2),
-        pytest.param(MeshShape(fsdp=8), marks=pytest.mark.slow),
+        (MeshShape(data=2, fsdp=2, tensor=2), KERNELS.where),
+        pytest.param(MeshShape(fsdp=8), KERNELS.where, marks=pytest.mark.slow),
+        pytest.param(MeshShape(data=2, fsdp=4), "kernel|embed", marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_a_mesh_chooses_the_same(shape):
+def test_a_mesh_chooses_the_same(shape, where):
     loss, params, batches = decoder()
+    method = replace(KERNELS, where=where)
     found = []
     for mesh in (mesh_of(None), make_mesh(shape)):
         placement = Placement.of(params, mesh)
         shards = placement.shards("layers")
-        tuner = Compact(loss, KERNELS, optax.adam(1e-3), shards=shards)
+        tuner = Compact(loss, method, optax.adam(1e-3), shards=shards)
         runner = MeshRunner(tuner, placement)
         placed = jax.device_put(jax.tree.map(jnp.copy, params), placement.params)
         state = runner.init(placed, jax.random.key(0))
@@ -401,14 +403,17 @@ def test_raw_keys_are_those_of_batches_too():
     jax.tree.map(np.testing.assert_array_equal, support, expected)
 
 
+KEY = "`key` must be one PRNG key, or an array of one for each of .*, got "
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda x, keys: (x, keys[:2]), r"`batch` .* \[2, ...\] for 2 keys, got \[3,"),
         (lambda x, keys: ((x, 1.0), keys), r"`batch` must have .* got \[\] for `1`"),
-        (lambda x, keys: (x, keys[:0]), r"`key` must be one PRNG key, got an array"),
-        (lambda x, keys: (x, [*keys]), r"`key` must be one PRNG key, got \["),
-        (lambda x, keys: (x, None), r"`key` must be one PRNG key, got None"),
+        (lambda x, keys: (x, keys[:0]), rf"{KEY}an array of"),
+        (lambda x, keys: (x, [*keys]), rf"{KEY}\["),
+        (lambda x, keys: (x, None), rf"{KEY}None"),
     ],
     ids=["fewer-keys", "one-value", "no-keys", "list-of-keys", "no-key"],
 )

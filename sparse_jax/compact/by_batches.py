@@ -71,7 +71,8 @@ def is_several(key: Any) -> bool:
     if isinstance(key, jax.Array | np.ndarray) and key.shape[:1] != (0,):
         is_raw = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         several = key.ndim == 1 + is_raw
-    require_key("key", key[0] if several else key)
+    rule = "one PRNG key, or an array of one for each of several batches"
+    require_key("key", key[0] if several else key, rule)
     return several
 
 

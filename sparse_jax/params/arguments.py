@@ -51,8 +51,13 @@ def require_whole(argument: str, value: object) -> None:
         raise InputError(f"`{argument}` must be a whole number, got {_short(value)}.")
 
 
-def require_key(argument: str, key: object) -> None:
+def require_key(argument: str, key: object, rule: str = "one PRNG key") -> None:
     """Raises unless a value is one PRNG key, new-style or of raw uint32 numbers.
+
+    Args:
+      argument: its name.
+      key: its value.
+      rule: what it must be, if that may be something else, too.
 
     Raises:
       InputError: naming the argument.
@@ -68,7 +73,7 @@ def require_key(argument: str, key: object) -> None:
         shape = None
     if shape != ():
         raise InputError(
-            f"`{argument}` must be one PRNG key, got {_short(key)}. Pass "
+            f"`{argument}` must be {rule}, got {_short(key)}. Pass "
             "`jax.random.key(seed)`."
         )
 
