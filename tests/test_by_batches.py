@@ -372,6 +372,14 @@ def test_a_loss_that_runs_layers_in_its_own_way_chooses_by_the_same_sum(
     np.testing.assert_array_equal(found, expected)
 
 
+def test_updates_in_the_backward_pass_refuse_a_loss_of_all_states():
+    tuner, state, batches = own_tuner(of_all_states)
+    inside = InBackward(of_all_states, tuner.method, tuner.tx)
+    state, _ = inside.select(state, batches[0], KEYS[0])
+    with pytest.raises(InputError, match="`loss` must run .* without `states`, got 0"):
+        inside.step(state, batches[0], KEYS[0])
+
+
 def penalized(params, x, *args):
     total, weight = plain(params, x, *args)
     return total + 1e3 * weight * jnp.sum(

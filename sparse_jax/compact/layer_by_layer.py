@@ -42,8 +42,8 @@ def before_stack(sums: Sums, outside: optax.Params) -> tuple[Stack, Pull]:
         if len(seen) != 1:
             raise InputError(
                 "`loss` must run the layers of a model once, by `run_layers` of "
-                f"`sparse_jax.models.stack`, got {len(seen)} runs of them. Use "
-                "`Compact` for another model."
+                "`sparse_jax.models.stack` without `states`, got "
+                f"{len(seen)} runs of them. Use `Compact` for another model."
             )
         return seen[0].x, (seen[0].rest, seen[0].context)
 
