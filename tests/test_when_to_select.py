@@ -193,16 +193,36 @@ def test_a_mesh_makes_the_same_updates_before_the_selection():
 
 
 @pytest.mark.slow
-def test_a_run_chooses_by_several_batches_and_trains_on_the_same_ones(files, tmp_path):
-    options = {"where": ("query",), "max_steps": 2}
-    runs = [
-        tiny_settings(**files, output=tmp_path / str(n), select_batches=n, **options)
-        for n in (1, 3)
-    ]
-    for run in runs:
-        finetune(run)
-    rows = [updates_of(read_rows(tmp_path / n / "metrics.jsonl")) for n in "13"]
-    assert rows[0][0]["loss"] == rows[1][0]["loss"]
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_chooses_by_the_batches_that_it_trains_on_next(
+    accumulate, files, tmp_path, monkeypatch
+):
+    def noted(found, run):
+        def call(runner, state, batch, key, *args, **options):
+            found.append((jax.device_get(batch), key))
+            return run(runner, state, batch, key, *args, **options)
+
+        return call
+
+    chosen, trained = [], []
+    monkeypatch.setattr(MeshRunner, "select", noted(chosen, MeshRunner.select))
+    monkeypatch.setattr(MeshRunner, "step", noted(trained, MeshRunner.step))
+    options = {"where": ("query",), "max_steps": 3, "select_batches": 3}
+    finetune(
+        tiny_settings(
+            **files, output=tmp_path / "run", accumulate=accumulate, **options
+        )
+    )
+    ((batches, keys),) = chosen
+    for number, (batch, key) in enumerate(trained):
+        if accumulate > 1:  # the first micro-batch of each
+            batch = {name: array[0] for name, array in batch.items()}
+            key = jax.random.split(key, accumulate)[0]
+        assert keys[number] == key
+        for name, array in batch.items():
+            own, room = np.split(batches[name][number], array.shape[-1:], axis=-1)
+            np.testing.assert_array_equal(own, array)
+            assert not room.any()
 
 
 def test_several_batches_choose_nothing_without_a_gradient(files, tmp_path):

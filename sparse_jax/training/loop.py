@@ -263,14 +263,15 @@ class Loop:
 
     def _to_select_by(self, number: int, batch: Batch) -> tuple[Inputs, jax.Array]:
         """Returns what a selection at some batch is by: that and later ones, or it."""
-        settings, several = self.job.settings, self.job.settings.select_batches
+        several, first = self.job.settings.select_batches, self.runner.tuner.first
         if several == 1:
             return self._put(batch), self._key(number)
         batches = [batch, *itertools.islice(self._after(number), several - 1)]
-        if settings.accumulate > 1:  # By the first micro-batch of each.
-            batches = [{k: leaf[0] for k, leaf in one.items()} for one in batches]
-        keys = jnp.stack([self._key(number + i) for i in range(several)])
-        return self.job.base.placement.put(stack_batches(batches), several), keys
+        # Of each the first micro-batch, with the key that it has in an update.
+        found = [first(one, self._key(number + i)) for i, one in enumerate(batches)]
+        parts, keys = zip(*found, strict=True)
+        put = self.job.base.placement.put
+        return put(stack_batches(parts), several), jnp.stack(keys)
 
     def _select(
         self, state: CompactState, batch: Batch, at: Position
