@@ -14,7 +14,9 @@ from sparse_jax.training import predict as predicting
 
 LABELS = {
     "classification": lambda words: "yes" if words & {"good", "great"} else "no",
+    "numbers": lambda words: int("good" in words),
     "multilabel": lambda words: sorted(words & {"good", "bad"}),
+    "flags": lambda words: [int("good" in words), int("bad" in words)],
     "regression": lambda words: len(words & {*WORDS[:4]}) / 2,
 }
 
@@ -69,7 +71,7 @@ def test_predictions_are_those_that_are_evaluated(name, place, tmp_path):
         errors = [line["prediction"] - line["label"] for line in lines]
         assert metrics["rmse"] == pytest.approx(np.std(errors, mean=0.0), rel=1e-5)
         assert "scores" not in lines[0]
-    elif name == "multilabel":
+    elif name in ("multilabel", "flags"):
         assert metrics["subset_accuracy"] == pytest.approx(right)
         chosen = [label for label, p in lines[0]["scores"].items() if p > 0.5]
         assert lines[0]["prediction"] == chosen

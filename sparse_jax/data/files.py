@@ -18,6 +18,7 @@ from sparse_jax.data.labels import (
     flag_count,
     has_labels,
     labels_of_flags,
+    named_labels,
     number_labels,
     resolved,
     without_unlabeled,
@@ -190,7 +191,7 @@ class OneSplit(NamedTuple):
     task: Task  # with the names of the labels
     examples: Examples  # labels are 0 where they are not asked for
     ids: list[object]  # of the rows: what they have as `id`, or their number from 0
-    labels: list[object]  # as they stand in the data, None where there is none
+    labels: list[object]  # as of `named_labels`, None where there is none
 
 
 def load_one(
@@ -249,10 +250,8 @@ def load_one(
         _, found = hold_out(found, held_out, seed, is_stratified=are_classes)
     ids = [known[number] for number in found.numbers]
     if task.labels is None:
-        task, words = (
-            replace(task, labels=(*labels,)),
-            {n: i for i, n in enumerate(labels)},
-        )
+        words = {name: i for i, name in enumerate(labels)}
+        task = replace(task, labels=(*labels,))
     else:
         task, words = _numbered(task, found, labels)
     if task.is_multilabel and flag_count(found) == len(task.labels or ()):
@@ -264,7 +263,7 @@ def load_one(
             (len(ids), len(labels)) if task.is_multilabel else len(ids), int
         )
         examples = Examples(found.text_a, found.text_b, none)
-    return OneSplit(name, task, examples, ids, found.labels)
+    return OneSplit(name, task, examples, ids, named_labels(found, task, words))
 
 
 def _numbered(

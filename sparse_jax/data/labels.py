@@ -17,6 +17,7 @@ __all__ = [
     "has_labels",
     "is_unlabeled",
     "labels_of_flags",
+    "named_labels",
     "number_labels",
     "resolved",
     "without_unlabeled",
@@ -120,6 +121,35 @@ def number_labels(columns: Columns, task: Task, words: Words) -> Examples:
     given = columns.weights
     weights = None if given is None else np.array(given, np.float32)
     return Examples(columns.text_a, columns.text_b, labels, weights)
+
+
+def named_labels(columns: Columns, task: Task, words: Words) -> list[object]:
+    """Returns labels as they are predicted, names of classes and values.
+
+    It is None where there is no label, and what is neither stands as in the data.
+
+    Example:
+      >>> from sparse_jax.data.read_rows import Source
+      >>> given = [1, "1.0", "negative", None, -1, "?"]
+      >>> columns = Columns(Source("`a.csv`", "line"), [], [], None, given)
+      >>> words = {"0": 0, "1": 1, "negative": 0, "positive": 1}
+      >>> named_labels(columns, TASKS["sst2"], words)
+      ['positive', 'positive', 'negative', None, None, '?']
+    """
+
+    def named(label: object) -> object:
+        if isinstance(label, list):
+            return [named(one) for one in label]
+        word = _word(label)
+        found = words.get(word, words.get(_without_point(word)))
+        if found is not None and not _is_missing(label):
+            return (task.labels or ())[found]
+        if is_unlabeled(label, task):
+            return None
+        value = _number(label, has_types=False) if task.is_regression else None
+        return label if value is None else value
+
+    return [named(label) for label in columns.labels]
 
 
 def without_unlabeled(columns: Columns, task: Task) -> tuple[Columns, str | None]:

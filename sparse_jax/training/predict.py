@@ -42,9 +42,9 @@ def predict(
 
     A line has the `id` of the example (what it has in a column of that name, `idx`,
     `index` or `guid`, or its number from 0), its `label` if it has one, the
-    `prediction` (a label, a list of labels, or a number) and, of labels, their
-    `scores`, which are probabilities. After an interruption it continues where it
-    stopped.
+    `prediction` (a label, a list of labels, or a number; label and prediction are equal
+    if it is right) and, of labels, their `scores`, which are probabilities. After an
+    interruption it continues where it stopped.
 
     Args:
       run: run directory, adapter file, or folder of PEFT.
