@@ -160,6 +160,17 @@ def test_short_trees_fill_what_is_left_of_wide_rows(sizes, shapes):
     assert sorted(numbers) == [*range(len(sizes))]
 
 
+@pytest.mark.parametrize(("length", "columns"), [(700, 1024), (1500, 2048)])
+def test_a_long_prompt_is_read_once_for_all_of_its_candidates(length, columns):
+    prompt = np.arange(length, dtype=np.int32)
+    ids = [np.append(prompt, [-1, candidate, 9]) % 9999 for candidate in range(4)]
+    marks = [np.arange(length + 3) > length for _ in ids]
+    (batch,) = tree_batches(TokenSequences(ids, marks, length + 3, 0), 16)
+    assert batch.inputs["input_ids"].shape == (1, columns)
+    # The prompt and the mark after it once, of each candidate what it begins with.
+    assert batch.inputs["attention_mask"].sum() == length + 1 + 4
+
+
 def test_trees_that_fill_a_row_are_scored_alone(monkeypatch):
     monkeypatch.setattr(prefix_trees, "_COLUMNS", 16)
     model, params = tiny_decoder()

@@ -19,7 +19,7 @@ __all__ = ["TreeBatch", "tree_batches"]
 # CPU, 48 questions of MMLU: 18 seconds with 256, 23 with 512).
 _COLUMNS = 256
 # Columns up to which other sequences join a tree, such as the questions that follow
-# the same five examples.
+# the same five examples. A longer tree has the room that its own row has anyway.
 _MOST_SHARED = 1024
 
 
@@ -128,8 +128,9 @@ def _trees(sequences: TokenSequences) -> list[_Tree]:
     for number in order:
         read = ids[number][:-1]
         shared = trees[-1].shared(read) if trees else 0
-        is_alike = trees and 2 * shared >= len(read)
-        if not is_alike or len(trees[-1]) + len(read) - shared > _MOST_SHARED:
+        size = len(trees[-1]) if trees else 0
+        fits = size + len(read) - shared <= max(_MOST_SHARED, bucket(size))
+        if not trees or 2 * shared < len(read) or not fits:
             trees.append(_Tree())
         trees[-1].add(number, ids[number], sequences.is_target[number])
     return trees
