@@ -115,7 +115,7 @@ def area_of(run: Path) -> float:
     is added to all scores.
     """
     file = run / "predictions.jsonl"
-    predict(run, output=file)
+    predict(run, output=file, overwrite=True)
     scores: dict[str, list[float]] = {}
     for line in map(json.loads, file.read_text().splitlines()):
         # Small probabilities keep digits that those close to one lose.

@@ -443,7 +443,7 @@ def test_what_is_added_to_all_scores_does_not_move_the_area_under_the_roc_curve(
         "scores": {"negative": 1 - p, "positive": p},
     }
 
-    def predict(run, *, output):
+    def predict(run, *, output, overwrite):
         lines = [line(label, p) for label in positive for p in positive[label]]
         output.write_text("\n".join(map(json.dumps, lines)))
 
