@@ -3,13 +3,14 @@
     python -m experiments.mmlu_parity --model FOLDER --data FOLDER
         [--questions 1000] [--shots 0] [--output STEM]
 
-Questions of all subjects in turn, as `experiments.mmlu` asks them. Two programs with
-the same weights in float32 answer the next fifty in turn, each in a process of its own:
+Questions of all subjects, in the prompts of `experiments.mmlu`. Two programs with the
+same weights in float32 answer the next fifty in turn, each in a process of its own:
 this library, and a plain loop with transformers that reads one prompt after the other
-and compares the logits of the four letters. Times are CPU seconds, after the first
-hundred questions. Where choices differ, the distance of the two likeliest letters is
-given, in nats. SmolLM2-135M takes a quarter of an hour on one core without examples;
-needs torch and transformers.
+and compares the logits of the four letters. With examples (`--shots`) fifty questions
+are of one subject, as there, and this library reads its examples once. Times are CPU
+seconds, after the first hundred questions. Where choices differ, the distance of the
+two likeliest letters is given, in nats. SmolLM2-135M takes a quarter of an hour on one
+core without examples; needs torch and transformers.
 """
 
 import argparse
@@ -53,14 +54,22 @@ Answer = Callable[[Sequence[Asked]], np.ndarray]  # -> scores, shape=(N, 4)
 
 
 def questions_of(folder: Path, count: int, shots: int) -> list[Asked]:
-    """Returns the first questions of all subjects, one of each in turn."""
+    """Returns the first questions of all subjects, one of each in turn.
+
+    After examples they are some steps, each of one subject, evenly spread over all.
+    """
 
     def of(subject: str) -> list[Asked]:
         examples = load_subject(folder, subject, "dev")[:shots] if shots else []
         test = load_subject(folder, subject, "test")
         return [(mmlu_prompt(subject, examples, one), one) for one in test]
 
-    turns = zip_longest(*map(of, MMLU_SUBJECTS))
+    if shots:
+        names = [*MMLU_SUBJECTS]
+        steps = min(count // CHUNK, len(names))
+        turns = [of(names[i * len(names) // steps])[:CHUNK] for i in range(steps)]
+    else:
+        turns = zip_longest(*map(of, MMLU_SUBJECTS))
     found = [*islice((one for one in chain.from_iterable(turns) if one), count)]
     if len(found) < count:
         raise InputError(

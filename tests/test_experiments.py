@@ -421,6 +421,26 @@ def test_what_is_twice_as_slow_has_the_ratio_two():
     assert shown.name_of(shown.rows[1]) == "rank, PyTorch"
 
 
+@pytest.mark.parametrize(
+    ("shots", "subjects"), [(0, [0, 1, 2, 0, 1, 2]), (5, [0, 0, 0, 1, 1, 1])]
+)
+def test_a_step_of_questions_after_examples_is_of_one_subject(
+    shots, subjects, tmp_path, monkeypatch
+):
+    names = ["anatomy", "astronomy", "virology"]
+    monkeypatch.setattr(mmlu_parity, "MMLU_SUBJECTS", dict.fromkeys(names))
+    monkeypatch.setattr(mmlu_parity, "CHUNK", 3)
+    for part, count in (("dev", 5), ("test", 9)):
+        (tmp_path / part).mkdir()
+        for name in names:
+            lines = [f"{name} {part} {i}?,1,2,3,4,A\n" for i in range(count)]
+            (tmp_path / part / f"{name}_{part}.csv").write_text("".join(lines))
+    found = mmlu_parity.questions_of(tmp_path, 6, shots)
+    first = [question.question.split()[0] for _, question in found]
+    assert first == [names[i] for i in subjects]
+    assert all(prompt.count("dev") == shots for prompt, _ in found)
+
+
 def test_choices_that_differ_are_counted_with_the_distance_of_the_letters():
     steps = lambda scores: [{"seconds": 1.0, "peak": 1, "scores": [scores]}] * 3
     rows = {
