@@ -125,7 +125,7 @@ def area_of(run: Path) -> float:
     return float(larger) / (len(positive) * len(negative))
 
 
-def made(task: str, row: str, args: argparse.Namespace) -> tuple[float, list[Run]]:
+def best_runs(task: str, row: str, args: argparse.Namespace) -> tuple[float, list[Run]]:
     """Returns the best learning rate on the first seed, and the runs of all seeds."""
     name = f"{task}-{row.replace(', ', '-').replace(' ', '-')}"
     measure = measure_of(settings_of(task, row, args).task)
@@ -161,7 +161,7 @@ def main() -> None:
         rows: dict[str, dict[str, list[float]]] = {}
         notes = {}
         for row in args.rows:
-            rate, runs = made(task, row, args)
+            rate, runs = best_runs(task, row, args)
             unit = measure_of(settings_of(task, row, args).task).unit
             notes[row] = {"rate": f"{rate:g}"}
             if task == UNBALANCED:

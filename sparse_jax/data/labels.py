@@ -124,9 +124,9 @@ def number_labels(columns: Columns, task: Task, words: Words) -> Examples:
 
 
 def named_labels(columns: Columns, task: Task, words: Words) -> list[object]:
-    """Returns labels as they are predicted, names of classes and values.
+    """Returns labels as predictions have them: names of classes, and values.
 
-    It is None where there is no label, and what is neither stands as in the data.
+    An entry is None where there is no label; an unknown label stands as in the data.
 
     Example:
       >>> from sparse_jax.data.read_rows import Source
